@@ -1,0 +1,67 @@
+# Two commands: `make bench` and `make test`. Both set up what they need in .venv, once.
+# With PYTHON=python3 they use that interpreter as it is: nothing is installed, no network is needed.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+
+VENV  := .venv
+TORCH ?= torch==2.13.0 triton==3.7.1
+JOBS  ?= 2
+
+ifdef PYTHON
+PY    := $(PYTHON)
+READY := build
+else
+PY    := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
+# Two test processes share the machine, so each keeps to one thread.
+PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest
+PARALLEL = $(shell $(PY) -c "import xdist; print('-n $(JOBS)')" 2>/dev/null)
+
+.PHONY: bench test gpu build env lint format clean
+
+bench: $(READY)
+	$(PY) -m benchmarks --preset quick
+
+test: $(READY)
+	$(PYTEST) $(PARALLEL) -q
+
+# Everything that needs a GPU: builds, tests, measures, and writes what it found to GPU_OUT.
+GPU_OUT ?= benchmarks/reports/gpu
+gpu: $(READY)
+	mkdir -p "$(GPU_OUT)"
+	$(PY) -m molex_kernels.env | tee "$(GPU_OUT)/env.txt"
+	$(PYTEST) $(PARALLEL) -q -m gpu 2>&1 | tee "$(GPU_OUT)/tests.txt"
+	$(PY) -m benchmarks --preset gpu --out "$(GPU_OUT)" --save-results
+
+env: $(READY)
+	$(PY) -m molex_kernels.env
+
+lint: $(READY)
+	@$(PY) -c "import ruff, mypy" 2>/dev/null || $(PY) -m pip install -q -e ".[dev]" --no-build-isolation
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+format: $(READY)
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+build:
+	$(PY) setup.py --quiet build_ext --inplace
+
+# An interpreter that already has torch lends it to the environment; otherwise torch is installed.
+$(VENV)/bin/python:
+	python3 -m venv $(VENV) $$(python3 -c "import torch; print('--system-site-packages')" 2>/dev/null)
+
+$(VENV)/.ready: $(VENV)/bin/python $(SOURCES)
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(TORCH)
+	$(PY) -m pip install -q "setuptools>=77" ninja "pybind11>=2.12"
+	$(PY) -m pip install -q --no-build-isolation -e ".[test,bench]"
+	touch $@
+
+clean:
+	rm -rf build *.egg-info molex_kernels/*.so .pytest_cache .mypy_cache .ruff_cache

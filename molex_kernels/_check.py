@@ -1,0 +1,95 @@
+"""Argument checks. Each error names the argument, what was expected and what came.
+
+`TypeError` for a wrong type or dtype, `ValueError` for shape, range and device. All of them read
+metadata only: nothing is allocated and no device is waited for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molex_kernels._dtypes import FLOAT_DTYPES, INDEX_DTYPES
+
+
+def tensor(
+    name: str,
+    value: Any,
+    letters: str,
+    sizes: Sequence[int | None],
+    dtypes: Sequence[torch.dtype],
+    like: Tensor | None = None,
+) -> None:
+    """A tensor of these sizes (`None`: any), one of these dtypes, on the device of `like`.
+
+    `letters` names the sizes for the message: "T, D".
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor [{letters}], got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {_names(dtypes)}, got {_name(value.dtype)}")
+    if value.dim() != len(sizes) or any(
+        want is not None and want != got for want, got in zip(sizes, value.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{name}: expected shape [{letters}]{_known(letters, sizes)}, got {list(value.shape)}"
+        )
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
+
+
+def floating(
+    name: str, value: Any, letters: str, sizes: Sequence[int | None], like: Tensor | None = None
+) -> None:
+    """A floating tensor; of the dtype and on the device of `like`, where given."""
+    tensor(name, value, letters, sizes, FLOAT_DTYPES if like is None else (like.dtype,), like)
+
+
+def index(
+    name: str, value: Any, letters: str, sizes: Sequence[int | None], like: Tensor | None = None
+) -> None:
+    """An int64 or int32 tensor, on the device of `like`."""
+    tensor(name, value, letters, sizes, INDEX_DTYPES, like)
+
+
+def integer(name: str, value: Any, low: int, high: int | None = None, of: str = "") -> None:
+    """A Python integer in [low, high]; `of` says where the bound comes from."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        upper = "" if high is None else f" and at most {high}{of}"
+        raise ValueError(f"{name}: expected at least {low}{upper}, got {value}")
+
+
+def number(name: str, value: Any, low: float, *, exclusive: bool = False) -> None:
+    """A finite Python number at least (`exclusive`: above) `low`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < low or (exclusive and value == low):
+        bound = "above" if exclusive else "at least"
+        raise ValueError(f"{name}: expected a finite number {bound} {low}, got {value}")
+
+
+def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """One of the allowed values."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(map(_name, dtypes))
+
+
+def _known(letters: str, sizes: Sequence[int | None]) -> str:
+    known = [
+        f"{n.strip()}={s}" for n, s in zip(letters.split(","), sizes, strict=False) if s is not None
+    ]
+    return f" with {', '.join(known)}" if known else ""

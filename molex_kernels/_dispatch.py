@@ -1,0 +1,168 @@
+"""Picks an implementation, or raises with every reason why not.
+
+Names: `reference` (plain PyTorch, everywhere), `cpu` (native CPU code), `triton` (NVIDIA, AMD, or a
+CPU under Triton's interpreter), `cuda` (compiled CUDA). An explicit `impl=` runs or raises; it
+never falls back. `MOLEX_IMPL`, read at import, is the default for `impl=None`; without it the first
+implementation that supports the inputs is taken.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from molex_kernels import _check, _extension
+from molex_kernels._dtypes import FLOAT_DTYPES, KERNEL_DTYPES
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+DEFAULT = os.environ.get("MOLEX_IMPL") or None
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+_log = logging.getLogger("molex_kernels")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """What one implementation needs, whatever the op."""
+
+    name: str
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    why_not: Callable[[], str | None]
+
+
+def _always() -> str | None:
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run under its interpreter, on the CPU."""
+    return _INTERPRETED
+
+
+def _triton_missing() -> str | None:
+    return None if _HAS_TRITON else "triton is not installed"
+
+
+# What is built does not change while a program runs, so tracing may take it for a constant.
+@torch.compiler.assume_constant_result
+def _extension_missing() -> str | None:
+    return _extension.why_not()
+
+
+@torch.compiler.assume_constant_result
+def _cuda_missing() -> str | None:
+    reason = _extension.why_not()
+    if reason is None and not _extension.build_facts()["cuda_version"]:
+        return "the compiled extension was built without CUDA"
+    return reason
+
+
+REFERENCE = Implementation("reference", ("cpu", "cuda"), FLOAT_DTYPES, _always)
+CPU = Implementation("cpu", ("cpu",), KERNEL_DTYPES, _extension_missing)
+CPU_ATEN = Implementation("cpu", ("cpu",), KERNEL_DTYPES, _always)
+TRITON = Implementation("triton", ("cuda",), KERNEL_DTYPES, _triton_missing)
+# bf16 arithmetic is silently wrong under the interpreter, so it is refused there.
+TRITON_INTERPRETED = Implementation(
+    "triton", ("cpu",), (torch.float16, torch.float32), _triton_missing
+)
+CUDA = Implementation("cuda", ("cuda",), KERNEL_DTYPES, _cuda_missing)
+
+
+def choose(
+    op: str,
+    implementations: tuple[Implementation, ...],
+    impl: str | None,
+    x: Tensor,
+    **limits: str | None,
+) -> str:
+    """The name of the implementation of `op` that runs for `x`.
+
+    `implementations` stand in the order of preference; the last one is the reference. `limits` maps
+    a name to the reason why that implementation cannot take this call's shapes, or to None.
+    """
+    name = DEFAULT if impl is None else impl
+    if name is not None:
+        _check.choice("impl" if impl is not None else "MOLEX_IMPL", name, NAMES)
+        reason = _why_not(op, implementations, name, x.device.type, x.dtype) or limits.get(name)
+        if reason is None:
+            return name
+        raise NotImplementedError(
+            f"{op}: impl={name!r} cannot run: {reason}. "
+            + _others(op, implementations, name, x, limits)
+        )
+    for candidate in implementations:
+        if candidate.name == "triton" and x.device.type == "cpu":
+            continue  # interpreted kernels are for tests: right, and a thousand times slower
+        reason = _why_not(op, implementations, candidate.name, x.device.type, x.dtype)
+        reason = reason or limits.get(candidate.name)
+        if reason is None:
+            return candidate.name
+        if x.device.type in candidate.devices and x.dtype in candidate.dtypes:
+            _warn_once(op, candidate.name, reason)
+    raise NotImplementedError(f"{op}: " + _others(op, implementations, "", x, limits))
+
+
+def _why_not(
+    op: str,
+    implementations: tuple[Implementation, ...],
+    name: str,
+    device: str,
+    dtype: torch.dtype,
+) -> str | None:
+    for candidate in implementations:
+        if candidate.name != name:
+            continue
+        if name == "triton" and device == "cpu":
+            if not interpreted():
+                return "it needs a GPU (or TRITON_INTERPRET=1 before the import, for tests)"
+            candidate = TRITON_INTERPRETED
+        if device not in candidate.devices:
+            return f"it runs on {' or '.join(candidate.devices)}, the inputs are on {device}"
+        if dtype not in candidate.dtypes:
+            names = ", ".join(str(d).removeprefix("torch.") for d in candidate.dtypes)
+            return f"it takes {names}; the inputs are {str(dtype).removeprefix('torch.')}"
+        return candidate.why_not()
+    return f"{op} has no such implementation"
+
+
+def reasons(implementations: tuple[Implementation, ...], device: str) -> dict[str, str | None]:
+    """Why each implementation of an op does not run on this kind of device; None where it does."""
+    return {
+        i.name: _why_not("", implementations, i.name, device, torch.float32)
+        for i in implementations
+    }
+
+
+def _others(
+    op: str,
+    implementations: tuple[Implementation, ...],
+    tried: str,
+    x: Tensor,
+    limits: dict[str, str | None],
+) -> str:
+    lines = []
+    for other in implementations:
+        if other.name == tried:
+            continue
+        reason = _why_not(op, implementations, other.name, x.device.type, x.dtype)
+        lines.append(f"{other.name}: {reason or limits.get(other.name) or 'would run'}")
+    return "Others: " + "; ".join(lines)
+
+
+_warned: set[tuple[str, str, str]] = set()
+
+
+@torch.compiler.assume_constant_result
+def _warn_once(op: str, name: str, reason: str) -> None:
+    if (op, name, reason) not in _warned:
+        _warned.add((op, name, reason))
+        _log.warning("%s: %r cannot run, taking the next implementation: %s", op, name, reason)

@@ -1,0 +1,68 @@
+"""How an op describes itself to the tests and the benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of sizes (by letter) and options. `id` reads like "T17-D65-E5-K2-swiglu"."""
+
+    sizes: Mapping[str, int]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def id(self) -> str:
+        """The readable name, as in test ids and reports."""
+        parts = [f"{letter}{size}" for letter, size in self.sizes.items()]
+        parts += [_option(name, value) for name, value in self.options.items()]
+        return "-".join([*parts, self.note] if self.note else parts)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one pass must do: bytes that have to cross memory, floating-point operations."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class OpInfo:
+    """A public function with everything that tests and benchmarks need to know of it.
+
+    `make(case, dtype, device, generator)` gives the keyword arguments, fresh random at unit scale;
+    floating tensors named in `differentiable` receive gradients. `results` turns what the function
+    returns into named tensors: floating ones are compared within the error budget, integer ones
+    exactly. `cost(case, dtype, backward)` counts a forward pass, or a forward and backward pass.
+    A baseline takes the same keyword arguments as the function and returns the same. `compiled` are
+    sizes that reach launch configurations which `tests` do not, for ahead-of-time compilation.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    implementations: tuple[str, ...]
+    make: Callable[[Case, torch.dtype, torch.device, torch.Generator], Inputs]
+    results: Callable[[Any], dict[str, Tensor]]
+    differentiable: tuple[str, ...]
+    tests: tuple[Case, ...]
+    benchmarks: tuple[Case, ...]
+    quick: tuple[Case, ...]
+    cost: Callable[[Case, torch.dtype, bool], Cost]
+    baselines: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    compiled: tuple[Case, ...] = ()
+
+
+def _option(name: str, value: Any) -> str:
+    if value is True:
+        return name
+    return f"{name}_{value}" if isinstance(value, (int, float)) else str(value)

@@ -1,0 +1,72 @@
+"""`python -m molex_kernels.env`: what is installed, what is built, what will run, and why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Iterator
+
+import torch
+
+import molex_kernels
+from molex_kernels import _dispatch, _extension, _tuning
+from molex_kernels.ops import load_ops
+
+PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "timm")
+
+
+def report() -> str:
+    """The whole report, as text."""
+    return "\n".join([*_versions(), "", *_devices(), "", *_built(), "", *_will_run()])
+
+
+def _versions() -> Iterator[str]:
+    yield f"molex_kernels {molex_kernels.__version__}"
+    yield f"python        {sys.version.split()[0]} on {platform.system()} {platform.machine()}"
+    for name in PACKAGES:
+        try:
+            yield f"{name:<13} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            yield f"{name:<13} not installed"
+
+
+def _devices() -> Iterator[str]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield f"cpu           {torch.get_num_threads()} threads, {capability}"
+    if not torch.cuda.is_available():
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+        yield f"gpu           none visible (torch is built with {built})"
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        memory = card.total_memory / 2**30
+        yield f"gpu {index}         {card.name}, sm_{card.major}{card.minor}, {memory:.0f} GiB"
+
+
+def _built() -> Iterator[str]:
+    facts = _extension.build_facts()
+    if not facts["built"]:
+        yield f"extension     no: {facts['reason']}"
+        return
+    cuda = f"CUDA {facts['cuda_version']}" if facts["cuda_version"] else "CPU only"
+    yield f"extension     built against torch {facts['torch_version']}, {cuda}"
+    for key in ("cuda_architectures", "compiler", "cxx_flags", "operators"):
+        if facts[key]:
+            yield f"  {key:<18} {facts[key]}"
+
+
+def _will_run() -> Iterator[str]:
+    default = f"MOLEX_IMPL={_dispatch.DEFAULT}" if _dispatch.DEFAULT else "the fastest that runs"
+    yield f"impl=None takes {default}; MOLEX_AUTOTUNE is {'on' if _tuning.AUTOTUNE else 'off'}"
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        yield f"on {device}:"
+        for info in load_ops().values():
+            reasons = _dispatch.reasons(info.function.__name__, info.implementations, device)
+            yield f"  {info.name}"
+            for name, reason in reasons.items():
+                yield f"    {name:<10} {'runs' if reason is None else 'no: ' + reason}"
+
+
+if __name__ == "__main__":
+    print(report())

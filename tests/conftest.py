@@ -1,0 +1,60 @@
+"""Settings of every test: Triton's interpreter without a GPU, one printed seed, poisoned memory."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # read when kernels are decorated, so before any import of them
+    )
+
+import pytest
+
+# xdist's workers inherit the environment, so that all of them draw from the one printed seed.
+SEED = int(os.environ.setdefault("MOLEX_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_report_header() -> str:
+    return f"molex_kernels: MOLEX_TEST_SEED={SEED}, device {DEVICE}, torch {torch.__version__}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if DEVICE.type == "cpu" and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if DEVICE.type == "cuda" and item.name.startswith("test_within_budget"):
+            item.add_marker(pytest.mark.gpu)  # the error budget in bf16 is proven only there
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """`torch.empty` is NaN (or the largest integer), so that an unwritten output shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> torch.Generator:
+    """A generator that differs from test to test and from run to run, and repeats with the seed."""
+    return torch.Generator().manual_seed(SEED ^ (hash_of(request.node.nodeid) & 0x7FFFFFFF))
+
+
+def hash_of(text: str) -> int:
+    """A hash that is the same in every process."""
+    value = 2166136261
+    for byte in text.encode():
+        value = (value ^ byte) * 16777619 & 0xFFFFFFFF
+    return value
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE

@@ -1,0 +1,117 @@
+"""The layout's promises: one direction of imports, nothing heavy at import, plain messages."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "molex_kernels"
+
+# What each layer inside an op may import from its own package's layers, lowest first.
+LAYERS = ("plan", "reference", "cpu", "kernels", "op", "api", "module", "cases")
+ABOVE = {
+    "plan": set(),
+    "reference": {"plan"},
+    "cpu": {"plan"},
+    "kernels": {"plan", "kernels"},
+    "op": {"plan", "reference", "cpu", "kernels", "op"},
+    "api": {"plan", "reference", "op", "api"},
+    "module": {"plan", "api"},
+    "cases": {"plan", "api", "reference"},
+}
+
+
+def _layer(path: Path) -> str:
+    inside = path.relative_to(PACKAGE / "ops").parts[1:]
+    name = inside[0].removesuffix(".py")
+    return name
+
+
+def _imports(path: Path) -> list[tuple[str, bool]]:
+    """Every imported module, and whether it is imported when the file is."""
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [(f"{node.module}.{alias.name}", id(node) in top) for alias in node.names]
+    return found
+
+
+def _op_files() -> list[Path]:
+    return [p for p in sorted(PACKAGE.glob("ops/*/**/*.py")) if p.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", _op_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path):
+    own = path.relative_to(PACKAGE / "ops").parts[0]
+    layer = _layer(path)
+    for name, at_import in _imports(path):
+        if not name.startswith("molex_kernels."):
+            if at_import and layer != "kernels":
+                assert not name.startswith("triton"), f"{path.name} imports Triton at import"
+            continue
+        parts = name.split(".")
+        if parts[1].startswith("_"):
+            assert at_import or parts[1] == "_tiles"
+            continue
+        assert parts[1] == "ops", f"{path.name} imports {name}: nothing calls back up"
+        target = parts[3] if len(parts) > 3 else ""
+        if parts[2] == own:
+            assert _group(target) in ABOVE[_group(layer)], f"{path.name} ({layer}) imports {name}"
+            if target == "kernels" and layer != "kernels":
+                assert not at_import, f"{path.name} imports kernels when it is imported"
+        else:
+            assert target in ("plan", "api"), f"{path.name} reaches into another op: {name}"
+
+
+def _group(name: str) -> str:
+    """The layer of a file: `losses` and other parts of the API count as `api`."""
+    return name if name in LAYERS else "api"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("_*.py")), ids=lambda p: p.name)
+def test_foundations_import_no_op(path: Path):
+    if path.name == "__init__.py":
+        return
+    for name, _ in _imports(path):
+        assert not name.startswith("molex_kernels.ops"), f"{path.name} imports {name}"
+
+
+def test_one_file_talks_to_torch_library():
+    users = [p.name for p in PACKAGE.rglob("*.py") if "torch.library." in _code(p)]
+    assert users == ["_register.py"]
+
+
+def _code(path: Path) -> str:
+    """The file's names and attributes, without docstrings and comments."""
+    return ast.unparse(
+        ast.Module([n for n in ast.parse(path.read_text()).body if not isinstance(n, ast.Expr)], [])
+    )
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    script = (
+        "import sys, molex_kernels\n"
+        "heavy = {'triton', 'transformers', 'timm', 'peft', 'molex_kernels._C'}\n"
+        "print(sorted(m for m in sys.modules if m in heavy))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    torch_alone = subprocess.run(
+        [sys.executable, "-c", script.replace(", molex_kernels", ", torch")],
+        capture_output=True,
+        text=True,
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout == torch_alone.stdout
+
+
+def test_no_file_is_long():
+    long = [p.name for p in PACKAGE.rglob("*.py") if len(p.read_text().splitlines()) > 600]
+    assert not long

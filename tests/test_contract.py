@@ -1,0 +1,199 @@
+"""What every op keeps, whatever it computes: OPS x cases x dtype x implementation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import DEVICE
+from contract import Outcome, cast, recorded, run, strided, upstream_for
+from tolerance import exact, within_budget
+
+from molex_kernels._dtypes import KERNEL_DTYPES
+from molex_kernels._opinfo import Case, Inputs, OpInfo
+from molex_kernels.ops import load_ops
+
+OPS = load_ops()
+
+
+def _dtypes(impl: str) -> tuple[torch.dtype, ...]:
+    if impl == "triton" and DEVICE.type == "cpu":
+        return (torch.float32, torch.float16)  # the interpreter gets bf16 wrong
+    return KERNEL_DTYPES
+
+
+def _runs_here(impl: str) -> bool:
+    return impl != ("cpu" if DEVICE.type == "cuda" else "cuda")
+
+
+def _matrix() -> list:
+    return [
+        pytest.param(info, case, dtype, impl, id=f"{info.name}-{case.id}-{str(dtype)[6:]}-{impl}")
+        for info in OPS.values()
+        for case in info.tests
+        for impl in info.implementations
+        if _runs_here(impl)
+        for dtype in _dtypes(impl)
+    ]
+
+
+def _per_implementation(cases: slice) -> list:
+    return [
+        pytest.param(info, case, impl, id=f"{info.name}-{case.id}-{impl}")
+        for info in OPS.values()
+        for case in info.tests[cases]
+        for impl in info.implementations
+        if _runs_here(impl)
+    ]
+
+
+@dataclass
+class Expected:
+    """The fp64 outcome, and what the reference makes of the same inputs in the dtype."""
+
+    fp64: Outcome
+    reference: Outcome
+
+
+def _expect(info: OpInfo, inputs: Inputs, upstream: dict[str, torch.Tensor]) -> Expected:
+    doubles = {name: gradient.double() for name, gradient in upstream.items()}
+    return Expected(
+        run(info, cast(inputs, torch.float64), "reference", doubles),
+        run(info, inputs, "reference", upstream),
+    )
+
+
+def _compare(got: Outcome, expected: Expected, dtype: torch.dtype) -> None:
+    for name, result in got.results.items():
+        want = expected.fp64.results[name]
+        if result.is_floating_point():
+            within_budget(name, result, want, expected.reference.results[name], dtype)
+        else:
+            assert torch.equal(result, want), f"{name}: differs"
+    assert got.gradients.keys() == expected.fp64.gradients.keys()
+    for name, gradient in got.gradients.items():
+        reference = expected.reference.gradients[name]
+        assert gradient.dtype == reference.dtype
+        within_budget(
+            f"gradient of {name}", gradient, expected.fp64.gradients[name], reference, dtype
+        )
+
+
+def _upstream(info, inputs, impl, generator, *, expanded=False):
+    results = run(info, inputs, impl, None).results
+    return upstream_for(results, generator, expanded=expanded)
+
+
+@pytest.mark.parametrize(("info", "case", "dtype", "impl"), _matrix())
+def test_within_budget_and_repeatable(
+    info: OpInfo, case: Case, dtype: torch.dtype, impl: str, generator: torch.Generator
+):
+    inputs = info.make(case, dtype, DEVICE, generator)
+    upstream = _upstream(info, inputs, impl, generator)
+    first = run(info, inputs, impl, upstream)
+    _compare(first, _expect(info, inputs, upstream), dtype)
+
+    second = run(info, inputs, impl, upstream)
+    for name in first.results:
+        assert torch.equal(first.results[name], second.results[name]), (
+            f"{name} differs when repeated"
+        )
+    for name in first.gradients:
+        assert torch.equal(first.gradients[name], second.gradients[name]), f"gradient of {name}"
+
+
+@pytest.mark.parametrize(("info", "case", "impl"), _per_implementation(slice(None)))
+def test_strided_inputs_and_expanded_gradients(
+    info: OpInfo, case: Case, impl: str, generator: torch.Generator
+):
+    inputs = strided(info.make(case, torch.float32, DEVICE, generator))
+    upstream = _upstream(info, inputs, impl, generator, expanded=True)
+    _compare(run(info, inputs, impl, upstream), _expect(info, inputs, upstream), torch.float32)
+
+
+@pytest.mark.parametrize(("info", "case", "impl"), _per_implementation(slice(None)))
+def test_leaves_its_inputs_alone(info: OpInfo, case: Case, impl: str, generator: torch.Generator):
+    inputs = info.make(case, torch.float32, DEVICE, generator)
+    before = {k: v.clone() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+    run(info, inputs, impl, _upstream(info, inputs, impl, generator))
+    for name, value in before.items():
+        assert torch.equal(inputs[name], value), f"{name} was modified"
+
+
+@pytest.mark.parametrize(("info", "case", "impl"), _per_implementation(slice(0, 3)))
+def test_operators_pass_opcheck(info: OpInfo, case: Case, impl: str, generator: torch.Generator):
+    for layout in (lambda inputs: inputs, strided):
+        inputs = layout(info.make(case, torch.float32, DEVICE, generator))
+        upstream = _upstream(info, inputs, impl, generator)
+        with recorded() as calls:
+            run(info, inputs, impl, upstream)
+        if impl != "reference":
+            assert calls, "no operator was called"
+        for operator, args, kwargs in calls:
+            torch.library.opcheck(operator, args, kwargs)
+
+
+def _compiled(info, inputs, impl, generator, backend):
+    torch._dynamo.reset()
+    upstream = _upstream(info, inputs, impl, generator)
+    function = torch.compile(info.function, fullgraph=True, backend=backend)
+    _compare(
+        run(info, inputs, impl, upstream, function), _expect(info, inputs, upstream), torch.float32
+    )
+
+
+@pytest.mark.parametrize(("info", "case", "impl"), _per_implementation(slice(None)))
+def test_traces_without_a_graph_break(
+    info: OpInfo, case: Case, impl: str, generator: torch.Generator
+):
+    inputs = info.make(case, torch.float32, DEVICE, generator)
+    _compiled(info, inputs, impl, generator, "aot_eager")
+
+
+@pytest.mark.parametrize(("info", "case", "impl"), _per_implementation(slice(0, 1)))
+def test_compiles_with_inductor(info: OpInfo, case: Case, impl: str, generator: torch.Generator):
+    inputs = info.make(case, torch.float32, DEVICE, generator)
+    _compiled(info, inputs, impl, generator, "inductor")
+
+
+@pytest.mark.parametrize(
+    ("info", "case"),
+    [
+        pytest.param(info, case, id=f"{info.name}-{case.id}")
+        for info in OPS.values()
+        if info.differentiable
+        for case in info.tests
+    ],
+)
+def test_reference_gradients_against_differences(
+    info: OpInfo, case: Case, generator: torch.Generator
+):
+    """Autograd through the fp64 reference against central differences along a random direction."""
+    inputs = cast(info.make(case, torch.float64, DEVICE, generator), torch.float64)
+    names = [n for n in info.differentiable if isinstance(inputs.get(n), torch.Tensor)]
+    upstream = _upstream(info, inputs, "reference", generator)
+    gradients = run(info, inputs, "reference", upstream).gradients
+    for name in names:
+        if name not in gradients or not gradients[name].numel():
+            continue
+        direction = torch.randn(inputs[name].shape, generator=generator, dtype=torch.float64)
+        step = 1e-6
+        ends = []
+        for sign in (1, -1):
+            moved = {**inputs, name: inputs[name] + sign * step * direction.to(DEVICE)}
+            results = run(info, moved, "reference", None).results
+            ends.append(sum((results[n] * g).sum() for n, g in upstream.items()))
+        slope = (ends[0] - ends[1]) / (2 * step)
+        along = (gradients[name] * direction.to(DEVICE)).sum()
+        assert (slope - along).abs() <= 1e-6 * (1 + slope.abs()), f"gradient of {name}"
+
+
+def test_fp64_runs_the_reference(generator: torch.Generator):
+    for info in OPS.values():
+        inputs = info.make(info.tests[0], torch.float64, DEVICE, generator)
+        got = info.results(info.function(**inputs))
+        want = run(info, inputs, "reference", None).results
+        for name, value in got.items():
+            if value.is_floating_point():
+                exact(name, value, want[name])

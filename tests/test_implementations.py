@@ -1,0 +1,105 @@
+"""Choosing an implementation: what is asked for runs or raises; None takes the best."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from molex_kernels import _dispatch
+from molex_kernels._dispatch import CPU, CUDA, REFERENCE, TRITON, choose
+
+X = torch.zeros(2)
+BROKEN = dataclasses.replace(CPU, why_not=lambda: "it is broken")
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    monkeypatch.setattr(_dispatch, "DEFAULT", None)
+    monkeypatch.setattr(_dispatch, "_warned", set())
+
+
+def test_none_takes_the_first_that_runs():
+    works = dataclasses.replace(CPU, why_not=lambda: None)
+    assert choose("op", (TRITON, works, REFERENCE), None, X) == "cpu"
+    assert choose("op", (TRITON, REFERENCE), None, X) == "reference"
+
+
+def test_fp64_takes_the_reference_silently(caplog):
+    assert choose("op", (TRITON, CPU, REFERENCE), None, X.double()) == "reference"
+    assert not caplog.records
+
+
+def test_a_limit_passes_the_call_on():
+    works = dataclasses.replace(CPU, why_not=lambda: None)
+    limits = {"cpu": "E is at most 4; got 5"}
+    assert choose("op", (works, REFERENCE), None, X, **limits) == "reference"
+    with pytest.raises(NotImplementedError, match="E is at most 4; got 5"):
+        choose("op", (works, REFERENCE), "cpu", X, **limits)
+
+
+def test_a_fall_back_is_logged_once(caplog):
+    with caplog.at_level(logging.WARNING, "molex_kernels"):
+        for _ in range(3):
+            assert choose("op", (BROKEN, REFERENCE), None, X) == "reference"
+    assert [r.getMessage() for r in caplog.records] == [
+        "op: 'cpu' cannot run, taking the next implementation: it is broken"
+    ]
+
+
+def test_an_explicit_choice_never_falls_back():
+    with pytest.raises(NotImplementedError) as error:
+        choose("op", (CUDA, BROKEN, REFERENCE), "cpu", X)
+    message = str(error.value)
+    assert "op: impl='cpu' cannot run: it is broken" in message
+    assert "cuda: it runs on cuda, the inputs are on cpu" in message
+    assert "reference: would run" in message
+
+
+def test_an_absent_implementation_is_named():
+    with pytest.raises(NotImplementedError, match="op has no such implementation"):
+        choose("op", (REFERENCE,), "cuda", X)
+
+
+def test_an_unknown_name_lists_the_names():
+    with pytest.raises(ValueError, match=r"impl: expected one of 'cuda', .* got 'tritn'"):
+        choose("op", (REFERENCE,), "tritn", X)
+
+
+def test_bf16_is_refused_under_the_interpreter():
+    if not _dispatch.interpreted():
+        pytest.skip("the interpreter is off where there is a GPU")
+    assert choose("op", (TRITON, REFERENCE), "triton", X) == "triton"
+    with pytest.raises(NotImplementedError, match="the inputs are bfloat16"):
+        choose("op", (TRITON, REFERENCE), "triton", X.bfloat16())
+
+
+def test_triton_without_a_gpu_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(_dispatch, "interpreted", lambda: False)
+    with pytest.raises(NotImplementedError, match="it needs a GPU"):
+        choose("other op", (TRITON, REFERENCE), "triton", X)
+
+
+def test_the_environment_sets_the_default(monkeypatch):
+    monkeypatch.setattr(_dispatch, "DEFAULT", "reference")
+    works = dataclasses.replace(CPU, why_not=lambda: None)
+    assert choose("op", (works, REFERENCE), None, X) == "reference"
+    monkeypatch.setattr(_dispatch, "DEFAULT", "fast")
+    with pytest.raises(ValueError, match="MOLEX_IMPL: expected one of"):
+        choose("op", (REFERENCE,), None, X)
+
+
+def test_the_environment_is_read():
+    script = "from molex_kernels import _dispatch; print(_dispatch.DEFAULT)"
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MOLEX_IMPL": "reference"},
+    )
+    assert run.stdout.strip() == "reference", run.stderr
