@@ -1,1 +1,2 @@
 """Public names."""
+__version__ = "0.1.0"
