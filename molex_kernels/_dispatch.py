@@ -106,7 +106,7 @@ def choose(
         reason = reason or limits.get(candidate.name)
         if reason is None:
             return candidate.name
-        if x.device.type in candidate.devices and x.dtype in candidate.dtypes:
+        if x.device.type in candidate.devices and _takes(candidate, x.dtype):
             _warn_once(op, candidate.name, reason)
     raise NotImplementedError(f"{op}: " + _others(op, implementations, "", x, limits))
 
@@ -127,11 +127,16 @@ def _why_not(
             candidate = TRITON_INTERPRETED
         if device not in candidate.devices:
             return f"it runs on {' or '.join(candidate.devices)}, the inputs are on {device}"
-        if dtype not in candidate.dtypes:
+        if not _takes(candidate, dtype):
             names = ", ".join(str(d).removeprefix("torch.") for d in candidate.dtypes)
             return f"it takes {names}; the inputs are {str(dtype).removeprefix('torch.')}"
         return candidate.why_not()
     return f"{op} has no such implementation"
+
+
+def _takes(implementation: Implementation, dtype: torch.dtype) -> bool:
+    """`dtypes` are floating ones: ops on indices alone have checked theirs before."""
+    return dtype in implementation.dtypes or not dtype.is_floating_point
 
 
 def reasons(implementations: tuple[Implementation, ...], device: str) -> dict[str, str | None]:

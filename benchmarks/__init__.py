@@ -1,0 +1,1 @@
+"""Microbenchmarks of every op, and a training run on real text."""

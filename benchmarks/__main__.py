@@ -1,0 +1,82 @@
+"""`python -m benchmarks`: the ops, the training run on text, the report.
+
+Returns non-zero if a result of ours was wrong or anything failed; the report is written in any
+case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks import environment, presets, report, results
+
+
+def main() -> int:
+    """Command line; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--preset", choices=sorted(presets.PRESETS), default="quick")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument("--out", type=Path, help="report folder; default: benchmarks/reports/...")
+    parser.add_argument("--save-results", action="store_true", help="keep a JSON in results/")
+    parser.add_argument("--only", choices=("ops", "text"), help="leave the other part out")
+    parser.add_argument("-k", dest="select", help="which rows, as pytest's -k")
+    options = parser.parse_args()
+
+    console = Console(soft_wrap=True)
+    preset = presets.PRESETS[options.preset]
+    device = torch.device(options.device) if options.device else presets.default_device()
+    if preset.needs_cuda and device.type != "cuda":
+        console.print(f"--preset {preset.name} needs a CUDA device; none is used here")
+        return 2
+    facts = environment.describe(device)
+    console.print(
+        f"molex_kernels benchmarks, preset {preset.name}: {facts['chip']}, {facts['cores']} cores, "
+        f"torch {facts['torch']}, triton {facts['triton']}, commit {facts['commit']}"
+    )
+    start = time.monotonic()
+    chosen = ["--preset", preset.name, "--device", device.type]
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        ops, text = Path(folder) / "ops.json", Path(folder) / "text.json"
+        if options.only != "text" and _ops(chosen, ops, options.select):
+            failed.append("ops")
+        if options.only != "ops" and _text(chosen, text):
+            failed.append("text")
+        found = results.collect(ops, text)
+    if not found["environment"]:
+        console.print("nothing was measured")
+        return 1
+    report.show(found, console)
+    console.print(f"report: {report.write(found, options.out) / 'report.md'}")
+    if options.save_results:
+        console.print(f"results: {report.save_results(found)}")
+    console.print(f"took {time.monotonic() - start:.0f} s")
+    for part in failed:
+        console.print(f"[bold red]failed: {part}[/bold red] (see above)")
+    return 1 if failed else 0
+
+
+def _ops(chosen: list[str], target: Path, select: str | None) -> int:
+    folder = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", str(folder), *chosen, "--progress", "-q", "-s"]
+    command += ["--no-header", "--tb=short", "-o", "console_output_style=none", "-r", "fE"]
+    command += ["--benchmark-enable", "--benchmark-quiet", f"--benchmark-json={target}"]
+    command += ["-k", select] if select else []
+    return subprocess.run(command, cwd=folder.parent).returncode
+
+
+def _text(chosen: list[str], target: Path) -> int:
+    command = [sys.executable, "-m", "benchmarks.end_to_end.text", *chosen, "--json", str(target)]
+    return subprocess.run(command, cwd=Path(__file__).parents[1]).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""What the machine can do at best, measured in the same process as the ops."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Bytes per second of a copy (read and written both count), FLOP per second of a matmul."""
+
+    copy: float
+    matmul: float
+
+    def bound(self, num_bytes: int, flops: int) -> tuple[float, str]:
+        """The shortest possible time in seconds, and which ceiling sets it."""
+        memory, compute = num_bytes / self.copy, flops / self.matmul
+        return (memory, "copy") if memory >= compute else (compute, "matmul")
+
+
+@functools.cache
+def measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """The best of several runs each: a ceiling is what the machine reaches undisturbed."""
+    return Ceilings(_copy_rate(device), _matmul_rate(device, dtype))
+
+
+def _copy_rate(device: torch.device) -> float:
+    length = 2**28 if device.type == "cuda" else 2**25
+    source = torch.ones(length, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    num_bytes = 2 * source.numel() * source.element_size()
+    return num_bytes / _best(lambda: target.copy_(source), device)
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    side = 8192 if device.type == "cuda" else 1536
+    a = torch.randn(side, side, device=device).to(dtype)
+    b = torch.randn(side, side, device=device).to(dtype)
+    out = torch.empty_like(a)
+    return 2 * side**3 / _best(lambda: torch.mm(a, b, out=out), device)
+
+
+def _best(call: Callable[[], object], device: torch.device, rounds: int = 12) -> float:
+    times = []
+    for _ in range(rounds):
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,158 @@
+"""Checks a row's results against the reference before it is timed.
+
+The rule is the tests' error budget: err(row, fp64) <= 2 * (err(reference in the same dtype, fp64) +
+eps * max|fp64|), for outputs and gradients; integer results must be equal.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molex_kernels._opinfo import Inputs, OpInfo
+
+Tensors = dict[str, Tensor]
+
+
+def _load(name: str) -> ModuleType:
+    # By path: another installed package may be called `tests`.
+    path = Path(__file__).parents[1] / "tests" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmarks.{name}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be loaded")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tolerance = _load("tolerance")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One row's work: a call of the function; given upstream gradients, its backward pass too."""
+
+    info: OpInfo
+    function: Callable[..., Any]
+    inputs: Inputs
+    upstream: Tensors | None = None
+
+    def call(self) -> Any:
+        """What is timed."""
+        out = self.function(**self.inputs)
+        return out if self.upstream is None else self._gradients(self.info.results(out))
+
+    def tensors(self) -> Tensors:
+        """Outputs by name and gradients by argument, detached: what is checked."""
+        results = self.info.results(self.function(**self.inputs))
+        found = {name: result.detach() for name, result in results.items()}
+        if self.upstream is not None:
+            gradients = zip(self._leaves(), self._gradients(results), strict=True)
+            found |= {f"d {name}": g for (name, _), g in gradients if g is not None}
+        return found
+
+    def _leaves(self) -> list[tuple[str, Tensor]]:
+        wanted = ((name, self.inputs.get(name)) for name in self.info.differentiable)
+        return [(n, t) for n, t in wanted if isinstance(t, Tensor) and t.requires_grad]
+
+    def _gradients(self, results: Tensors) -> tuple[Tensor | None, ...]:
+        upstream = self.upstream or {}
+        outputs = [n for n, t in results.items() if t.requires_grad and n in upstream]
+        return torch.autograd.grad(
+            [results[n] for n in outputs],
+            [t for _, t in self._leaves()],
+            [upstream[n].to(results[n].dtype) for n in outputs],
+            allow_unused=True,
+        )
+
+
+def require_grad(info: OpInfo, inputs: Inputs) -> Inputs:
+    """The same inputs with the differentiable ones as leaves that need a gradient."""
+    leaves = {
+        name: inputs[name].detach().requires_grad_()
+        for name in info.differentiable
+        if isinstance(inputs.get(name), Tensor)
+    }
+    return {**inputs, **leaves}
+
+
+def random_upstream(info: OpInfo, inputs: Inputs, generator: torch.Generator) -> Tensors:
+    """Random gradients for the results that have one, at unit scale."""
+    results = info.results(info.function(**inputs, impl="reference"))
+    return {
+        name: torch.randn(t.shape, generator=generator, device=t.device).to(t.dtype)
+        for name, t in results.items()
+        if t.requires_grad
+    }
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The fp64 results and the reference's own in the dtype under test."""
+
+    expected: Tensors
+    own: Tensors
+    dtype: torch.dtype
+
+    def compare(self, actual: Tensors) -> str | None:
+        """What is wrong with these results, or None."""
+        for name, want in self.expected.items():
+            got = actual.get(name)
+            if got is None:
+                return f"{name} is missing"
+            if not want.is_floating_point():
+                if not got.equal(want):
+                    return f"{name} differs"
+                continue
+            try:
+                tolerance.within_budget(name, got, want, self.own[name], self.dtype)
+            except AssertionError as error:
+                return str(error)
+        return None
+
+
+def truth(info: OpInfo, inputs: Inputs, upstream: Tensors | None, dtype: torch.dtype) -> Truth:
+    """Runs the reference in fp64 and in `dtype` on the same values."""
+    function = partial(info.function, impl="reference")
+    own = Pass(info, function, inputs, upstream).tensors()
+    exact = Pass(info, function, _double(inputs), upstream and _double(upstream)).tensors()
+    return Truth(exact, own, dtype)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` gives NaN inside, so that an output that is never written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def poison(tensors: Tensors) -> None:
+    """Overwrites results: NaN, or the largest integer."""
+    for t in tensors.values():
+        t.fill_(float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max)
+
+
+def _double(values: Any) -> Any:
+    if isinstance(values, Tensor):
+        if not values.is_floating_point():
+            return values
+        return values.detach().double().requires_grad_(values.requires_grad)
+    if isinstance(values, dict):
+        return {name: _double(value) for name, value in values.items()}
+    if isinstance(values, tuple):
+        mapped = [_double(v) for v in values]
+        return type(values)(*mapped) if hasattr(values, "_fields") else tuple(mapped)
+    return values

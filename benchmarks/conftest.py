@@ -1,0 +1,101 @@
+"""Options, rows and fixtures of the benchmarks; what is added to pytest-benchmark's JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import ceilings, environment, presets, rows
+from benchmarks.measure import OK, Meter, Outcome, Outcomes
+from benchmarks.progress import Progress
+from benchmarks.rows import Group, Row
+from molex_kernels.ops import load_ops
+
+_UNTIMED = pytest.StashKey[list[dict[str, Any]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    options = parser.getgroup("molex_kernels")
+    options.addoption("--preset", choices=sorted(presets.PRESETS), default="quick")
+    options.addoption("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    options.addoption("--progress", action="store_true", help="a progress bar instead of dots")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_UNTIMED] = []
+
+
+def _device(config: pytest.Config) -> torch.device:
+    name = config.getoption("--device")
+    return torch.device(name) if name else presets.default_device()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "row" not in metafunc.fixturenames:
+        return
+    preset = presets.PRESETS[metafunc.config.getoption("--preset")]
+    device = _device(metafunc.config)
+    dtype = presets.default_dtype(device)
+    found = [r for g in rows.groups(load_ops(), preset, device, dtype) for r in rows.rows(g)]
+    metafunc.parametrize("row", found, ids=[row.name for row in found])
+
+
+def pytest_report_teststatus(
+    report: pytest.TestReport, config: pytest.Config
+) -> tuple[str, str, str] | None:
+    # The progress bar speaks for the rows: no dots between its lines.
+    if config.getoption("--progress") and not report.failed:
+        counted = report.when == "call" or report.skipped
+        return report.outcome if counted else "", "", ""
+    return None
+
+
+@pytest.fixture(scope="session")
+def progress(request: pytest.FixtureRequest) -> Any:
+    specs = [getattr(item, "callspec", None) for item in request.session.items]
+    names = {spec.params["row"].group.name for spec in specs if spec and "row" in spec.params}
+    with Progress(len(names), enabled=request.config.getoption("--progress")) as shown:
+        yield shown
+
+
+@pytest.fixture(scope="session")
+def measured(request: pytest.FixtureRequest, progress: Progress) -> Callable[[Row], Outcome]:
+    """The outcome of a row; its whole group is measured when the first row asks."""
+    config = request.config
+    preset = presets.PRESETS[config.getoption("--preset")]
+    if preset.needs_cuda and _device(config).type != "cuda":
+        pytest.exit(f"--preset {preset.name} needs a CUDA device", returncode=2)
+    enabled = config.getoption("benchmark_enable") or not config.getoption("benchmark_disable")
+    meter = Meter(preset, timed=enabled)
+    outcomes: dict[str, Outcomes] = {}
+
+    def outcome_of(row: Row) -> Outcome:
+        group: Group = row.group
+        if group.name not in outcomes:
+            progress.start(group)
+            outcomes[group.name] = meter.group(group)
+            progress.done(group, outcomes[group.name])
+        outcome = outcomes[group.name][row.label, row.mode]
+        if outcome.status != OK:
+            facts = {**outcome.facts, "status": outcome.status, "reason": outcome.reason}
+            config.stash[_UNTIMED].append(facts)
+        return outcome
+
+    return outcome_of
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    device = _device(config)
+    dtype = presets.default_dtype(device)
+    output_json["molex"] = {
+        "preset": config.getoption("--preset"),
+        "environment": environment.describe(device),
+        "ceilings": {
+            presets.dtype_name(dtype): dataclasses.asdict(ceilings.measure(device, dtype))
+        },
+        "untimed": config.stash[_UNTIMED],
+    }

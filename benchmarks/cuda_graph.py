@@ -1,0 +1,45 @@
+"""Captures a call into a CUDA graph, to time its kernels without the launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Captured(Generic[Result]):
+    """A replayable graph and the result tensors that each replay writes."""
+
+    graph: torch.cuda.CUDAGraph
+    result: Result
+
+
+def capture(call: Callable[[], Result]) -> Captured[Result] | str:
+    """The graph, or the reason why there is none.
+
+    A host synchronisation is looked for first: one inside a capture would upset later captures.
+    """
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            call()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                call()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        return f"no CUDA graph: {str(error).splitlines()[0]}"
+    return Captured(graph, result)

@@ -1,0 +1,108 @@
+"""`python -m benchmarks.end_to_end.text`: plain and adaptive-clustering routing on real text.
+
+Trains a byte-level transformer twice on the Python standard library's source, once with each
+router, from the same seeds on the same bytes for the same number of steps; then measures the step
+time of each implementation. Whatever comes out is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks import environment, presets
+from benchmarks.end_to_end import data
+from benchmarks.end_to_end.steps import step_times
+from benchmarks.end_to_end.train import Run, affordable_steps, train
+from benchmarks.end_to_end.verdict import mean_and_error, verdict
+from benchmarks.formats import seconds
+from benchmarks.presets import TextPlan
+
+
+def run(plan: TextPlan, device: torch.device, console: Console) -> dict[str, Any]:
+    """The whole run, as the report's data."""
+    text = data.load(plan.context, plan.validation_bytes)
+    console.print(
+        f"text: {text.files} files, {len(text.train) / 1e6:.1f} MB to train on, "
+        f"{text.validation[:, 1:].numel()} of {text.held_out_bytes} held-out bytes to validate"
+    )
+    steps = affordable_steps(plan, text, device)
+    runs: list[Run] = []
+    with Progress(
+        TextColumn("[bold]text"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        console=console,
+    ) as bar:
+        task = bar.add_task("", total=steps * len(plan.seeds))
+        for number, seed in enumerate(plan.seeds):
+
+            def report(step: int, bits: dict[str, float], done: int = number * steps) -> None:
+                losses = ", ".join(f"{router} {value:.3f}" for router, value in bits.items())
+                bar.update(task, completed=done + step, description=f"train bits/byte: {losses}")
+                if step % max(steps // 4, 1) == 0 and not console.is_terminal:
+                    console.print(f"step {step}/{steps}: train bits/byte: {losses}")
+
+            finished, trainers = train(plan, text, steps, seed, device, report)
+            runs += finished
+    times = step_times(plan, text, trainers, device)
+    parameters = sum(p.numel() for p in trainers["ac"].model.parameters())
+    return {
+        "plan": dataclasses.asdict(plan),
+        "steps": steps,
+        "parameters": parameters,
+        "files": text.files,
+        "train_bytes": len(text.train),
+        "validation_bytes": text.validation[:, 1:].numel(),
+        "runs": [one.summary() for one in runs],
+        "differences": _differences(runs),
+        "step_times": times,
+        "environment": environment.describe(device),
+    }
+
+
+def _differences(runs: list[Run]) -> list[dict[str, float]]:
+    """Adaptive clustering minus top-k in bits per byte, paired over the validation windows."""
+    finals = {(one.router, one.seed): one.final for one in runs}
+    found = []
+    for seed in sorted({one.seed for one in runs}):
+        pairs = zip(finals["ac", seed], finals["topk", seed], strict=True)
+        mean, error = mean_and_error([ac - topk for ac, topk in pairs])
+        found.append({"seed": seed, "mean": mean, "error": error})
+    return found
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", choices=sorted(presets.PRESETS), default="quick")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--json", type=Path, help="write the results here")
+    options = parser.parse_args()
+    device = torch.device(options.device) if options.device else presets.default_device()
+    console = Console(soft_wrap=True)
+    results = run(presets.PRESETS[options.preset].text, device, console)
+    for one in results["runs"]:
+        console.print(
+            f"{one['router']:<5} seed {one['seed']}: {one['final']:.4f} validation bits per byte "
+            f"after {results['steps']} steps (+- {one['final_error']:.4f})"
+        )
+    console.print(verdict(results))
+    for entry in results["step_times"]:
+        took = seconds(entry["median_s"]) if "median_s" in entry else entry["reason"]
+        console.print(f"step {entry['router']:<5} {entry['impl']:<10} {took}")
+    if options.json:
+        options.json.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The report's images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks import results
+from benchmarks.formats import ratio, seconds
+from benchmarks.results import Results
+from benchmarks.rows import MODES, OURS
+
+COLOURS = {
+    "published": "#4477aa",
+    "reference": "#ccbb44",
+    "compiled": "#228833",
+    "library": "#ee6677",
+    "topk": "#4477aa",
+    "ac": "#ee6677",
+}
+OTHER = "#888888"
+ROUTER_NAMES = {"topk": "top-k", "ac": "adaptive clustering"}
+
+
+def draw(found: Results, folder: Path) -> list[str]:
+    """Writes every image there is data for; their names."""
+    names = [n for op in results.ops(found) if (n := _speedups(found, op, folder))]
+    if found["text"]:
+        names += [_curves(found["text"], folder), _steps(found["text"], folder)]
+    return names
+
+
+def _speedups(found: Results, op: str, folder: Path) -> str:
+    """One panel per mode; a group of bars per shape, a bar per baseline, on a logarithmic axis."""
+    panels = []
+    for mode in MODES:
+        bars = []
+        for shape in results.shapes(found, op, mode):
+            group = results.members(found, op, mode, shape)
+            if ours := results.best(group):
+                gains = {
+                    r["impl"]: gain
+                    for r in group
+                    if r["kind"] != OURS and (gain := results.speedup(ours, r))
+                }
+                if gains:
+                    bars.append((f"{shape.split('/')[0]}\n({ours['impl']})", gains))
+        if bars:
+            panels.append((mode, bars))
+    if not panels:
+        return ""
+    labels = [n for n in results.baselines(found) if any(n in g for _, b in panels for _, g in b)]
+    tallest = max(len(bars) for _, bars in panels)
+    height = 1.5 + tallest * max(0.27 * len(labels) + 0.15, 0.6)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(1.5 + 5.5 * len(panels), height), squeeze=False
+    )
+    for axis, (mode, bars) in zip(axes[0], panels, strict=True):
+        _bars(axis, bars, labels)
+        axis.set_title(mode)
+    handles, texts = axes[0][0].get_legend_handles_labels()
+    figure.suptitle(f"{op}: speed-up against each baseline", fontweight="bold")
+    figure.legend(
+        handles, [f"vs {t}" for t in texts], ncols=len(labels), loc="lower center", frameon=False
+    )
+    return _write(figure, folder / f"speedup-{op}.png", bottom=0.35 / height)
+
+
+def _bars(axis: Axes, bars: list[tuple[str, dict[str, float]]], labels: list[str]) -> None:
+    width = 0.8 / len(labels)
+    for index, name in enumerate(labels):
+        offset = (index - (len(labels) - 1) / 2) * width
+        places = [p + offset for p in range(len(bars))]
+        values = [gains.get(name, float("nan")) for _, gains in bars]
+        # A logarithmic bar has no zero: it starts at 1, no difference.
+        lengths = [v - 1 for v in values]
+        colour = COLOURS.get(name, OTHER)
+        axis.barh(places, lengths, 0.9 * width, left=1.0, color=colour, label=name)
+        for place, value in zip(places, values, strict=True):
+            if value == value:
+                side = "left" if value >= 1 else "right"
+                shift = 3 if value >= 1 else -3
+                axis.annotate(
+                    ratio(value), (value, place), (shift, 0), textcoords="offset points",
+                    ha=side, va="center", fontsize=8,
+                )  # fmt: skip
+    found = [g for _, gains in bars for g in gains.values()]
+    axis.set_xscale("log")
+    axis.set_xlim(min(0.4, 0.5 * min(found)), max(2.5, 2.2 * max(found)))
+    axis.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axis.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    axis.axvline(1.0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("times faster (right of 1x: ours is faster)")
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_axisbelow(True)
+
+
+def _curves(text: dict[str, Any], folder: Path) -> str:
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    styles = ("-", "--", ":", "-.")
+    seeds = sorted({run["seed"] for run in text["runs"]})
+    for run in text["runs"]:
+        style = styles[seeds.index(run["seed"]) % len(styles)]
+        colour, name = COLOURS[run["router"]], ROUTER_NAMES[run["router"]]
+        steps, bits = zip(*run["validation"], strict=True)
+        label = f"{name}, seed {run['seed']}: {run['final']:.3f} at the end"
+        axis.plot(steps, bits, style, color=colour, marker="o", markersize=3, label=label)
+    axis.set_xlabel("step")
+    axis.set_ylabel("validation bits per byte")
+    axis.set_title("Byte-level transformer on the Python standard library", fontweight="bold")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    return _write(figure, folder / "text-curves.png")
+
+
+def _steps(text: dict[str, Any], folder: Path) -> str:
+    timed = [t for t in text["step_times"] if "median_s" in t]
+    impls = list(dict.fromkeys(t["impl"] for t in timed))
+    figure, axis = plt.subplots(figsize=(7, 1.6 + 0.7 * len(impls)))
+    for index, router in enumerate(ROUTER_NAMES):
+        entries = [t for t in timed if t["router"] == router]
+        places = [impls.index(t["impl"]) + (index - 0.5) * 0.4 for t in entries]
+        values = [t["median_s"] * 1e3 for t in entries]
+        axis.barh(places, values, 0.36, color=COLOURS[router], label=ROUTER_NAMES[router])
+        for place, value in zip(places, values, strict=True):
+            axis.annotate(
+                seconds(value * 1e-3), (value, place), (3, 0), textcoords="offset points",
+                va="center", fontsize=8,
+            )  # fmt: skip
+    axis.set_yticks(range(len(impls)), impls)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.set_xlabel("milliseconds per training step (this machine's)")
+    axis.set_title("Training step by implementation", fontweight="bold")
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_axisbelow(True)
+    figure.legend(ncols=2, loc="lower center", frameon=False)
+    return _write(figure, folder / "text-steps.png", bottom=0.1)
+
+
+def _write(figure: Any, path: Path, bottom: float = 0.0) -> str:
+    figure.tight_layout(rect=(0, bottom, 1, 1))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path.name

@@ -1,0 +1,121 @@
+"""What a run covers and how long it may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """The training run on text. `seconds` bounds the training of all routers and seeds together."""
+
+    seconds: float
+    max_steps: int
+    seeds: tuple[int, ...] = (0,)
+    batch: int = 8
+    context: int = 128
+    dim: int = 128
+    layers: int = 3
+    heads: int = 4
+    experts: int = 8
+    top_k: int = 2
+    hidden: int = 256
+    evaluations: int = 12
+    validation_bytes: int = 49152
+    step_seconds: float = 10.0
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One choice of cases and limits. All limits are in seconds of wall-clock time.
+
+    `mode_seconds`: for timing the implementations of one shape, forward or step. `ops_seconds`:
+    after it no further shape is started. `compile_seconds`: after it nothing more is compiled.
+    `case_seconds`: a shape whose step would take longer at the machine's matmul rate is left out.
+    """
+
+    name: str
+    cases: str
+    mode_seconds: float
+    min_rounds: int
+    ops_seconds: float
+    compile_seconds: float
+    case_seconds: float
+    text: TextPlan
+    needs_cuda: bool = False
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="quick",
+            cases="quick",
+            mode_seconds=1.0,
+            min_rounds=5,
+            ops_seconds=100,
+            compile_seconds=50,
+            case_seconds=0.2,
+            text=TextPlan(seconds=90, max_steps=600, step_seconds=8),
+        ),
+        Preset(
+            name="full",
+            cases="benchmarks",
+            mode_seconds=6.0,
+            min_rounds=7,
+            ops_seconds=3600,
+            compile_seconds=1200,
+            case_seconds=0.5,
+            text=TextPlan(
+                seconds=1500,
+                max_steps=2000,
+                seeds=(0, 1, 2),
+                layers=4,
+                context=256,
+                step_seconds=40,
+            ),
+        ),
+        Preset(
+            name="gpu",
+            cases="benchmarks",
+            mode_seconds=0.8,
+            min_rounds=5,
+            ops_seconds=250,
+            compile_seconds=80,
+            case_seconds=0.5,
+            text=TextPlan(
+                seconds=90,
+                max_steps=1000,
+                seeds=(0, 1),
+                batch=64,
+                context=256,
+                dim=256,
+                layers=6,
+                heads=8,
+                experts=16,
+                hidden=512,
+                validation_bytes=1 << 20,
+                step_seconds=20,
+            ),
+            needs_cuda=True,
+        ),
+    )
+}
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The short name used in ids: "bf16", "fp16", "fp32", "fp64"."""
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    return names.get(dtype, "fp64")

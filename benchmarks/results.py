@@ -1,0 +1,95 @@
+"""Joins what pytest-benchmark and the text run wrote into one set of results."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import BASELINES, OURS
+
+COLUMNS = (
+    "op", "shape", "dtype", "device", "mode", "impl", "kind", "status", "median_s", "min_s",
+    "q1_s", "q3_s", "rounds", "graph_s", "peak_bytes", "bytes", "flops", "gb_per_s",
+    "gflop_per_s", "ceiling", "share", "checked_at", "graph", "reason",
+)  # fmt: skip
+
+Row = dict[str, Any]
+Results = dict[str, Any]
+
+
+def collect(ops: Path | None, text: Path | None) -> Results:
+    """One dictionary: environment, preset, ceilings, rows, and the text run or None."""
+    results: Results = {"preset": None, "environment": {}, "ceilings": {}, "rows": [], "text": None}
+    if text and text.exists():
+        results["text"] = json.loads(text.read_text())
+        results["environment"] = results["text"]["environment"]
+    if ops and ops.exists():
+        found = json.loads(ops.read_text())
+        results |= {key: found["molex"][key] for key in ("preset", "environment", "ceilings")}
+        results["rows"] = [_timed(b) for b in found["benchmarks"]] + found["molex"]["untimed"]
+    return results
+
+
+def save(results: Results, folder: Path) -> None:
+    """Writes results.json and results.csv."""
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(results["rows"])
+
+
+def ops(results: Results) -> list[str]:
+    """The ops with rows, in the order in which they were measured."""
+    return list(dict.fromkeys(row["op"] for row in results["rows"]))
+
+
+def shapes(results: Results, op: str, mode: str) -> list[str]:
+    """The shapes of an op in one mode, as `shape/dtype`."""
+    chosen = (r for r in results["rows"] if r["op"] == op and r["mode"] == mode)
+    return list(dict.fromkeys(f"{r['shape']}/{r['dtype']}" for r in chosen))
+
+
+def members(results: Results, op: str, mode: str, shape: str) -> list[Row]:
+    """The rows side by side: ours first, then the baselines in their fixed order."""
+    rows = [
+        r
+        for r in results["rows"]
+        if (r["op"], r["mode"], f"{r['shape']}/{r['dtype']}") == (op, mode, shape)
+    ]
+    place = {name: index for index, name in enumerate(BASELINES)}
+    return sorted(rows, key=lambda r: (r["kind"] != OURS, place.get(r["impl"], len(place))))
+
+
+def baselines(results: Results) -> list[str]:
+    """Every baseline that has a row, the named four first."""
+    found = {r["impl"] for r in results["rows"] if r["kind"] != OURS}
+    return [*(b for b in BASELINES if b in found), *sorted(found.difference(BASELINES))]
+
+
+def speedup(ours: Row, other: Row) -> float | None:
+    """How many times faster `ours` is, from medians of the same run; None without both times."""
+    if "median_s" not in ours or "median_s" not in other:
+        return None
+    return other["median_s"] / ours["median_s"]
+
+
+def best(rows: list[Row]) -> Row | None:
+    """The fastest of our implementations, if any has a time."""
+    timed = [r for r in rows if r["kind"] == OURS and "median_s" in r]
+    return min(timed, key=lambda r: r["median_s"]) if timed else None
+
+
+def _timed(benchmark: dict[str, Any]) -> Row:
+    stats = benchmark["stats"]
+    return {
+        **benchmark["extra_info"],
+        "status": "ok",
+        "median_s": stats["median"],
+        "min_s": stats["min"],
+        "q1_s": stats["q1"],
+        "q3_s": stats["q3"],
+        "rounds": stats["rounds"],
+    }

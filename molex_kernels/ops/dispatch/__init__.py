@@ -1,0 +1,1 @@
+"""Sending tokens to their experts: grouped GEMM and the experts' MLP."""

@@ -1,0 +1,197 @@
+"""Grouped GEMM and the experts' MLP: public functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from molex_kernels import _check, _dtypes
+from molex_kernels._dispatch import CPU_ATEN, REFERENCE, TRITON, choose
+from molex_kernels.ops.dispatch import op, reference
+from molex_kernels.ops.routing.api import route_plan
+from molex_kernels.ops.routing.plan import RoutePlan
+
+# Name -> (pointwise function, whether it acts on a gate that then multiplies the up half).
+ACTIVATIONS = {
+    "relu": ("relu", False),
+    "gelu": ("gelu", False),
+    "gelu_tanh": ("gelu_tanh", False),
+    "silu": ("silu", False),
+    "swiglu": ("silu", True),
+    "geglu": ("gelu", True),
+    "reglu": ("relu", True),
+}
+GATE_LAYOUTS = ("concat", "interleaved")
+MAX_EXPERTS = 1024
+
+_IMPLEMENTATIONS = (TRITON, CPU_ATEN, REFERENCE)
+
+
+def grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Multiplies the rows of each expert by that expert's weight.
+
+    y_t = weight_e x_t + bias_e  for offsets[e-1] <= t < offsets[e]  (offsets[-1] reads as 0 for e = 0);
+    y_t = 0  for rows past the last offset.
+
+    Args:
+        x: [T, D], rows in expert order. fp16, bf16, fp32 (fp64: reference only).
+        weight: [E, N, D], of x's dtype, any strides.
+        offsets: [E] int32, the ends of the experts' rows, non-decreasing, as `F.grouped_mm` takes
+            them. Read on the device, never checked: ends outside [0, T] or out of order give
+            unspecified values, and never a read outside the tensors.
+        bias: [E, N] or None.
+        impl: "triton" (E <= 1024), "cpu" or "reference"; None takes the fastest that supports the
+            inputs. The reference multiplies every row by every weight: E times the FLOPs.
+
+    Returns:
+        [T, N] in x's dtype. Accumulated in fp32. Under autocast, x, weight and bias are cast first.
+
+    Differentiable in x, weight and bias, once. Deterministic. Never waits for the device.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape or device, no expert.
+        NotImplementedError: the explicit `impl` cannot run.
+    """
+    num_experts = _num_experts("weight", weight, "E, N, D")
+    dtypes = _like(x, "T, D")
+    _check.tensor("weight", weight, "E, N, D", (None, None, x.shape[1]), dtypes, x)
+    _check.tensor("offsets", offsets, "E", (num_experts,), (torch.int32,), x)
+    if bias is not None:
+        _check.tensor("bias", bias, "E, N", weight.shape[:2], dtypes, x)
+    x, weight, bias = _autocast(x, weight, bias)
+    chosen = choose("grouped_gemm", _IMPLEMENTATIONS, impl, x, triton=_too_many(num_experts))
+    if chosen == "reference":
+        return reference.grouped_gemm(x, weight, offsets, bias)
+    return op.grouped_gemm(x, weight, offsets, bias, chosen)
+
+
+def moe_mlp(
+    x: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "relu",
+    gate_layout: str = "concat",
+    plan: RoutePlan | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """The experts' MLP of a sparse mixture of experts, without capacity limit or dropped tokens.
+
+    y_t = sum_k expert_weight_tk FFN_e(x_t),  e = expert_index_tk,
+    FFN_e(x) = w_down_e act(w_up_e x + b_up_e) + b_down_e.
+
+    An id outside [0, E) means "not here" (the expert lives on another rank): it contributes nothing and
+    its weight gets a zero gradient. The same id twice in one row counts twice.
+
+    Gated activations (`swiglu`: silu, `geglu`: gelu, `reglu`: relu) split the hidden vector in two:
+    act(gate) * up. `gate_layout="concat"` has rows [gate; up] in w_up and b_up, `"interleaved"`
+    gate_0, up_0, gate_1, up_1, ... `gelu` is the exact one (erf), `gelu_tanh` the approximation.
+
+    With FastMoE's layout (relu, both biases) this is the layer of MomentumSMoE (arXiv 2410.14574) and
+    ACMoE (arXiv 2502.15315), whose published code waits for the device five times per call.
+
+    Args:
+        x: [T, D]. fp16, bf16, fp32 (fp64: reference only).
+        expert_index: [T, K] int64 or int32, K >= 1.
+        expert_weight: [T, K], fp32 or x's dtype.
+        w_up: [E, I, D], or [E, 2I, D] when gated; of x's dtype, any strides (never copied).
+        w_down: [E, D, I].
+        b_up: [E, I] or [E, 2I], or None. b_down: [E, D] or None.
+        activation: relu, gelu, gelu_tanh, silu, swiglu, geglu or reglu.
+        gate_layout: "concat" or "interleaved".
+        plan: `route_plan(expert_index, E)`, to share it with other ops; it must belong to this
+            `expert_index`, which is not checked. None makes one.
+        impl: "triton" (E <= 1024), "cpu" or "reference"; None takes the fastest that supports the
+            inputs. The reference sends every token to every expert: E / K times the FLOPs.
+
+    Returns:
+        [T, D] in x's dtype. Products and the sum over k are accumulated in fp32. Under autocast, x,
+        the weights and the biases are cast first; expert_weight keeps its precision.
+
+    Differentiable in x, expert_weight, w_up, w_down, b_up and b_down, once. Between the passes only x,
+    the pre-activation and the plan are kept. Deterministic. Never waits for the device.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or option.
+        NotImplementedError: the explicit `impl` cannot run.
+    """
+    _check.choice("activation", activation, tuple(ACTIVATIONS))
+    _check.choice("gate_layout", gate_layout, GATE_LAYOUTS)
+    pointwise, gated = ACTIVATIONS[activation]
+    num_experts = _num_experts("w_down", w_down, "E, D, I")
+    dtypes = _like(x, "T, D")
+    tokens, width = x.shape
+    hidden = w_down.shape[2] * (2 if gated else 1)
+    rows = "2I" if gated else "I"
+    _check.index("expert_index", expert_index, "T, K", (tokens, None), x)
+    top_k = expert_index.shape[1]
+    if top_k < 1:
+        raise ValueError("expert_index: expected shape [T, K] with K at least 1, got K=0")
+    weight_dtypes = (*dtypes, torch.float32) if x.dtype != torch.float64 else _dtypes.FLOAT_DTYPES
+    _check.tensor("expert_weight", expert_weight, "T, K", (tokens, top_k), weight_dtypes, x)
+    _check.tensor("w_up", w_up, f"E, {rows}, D", (num_experts, hidden, width), dtypes, x)
+    _check.tensor("w_down", w_down, "E, D, I", (num_experts, width, None), dtypes, x)
+    if b_up is not None:
+        _check.tensor("b_up", b_up, f"E, {rows}", (num_experts, hidden), dtypes, x)
+    if b_down is not None:
+        _check.tensor("b_down", b_down, "E, D", (num_experts, width), dtypes, x)
+    if plan is not None:
+        _check_plan(plan, num_experts, tokens * top_k, x)
+
+    x, w_up, w_down, b_up, b_down = _autocast(x, w_up, w_down, b_up, b_down)
+    if expert_weight.dtype != x.dtype:
+        expert_weight = expert_weight.to(_dtypes.accumulate_dtype(x.dtype))
+    chosen = choose("moe_mlp", _IMPLEMENTATIONS, impl, x, triton=_too_many(num_experts))
+    layout = gate_layout if gated else "plain"
+    weights = (w_up, w_down, b_up, b_down)
+    if chosen == "reference":
+        return reference.moe_mlp(x, expert_index, expert_weight, *weights, pointwise, layout)
+    if plan is None:
+        plan = route_plan(expert_index, num_experts)
+    rows_of = (plan.offsets, plan.permutation, plan.inverse)
+    return op.moe_mlp(x, expert_weight, *rows_of, *weights, pointwise, layout, chosen)
+
+
+def _num_experts(name: str, weight: Tensor, letters: str) -> int:
+    _check.floating(name, weight, letters, (None, None, None))
+    if weight.shape[0] < 1:
+        raise ValueError(f"{name}: expected shape [{letters}] with E at least 1, got E=0")
+    return weight.shape[0]
+
+
+def _like(x: Tensor, letters: str) -> tuple[torch.dtype, ...]:
+    """Checks x and returns the dtypes that its weights may have: its own, or any to be cast by autocast."""
+    _check.floating("x", x, letters, (None, None))
+    if x.dtype in _dtypes.KERNEL_DTYPES and torch.is_autocast_enabled(x.device.type):
+        return _dtypes.KERNEL_DTYPES
+    return (x.dtype,)
+
+
+def _check_plan(plan: RoutePlan, num_experts: int, num_rows: int, x: Tensor) -> None:
+    if not isinstance(plan, RoutePlan):
+        raise TypeError(f"plan: expected a RoutePlan, got {type(plan).__name__}")
+    _check.tensor("plan.offsets", plan.offsets, "E", (num_experts,), (torch.int32,), x)
+    for name in ("permutation", "inverse"):
+        rows = getattr(plan, name)
+        _check.tensor(f"plan.{name}", rows, "T * K", (num_rows,), (torch.int64,), x)
+
+
+def _autocast(x: Tensor, *others: Tensor | None) -> tuple:
+    return _dtypes.autocast(x, *others)
+
+
+def _too_many(num_experts: int) -> str | None:
+    if num_experts > MAX_EXPERTS:
+        return f"it takes at most {MAX_EXPERTS} experts, got {num_experts}"
+    return None

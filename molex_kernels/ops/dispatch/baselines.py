@@ -1,0 +1,136 @@
+"""What the dispatch ops are compared with: the published operations and the best one composes today."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from molex_kernels.ops.dispatch.api import ACTIVATIONS
+
+
+def published_moe_mlp(
+    x: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "relu",
+    gate_layout: str = "concat",
+) -> Tensor:
+    """FastMoE's steps one for one, with its five waits for the device. Every id must be an expert's."""
+    num_experts = w_up.shape[0]
+    top_k = expert_index.shape[1]
+    ids = expert_index.flatten()
+    counts = torch.bincount(ids, minlength=num_experts)
+    ends = counts.cumsum(0)
+    buffer_length = int(ends[-1].item())
+    positions = torch.argsort(ids, stable=True)[:buffer_length]
+    total = int(counts.sum().item())
+    local_counts, global_counts, batch_counts = counts.cpu(), counts.cpu(), counts.cpu()
+    if int(local_counts.sum()) != total or int(global_counts.sum()) != total:
+        raise ValueError("expert_index: expected ids in [0, E)")
+    sizes = batch_counts.tolist()
+    rows = x.index_select(0, positions // top_k)
+    hidden = _linear_by_expert(rows, sizes, w_up, b_up)
+    acted = _activate(hidden, activation, gate_layout)
+    rows = _linear_by_expert(acted, sizes, w_down, b_down)
+    outputs = rows.new_zeros(ids.shape[0], x.shape[1]).index_copy(0, positions, rows)
+    outputs = outputs.view(x.shape[0], top_k, x.shape[1])
+    return torch.bmm(expert_weight[:, None].to(x.dtype), outputs).squeeze(1)
+
+
+def library_moe_mlp(
+    x: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "relu",
+    gate_layout: str = "concat",
+) -> Tensor:
+    """Permute, `F.grouped_mm`, activation, `F.grouped_mm`, unpermute. Every id must be an expert's."""
+    _require_alignment(x, w_up, w_down)
+    num_experts = w_up.shape[0]
+    top_k = expert_index.shape[1]
+    ids = expert_index.flatten()
+    sorted_ids, order = torch.sort(ids, stable=True)
+    experts = torch.arange(num_experts, device=x.device)
+    offsets = torch.searchsorted(sorted_ids, experts, right=True).to(torch.int32)
+    hidden = F.grouped_mm(x[order // top_k], w_up.mT, offs=offsets)
+    if b_up is not None:
+        hidden = hidden + b_up[sorted_ids]
+    acted = _activate(hidden, activation, gate_layout)
+    rows = F.grouped_mm(acted, w_down.mT, offs=offsets)
+    if b_down is not None:
+        rows = rows + b_down[sorted_ids]
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.shape[0], device=x.device)
+    outputs = rows[inverse].view(x.shape[0], top_k, x.shape[1])
+    return torch.bmm(expert_weight[:, None].to(x.dtype), outputs).squeeze(1)
+
+
+def published_grouped_gemm(
+    x: Tensor, weight: Tensor, offsets: Tensor, *, bias: Tensor | None = None
+) -> Tensor:
+    """One product per expert, after FastMoE's copy of the counts to the host."""
+    ends = offsets.cpu()
+    sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+    used = int(ends[-1])
+    rows = _linear_by_expert(x[:used], sizes, weight, bias)
+    return F.pad(rows, (0, 0, 0, x.shape[0] - used))
+
+
+def library_grouped_gemm(
+    x: Tensor, weight: Tensor, offsets: Tensor, *, bias: Tensor | None = None
+) -> Tensor:
+    """`F.grouped_mm`; the rows that it leaves unwritten past the last offset are masked."""
+    _require_alignment(x, weight)
+    rows = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
+    out = F.grouped_mm(x, weight.mT, offs=offsets)
+    if bias is not None:
+        expert = torch.searchsorted(offsets, rows, right=True).clamp_max(weight.shape[0] - 1)
+        out = out + bias[expert]
+    return torch.where((rows < offsets[-1])[:, None], out, 0)
+
+
+def _linear_by_expert(
+    rows: Tensor, sizes: list[int], weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    parts = [
+        F.linear(part, weight[e], None if bias is None else bias[e])
+        for e, part in enumerate(torch.split(rows, sizes))
+    ]
+    return torch.cat(parts)
+
+
+def _activate(hidden: Tensor, activation: str, gate_layout: str) -> Tensor:
+    name, gated = ACTIVATIONS[activation]
+    if gated and gate_layout == "interleaved":
+        gate, up = hidden[:, 0::2], hidden[:, 1::2]
+    elif gated:
+        gate, up = hidden.chunk(2, dim=1)
+    else:
+        gate, up = hidden, None
+    if name == "relu":
+        acted = F.relu(gate)
+    elif name == "silu":
+        acted = F.silu(gate)
+    else:
+        acted = F.gelu(gate, approximate="tanh" if name == "gelu_tanh" else "none")
+    return acted if up is None else acted * up
+
+
+def _require_alignment(x: Tensor, *weights: Tensor) -> None:
+    """Raises NotImplementedError where `F.grouped_mm` refuses the sizes."""
+    for width in (x.shape[1], *(size for w in weights for size in w.shape[1:])):
+        if width * x.element_size() % 16:
+            raise NotImplementedError(
+                f"F.grouped_mm needs rows of a multiple of 16 bytes, got {width} elements of {x.dtype}"
+            )

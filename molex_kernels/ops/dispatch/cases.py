@@ -1,0 +1,243 @@
+"""What tests and benchmarks need to know of the dispatch ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molex_kernels._opinfo import Case, Cost, Inputs, OpInfo
+from molex_kernels.ops.dispatch.api import ACTIVATIONS, grouped_gemm, moe_mlp
+from molex_kernels.ops.dispatch.baselines import (
+    library_grouped_gemm,
+    library_moe_mlp,
+    published_grouped_gemm,
+    published_moe_mlp,
+)
+
+# Where relu bends, two precisions may differ by a whole slope: tests stay this far away from it.
+KINK = 1e-4
+SMALL = 64  # rows up to which that is looked after
+
+
+class _Draw:
+    """Random tensors whose values the dtype holds exactly, drawn alike for every dtype."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+        self.dtype, self.device, self.generator = dtype, device, generator
+
+    def normal(self, *sizes: int, scale: float = 1.0) -> Tensor:
+        drawn = torch.randn(sizes, generator=self.generator, device=self.generator.device)
+        return (drawn * scale).to(self.device, self.dtype)
+
+    def logits(self, *sizes: int) -> Tensor:
+        drawn = torch.randn(sizes, generator=self.generator, device=self.generator.device)
+        return drawn.to(self.device)
+
+
+def _expert_index(case: Case, draw: _Draw) -> Tensor:
+    tokens, num_experts, top_k = (case.sizes[name] for name in "TEK")
+    routing = case.options.get("routing", "uniform")
+    scores = draw.logits(tokens, num_experts)
+    if routing == "zipf":
+        rank = torch.arange(1, num_experts + 1, device=draw.device)
+        scores = scores - 1.2 * rank.log()
+    if routing == "one":
+        return torch.zeros(tokens, top_k, dtype=torch.int64, device=draw.device)
+    if routing == "empty":
+        scores[:, 1] = -torch.inf
+    index = scores.topk(top_k, dim=1).indices
+    if routing == "twice":
+        index[::2] = index[::2, :1]
+    if routing == "elsewhere":
+        index = index + torch.where(draw.logits(tokens, top_k) > 0.3, num_experts, 0)
+        index[::5, 0] = -1
+    return index
+
+
+def _make_moe_mlp(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Inputs:
+    tokens, width, hidden, num_experts, top_k = (case.sizes[name] for name in "TDIEK")
+    options = case.options
+    activation = options.get("activation", "relu")
+    gated = ACTIVATIONS[activation][1]
+    rows = 2 * hidden if gated else hidden
+    draw = _Draw(dtype, device, generator)
+    weights = torch.softmax(draw.logits(tokens, top_k), dim=1)
+    own = options.get("own_dtype", False) or dtype == torch.float64
+    inputs: Inputs = {
+        "x": draw.normal(tokens, width),
+        "expert_index": _expert_index(case, draw),
+        "expert_weight": weights.to(dtype) if own else weights,
+        "w_up": draw.normal(num_experts, rows, width, scale=width**-0.5),
+        "w_down": draw.normal(num_experts, width, hidden, scale=hidden**-0.5),
+        "activation": activation,
+    }
+    if options.get("bias", False):
+        inputs["b_up"] = draw.normal(num_experts, rows, scale=0.5)
+        inputs["b_down"] = draw.normal(num_experts, width)
+    if gated:
+        inputs["gate_layout"] = options.get("gate_layout", "concat")
+    if ACTIVATIONS[activation][0] == "relu" and tokens <= SMALL:
+        _leave_kinks(inputs, draw)
+    return inputs
+
+
+def _leave_kinks(inputs: Inputs, draw: _Draw) -> None:
+    """Draws tokens anew until no hidden value that relu sees lies near 0."""
+    x, w_up = inputs["x"], inputs["w_up"].double()
+    bias = inputs["b_up"].double()[:, None] if "b_up" in inputs else 0.0
+    while True:
+        hidden = torch.matmul(x.double(), w_up.mT) + bias
+        near = (hidden.abs() < KINK).any(-1).any(0)
+        if not near.any():
+            return
+        x[near] = draw.normal(int(near.sum()), x.shape[1])
+
+
+def _make_grouped_gemm(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Inputs:
+    tokens, width, columns, num_experts = (case.sizes[name] for name in "TDNE")
+    draw = _Draw(dtype, device, generator)
+    rows = case.options.get("rows", "some")
+    if rows == "even":
+        ends = torch.arange(1, num_experts + 1) * tokens // num_experts
+    elif rows == "one":
+        ends = torch.full((num_experts,), tokens)
+        ends[0] = 0
+    elif rows == "zipf":
+        shares = 1.0 / torch.arange(1, num_experts + 1)
+        ends = (shares.cumsum(0) / shares.sum() * tokens).floor().long()
+        ends[-1] = tokens
+    else:
+        # Rows past the last end, and an expert without rows.
+        ends = torch.randint(0, tokens + 1, (num_experts,), generator=generator).sort().values
+        ends[1] = ends[0]
+    inputs: Inputs = {
+        "x": draw.normal(tokens, width),
+        "weight": draw.normal(num_experts, columns, width, scale=width**-0.5),
+        "offsets": ends.to(device, torch.int32),
+    }
+    if case.options.get("bias", False):
+        inputs["bias"] = draw.normal(num_experts, columns)
+    return inputs
+
+
+def _cost_moe_mlp(case: Case, dtype: torch.dtype, backward: bool) -> Cost:
+    tokens, width, hidden, num_experts, top_k = (case.sizes[name] for name in "TDIEK")
+    rows = 2 * hidden if ACTIVATIONS[case.options.get("activation", "relu")][1] else hidden
+    assignments = tokens * top_k
+    weights = min(num_experts, assignments) * (rows + hidden) * width
+    flops = 2 * assignments * (rows + hidden) * width
+    elements = 2 * tokens * width + weights
+    routing = assignments * (8 + 4)
+    if backward:
+        # H written and read; x, dy and the weights read; dx and the weights' gradients written.
+        elements += 2 * assignments * rows + 3 * tokens * width + 2 * weights
+        routing *= 3
+        flops *= 3
+    return Cost(elements * dtype.itemsize + routing, flops)
+
+
+def _cost_grouped_gemm(case: Case, dtype: torch.dtype, backward: bool) -> Cost:
+    tokens, width, columns, num_experts = (case.sizes[name] for name in "TDNE")
+    weights = min(num_experts, tokens) * width * columns
+    passes = 3 if backward else 1
+    elements = passes * (tokens * (width + columns) + weights)
+    return Cost(elements * dtype.itemsize + 4 * num_experts, passes * 2 * tokens * width * columns)
+
+
+def _moe(t: int, d: int, i: int, e: int, k: int, note: str = "", **options: Any) -> Case:
+    return Case({"T": t, "D": d, "I": i, "E": e, "K": k}, options, note)
+
+
+def _gemm(t: int, d: int, n: int, e: int, **options: Any) -> Case:
+    return Case({"T": t, "D": d, "N": n, "E": e}, options)
+
+
+_MOE_TESTS = (
+    _moe(37, 44, 17, 5, 2, activation="relu", bias=True),
+    _moe(17, 17, 44, 3, 2, activation="swiglu", gate_layout="interleaved", routing="elsewhere"),
+    _moe(0, 17, 44, 3, 2, activation="relu", bias=True),
+    _moe(37, 44, 17, 8, 2, activation="gelu", bias=True, routing="elsewhere"),
+    _moe(17, 17, 17, 5, 2, activation="gelu_tanh", routing="empty"),
+    _moe(37, 17, 44, 3, 1, activation="silu", bias=True, routing="one"),
+    _moe(17, 44, 17, 5, 2, activation="swiglu", bias=True, own_dtype=True),
+    _moe(37, 44, 44, 8, 2, activation="geglu", routing="empty"),
+    _moe(17, 44, 17, 5, 2, activation="reglu", gate_layout="interleaved", bias=True, routing="twice"),
+    _moe(1, 352, 352, 3, 2, activation="relu"),
+)
+# The papers' layers: relu, both biases.
+_PAPER = tuple(_moe(3072, d, d, 16, 2, activation="relu", bias=True) for d in (128, 352, 512))
+_FIELD_SIZES = (
+    (40960, 768, 256, 128, 8),
+    (40960, 768, 512, 64, 4),
+    (40960, 768, 1024, 32, 2),
+    (24576, 1536, 256, 128, 8),
+    (24576, 1536, 512, 64, 4),
+    (24576, 1536, 1024, 32, 2),
+    (32768, 4096, 256, 256, 16),
+    (32768, 4096, 512, 128, 8),
+    (32768, 4096, 1024, 64, 4),
+    (32768, 4096, 512, 256, 16),
+    (32768, 4096, 1024, 128, 8),
+    (32768, 4096, 2048, 64, 4),
+)
+_QWEN3_TOKENS = (128, 1024, 4096, 32768)
+_FIELD = (
+    *(_moe(*sizes, activation="swiglu") for sizes in _FIELD_SIZES),
+    _moe(*_FIELD_SIZES[0], activation="swiglu", routing="zipf"),
+    *(_moe(t, 2048, 768, 128, 8, "qwen3", activation="swiglu") for t in _QWEN3_TOKENS),
+    _moe(32768, 2048, 768, 128, 8, "qwen3", activation="swiglu", routing="zipf"),
+    _moe(32768, 2048, 1024, 64, 8, "olmoe", activation="swiglu"),
+)
+_MOE_COMPILED = tuple(
+    _moe(tokens, 128, 128, 4, 2, activation=activation, bias=activation == "relu")
+    for tokens in (128, 512)
+    for activation in ("relu", "swiglu")
+)
+
+OPINFOS = (
+    OpInfo(
+        name="grouped_gemm",
+        function=grouped_gemm,
+        implementations=("triton", "cpu", "reference"),
+        make=_make_grouped_gemm,
+        results=lambda y: {"y": y},
+        differentiable=("x", "weight", "bias"),
+        tests=(
+            _gemm(37, 44, 17, 5, bias=True),
+            _gemm(17, 17, 44, 3),
+            _gemm(0, 17, 17, 3, bias=True),
+            _gemm(37, 17, 44, 3, rows="one", bias=True),
+            _gemm(17, 352, 44, 8, rows="even"),
+        ),
+        benchmarks=(
+            _gemm(6144, 352, 352, 16, rows="even"),
+            _gemm(65536, 2048, 768, 64, rows="even"),
+            _gemm(65536, 2048, 768, 64, rows="zipf"),
+            _gemm(131072, 4096, 1024, 64, rows="even"),
+        ),
+        quick=(_gemm(6144, 352, 352, 16, rows="even"),),
+        cost=_cost_grouped_gemm,
+        baselines={"published": published_grouped_gemm, "library": library_grouped_gemm},
+        compiled=(_gemm(256, 128, 128, 4, bias=True), _gemm(1024, 128, 128, 4, bias=True)),
+    ),
+    OpInfo(
+        name="moe_mlp",
+        function=moe_mlp,
+        implementations=("triton", "cpu", "reference"),
+        make=_make_moe_mlp,
+        results=lambda y: {"y": y},
+        differentiable=("x", "expert_weight", "w_up", "w_down", "b_up", "b_down"),
+        tests=_MOE_TESTS,
+        benchmarks=(*_PAPER, *_FIELD),
+        quick=_PAPER[:2],
+        cost=_cost_moe_mlp,
+        baselines={"published": published_moe_mlp, "library": library_moe_mlp},
+        compiled=_MOE_COMPILED,
+    ),
+)

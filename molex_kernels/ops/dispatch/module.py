@@ -1,0 +1,127 @@
+"""The experts' MLP as a module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from molex_kernels import _check
+from molex_kernels.ops.dispatch.api import ACTIVATIONS, GATE_LAYOUTS, moe_mlp
+from molex_kernels.ops.routing.plan import RoutePlan
+
+# FastMoE's names, with which MomentumSMoE and ACMoE publish their checkpoints.
+PUBLISHED = {
+    "w_up": "htoh4.weight",
+    "b_up": "htoh4.bias",
+    "w_down": "h4toh.weight",
+    "b_down": "h4toh.bias",
+}
+
+
+class MoEMLP(nn.Module):
+    """The parameters of `moe_mlp`: w_up [E, I, D] (gated: [E, 2I, D]), w_down [E, D, I], b_up, b_down.
+
+    Args:
+        d_model: D. d_hidden: I, the width after the activation. num_experts: E.
+        activation, gate_layout: as in `moe_mlp`.
+        bias: whether the experts have biases (`b_up` and `b_down` are None without).
+        impl: passed to `moe_mlp` at each call.
+        device, dtype: of the parameters.
+
+    Parameters start as those of `nn.Linear`, each expert for itself: uniform in +-1/sqrt(fan in).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        num_experts: int,
+        *,
+        activation: str = "relu",
+        gate_layout: str = "concat",
+        bias: bool = True,
+        impl: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check.integer("d_model", d_model, 1)
+        _check.integer("d_hidden", d_hidden, 1)
+        _check.integer("num_experts", num_experts, 1)
+        _check.choice("activation", activation, tuple(ACTIVATIONS))
+        _check.choice("gate_layout", gate_layout, GATE_LAYOUTS)
+        self.activation = activation
+        self.gate_layout = gate_layout
+        self.impl = impl
+        rows = 2 * d_hidden if ACTIVATIONS[activation][1] else d_hidden
+
+        def parameter(*sizes: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *sizes, device=device, dtype=dtype))
+
+        self.w_up = parameter(rows, d_model)
+        self.w_down = parameter(d_model, d_hidden)
+        self.register_parameter("b_up", parameter(rows) if bias else None)
+        self.register_parameter("b_down", parameter(d_model) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew."""
+        for weight, bias in ((self.w_up, self.b_up), (self.w_down, self.b_down)):
+            bound = 1 / math.sqrt(weight.shape[2])
+            nn.init.uniform_(weight, -bound, bound)
+            if bias is not None:
+                nn.init.uniform_(bias, -bound, bound)
+
+    def forward(
+        self, x: Tensor, routing: Sequence[Tensor], *, plan: RoutePlan | None = None
+    ) -> Tensor:
+        """[..., D] -> [..., D].
+
+        `routing` is a `Routing`, or a pair (expert_index, expert_weight) of shape [..., K] each.
+        """
+        expert_index, expert_weight = routing[0], routing[1]
+        y = moe_mlp(
+            x.flatten(0, -2),
+            expert_index.flatten(0, -2),
+            expert_weight.flatten(0, -2),
+            self.w_up,
+            self.w_down,
+            b_up=self.b_up,
+            b_down=self.b_down,
+            activation=self.activation,
+            gate_layout=self.gate_layout,
+            plan=plan,
+            impl=self.impl,
+        )
+        return y.view(x.shape)
+
+    @torch.no_grad()
+    def load_published(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Copies the experts from FastMoE's names: `htoh4.weight` [E, I, D], `htoh4.bias` [E, I],
+        `h4toh.weight` [E, D, I], `h4toh.bias` [E, D], alone or under any prefix (`experts.`).
+
+        Raises ValueError for a missing name, a name under two prefixes, or another shape.
+        """
+        found = {name: _find(state_dict, PUBLISHED[name]) for name, _ in self.named_parameters()}
+        for name, value in found.items():
+            _check.floating(PUBLISHED[name], value, "E, ...", self.get_parameter(name).shape)
+        for name, value in found.items():
+            self.get_parameter(name).copy_(value)
+
+    def extra_repr(self) -> str:
+        num_experts, d_model, d_hidden = self.w_down.shape
+        return (
+            f"d_model={d_model}, d_hidden={d_hidden}, num_experts={num_experts}, "
+            f"activation={self.activation!r}, gate_layout={self.gate_layout!r}, "
+            f"bias={self.b_up is not None}"
+        )
+
+
+def _find(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
+    keys = [key for key in state_dict if key == name or key.endswith("." + name)]
+    if len(keys) != 1:
+        raise ValueError(f"state_dict: expected one name ending in {name!r}, got {keys or 'none'}")
+    return state_dict[keys[0]]

@@ -1,0 +1,72 @@
+"""The dispatch ops in plain PyTorch: the specification.
+
+Every token goes through every expert and what does not belong is masked out. That is easy to read,
+differentiable and free of data-dependent shapes, and costs E / K times the FLOPs of the kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from molex_kernels._dtypes import accumulate_dtype
+
+def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+    """y_t = weight_e x_t + bias_e for the expert e whose rows hold t; 0 past the last offset."""
+    rows = torch.arange(x.shape[0], device=x.device)
+    expert_of_row = (rows >= offsets[:, None]).sum(0)
+    experts = torch.arange(weight.shape[0], device=x.device)
+    mine = expert_of_row == experts[:, None]  # [E, T]
+    every = torch.matmul(x, weight.mT)  # [E, T, N]
+    if bias is not None:
+        every = every + bias[:, None]
+    return torch.where(mine[..., None], every, 0).sum(0)
+
+
+def moe_mlp(
+    x: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+    layout: str,
+) -> Tensor:
+    """y_t = sum_k expert_weight_tk FFN_{expert_index_tk}(x_t).
+
+    FFN_e(x) = w_down_e act(w_up_e x + b_up_e) + b_down_e. `layout` is "plain", or how a gated hidden
+    vector holds its halves: "concat" or "interleaved".
+    """
+    dtype = accumulate_dtype(x.dtype)
+    experts = torch.arange(w_up.shape[0], device=x.device)
+    chosen = expert_index == experts[:, None, None]  # [E, T, K]
+    gates = torch.where(chosen, expert_weight.to(dtype), 0).sum(-1)  # [E, T]
+    hidden = torch.matmul(x, w_up.mT)  # [E, T, I or 2I]
+    if b_up is not None:
+        hidden = hidden + b_up[:, None]
+    out = torch.matmul(_activate(hidden, activation, layout), w_down.mT)  # [E, T, D]
+    if b_down is not None:
+        out = out + b_down[:, None]
+    return (gates[..., None] * out.to(dtype)).sum(0).to(x.dtype)
+
+
+def _activate(hidden: Tensor, activation: str, layout: str) -> Tensor:
+    """[..., I] or, when gated, [..., 2I] -> [..., I]."""
+    if layout == "plain":
+        return _pointwise(hidden, activation)
+    if layout == "interleaved":
+        gate, up = hidden[..., 0::2], hidden[..., 1::2]
+    else:
+        gate, up = hidden.chunk(2, dim=-1)
+    return _pointwise(gate, activation) * up
+
+
+def _pointwise(hidden: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return F.relu(hidden)
+    if activation == "silu":
+        return F.silu(hidden)
+    return F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")

@@ -1,0 +1,327 @@
+"""Cluster statistics: segmented sums over tokens grouped by cluster, in a fixed order.
+
+Every cluster's rows are cut into tiles; each tile leaves a partial sum, and the partial sums of a
+cluster are added in order. There are no atomics, and nothing depends on the order of the programs.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from molex_kernels._tiles import segment_of_tile
+from molex_kernels._tuning import Config, choose
+
+
+@triton.jit
+def _cluster_mean(sums_ptr, counts_ptr, cluster, offs_d, mask_d, D):
+    """sums [C, D] and counts [C], contiguous -> mean [BLOCK_D] of one cluster."""
+    count = tl.maximum(tl.load(counts_ptr + cluster), 1).to(tl.float32)
+    return tl.load(sums_ptr + cluster.to(tl.int64) * D + offs_d, mask=mask_d, other=0.0) / count
+
+
+@triton.jit
+def _statistics_fwd_tile(
+    x_ptr, stride_xt, stride_xd,  # [T, D]
+    permutation_ptr,  # [T] int64, contiguous: tokens in the order of their clusters
+    offsets_ptr,  # [C] int32, contiguous
+    sums_ptr, counts_ptr,  # [C, D] fp32 and [C] int32, contiguous; None for STAT "sum"
+    partial_ptr,  # [tiles, D] fp32, contiguous
+    D, num_clusters,
+    STAT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0).to(tl.int64)
+    offs_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    cluster, first, end = segment_of_tile(offsets_ptr, num_clusters, tile, BLOCK_T, BLOCK_C)
+    if cluster < num_clusters:
+        rows = first + tl.arange(0, BLOCK_T)
+        mask_t = rows < end
+        token = tl.load(permutation_ptr + rows, mask=mask_t, other=0)
+        mask = mask_t[:, None] & mask_d[None, :]
+        x = tl.load(
+            x_ptr + token[:, None] * stride_xt + offs_d[None, :] * stride_xd, mask=mask, other=0.0
+        ).to(tl.float32)
+        if STAT != "sum":
+            mean = _cluster_mean(sums_ptr, counts_ptr, cluster, offs_d, mask_d, D)
+            x = tl.where(mask, x - mean[None, :], 0.0)
+            x = tl.abs(x) if STAT == "mad" else x * x
+        tl.store(partial_ptr + tile * D + offs_d, tl.sum(x, axis=0), mask=mask_d)
+
+
+@triton.jit
+def _pairwise_fwd_keys(
+    x_ptr, stride_xt, stride_xd,  # [T, D]
+    cluster_ptr, stride_ct,  # [T]
+    keys_ptr,  # [D, T] int64, contiguous
+    T, D, num_clusters,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """cluster << 32 | the value's bits, mapped so that they sort as the values do."""
+    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_t = offs_t < T
+    mask = mask_t[:, None] & (offs_d < D)[None, :]
+    cluster = tl.load(cluster_ptr + offs_t * stride_ct, mask=mask_t, other=0).to(tl.int64)
+    cluster = tl.where((cluster >= 0) & (cluster < num_clusters), cluster, num_clusters)
+    x = tl.load(
+        x_ptr + offs_t[:, None] * stride_xt + offs_d[None, :] * stride_xd, mask=mask, other=0.0
+    ).to(tl.float32)
+    bits = x.to(tl.int32, bitcast=True)
+    # Negative floats grow downwards as integers; the shift by 2^31 makes the low word unsigned.
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
+    pointers = keys_ptr + offs_d[None, :] * T + offs_t[:, None]
+    tl.store(pointers, (cluster[:, None] << 32) + ordered, mask=mask)
+
+
+@triton.jit
+def _pairwise_fwd_tile(
+    keys_ptr,  # [D, T] int64, contiguous, sorted along T
+    offsets_ptr,  # [C] int32, contiguous
+    sums_ptr, counts_ptr,  # [C, D] fp32 and [C] int32, contiguous
+    partial_ptr,  # [tiles, D] fp32, contiguous
+    T, D, num_clusters,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """sum_r (2r - n + 1) (x_(r) - mean) over a tile of ranks r."""
+    tile = tl.program_id(0).to(tl.int64)
+    offs_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    cluster, first, end = segment_of_tile(offsets_ptr, num_clusters, tile, BLOCK_T, BLOCK_C)
+    if cluster < num_clusters:
+        rows = first + tl.arange(0, BLOCK_T)
+        mask = (rows < end)[:, None] & mask_d[None, :]
+        key = tl.load(keys_ptr + offs_d[None, :] * T + rows[:, None], mask=mask, other=0)
+        ordered = ((key & 0xFFFFFFFF) - 2147483648).to(tl.int32)
+        bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+        mean = _cluster_mean(sums_ptr, counts_ptr, cluster, offs_d, mask_d, D)
+        centred = tl.where(mask, bits.to(tl.float32, bitcast=True) - mean[None, :], 0.0)
+        count = tl.load(counts_ptr + cluster)
+        rank = rows - (end - count)
+        coefficient = (2 * rank - count + 1).to(tl.float32)
+        tl.store(
+            partial_ptr + tile * D + offs_d, tl.sum(coefficient[:, None] * centred, axis=0), mask=mask_d
+        )
+
+
+@triton.jit
+def _statistics_fwd_reduce(
+    partial_ptr,  # [tiles, D] fp32, contiguous
+    offsets_ptr,  # [C] int32, contiguous
+    counts_ptr,  # [C] int32, contiguous; None unless PAIRWISE
+    out_ptr,  # [C, D] fp32, contiguous
+    D, num_clusters,
+    PAIRWISE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Adds the tiles of ROWS tokens of one cluster, BLOCK_T tiles at a time."""
+    cluster = tl.program_id(0).to(tl.int64)
+    offs_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = offs_c < num_clusters
+    ends = tl.load(offsets_ptr + offs_c, mask=mask_c, other=0)
+    starts = tl.load(offsets_ptr + offs_c - 1, mask=mask_c & (offs_c > 0), other=0)
+    tiles = tl.where(mask_c, (ends - starts + ROWS - 1) // ROWS, 0)
+    first = tl.sum(tl.where(offs_c < cluster, tiles, 0), axis=0)
+    end = first + tl.sum(tl.where(offs_c == cluster, tiles, 0), axis=0)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(first, end, BLOCK_T):
+        rows = start + tl.arange(0, BLOCK_T).to(tl.int64)
+        mask = (rows < end)[:, None] & mask_d[None, :]
+        part = tl.load(partial_ptr + rows[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+        total += tl.sum(part, axis=0)
+    if PAIRWISE:
+        count = tl.load(counts_ptr + cluster)
+        total = 2.0 * total / tl.maximum(count - 1, 1).to(tl.float32)
+    tl.store(out_ptr + cluster * D + offs_d, total, mask=mask_d)
+
+
+@triton.jit
+def _load_weight(
+    deviations_ptr, counts_ptr, offs_c, offs_d, D, num_clusters, eps, MASKED: tl.constexpr
+):  # [C, D] fp32 and [C] int32, contiguous
+    """1 / (s + eps) of a tile, 0 in rows that do not count; and which rows count."""
+    mask_c = offs_c < num_clusters
+    mask_d = offs_d < D
+    count = tl.load(counts_ptr + offs_c, mask=mask_c, other=0)
+    counts_here = mask_c
+    if MASKED:
+        counts_here = mask_c & (count > 0)
+    total = tl.load(
+        deviations_ptr + offs_c.to(tl.int64)[:, None] * D + offs_d[None, :],
+        mask=mask_c[:, None] & mask_d[None, :],
+        other=0.0,
+    )
+    weight = 1.0 / (total / tl.maximum(count, 1).to(tl.float32)[:, None] + eps)
+    return tl.where(counts_here[:, None] & mask_d[None, :], weight, 0.0), counts_here
+
+
+@triton.jit
+def _sum_of_weights(
+    deviations_ptr, counts_ptr, D, num_clusters, eps, limit,
+    MASKED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sum of min(weight, limit) over all rows that count, and the number of those rows."""
+    columns = tl.zeros([BLOCK_D], tl.float32)
+    rows = 0.0
+    for start_c in range(0, num_clusters, BLOCK_C):
+        offs_c = start_c + tl.arange(0, BLOCK_C)
+        for start_d in range(0, D, BLOCK_D):
+            offs_d = start_d + tl.arange(0, BLOCK_D)
+            weight, present = _load_weight(
+                deviations_ptr, counts_ptr, offs_c, offs_d, D, num_clusters, eps, MASKED
+            )
+            columns += tl.sum(tl.minimum(weight, limit), axis=0)
+            if start_d == 0:
+                rows += tl.sum(present.to(tl.float32), axis=0)
+    return tl.sum(columns, axis=0), tl.maximum(rows, 1.0)
+
+
+@triton.jit
+def _feature_weights_fwd(
+    deviations_ptr,  # [C, D] fp32, contiguous
+    counts_ptr,  # [C] int32, contiguous
+    out_ptr,  # [C, D] fp32, contiguous
+    D, num_clusters, eps, clip,
+    NORM: tl.constexpr, HAS_CLIP: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Each program writes BLOCK_D features, and adds up the global sums by itself."""
+    offs_d = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    limit = float("inf")
+    total, rows = _sum_of_weights(
+        deviations_ptr, counts_ptr, D, num_clusters, eps, limit, MASKED, BLOCK_D, BLOCK_C
+    )
+    before = total / (rows * D)
+    if HAS_CLIP:
+        limit = clip * before
+    divisor = tl.full([BLOCK_D], 1.0, tl.float32)
+    if NORM == "global_pre":
+        divisor *= before
+    if NORM == "global_post":
+        total, rows = _sum_of_weights(
+            deviations_ptr, counts_ptr, D, num_clusters, eps, limit, MASKED, BLOCK_D, BLOCK_C
+        )
+        divisor *= total / (rows * D)
+    if NORM == "feature_post":
+        column = tl.zeros([BLOCK_D], tl.float32)
+        for start_c in range(0, num_clusters, BLOCK_C):
+            offs_c = start_c + tl.arange(0, BLOCK_C)
+            weight, _present = _load_weight(
+                deviations_ptr, counts_ptr, offs_c, offs_d, D, num_clusters, eps, MASKED
+            )
+            column += tl.sum(tl.minimum(weight, limit), axis=0)
+        divisor = column / rows
+    for start_c in range(0, num_clusters, BLOCK_C):
+        offs_c = start_c + tl.arange(0, BLOCK_C)
+        weight, present = _load_weight(
+            deviations_ptr, counts_ptr, offs_c, offs_d, D, num_clusters, eps, MASKED
+        )
+        weight = tl.minimum(weight, limit) / divisor[None, :]
+        tl.store(
+            out_ptr + offs_c.to(tl.int64)[:, None] * D + offs_d[None, :],
+            tl.where(present[:, None], weight, 1.0),
+            mask=(offs_c < num_clusters)[:, None] & mask_d[None, :],
+        )
+
+
+def launch_sum(x: Tensor, permutation: Tensor, offsets: Tensor) -> Tensor:
+    """Sums [C, D] fp32 of the tokens of each cluster."""
+    return _segmented(x, permutation, offsets, None, None, "sum")
+
+
+def launch_deviation(
+    x: Tensor, permutation: Tensor, offsets: Tensor, sums: Tensor, counts: Tensor, stat: str
+) -> Tensor:
+    """Sums [C, D] fp32 of |x - mean| or (x - mean)^2; mean = sums / counts."""
+    return _segmented(x, permutation, offsets, sums, counts, stat)
+
+
+def launch_pairwise(
+    x: Tensor, cluster: Tensor, offsets: Tensor, sums: Tensor, counts: Tensor
+) -> Tensor:
+    """sum_{i != j} |x_i - x_j| / (n - 1), [C, D] fp32."""
+    tokens, dim = x.shape
+    clusters = offsets.shape[0]
+    if tokens == 0 or dim == 0:
+        return x.new_zeros(clusters, dim, dtype=torch.float32)
+    keys = x.new_empty(dim, tokens, dtype=torch.int64)
+    _pairwise_fwd_keys[(triton.cdiv(tokens, 64), triton.cdiv(dim, 32))](
+        x, *x.stride(), cluster, cluster.stride(0), keys, tokens, dim, clusters,
+        BLOCK_T=64, BLOCK_D=32, num_warps=4,
+    )  # fmt: skip
+    keys = torch.sort(keys, dim=1).values
+    block_c = triton.next_power_of_2(clusters + 1)
+    tiles = triton.cdiv(tokens, 128) + clusters
+    partial = x.new_empty(tiles, dim, dtype=torch.float32)
+    _pairwise_fwd_tile[(tiles, triton.cdiv(dim, 16))](
+        keys, offsets, sums, counts, partial, tokens, dim, clusters,
+        BLOCK_T=128, BLOCK_D=16, BLOCK_C=block_c, num_warps=4,
+    )  # fmt: skip
+    return _reduce(partial, offsets, counts, 128, block_c)
+
+
+def launch_weights(
+    deviations: Tensor, counts: Tensor, eps: float, clip: float, norm: str, mask: bool
+) -> Tensor:
+    """Feature weights W [C, D] fp32."""
+    clusters, dim = deviations.shape
+    out = deviations.new_empty(clusters, dim)
+    block_d = 64
+    block_c = min(32, triton.next_power_of_2(clusters))
+    has_clip = math.isfinite(clip)
+    _feature_weights_fwd[(triton.cdiv(dim, block_d),)](
+        deviations, counts, out, dim, clusters, eps, clip if has_clip else 0.0,
+        NORM=norm, HAS_CLIP=has_clip, MASKED=mask,
+        BLOCK_D=block_d, BLOCK_C=block_c, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _segmented(
+    x: Tensor,
+    permutation: Tensor,
+    offsets: Tensor,
+    sums: Tensor | None,
+    counts: Tensor | None,
+    stat: str,
+) -> Tensor:
+    tokens, dim = x.shape
+    clusters = offsets.shape[0]
+    if tokens == 0:
+        return x.new_zeros(clusters, dim, dtype=torch.float32)
+    block_c = triton.next_power_of_2(clusters + 1)
+    result: list[Tensor] = []
+
+    def launch(config: Config) -> None:
+        blocks = config.blocks
+        tiles = triton.cdiv(tokens, blocks["BLOCK_T"]) + clusters
+        partial = x.new_empty(tiles, dim, dtype=torch.float32)
+        _statistics_fwd_tile[(tiles, triton.cdiv(dim, blocks["BLOCK_D"]))](
+            x, *x.stride(), permutation, offsets, sums, counts, partial, dim, clusters,
+            STAT=stat, BLOCK_C=block_c, **config.launch_options(),
+        )  # fmt: skip
+        result[:] = [_reduce(partial, offsets, None, blocks["BLOCK_T"], block_c)]
+
+    pinned = Config({"BLOCK_T": 64, "BLOCK_D": 64})
+    candidates = [Config({"BLOCK_T": t, "BLOCK_D": d}) for t, d in ((128, 32), (32, 128), (64, 128))]
+    shape_class = (x.dtype, stat, block_c, triton.next_power_of_2(dim))
+    launch(choose("statistics", shape_class, pinned, candidates, launch, on_gpu=x.is_cuda))
+    return result[0]
+
+
+def _reduce(
+    partial: Tensor, offsets: Tensor, pairwise_counts: Tensor | None, rows: int, block_c: int
+) -> Tensor:
+    clusters, dim = offsets.shape[0], partial.shape[1]
+    out = partial.new_empty(clusters, dim)
+    _statistics_fwd_reduce[(clusters, triton.cdiv(dim, 64))](
+        partial, offsets, pairwise_counts, out, dim, clusters,
+        PAIRWISE=pairwise_counts is not None, ROWS=rows,
+        BLOCK_T=32, BLOCK_D=64, BLOCK_C=block_c, num_warps=4,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,185 @@
+"""Routing in plain PyTorch: the specification, one line per equation.
+
+All arithmetic is in fp32 (fp64 for fp64 input), whatever autocast says. Gradients come from
+PyTorch's autograd; every shape is known before the data, so Dynamo traces it whole.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from molex_kernels._dtypes import accumulate_dtype
+from molex_kernels.ops.routing.plan import RoutePlan, Routing
+
+SCORES = ("softmax_topk", "softmax", "sigmoid")
+
+
+def route(
+    x: Tensor,
+    gate: Tensor,
+    gate_bias: Tensor | None,
+    expert_bias: Tensor | None,
+    table: Tensor | None,
+    labels: Tensor | None,
+    mix: Tensor | None,
+    top_k: int,
+    score: str,
+) -> Routing:
+    """Logits of the (weighted) tokens, the K best experts and their scores."""
+    z = router_logits(x, gate, gate_bias, table, labels, mix)
+    index = select(selection_key(z, expert_bias, score), top_k)
+    return Routing(index, scores(z, index, score), z)
+
+
+def router_logits(
+    x: Tensor,
+    gate: Tensor,
+    gate_bias: Tensor | None,
+    table: Tensor | None,
+    labels: Tensor | None,
+    mix: Tensor | None,
+) -> Tensor:
+    """z_te = sum_q w_tq x_tq g_eq + b_e, with w = 1 where no table of feature weights is given."""
+    dtype = accumulate_dtype(x.dtype)
+    x, gate = x.to(dtype), gate.to(dtype)
+    if table is not None and labels is not None:
+        x = token_weights(table.to(dtype), labels, mix) * x
+    with torch.autocast(x.device.type, enabled=False):
+        z = x @ gate.mT
+    return z if gate_bias is None else z + gate_bias.to(dtype)
+
+
+def token_weights(table: Tensor, labels: Tensor, mix: Tensor | None) -> Tensor:
+    """w_tq = sum_m p_tm W[label_tm, q]; 1 in place of W for a label outside [0, C)."""
+    known = (labels >= 0) & (labels < table.shape[0])
+    rows = torch.where(known[..., None], table[torch.where(known, labels, 0).long()], 1.0)
+    if mix is None:
+        return rows.sum(1)
+    return (mix.to(table.dtype)[..., None] * rows).sum(1)
+
+
+def selection_key(z: Tensor, expert_bias: Tensor | None, score: str) -> Tensor:
+    """What experts are ranked by: the logit, or with `expert_bias` the score plus that bias."""
+    z = z.detach()
+    if expert_bias is None:
+        return z
+    bias = expert_bias.detach().to(z.dtype)
+    if score == "softmax":
+        return z.softmax(1) + bias
+    if score == "sigmoid":
+        return z.sigmoid() + bias
+    return z + bias
+
+
+def select(key: Tensor, top_k: int) -> Tensor:
+    """The K largest keys, descending; ties to the lower expert; NaN and -inf as the lowest finite."""
+    lowest = torch.finfo(key.dtype).min
+    finite = torch.where(key > lowest, key, lowest)
+    return finite.sort(dim=1, descending=True, stable=True).indices[:, :top_k].contiguous()
+
+
+def scores(z: Tensor, index: Tensor, score: str) -> Tensor:
+    """softmax over the K chosen logits; softmax over all E, not renormalised; or sigmoid."""
+    if score == "softmax":
+        return z.softmax(1).gather(1, index)
+    chosen = z.gather(1, index)
+    return chosen.sigmoid() if score == "sigmoid" else chosen.softmax(1)
+
+
+def route_plan(expert_index: Tensor, num_experts: int) -> RoutePlan:
+    """Stable sort of the assignments by expert; ids outside [0, E) last."""
+    ids = expert_index.reshape(-1)
+    buckets = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts).long()
+    permutation = buckets.sort(stable=True).indices
+    inverse = torch.zeros_like(permutation).scatter(
+        0, permutation, torch.arange(ids.shape[0], device=ids.device)
+    )
+    ones = torch.ones_like(buckets)
+    counts = ones.new_zeros(num_experts + 1).scatter_add(0, buckets, ones)[:num_experts]
+    return RoutePlan(counts.int(), counts.cumsum(0).int(), permutation, inverse)
+
+
+def cluster_sums(x: Tensor, cluster: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """Sums [C, D] of the tokens of each cluster, and the counts [C] int32."""
+    x = x.to(accumulate_dtype(x.dtype))
+    bucket = _bucket(cluster, num_clusters)
+    return _sum_by(x, bucket, num_clusters), _counts(bucket, num_clusters)
+
+
+def cluster_deviations(
+    x: Tensor, cluster: Tensor, sums: Tensor, counts: Tensor, stat: str
+) -> Tensor:
+    """n_c s_cq [C, D], with s the dispersion of feature q in cluster c.
+
+    mad:       n s = sum_i |x_i - mean|
+    variance:  n s = sum_i (x_i - mean)^2
+    pairwise:  n s = sum_{i != j} |x_i - x_j| / (n - 1)
+    """
+    x = x.to(accumulate_dtype(x.dtype))
+    num_clusters = counts.shape[0]
+    bucket = _bucket(cluster, num_clusters)
+    mean = sums / counts.clamp(min=1)[:, None]
+    if stat == "pairwise":
+        return _pairwise(x, bucket, mean, counts)
+    centred = x - mean[bucket.clamp(max=num_clusters - 1)]
+    return _sum_by(centred.abs() if stat == "mad" else centred**2, bucket, num_clusters)
+
+
+def feature_weights(
+    deviations: Tensor, counts: Tensor, eps: float, clip: float, norm: str, mask: bool
+) -> Tensor:
+    """W_cq = 1 / (s_cq + eps), clipped at `clip` times its mean and normalised.
+
+    Means run over the rows that count: all of them, or with `mask` those of clusters with tokens.
+    """
+    present = (counts > 0)[:, None] if mask else torch.ones_like(counts, dtype=torch.bool)[:, None]
+    rows = present.sum().clamp(min=1)
+    w = 1 / (deviations / counts.clamp(min=1)[:, None] + eps)
+    w = torch.where(present, w, 0)
+    before = w.sum() / (rows * w.shape[1])
+    if math.isfinite(clip):
+        w = torch.minimum(w, clip * before)
+    if norm == "feature_post":
+        w = w / (w.sum(0) / rows)
+    elif norm == "global_pre":
+        w = w / before
+    elif norm == "global_post":
+        w = w / (w.sum() / (rows * w.shape[1]))
+    return torch.where(present, w, 1.0)
+
+
+def _bucket(cluster: Tensor, num_clusters: int) -> Tensor:
+    """The cluster of each token; C, one past the last, for an id outside [0, C)."""
+    return torch.where((cluster >= 0) & (cluster < num_clusters), cluster, num_clusters).long()
+
+
+def _counts(bucket: Tensor, num_clusters: int) -> Tensor:
+    ones = torch.ones_like(bucket)
+    return ones.new_zeros(num_clusters + 1).scatter_add(0, bucket, ones)[:num_clusters].int()
+
+
+def _sum_by(rows: Tensor, bucket: Tensor, num_clusters: int) -> Tensor:
+    """Sum of the rows of each cluster, the same bit for bit when repeated."""
+    sums = rows.new_zeros(num_clusters + 1, rows.shape[1])
+    if rows.is_cuda:  # there index_put sorts, where scatter_add would use atomics
+        return sums.index_put((bucket,), rows, accumulate=True)[:num_clusters]
+    return sums.scatter_add(0, bucket[:, None].expand_as(rows), rows)[:num_clusters]
+
+
+def _pairwise(x: Tensor, bucket: Tensor, mean: Tensor, counts: Tensor) -> Tensor:
+    """With x_(r) the sorted values of a cluster: sum_{i<j} (x_(j) - x_(i)) = sum_r (2r - n + 1) x_(r)."""
+    num_clusters = counts.shape[0]
+    by_value = x.argsort(dim=0, stable=True)
+    by_cluster = bucket[by_value].argsort(dim=0, stable=True)
+    ordered = x.gather(0, by_value.gather(0, by_cluster))
+    bucket = bucket.sort().values
+    row = bucket.clamp(max=num_clusters - 1)
+    start = (counts.cumsum(0) - counts)[row]
+    rank = torch.arange(x.shape[0], device=x.device) - start
+    coefficient = (2 * rank - counts[row] + 1).to(x.dtype)
+    # The coefficients of a cluster sum to 0, so taking the mean off changes only the rounding.
+    half = _sum_by(coefficient[:, None] * (ordered - mean[row]), bucket, num_clusters)
+    return 2 * half / (counts - 1).clamp(min=1)[:, None]
