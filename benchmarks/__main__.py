@@ -14,9 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
-from benchmarks import environment, presets, report, results
+from benchmarks import environment, presets, report, results, terminal
 
 
 def main() -> int:
@@ -30,7 +29,7 @@ def main() -> int:
     parser.add_argument("-k", dest="select", help="which rows, as pytest's -k")
     options = parser.parse_args()
 
-    console = Console(soft_wrap=True)
+    console = terminal.console()
     preset = presets.PRESETS[options.preset]
     device = torch.device(options.device) if options.device else presets.default_device()
     if preset.needs_cuda and device.type != "cuda":
@@ -67,7 +66,7 @@ def main() -> int:
 def _ops(chosen: list[str], target: Path, select: str | None) -> int:
     folder = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", str(folder), *chosen, "--progress", "-q", "-s"]
-    command += ["--no-header", "--tb=short", "-o", "console_output_style=none", "-r", "fE"]
+    command += ["--no-header", "--tb=short", "-o", "console_output_style=classic", "-r", "fE"]
     command += ["--benchmark-enable", "--benchmark-quiet", f"--benchmark-json={target}"]
     command += ["-k", select] if select else []
     return subprocess.run(command, cwd=folder.parent).returncode

@@ -26,6 +26,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "memory_gib": round(_memory_bytes() / 2**30),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -17,8 +17,8 @@ def ratio(value: float | None) -> str:
 
 
 def rate(value: float) -> str:
-    """Three digits, without an exponent."""
-    return _three(value)
+    """Two or three digits."""
+    return _three(value) if value >= 1 or value == 0 else f"{value:.2g}"
 
 
 def percent(value: float) -> str:

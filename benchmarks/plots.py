@@ -107,14 +107,15 @@ def _bars(axis: Axes, bars: list[tuple[str, dict[str, float]]], labels: list[str
 
 def _curves(text: dict[str, Any], folder: Path) -> str:
     figure, axis = plt.subplots(figsize=(7, 4.2))
-    styles = ("-", "--", ":", "-.")
+    markers = "osD^v"
     seeds = sorted({run["seed"] for run in text["runs"]})
     for run in text["runs"]:
-        style = styles[seeds.index(run["seed"]) % len(styles)]
+        marker = markers[seeds.index(run["seed"]) % len(markers)]
+        style = "-" if run["router"] == "topk" else "--"
         colour, name = COLOURS[run["router"]], ROUTER_NAMES[run["router"]]
         steps, bits = zip(*run["validation"], strict=True)
         label = f"{name}, seed {run['seed']}: {run['final']:.3f} at the end"
-        axis.plot(steps, bits, style, color=colour, marker="o", markersize=3, label=label)
+        axis.plot(steps, bits, style, color=colour, marker=marker, markersize=3.5, label=label)
     axis.set_xlabel("step")
     axis.set_ylabel("validation bits per byte")
     axis.set_title("Byte-level transformer on the Python standard library", fontweight="bold")

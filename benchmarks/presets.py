@@ -55,10 +55,10 @@ PRESETS = {
             cases="quick",
             mode_seconds=1.0,
             min_rounds=5,
-            ops_seconds=100,
-            compile_seconds=50,
+            ops_seconds=120,
+            compile_seconds=60,
             case_seconds=0.2,
-            text=TextPlan(seconds=90, max_steps=600, step_seconds=8),
+            text=TextPlan(seconds=75, max_steps=600, step_seconds=8),
         ),
         Preset(
             name="full",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from benchmarks import terminal
 from benchmarks.formats import seconds
 from benchmarks.measure import OK, Outcomes
 from benchmarks.rows import Group
@@ -24,7 +24,7 @@ class Progress:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.description}"),
-            console=Console(soft_wrap=True),
+            console=terminal.console(),
             disable=not enabled,
         )
         self._task = self._bar.add_task("", total=total)

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import environment, markdown, plots, results
+from benchmarks import environment, markdown, plots, results, terminal
 from benchmarks.end_to_end.verdict import verdict
 from benchmarks.formats import percent, ratio, seconds
 from benchmarks.results import Results
@@ -49,14 +49,15 @@ def show(found: Results, console: Console) -> None:
     """The summary on the terminal: the fastest of ours against each baseline."""
     names = results.baselines(found)
     table = Table(title="Fastest implementation against each baseline (times faster)")
-    for column in ("op", "shape", "mode"):
-        table.add_column(column, overflow="fold")
-    for column in ("impl", "time", *names, "of ceiling"):
+    table.add_column("shape", overflow="fold", min_width=28)
+    for column in ("mode", "impl", "time", *names, "of ceiling"):
         table.add_column(column, justify="right", no_wrap=True)
     for op in results.ops(found):
+        table.add_section()
+        table.add_row(f"[bold]{op}[/bold]")
         for mode in MODES:
             for shape in results.shapes(found, op, mode):
-                table.add_row(op, shape, mode, *_summary(found, op, mode, shape, names))
+                table.add_row(shape.split("/")[0], mode, *_summary(found, op, mode, shape, names))
     console.print(table)
     console.print("Times are this machine's; the ratios were measured side by side in this run.")
     if text := found["text"]:
@@ -78,7 +79,8 @@ def _summary(found: Results, op: str, mode: str, shape: str, names: list[str]) -
     for name in names:
         row = by_name.get(name, {})
         gain = results.speedup(ours, row)
-        cells.append(ratio(gain) if gain or not row else row["status"])
+        wordless = gain or not row or row is ours
+        cells.append(ratio(gain) if wordless else row["status"])
     return [ours["impl"], seconds(ours["median_s"]), *cells, percent(ours["share"])]
 
 
@@ -104,9 +106,9 @@ def main() -> None:
     found = results.collect(options.ops, options.text)
     if not found["environment"]:
         parser.error("give --ops or --text, an existing file")
-    console = Console()
+    console = terminal.console()
     show(found, console)
-    console.print(f"report: {write(found, options.out) / 'report.md'}", soft_wrap=True)
+    console.print(f"report: {write(found, options.out) / 'report.md'}")
 
 
 if __name__ == "__main__":

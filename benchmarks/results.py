@@ -71,6 +71,8 @@ def baselines(results: Results) -> list[str]:
 
 def speedup(ours: Row, other: Row) -> float | None:
     """How many times faster `ours` is, from medians of the same run; None without both times."""
+    if other.get("impl") == ours.get("impl"):
+        return None
     if "median_s" not in ours or "median_s" not in other:
         return None
     return other["median_s"] / ours["median_s"]

@@ -40,12 +40,16 @@ class Group:
         return MODES if self.info.differentiable else MODES[:1]
 
     def labels(self) -> Iterator[tuple[str, str]]:
-        """Name and kind of each row: our implementations for this device, then the baselines."""
-        for name in self.info.implementations:
-            if name != "reference" and self.device.type in DEVICES[name]:
-                yield name, OURS
+        """Name and kind of each row: our implementations for this device, then the baselines.
+
+        Where the reference is all that runs on the device, it is what a user gets: one of ours.
+        """
+        kernels = [n for n in self.info.implementations if self.device.type in DEVICES.get(n, ())]
+        ours = kernels or ["reference"]
+        yield from ((name, OURS) for name in ours)
         for name in (*BASELINES, *(n for n in self.info.baselines if n not in BASELINES)):
-            if name in ("reference", "compiled") or name in self.info.baselines:
+            known = name in ("reference", "compiled") or name in self.info.baselines
+            if known and name not in ours:
                 yield name, BASELINE
 
     def function(self, label: str) -> Callable[..., Any]:
@@ -75,13 +79,22 @@ class Row:
 def groups(
     ops: dict[str, OpInfo], preset: Preset, device: torch.device, dtype: torch.dtype
 ) -> list[Group]:
-    """Every op's first shape, then every op's second, ...: a time limit cuts all ops alike."""
+    """Every op's first shape, then every op's second, ...: a time limit cuts all ops alike.
+
+    Ops that have kernels of their own for this device come before those that have not.
+    """
+
+    def has_kernels(name: str) -> bool:
+        found = ops[name].implementations
+        return any(device.type in DEVICES.get(implementation, ()) for implementation in found)
+
+    names = sorted(ops, key=lambda name: not has_kernels(name))
     cases = {name: getattr(info, preset.cases) for name, info in ops.items()}
     longest = max((len(c) for c in cases.values()), default=0)
     return [
         Group(ops[name], cases[name][rank], dtype, device)
         for rank in range(longest)
-        for name in ops
+        for name in names
         if rank < len(cases[name])
     ]
 

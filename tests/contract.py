@@ -74,14 +74,18 @@ def run(
 def upstream_for(
     results: dict[str, Tensor], generator: torch.Generator, *, expanded: bool = False
 ) -> dict[str, Tensor]:
-    """Random gradients for the floating results; `expanded`: one number, with zero strides."""
+    """Gradients for the floating results: the result plus noise; `expanded`: one row for all.
+
+    A gradient along the result keeps inner products with it, such as the gradient of a weight, away
+    from zero, where the error budget of a handful of numbers would be a matter of luck.
+    """
     gradients = {}
     for name, result in results.items():
         if not result.is_floating_point():
             continue
-        shape = (1,) * result.dim() if expanded else result.shape
-        drawn = torch.randn(shape, generator=generator).to(result.dtype).to(result.device)
-        gradients[name] = drawn.expand(result.shape)
+        row = result.detach()[:1] if expanded and result.dim() else result.detach()
+        noise = torch.randn(row.shape, generator=generator).to(row)
+        gradients[name] = (row + noise).expand(result.shape)
     return gradients
 
 

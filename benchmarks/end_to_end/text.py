@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks import environment, presets
+from benchmarks import environment, presets, terminal
 from benchmarks.end_to_end import data
 from benchmarks.end_to_end.steps import step_times
 from benchmarks.end_to_end.train import Run, affordable_steps, train
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
     device = torch.device(options.device) if options.device else presets.default_device()
-    console = Console(soft_wrap=True)
+    console = terminal.console()
     results = run(presets.PRESETS[options.preset].text, device, console)
     for one in results["runs"]:
         console.print(

@@ -37,7 +37,7 @@ def grouped_gemm(
 ) -> Tensor:
     """Multiplies the rows of each expert by that expert's weight.
 
-    y_t = weight_e x_t + bias_e  for offsets[e-1] <= t < offsets[e]  (offsets[-1] reads as 0 for e = 0);
+    y_t = weight_e x_t + bias_e  for offsets[e-1] <= t < offsets[e]  (from row 0 for e = 0);
     y_t = 0  for rows past the last offset.
 
     Args:
@@ -91,15 +91,15 @@ def moe_mlp(
     y_t = sum_k expert_weight_tk FFN_e(x_t),  e = expert_index_tk,
     FFN_e(x) = w_down_e act(w_up_e x + b_up_e) + b_down_e.
 
-    An id outside [0, E) means "not here" (the expert lives on another rank): it contributes nothing and
-    its weight gets a zero gradient. The same id twice in one row counts twice.
+    An id outside [0, E) means "not here" (the expert lives on another rank): it contributes nothing
+    and its weight gets a zero gradient. The same id twice in one row counts twice.
 
     Gated activations (`swiglu`: silu, `geglu`: gelu, `reglu`: relu) split the hidden vector in two:
     act(gate) * up. `gate_layout="concat"` has rows [gate; up] in w_up and b_up, `"interleaved"`
     gate_0, up_0, gate_1, up_1, ... `gelu` is the exact one (erf), `gelu_tanh` the approximation.
 
-    With FastMoE's layout (relu, both biases) this is the layer of MomentumSMoE (arXiv 2410.14574) and
-    ACMoE (arXiv 2502.15315), whose published code waits for the device five times per call.
+    With relu and both biases this is the layer of MomentumSMoE (arXiv 2410.14574) and ACMoE
+    (arXiv 2502.15315); their published code (FastMoE) waits for the device five times per call.
 
     Args:
         x: [T, D]. fp16, bf16, fp32 (fp64: reference only).
@@ -119,8 +119,8 @@ def moe_mlp(
         [T, D] in x's dtype. Products and the sum over k are accumulated in fp32. Under autocast, x,
         the weights and the biases are cast first; expert_weight keeps its precision.
 
-    Differentiable in x, expert_weight, w_up, w_down, b_up and b_down, once. Between the passes only x,
-    the pre-activation and the plan are kept. Deterministic. Never waits for the device.
+    Differentiable in x, expert_weight, w_up, w_down, b_up and b_down, once; of the activations only
+    x and the pre-activation are kept for that. Deterministic. Never waits for the device.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or option.
@@ -171,7 +171,7 @@ def _num_experts(name: str, weight: Tensor, letters: str) -> int:
 
 
 def _like(x: Tensor, letters: str) -> tuple[torch.dtype, ...]:
-    """Checks x and returns the dtypes that its weights may have: its own, or any to be cast by autocast."""
+    """Checks x; the dtypes its weights may have: its own, or any that autocast will cast."""
     _check.floating("x", x, letters, (None, None))
     if x.dtype in _dtypes.KERNEL_DTYPES and torch.is_autocast_enabled(x.device.type):
         return _dtypes.KERNEL_DTYPES

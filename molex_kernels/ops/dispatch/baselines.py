@@ -1,4 +1,4 @@
-"""What the dispatch ops are compared with: the published operations and the best one composes today."""
+"""What the dispatch ops are measured against: the published steps, and the library's best."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def published_moe_mlp(
     activation: str = "relu",
     gate_layout: str = "concat",
 ) -> Tensor:
-    """FastMoE's steps one for one, with its five waits for the device. Every id must be an expert's."""
+    """FastMoE's steps one for one, five waits for the device included. Ids must be in [0, E)."""
     num_experts = w_up.shape[0]
     top_k = expert_index.shape[1]
     ids = expert_index.flatten()
@@ -55,7 +55,7 @@ def library_moe_mlp(
     activation: str = "relu",
     gate_layout: str = "concat",
 ) -> Tensor:
-    """Permute, `F.grouped_mm`, activation, `F.grouped_mm`, unpermute. Every id must be an expert's."""
+    """Permute, `F.grouped_mm`, activation, `F.grouped_mm`, unpermute. Ids must be in [0, E)."""
     _require_alignment(x, w_up, w_down)
     num_experts = w_up.shape[0]
     top_k = expert_index.shape[1]
@@ -132,5 +132,5 @@ def _require_alignment(x: Tensor, *weights: Tensor) -> None:
     for width in (x.shape[1], *(size for w in weights for size in w.shape[1:])):
         if width * x.element_size() % 16:
             raise NotImplementedError(
-                f"F.grouped_mm needs rows of a multiple of 16 bytes, got {width} elements of {x.dtype}"
+                f"F.grouped_mm needs rows of a multiple of 16 bytes, got {width} x {x.dtype}"
             )

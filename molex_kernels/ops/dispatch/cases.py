@@ -24,7 +24,9 @@ SMALL = 64  # rows up to which that is looked after
 class _Draw:
     """Random tensors whose values the dtype holds exactly, drawn alike for every dtype."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    ) -> None:
         self.dtype, self.device, self.generator = dtype, device, generator
 
     def normal(self, *sizes: int, scale: float = 1.0) -> Tensor:
@@ -167,7 +169,9 @@ _MOE_TESTS = (
     _moe(37, 17, 44, 3, 1, activation="silu", bias=True, routing="one"),
     _moe(17, 44, 17, 5, 2, activation="swiglu", bias=True, own_dtype=True),
     _moe(37, 44, 44, 8, 2, activation="geglu", routing="empty"),
-    _moe(17, 44, 17, 5, 2, activation="reglu", gate_layout="interleaved", bias=True, routing="twice"),
+    _moe(
+        17, 44, 17, 5, 2, activation="reglu", gate_layout="interleaved", bias=True, routing="twice"
+    ),
     _moe(1, 352, 352, 3, 2, activation="relu"),
 )
 # The papers' layers: relu, both biases.
@@ -194,10 +198,15 @@ _FIELD = (
     _moe(32768, 2048, 768, 128, 8, "qwen3", activation="swiglu", routing="zipf"),
     _moe(32768, 2048, 1024, 64, 8, "olmoe", activation="swiglu"),
 )
-_MOE_COMPILED = tuple(
-    _moe(tokens, 128, 128, 4, 2, activation=activation, bias=activation == "relu")
-    for tokens in (128, 512)
-    for activation in ("relu", "swiglu")
+# Few, some and many rows per expert; sizes that no wide load fits.
+_MOE_COMPILED = (
+    _moe(32, 128, 128, 4, 2, activation="swiglu"),
+    _moe(128, 128, 128, 4, 2, activation="relu", bias=True),
+    _moe(128, 128, 128, 4, 2, activation="swiglu"),
+    _moe(512, 128, 128, 4, 2, activation="relu", bias=True),
+    _moe(512, 128, 128, 4, 2, activation="swiglu"),
+    _moe(512, 128, 128, 4, 2, activation="geglu", bias=True),
+    _moe(512, 44, 44, 4, 2, activation="geglu", bias=True),
 )
 
 OPINFOS = (
@@ -224,7 +233,12 @@ OPINFOS = (
         quick=(_gemm(6144, 352, 352, 16, rows="even"),),
         cost=_cost_grouped_gemm,
         baselines={"published": published_grouped_gemm, "library": library_grouped_gemm},
-        compiled=(_gemm(256, 128, 128, 4, bias=True), _gemm(1024, 128, 128, 4, bias=True)),
+        compiled=(
+            _gemm(64, 128, 128, 4, bias=True),
+            _gemm(256, 128, 128, 4, bias=True),
+            _gemm(1024, 128, 128, 4, bias=True),
+            _gemm(1024, 44, 44, 4, bias=True),
+        ),
     ),
     OpInfo(
         name="moe_mlp",

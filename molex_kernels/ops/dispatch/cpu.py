@@ -6,6 +6,7 @@ stay in the cache. Reading the offsets costs nothing here: no device has to be w
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -20,14 +21,16 @@ def segments(offsets: Tensor, num_rows: int) -> list[tuple[int, int]]:
     bounds = [0]
     for end in offsets.tolist():
         bounds.append(min(max(end, bounds[-1]), num_rows))
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
 def grouped_gemm_forward(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[1])
     end = 0
     for expert, (start, end) in enumerate(segments(offsets, x.shape[0])):
-        _linear(x[start:end], weight[expert], None if bias is None else bias[expert], out[start:end])
+        _linear(
+            x[start:end], weight[expert], None if bias is None else bias[expert], out[start:end]
+        )
     out[end:].zero_()
     return out
 
@@ -81,7 +84,9 @@ def moe_mlp_forward(
         hidden = kept[start:end] if keeps_hidden else x.new_empty(end - start, w_up.shape[1])
         _linear(mine, w_up[expert], None if b_up is None else b_up[expert], hidden)
         acted = _activate(hidden, activation, layout)
-        _linear(acted, w_down[expert], None if b_down is None else b_down[expert], packed[start:end])
+        _linear(
+            acted, w_down[expert], None if b_down is None else b_down[expert], packed[start:end]
+        )
     packed[end:].zero_()
     kept[end:].zero_()
     return _combine(packed, inverse.view(expert_weight.shape), expert_weight), kept
@@ -104,8 +109,8 @@ def moe_mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, expert_weight, w_up, w_down, b_up and b_down; those not needed are empty.
 
-    With the row's token t and weight w:  dS = <dy_t, W_down A + b_down> = <W_down^T dy_t, A> +
-    <dy_t, b_down>,  dA = w W_down^T dy_t,  so neither the experts' outputs nor their gradients exist.
+    With the row's token t and weight w:  dS = <w_down^T dy_t, A> + <dy_t, b_down>  and
+    dA = w w_down^T dy_t,  so neither the experts' outputs nor their gradients are ever made.
     """
     needs_x, needs_weight, needs_w_up, needs_w_down, needs_b_up, needs_b_down = needs
     num_rows = permutation.shape[0]
@@ -150,7 +155,14 @@ def moe_mlp_backward(
     if needs_x:
         dpacked[end:].zero_()
         dx = _combine(dpacked, inverse.view(expert_weight.shape), None)
-    return dx, dweight.view_as(expert_weight) if needs_weight else dweight, dw_up, dw_down, db_up, db_down
+    return (
+        dx,
+        dweight.view_as(expert_weight) if needs_weight else dweight,
+        dw_up,
+        dw_down,
+        db_up,
+        db_down,
+    )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -22,7 +22,8 @@ PUBLISHED = {
 
 
 class MoEMLP(nn.Module):
-    """The parameters of `moe_mlp`: w_up [E, I, D] (gated: [E, 2I, D]), w_down [E, D, I], b_up, b_down.
+    """The experts of a sparse MoE layer: w_up [E, I, D] (gated: [E, 2I, D]), w_down [E, D, I],
+    b_up [E, I] (gated: [E, 2I]) and b_down [E, D], used by `moe_mlp`.
 
     Args:
         d_model: D. d_hidden: I, the width after the activation. num_experts: E.
@@ -33,6 +34,9 @@ class MoEMLP(nn.Module):
 
     Parameters start as those of `nn.Linear`, each expert for itself: uniform in +-1/sqrt(fan in).
     """
+
+    b_up: nn.Parameter | None
+    b_down: nn.Parameter | None
 
     def __init__(
         self,

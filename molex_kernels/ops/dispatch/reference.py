@@ -12,6 +12,7 @@ from torch import Tensor
 
 from molex_kernels._dtypes import accumulate_dtype
 
+
 def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     """y_t = weight_e x_t + bias_e for the expert e whose rows hold t; 0 past the last offset."""
     rows = torch.arange(x.shape[0], device=x.device)
@@ -37,8 +38,8 @@ def moe_mlp(
 ) -> Tensor:
     """y_t = sum_k expert_weight_tk FFN_{expert_index_tk}(x_t).
 
-    FFN_e(x) = w_down_e act(w_up_e x + b_up_e) + b_down_e. `layout` is "plain", or how a gated hidden
-    vector holds its halves: "concat" or "interleaved".
+    FFN_e(x) = w_down_e act(w_up_e x + b_up_e) + b_down_e. `layout` is "plain", or how a gated
+    hidden vector holds its halves: "concat" or "interleaved".
     """
     dtype = accumulate_dtype(x.dtype)
     experts = torch.arange(w_up.shape[0], device=x.device)

@@ -75,7 +75,7 @@ def selection_key(z: Tensor, expert_bias: Tensor | None, score: str) -> Tensor:
 
 
 def select(key: Tensor, top_k: int) -> Tensor:
-    """The K largest keys, descending; ties to the lower expert; NaN and -inf as the lowest finite."""
+    """The K largest keys, descending; ties to the lower expert; NaN and -inf are lowest."""
     lowest = torch.finfo(key.dtype).min
     finite = torch.where(key > lowest, key, lowest)
     return finite.sort(dim=1, descending=True, stable=True).indices[:, :top_k].contiguous()
@@ -170,7 +170,7 @@ def _sum_by(rows: Tensor, bucket: Tensor, num_clusters: int) -> Tensor:
 
 
 def _pairwise(x: Tensor, bucket: Tensor, mean: Tensor, counts: Tensor) -> Tensor:
-    """With x_(r) the sorted values of a cluster: sum_{i<j} (x_(j) - x_(i)) = sum_r (2r - n + 1) x_(r)."""
+    """For a cluster's sorted x_(r), sum_{i<j} (x_(j) - x_(i)) = sum_r (2r - n + 1) x_(r)."""
     num_clusters = counts.shape[0]
     by_value = x.argsort(dim=0, stable=True)
     by_cluster = bucket[by_value].argsort(dim=0, stable=True)

@@ -25,7 +25,7 @@ def _dispatch_fwd_combine(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out_t = sum_k w_tk packed[inverse_tk], in the order of k; rows that are not here are left out."""
+    """out_t = sum_k w_tk packed[inverse_tk], in the order of k, without what is not here."""
     pid = tl.program_id(0)
     tiles_d = tl.cdiv(num_features, BLOCK_D)
     offs_t = (pid // tiles_d).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)

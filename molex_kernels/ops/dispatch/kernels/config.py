@@ -14,16 +14,16 @@ def _gemm(rows: int, columns: int, features: int, num_warps: int, num_stages: in
     return Config(blocks, num_warps, num_stages)
 
 
-# Rows per expert decide the tile: few rows are bound by streaming the weights, many by the multiplications.
+# Rows per expert decide the tile: few are bound by streaming the weights, many by the products.
 _HALF = {
-    "few": _gemm(16, 128, 128, 4, 3),
+    "few": _gemm(16, 128, 64, 4, 4),
     "some": _gemm(64, 128, 64, 4, 4),
     "many": _gemm(128, 128, 64, 8, 3),
 }
 _HALF_GATED = {
-    "few": _gemm(16, 64, 128, 4, 3),
+    "few": _gemm(16, 64, 64, 4, 4),
     "some": _gemm(64, 64, 64, 4, 4),
-    "many": _gemm(128, 128, 64, 8, 3),
+    "many": _gemm(128, 64, 64, 8, 3),
 }
 _SINGLE = {
     "few": _gemm(16, 64, 32, 4, 2),
@@ -35,8 +35,19 @@ _SINGLE_GATED = {
     "some": _gemm(64, 32, 32, 4, 2),
     "many": _gemm(64, 32, 32, 4, 2),
 }
+_SINGLE_HIDDEN = {
+    "few": _gemm(16, 32, 32, 4, 2),
+    "some": _gemm(32, 32, 32, 4, 2),
+    "many": _gemm(32, 32, 32, 4, 2),
+}
+# Rows that start anywhere are read element by element, with an address in registers for each.
+_UNALIGNED = {
+    "few": _gemm(16, 32, 32, 4, 2),
+    "some": _gemm(32, 32, 32, 4, 2),
+    "many": _gemm(32, 32, 32, 4, 2),
+}
 _HALF_CANDIDATES = (
-    _gemm(32, 128, 128, 4, 3),
+    _gemm(32, 128, 64, 4, 4),
     _gemm(64, 128, 64, 4, 4),
     _gemm(64, 256, 64, 8, 3),
     _gemm(128, 128, 64, 8, 3),
@@ -45,24 +56,37 @@ _HALF_CANDIDATES = (
 )
 _SINGLE_CANDIDATES = (_gemm(32, 64, 32, 4, 2), _gemm(64, 64, 16, 4, 2), _gemm(64, 32, 32, 4, 2))
 
+Options = tuple[Config, tuple[Config, ...]]  # the pinned configuration, and what a sweep tries
+
 
 def rows_class(num_rows: int, num_experts: int) -> str:
-    """How many rows an expert has on average: the launcher knows no more without asking the device."""
+    """How many rows an expert has on average; more is not known without waiting for the device."""
     average = num_rows / num_experts
     return "few" if average <= 32 else "some" if average <= 96 else "many"
 
 
-def gemm(
-    dtype: torch.dtype, rows: str, *, gated: bool = False
-) -> tuple[Config, tuple[Config, ...]]:
-    """The pinned configuration of a grouped product and what a sweep tries beside it."""
+def gemm(dtype: torch.dtype, rows: str, aligned: bool, *, gated: bool = False) -> Options:
+    """For a product of each expert's rows with its weight."""
+    if not aligned:
+        return _UNALIGNED[rows], ()
     if dtype == torch.float32:
         return (_SINGLE_GATED if gated else _SINGLE)[rows], _SINGLE_CANDIDATES
     return (_HALF_GATED if gated else _HALF)[rows], _HALF_CANDIDATES
 
 
-def wgrad(dtype: torch.dtype, rows: str) -> tuple[Config, tuple[Config, ...]]:
-    """As `gemm`; BLOCK_T is the depth of the product here."""
+def hidden(dtype: torch.dtype, rows: str, aligned: bool) -> Options:
+    """For the product that goes back through the activation: it holds H beside the product."""
+    if not aligned:
+        return _UNALIGNED[rows], ()
+    if dtype == torch.float32:
+        return _SINGLE_HIDDEN[rows], _SINGLE_CANDIDATES
+    return _HALF_GATED[rows], _HALF_CANDIDATES
+
+
+def wgrad(dtype: torch.dtype, rows: str, aligned: bool) -> Options:
+    """For the weights' gradient; BLOCK_T is the depth of the product here."""
+    if not aligned:
+        return _gemm(32, 64, 64, 8, 2), ()
     if dtype == torch.float32:
         return _gemm(32, 64, 64, 4, 2), (_gemm(16, 64, 64, 4, 2), _gemm(32, 64, 32, 4, 2))
     if rows == "few":
@@ -71,10 +95,10 @@ def wgrad(dtype: torch.dtype, rows: str) -> tuple[Config, tuple[Config, ...]]:
 
 
 def combine(num_features: int) -> Config:
-    """About 16 elements to a thread; wide rows are read in long runs."""
+    """About 8 elements to a thread; wide rows are read in long runs."""
     wide = num_features >= 1024
-    return Config({"BLOCK_T": 4 if wide else 16, "BLOCK_D": 512 if wide else 128}, 4, 2)
+    return Config({"BLOCK_T": 2 if wide else 8, "BLOCK_D": 512 if wide else 128}, 4, 2)
 
 
-BIAS = Config({"BLOCK_T": 32, "BLOCK_N": 128}, 4, 2)
+BIAS = Config({"BLOCK_T": 16, "BLOCK_N": 64}, 4, 2)
 WEIGHT = Config({"BLOCK_T": 16, "BLOCK_D": 128}, 4, 2)

@@ -55,7 +55,7 @@ def _dispatch_fwd_gemm(
     mask_n = offs_n < num_columns
     gate_n = offs_n * gate_step
     if HAS_ZERO_TAIL:
-        # There are at least as many tiles as the rows need, so each also clears its share of the tail.
+        # The tiles are at least as many as the rows need: each also clears its share of the tail.
         tail_t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
         mask = (tail_t >= tl.load(offsets_ptr + num_experts - 1)) & (tail_t < num_rows)
         mask = mask[:, None] & mask_n[None, :]

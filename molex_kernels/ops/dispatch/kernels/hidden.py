@@ -54,7 +54,7 @@ def _dispatch_bwd_hidden(
     BLOCK_E: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """G = w_down_e^T dy_token(r);  dhidden = w_r G act'(hidden);  weighted = w_r A;  partial = <G, A>."""
+    """G = w_down_e^T dy_token(r); dhidden = w_r G act'(H), weighted = w_r A, partial = <G, A>."""
     tile, column = grouped_order(num_row_tiles, tl.cdiv(num_columns, BLOCK_N), GROUP)
     expert, first, end = segment_of_tile(offsets_ptr, num_experts, tile, BLOCK_T, BLOCK_E)
     if expert >= num_experts:

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def grouped_order(num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
-    """(row tile, column tile) of this program: GROUP row tiles share their columns in the L2 cache."""
+    """(row tile, column tile) of this program; GROUP row tiles share their columns in the L2."""
     pid = tl.program_id(0)
     per_group = GROUP * num_column_tiles
     first = pid // per_group * GROUP

@@ -56,7 +56,9 @@ def _plan_fwd_scan(
     for start in range(0, num_blocks, BLOCK_B):
         rows = start + offs_b
         mask = (rows < num_blocks)[:, None] & mask_e[None, :]
-        tile = tl.load(histogram_ptr + rows[:, None] * stride_h + offs_e[None, :], mask=mask, other=0)
+        tile = tl.load(
+            histogram_ptr + rows[:, None] * stride_h + offs_e[None, :], mask=mask, other=0
+        )
         totals += tl.sum(tile, axis=0)
     ends = tl.cumsum(totals, axis=0)
     is_expert = offs_e < num_experts
@@ -136,9 +138,7 @@ def launch_plan(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
     pinned = Config({"BLOCK_A": 2048 if large else 1024}, num_warps=8 if large else 4)
     candidates = [Config({"BLOCK_A": a}, num_warps=w) for a, w in ((512, 4), (1024, 4), (2048, 8))]
     shape_class = (triton.next_power_of_2(total), block_e)
-    launch(
-        choose("plan", shape_class, pinned, candidates, launch, on_gpu=expert_index.is_cuda)
-    )
+    launch(choose("plan", shape_class, pinned, candidates, launch, on_gpu=expert_index.is_cuda))
     return counts, offsets, permutation, inverse
 
 

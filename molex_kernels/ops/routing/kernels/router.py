@@ -47,7 +47,9 @@ def _load_x(
 ):  # fmt: skip
     """A tile of w * x."""
     mask = mask_t[:, None] & mask_d[None, :]
-    x = tl.load(x_ptr + offs_t[:, None] * stride_xt + offs_d[None, :] * stride_xd, mask=mask, other=0.0)
+    x = tl.load(
+        x_ptr + offs_t[:, None] * stride_xt + offs_d[None, :] * stride_xd, mask=mask, other=0.0
+    )
     if UPCAST:
         x = x.to(tl.float32)
     if HAS_WEIGHTS:
@@ -204,7 +206,7 @@ def _configs(block_e: int, fp32: bool) -> tuple[Config, list[Config]]:
 
 
 def precision(dtype: torch.dtype, upcast: bool) -> str:
-    """How fp32 products are formed: three tf32 products carry a product of 16-bit inputs exactly."""
+    """How `tl.dot` multiplies fp32: as three tf32 products where the inputs were 16-bit."""
     if upcast and dtype != torch.float32:
         return "ieee" if torch.version.hip else "tf32x3"
     return dot_precision(dtype)

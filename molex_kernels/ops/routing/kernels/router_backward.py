@@ -174,8 +174,7 @@ def launch_bwd(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, gate and bias (fp32); an empty tensor for each that is not needed."""
-    tokens, dim = x.shape
-    experts = gate.shape[0]
+    tokens, experts = logits.shape
     dx = x.new_empty(x.shape if needs[0] else (0,))
     dgate = gate.new_empty(gate.shape if needs[1] else (0,))
     dbias = logits.new_empty(experts if needs[2] else 0)

@@ -102,7 +102,9 @@ def _pairwise_fwd_tile(
         rank = rows - (end - count)
         coefficient = (2 * rank - count + 1).to(tl.float32)
         tl.store(
-            partial_ptr + tile * D + offs_d, tl.sum(coefficient[:, None] * centred, axis=0), mask=mask_d
+            partial_ptr + tile * D + offs_d,
+            tl.sum(coefficient[:, None] * centred, axis=0),
+            mask=mask_d,
         )
 
 
@@ -174,7 +176,7 @@ def _sum_of_weights(
             weight, present = _load_weight(
                 deviations_ptr, counts_ptr, offs_c, offs_d, D, num_clusters, eps, MASKED
             )
-            columns += tl.sum(tl.minimum(weight, limit), axis=0)
+            columns += tl.sum(tl.minimum(weight, limit, propagate_nan=tl.PropagateNan.ALL), axis=0)
             if start_d == 0:
                 rows += tl.sum(present.to(tl.float32), axis=0)
     return tl.sum(columns, axis=0), tl.maximum(rows, 1.0)
@@ -214,14 +216,14 @@ def _feature_weights_fwd(
             weight, _present = _load_weight(
                 deviations_ptr, counts_ptr, offs_c, offs_d, D, num_clusters, eps, MASKED
             )
-            column += tl.sum(tl.minimum(weight, limit), axis=0)
+            column += tl.sum(tl.minimum(weight, limit, propagate_nan=tl.PropagateNan.ALL), axis=0)
         divisor = column / rows
     for start_c in range(0, num_clusters, BLOCK_C):
         offs_c = start_c + tl.arange(0, BLOCK_C)
         weight, present = _load_weight(
             deviations_ptr, counts_ptr, offs_c, offs_d, D, num_clusters, eps, MASKED
         )
-        weight = tl.minimum(weight, limit) / divisor[None, :]
+        weight = tl.minimum(weight, limit, propagate_nan=tl.PropagateNan.ALL) / divisor[None, :]
         tl.store(
             out_ptr + offs_c.to(tl.int64)[:, None] * D + offs_d[None, :],
             tl.where(present[:, None], weight, 1.0),
@@ -308,7 +310,9 @@ def _segmented(
         result[:] = [_reduce(partial, offsets, None, blocks["BLOCK_T"], block_c)]
 
     pinned = Config({"BLOCK_T": 64, "BLOCK_D": 64})
-    candidates = [Config({"BLOCK_T": t, "BLOCK_D": d}) for t, d in ((128, 32), (32, 128), (64, 128))]
+    candidates = [
+        Config({"BLOCK_T": t, "BLOCK_D": d}) for t, d in ((128, 32), (32, 128), (64, 128))
+    ]
     shape_class = (x.dtype, stat, block_c, triton.next_power_of_2(dim))
     launch(choose("statistics", shape_class, pinned, candidates, launch, on_gpu=x.is_cuda))
     return result[0]

@@ -1,0 +1,14 @@
+"""The console of all parts of a run."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+
+LOG_WIDTH = 120  # a log file has no width of its own, and 80 columns would fold every shape
+
+
+def console() -> Console:
+    """Wraps long lines itself only where a terminal says how wide it is."""
+    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)

@@ -1,0 +1,393 @@
+"""What tests and benchmarks need to know of the routing ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molex_kernels._opinfo import Case, Cost, Inputs, OpInfo
+from molex_kernels.ops.routing import baselines, reference
+from molex_kernels.ops.routing.api import ac_route, ac_weights, route_plan, topk_route
+from molex_kernels.ops.routing.losses import load_balance_loss, router_z_loss
+from molex_kernels.ops.routing.plan import RoutePlan, Routing
+
+# Keys around the choice of a token differ by this share of the largest: no dtype chooses otherwise.
+MARGIN = 1e-3
+STATISTICS = ("recipe", "stat", "eps", "clip", "norm", "empty")
+
+
+class _Draw:
+    """Random tensors whose values the dtype holds exactly, drawn alike for every dtype."""
+
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    ) -> None:
+        self.dtype, self.device, self.generator = dtype, device, generator
+
+    def normal(self, *sizes: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        drawn = torch.randn(sizes, generator=self.generator, device=self.generator.device)
+        return (drawn * scale).to(self.device, dtype or self.dtype)
+
+    def labels(self, tokens: int, experts: int, top_k: int, how: str) -> Tensor:
+        """Distinct experts per token; `how` they spread."""
+        keys = self.normal(tokens, experts, dtype=torch.float32)
+        if how == "one":
+            keys[:, -1] = torch.inf
+        if how == "empty":
+            keys[:, 1::3] = -torch.inf
+        index = keys.topk(top_k, dim=1).indices
+        if how == "elsewhere":
+            index = index + torch.where(keys[:, :top_k] > 0.5, experts, 0)
+            index[::5, 0] = -1
+        return index
+
+
+def _clear_choice(key: Tensor, top_k: int) -> Tensor:
+    """[T]: whether each of the K largest keys is clearly above the next one."""
+    ordered = key.sort(dim=1, descending=True).values[:, : top_k + 1]
+    if ordered.shape[1] < 2:
+        return torch.ones(key.shape[0], dtype=torch.bool, device=key.device)
+    gap = (ordered[:, :-1] - ordered[:, 1:]).amin(1)
+    return gap > MARGIN * key.abs().amax(1)
+
+
+def _draw_until_clear(inputs: Inputs, draw: _Draw, key: Callable[[Inputs], Tensor]) -> None:
+    """Draws tokens anew until every choice is clear in fp64."""
+    x = inputs["x"]
+    while x.shape[0]:
+        doubles = {
+            k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+            for k, v in inputs.items()
+        }
+        unclear = ~_clear_choice(key(doubles), inputs["top_k"])
+        if not unclear.any():
+            return
+        x[unclear] = draw.normal(int(unclear.sum()), x.shape[1])
+
+
+def _gate(case: Case, draw: _Draw) -> Inputs:
+    dim, experts, top_k = (case.sizes[name] for name in "DEK")
+    dtype = torch.float32 if case.options.get("fp32_gate") else draw.dtype
+    inputs: Inputs = {
+        "gate_weight": draw.normal(experts, dim, scale=dim**-0.5, dtype=dtype),
+        "top_k": top_k,
+    }
+    if case.options.get("bias"):
+        inputs["gate_bias"] = draw.normal(experts, scale=0.5)
+    return inputs
+
+
+def _make_topk_route(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Inputs:
+    draw = _Draw(dtype, device, generator)
+    inputs = {"x": draw.normal(case.sizes["T"], case.sizes["D"]), **_gate(case, draw)}
+    score = case.options.get("score", "softmax_topk")
+    if score != "softmax_topk":
+        inputs["score"] = score
+    if case.options.get("expert_bias"):
+        inputs["expert_bias"] = draw.normal(case.sizes["E"], scale=0.3)
+
+    def key(doubles: Inputs) -> Tensor:
+        logits = topk_route(**doubles, impl="reference").logits
+        return reference.selection_key(logits, doubles.get("expert_bias"), score)
+
+    _draw_until_clear(inputs, draw, key)
+    return inputs
+
+
+def _make_ac_weights(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Inputs:
+    draw = _Draw(dtype, device, generator)
+    tokens, dim, clusters = (case.sizes[name] for name in "TDC")
+    return {
+        "x": draw.normal(tokens, dim) + draw.normal(dim),
+        "cluster": draw.labels(tokens, clusters, 1, case.options.get("clusters", ""))[:, 0],
+        "num_clusters": clusters,
+        **{k: v for k, v in case.options.items() if k in STATISTICS},
+    }
+
+
+def _make_ac_route(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Inputs:
+    draw = _Draw(dtype, device, generator)
+    tokens, dim, experts = (case.sizes[name] for name in "TDE")
+    options = case.options
+    previous = case.sizes.get("M", 2)
+    inputs: Inputs = {
+        "x": draw.normal(tokens, dim),
+        **_gate(case, draw),
+        "prev_index": draw.labels(tokens, experts, previous, options.get("clusters", "")),
+        **{k: v for k, v in options.items() if k in (*STATISTICS, "cosine", "mix")},
+    }
+    if options.get("mix"):
+        inputs["prev_weight"] = draw.normal(tokens, previous, dtype=torch.float32).softmax(1)
+    if options.get("stats_from"):
+        inputs["stats_from"] = draw.normal(tokens, dim)
+    _draw_until_clear(inputs, draw, lambda doubles: ac_route(**doubles, impl="reference").logits)
+    return inputs
+
+
+def _make_route_plan(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Inputs:
+    tokens, experts, top_k = (case.sizes[name] for name in "TEK")
+    index = _Draw(dtype, device, generator).labels(
+        tokens, experts, top_k, case.options.get("clusters", "")
+    )
+    return {
+        "expert_index": index.int() if case.options.get("int32") else index,
+        "num_experts": experts,
+    }
+
+
+def _make_load_balance(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Inputs:
+    draw = _Draw(dtype, device, generator)
+    tokens, experts, top_k = (case.sizes[name] for name in "TEK")
+    return {
+        "expert_index": draw.labels(tokens, experts, top_k, case.options.get("clusters", "")),
+        "logits": draw.normal(tokens, experts),
+        **{k: v for k, v in case.options.items() if k in ("temperature", "kind")},
+    }
+
+
+def _make_z_loss(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Inputs:
+    draw = _Draw(dtype, device, generator)
+    return {"logits": draw.normal(case.sizes["T"], case.sizes["E"])}
+
+
+def _load_balance(
+    expert_index: Tensor,
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    kind: str = "switch",
+    impl: str | None = None,
+) -> Tensor:
+    """`load_balance_loss` with the routing's tensors as arguments of their own."""
+    routing = Routing(expert_index, logits.new_zeros(expert_index.shape), logits)
+    return load_balance_loss(routing, temperature=temperature, kind=kind, impl=impl)
+
+
+def _routing_results(routing: Routing) -> dict[str, Tensor]:
+    return routing._asdict()
+
+
+def _plan_results(plan: RoutePlan) -> dict[str, Tensor]:
+    return plan._asdict()
+
+
+def _cost_route(case: Case, dtype: torch.dtype, backward: bool) -> Cost:
+    tokens, dim, experts, top_k = (case.sizes[name] for name in "TDEK")
+    operands = (tokens + experts) * dim * dtype.itemsize
+    outputs = tokens * (12 * top_k + 4 * experts)
+    # Backward reads the operands and the saved outputs, and writes gradients of the operands.
+    passes = 3 if backward else 1
+    size = passes * operands + (2 if backward else 1) * outputs
+    return Cost(size, passes * 2 * tokens * dim * experts)
+
+
+def _cost_ac_weights(case: Case, dtype: torch.dtype, backward: bool) -> Cost:
+    tokens, dim = case.sizes["T"], case.sizes["D"]
+    clusters = case.sizes.get("C", case.sizes.get("E", 0))
+    # The deviations need the means first, so the tokens are read twice.
+    return Cost(
+        2 * tokens * dim * dtype.itemsize + 8 * tokens + 4 * clusters * dim, 4 * tokens * dim
+    )
+
+
+def _cost_ac_route(case: Case, dtype: torch.dtype, backward: bool) -> Cost:
+    statistics, router = _cost_ac_weights(case, dtype, False), _cost_route(case, dtype, backward)
+    return Cost(statistics.bytes + router.bytes, statistics.flops + router.flops)
+
+
+def _cost_route_plan(case: Case, dtype: torch.dtype, backward: bool) -> Cost:
+    return Cost(24 * case.sizes["T"] * case.sizes["K"] + 8 * case.sizes["E"], 0)
+
+
+def _cost_loss(case: Case, dtype: torch.dtype, backward: bool) -> Cost:
+    tokens, experts = case.sizes["T"], case.sizes["E"]
+    size = tokens * (experts * dtype.itemsize + 8 * case.sizes.get("K", 0))
+    return Cost(3 * size if backward else size, (8 if backward else 4) * tokens * experts)
+
+
+def _route(t: int, d: int, e: int, k: int, note: str = "", **options: Any) -> Case:
+    return Case({"T": t, "D": d, "E": e, "K": k}, options, note)
+
+
+def _mixed(t: int, d: int, e: int, k: int, m: int, **options: Any) -> Case:
+    return Case({"T": t, "D": d, "E": e, "K": k, "M": m}, {"mix": True, **options})
+
+
+def _weights(t: int, d: int, c: int, **options: Any) -> Case:
+    return Case({"T": t, "D": d, "C": c}, options)
+
+
+def _plan(t: int, e: int, k: int, **options: Any) -> Case:
+    return Case({"T": t, "E": e, "K": k}, options)
+
+
+OPINFOS = (
+    OpInfo(
+        name="topk_route",
+        function=topk_route,
+        implementations=("triton", "reference"),
+        make=_make_topk_route,
+        results=_routing_results,
+        differentiable=("x", "gate_weight", "gate_bias"),
+        tests=(
+            _route(37, 44, 5, 2, bias=True),
+            _route(17, 65, 16, 3, score="sigmoid", expert_bias=True, bias=True),
+            _route(0, 17, 5, 2, bias=True),
+            _route(37, 17, 5, 5, score="softmax", expert_bias=True),
+            _route(1, 44, 16, 1, score="softmax", bias=True),
+            _route(37, 65, 33, 2, fp32_gate=True),
+            _route(17, 17, 1, 1),
+        ),
+        benchmarks=(
+            _route(6144, 352, 16, 2),
+            _route(25088, 384, 16, 2),
+            _route(25216, 192, 128, 2),
+            _route(32768, 2048, 128, 8, "qwen3"),
+            _route(32768, 2048, 64, 8, "olmoe"),
+        ),
+        quick=(_route(6144, 352, 16, 2),),
+        cost=_cost_route,
+        baselines={"library": baselines.library_topk_route},
+        compiled=(
+            *(_route(64, 64, e, 2, bias=True) for e in (64, 128, 256, 512, 1024)),
+            *(_route(64, 64, e, 8, score="softmax", expert_bias=True) for e in (128, 1024)),
+        ),
+    ),
+    OpInfo(
+        name="ac_route",
+        function=ac_route,
+        implementations=("triton", "reference"),
+        make=_make_ac_route,
+        results=_routing_results,
+        differentiable=("x", "gate_weight", "gate_bias"),
+        tests=(
+            _route(37, 44, 5, 2, stats_from=True, bias=True),
+            _mixed(17, 65, 16, 3, 2, stats_from=True, cosine=True, clusters="elsewhere"),
+            _route(0, 17, 5, 2, stats_from=True, cosine=True),
+            _route(37, 17, 5, 2, stats_from=True, recipe="swin", clusters="one"),
+            _mixed(37, 44, 16, 1, 8, stats_from=True, recipe="softmoe", clusters="empty"),
+            _route(37, 44, 16, 2, stats_from=True, stat="variance", empty="published", bias=True),
+            _route(17, 17, 5, 2, stats_from=True, stat="pairwise", cosine=True),
+        ),
+        benchmarks=(
+            _route(6144, 352, 16, 2, cosine=True),
+            _route(25088, 384, 16, 2, recipe="swin"),
+            _mixed(25216, 192, 128, 2, 8, recipe="softmoe"),
+            _route(3072, 128, 16, 2, stat="pairwise", cosine=True),
+            _route(6144, 352, 16, 2, stat="pairwise", cosine=True),
+        ),
+        quick=(_route(6144, 352, 16, 2, cosine=True),),
+        cost=_cost_ac_route,
+        baselines={
+            "published": baselines.published_ac_route,
+            "library": baselines.library_ac_route,
+        },
+        compiled=tuple(_mixed(64, 64, e, 2, 8, cosine=True) for e in (128, 512, 1024)),
+    ),
+    OpInfo(
+        name="ac_weights",
+        function=ac_weights,
+        implementations=("triton", "reference"),
+        make=_make_ac_weights,
+        results=lambda w: {"w": w},
+        differentiable=(),
+        tests=(
+            _weights(37, 44, 5),
+            _weights(37, 65, 16, empty="published", clusters="empty"),
+            _weights(0, 17, 5, recipe="softmoe"),
+            _weights(37, 17, 5, recipe="swin", clusters="elsewhere"),
+            _weights(17, 44, 16, recipe="softmoe", clusters="empty"),
+            _weights(37, 44, 5, stat="variance", clusters="one"),
+            _weights(17, 17, 16, stat="variance", recipe="swin", clip=10.0, norm="global_pre"),
+            _weights(37, 44, 5, stat="pairwise", clusters="elsewhere", norm="global_post"),
+            _weights(150, 65, 5, stat="pairwise", clusters="one"),
+            _weights(150, 17, 3),
+        ),
+        benchmarks=(
+            _weights(6144, 352, 16),
+            _weights(25088, 384, 16, recipe="swin"),
+            _weights(25216, 192, 128, recipe="softmoe"),
+            _weights(3072, 128, 16, stat="pairwise"),
+            _weights(6144, 352, 16, stat="pairwise"),
+        ),
+        quick=(_weights(6144, 352, 16),),
+        cost=_cost_ac_weights,
+        baselines={
+            "published": baselines.published_ac_weights,
+            "library": baselines.library_ac_weights,
+        },
+        compiled=tuple(_weights(64, 64, 1024, stat=stat) for stat in ("mad", "pairwise")),
+    ),
+    OpInfo(
+        name="route_plan",
+        function=route_plan,
+        implementations=("triton", "cpu", "reference"),
+        make=_make_route_plan,
+        results=_plan_results,
+        differentiable=(),
+        tests=(
+            _plan(37, 5, 2),
+            _plan(17, 16, 3, clusters="elsewhere", int32=True),
+            _plan(0, 5, 2),
+            _plan(37, 5, 1, clusters="one"),
+            _plan(600, 7, 4, clusters="empty"),
+        ),
+        benchmarks=(
+            _plan(6144, 16, 2),
+            _plan(25088, 16, 2),
+            _plan(32768, 128, 8),
+            _plan(32768, 256, 16),
+        ),
+        quick=(_plan(6144, 16, 2), _plan(32768, 128, 8)),
+        cost=_cost_route_plan,
+        baselines={
+            "published": baselines.published_route_plan,
+            "library": baselines.library_route_plan,
+        },
+        compiled=(_plan(16384, 1024, 8), _plan(16384, 128, 8), _plan(16384, 16, 8)),
+    ),
+    OpInfo(
+        name="load_balance_loss",
+        function=_load_balance,
+        implementations=("reference",),
+        make=_make_load_balance,
+        results=lambda loss: {"loss": loss},
+        differentiable=("logits",),
+        tests=(
+            _plan(37, 5, 2),
+            _plan(17, 16, 3, kind="published", temperature=0.5, clusters="elsewhere"),
+            _plan(0, 5, 2),
+        ),
+        benchmarks=(_plan(6144, 16, 2), _plan(32768, 128, 8)),
+        quick=(_plan(6144, 16, 2),),
+        cost=_cost_loss,
+        baselines={"published": baselines.published_load_balance},
+    ),
+    OpInfo(
+        name="router_z_loss",
+        function=router_z_loss,
+        implementations=("reference",),
+        make=_make_z_loss,
+        results=lambda loss: {"loss": loss},
+        differentiable=("logits",),
+        tests=(Case({"T": 37, "E": 5}), Case({"T": 0, "E": 5})),
+        benchmarks=(Case({"T": 6144, "E": 16}), Case({"T": 32768, "E": 128})),
+        quick=(Case({"T": 6144, "E": 16}),),
+        cost=_cost_loss,
+    ),
+)

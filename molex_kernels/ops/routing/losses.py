@@ -1,0 +1,82 @@
+"""Auxiliary losses of a router, as composites of PyTorch operators."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from molex_kernels import _check, _dispatch
+from molex_kernels._dtypes import accumulate_dtype
+from molex_kernels.ops.routing.api import route_plan
+from molex_kernels.ops.routing.plan import Routing
+
+_KINDS = ("switch", "published")
+
+
+def load_balance_loss(
+    routing: Routing, *, temperature: float = 1.0, kind: str = "switch", impl: str | None = None
+) -> Tensor:
+    """Load balance: E sum_e f_e P_e, least when tokens spread evenly over the experts.
+
+        f_e = assignments to e / (T K)
+        P_e = sum_t softmax(logits / temperature)_te / T           kind="switch"
+        P_e = sum_t softmax(logits / temperature)_te / (T K)       kind="published"
+
+    "switch" is the loss of Switch Transformers (arXiv 2101.03961); "published" divides P by K too,
+    as the FastMoE-based language-model code of ACMoE and MomentumSMoE does.
+
+    Args:
+        routing: expert_index [T, K] (ids outside [0, E) are counted nowhere) and logits [T, E].
+        temperature: above 0; divides the logits.
+        kind: "switch" or "published".
+        impl: None or "reference", the only implementation.
+
+    Returns:
+        A scalar, fp32 (fp64 for fp64 logits); 0 for T = 0. Differentiable in the logits (also
+        twice); f is constant. Deterministic, no host synchronisation.
+
+    Raises:
+        TypeError, ValueError: a bad argument, which the message names.
+        NotImplementedError: another `impl`.
+    """
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}")
+    index, _, logits = routing
+    _check.floating("routing.logits", logits, "T, E", (None, None))
+    tokens, experts = logits.shape
+    _check.index("routing.expert_index", index, "T, K", (tokens, None), logits)
+    _check.number("temperature", temperature, 0.0, exclusive=True)
+    _check.choice("kind", kind, _KINDS)
+    _only_reference("load_balance_loss", impl, logits)
+    counts = route_plan(index, experts, impl=impl).counts
+    probability = (logits.to(accumulate_dtype(logits.dtype)) / temperature).softmax(1)
+    assignments = max(tokens * index.shape[1], 1)
+    f = counts.to(probability.dtype) / assignments
+    p = probability.sum(0) / (max(tokens, 1) if kind == "switch" else assignments)
+    return experts * (f * p).sum()
+
+
+def router_z_loss(logits: Tensor, *, impl: str | None = None) -> Tensor:
+    """Router z-loss (ST-MoE, arXiv 2202.08906): mean over tokens of logsumexp(logits_t)^2.
+
+    Args:
+        logits: [T, E], floating.
+        impl: None or "reference", the only implementation.
+
+    Returns:
+        A scalar, fp32 (fp64 for fp64 logits); 0 for T = 0. Differentiable (also twice).
+        Deterministic, no host synchronisation.
+
+    Raises:
+        TypeError, ValueError: a bad argument, which the message names.
+        NotImplementedError: another `impl`.
+    """
+    _check.floating("logits", logits, "T, E", (None, None))
+    _only_reference("router_z_loss", impl, logits)
+    z = logits.to(accumulate_dtype(logits.dtype)).logsumexp(1)
+    return (z * z).sum() / max(logits.shape[0], 1)
+
+
+def _only_reference(name: str, impl: str | None, logits: Tensor) -> None:
+    """A composite runs whatever MOLEX_IMPL says; only an explicit choice can be wrong."""
+    if impl is not None:
+        _dispatch.choose(name, (_dispatch.REFERENCE,), impl, logits)

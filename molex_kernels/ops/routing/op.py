@@ -1,0 +1,247 @@
+"""Operators of the routing ops and their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from molex_kernels import _register
+from molex_kernels.ops.routing.plan import RoutePlan, Routing
+
+Tensors = tuple[Tensor, ...]
+
+
+def _route_fake(
+    x: Tensor,
+    gate: Tensor,
+    gate_bias: Tensor | None,
+    expert_bias: Tensor | None,
+    table: Tensor | None,
+    labels: Tensor | None,
+    mix: Tensor | None,
+    top_k: int,
+    score: str,
+) -> Tensors:
+    tokens, experts = x.shape[0], gate.shape[0]
+    return (
+        x.new_empty(tokens, top_k, dtype=torch.int64),
+        x.new_empty(tokens, top_k, dtype=torch.float32),
+        x.new_empty(tokens, experts, dtype=torch.float32),
+    )
+
+
+def _route_triton(*arguments: Any) -> Tensors:
+    from molex_kernels.ops.routing.kernels import router
+
+    return router.launch_fwd(*arguments)
+
+
+def _route_backward_fake(
+    x: Tensor,
+    gate: Tensor,
+    logits: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    grad_weight: Tensor | None,
+    grad_logits: Tensor | None,
+    table: Tensor | None,
+    labels: Tensor | None,
+    mix: Tensor | None,
+    score: str,
+    needs: list[bool],
+) -> Tensors:
+    return (
+        x.new_empty(x.shape if needs[0] else (0,)),
+        gate.new_empty(gate.shape if needs[1] else (0,)),
+        logits.new_empty(gate.shape[0] if needs[2] else 0),
+    )
+
+
+def _route_backward_triton(*arguments: Any) -> Tensors:
+    from molex_kernels.ops.routing.kernels import router_backward
+
+    return router_backward.launch_bwd(*arguments)
+
+
+def _plan_fake(expert_index: Tensor, num_experts: int) -> Tensors:
+    total = expert_index.shape[0] * expert_index.shape[1]
+    return (
+        expert_index.new_empty(num_experts, dtype=torch.int32),
+        expert_index.new_empty(num_experts, dtype=torch.int32),
+        expert_index.new_empty(total, dtype=torch.int64),
+        expert_index.new_empty(total, dtype=torch.int64),
+    )
+
+
+def _plan_triton(expert_index: Tensor, num_experts: int) -> Tensors:
+    from molex_kernels.ops.routing.kernels import plan
+
+    return plan.launch_plan(expert_index, num_experts)
+
+
+def _sum_fake(x: Tensor, permutation: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(offsets.shape[0], x.shape[1], dtype=torch.float32)
+
+
+def _sum_triton(x: Tensor, permutation: Tensor, offsets: Tensor) -> Tensor:
+    from molex_kernels.ops.routing.kernels import statistics
+
+    return statistics.launch_sum(x, permutation, offsets)
+
+
+def _deviation_fake(
+    x: Tensor,
+    cluster: Tensor,
+    permutation: Tensor,
+    offsets: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    stat: str,
+) -> Tensor:
+    return sums.new_empty(sums.shape)
+
+
+def _deviation_triton(
+    x: Tensor,
+    cluster: Tensor,
+    permutation: Tensor,
+    offsets: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    stat: str,
+) -> Tensor:
+    from molex_kernels.ops.routing.kernels import statistics
+
+    if stat == "pairwise":
+        return statistics.launch_pairwise(x, cluster, offsets, sums, counts)
+    return statistics.launch_deviation(x, permutation, offsets, sums, counts, stat)
+
+
+def _weights_fake(
+    deviations: Tensor, counts: Tensor, eps: float, clip: float, norm: str, mask: bool
+) -> Tensor:
+    return deviations.new_empty(deviations.shape)
+
+
+def _weights_triton(
+    deviations: Tensor, counts: Tensor, eps: float, clip: float, norm: str, mask: bool
+) -> Tensor:
+    from molex_kernels.ops.routing.kernels import statistics
+
+    return statistics.launch_weights(deviations, counts, eps, clip, norm, mask)
+
+
+_PLAN_SCHEMA = "(Tensor expert_index, int num_experts) -> (Tensor, Tensor, Tensor, Tensor)"
+
+ROUTE_TRITON = _register.define(
+    "router_fwd_triton",
+    "(Tensor x, Tensor gate, Tensor? gate_bias, Tensor? expert_bias, Tensor? table, "
+    "Tensor? labels, Tensor? mix, int top_k, str score) -> (Tensor, Tensor, Tensor)",
+    fake=_route_fake,
+    run=_route_triton,
+)
+ROUTE_BACKWARD_TRITON = _register.define(
+    "router_bwd_triton",
+    "(Tensor x, Tensor gate, Tensor logits, Tensor index, Tensor weight, Tensor? grad_weight, "
+    "Tensor? grad_logits, Tensor? table, Tensor? labels, Tensor? mix, str score, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_route_backward_fake,
+    run=_route_backward_triton,
+)
+PLAN_TRITON = _register.define("route_plan_triton", _PLAN_SCHEMA, fake=_plan_fake, run=_plan_triton)
+PLAN_CPU = _register.define("route_plan_cpu", _PLAN_SCHEMA, fake=_plan_fake)
+SUM_TRITON = _register.define(
+    "cluster_sum_triton",
+    "(Tensor x, Tensor permutation, Tensor offsets) -> Tensor",
+    fake=_sum_fake,
+    run=_sum_triton,
+)
+DEVIATION_TRITON = _register.define(
+    "cluster_deviation_triton",
+    "(Tensor x, Tensor cluster, Tensor permutation, Tensor offsets, Tensor sums, Tensor counts, "
+    "str stat) -> Tensor",
+    fake=_deviation_fake,
+    run=_deviation_triton,
+)
+WEIGHTS_TRITON = _register.define(
+    "feature_weights_triton",
+    "(Tensor deviations, Tensor counts, float eps, float clip, str norm, bool mask) -> Tensor",
+    fake=_weights_fake,
+    run=_weights_triton,
+)
+
+
+class _Route(Function):
+    """The router with gradients of x, the gate and its bias, from both of its float results."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate: Tensor,
+        gate_bias: Tensor | None,
+        expert_bias: Tensor | None,
+        table: Tensor | None,
+        labels: Tensor | None,
+        mix: Tensor | None,
+        top_k: int,
+        score: str,
+    ) -> Tensors:
+        index, weight, logits = ROUTE_TRITON(
+            x, gate, gate_bias, expert_bias, table, labels, mix, top_k, score
+        )
+        ctx.save_for_backward(x, gate, logits, index, weight, table, labels, mix)
+        ctx.score = score
+        ctx.bias_dtype = None if gate_bias is None else gate_bias.dtype
+        ctx.mark_non_differentiable(index)
+        ctx.set_materialize_grads(False)
+        return index, weight, logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Any, grad_weight: Tensor | None, grad_logits: Tensor | None) -> Any:
+        x, gate, logits, index, weight, table, labels, mix = ctx.saved_tensors
+        if grad_weight is None and grad_logits is None:
+            return (None,) * 9
+        needs = list(ctx.needs_input_grad[:3])
+        dx, dgate, dbias = ROUTE_BACKWARD_TRITON(
+            x, gate, logits, index, weight, grad_weight, grad_logits,
+            table, labels, mix, ctx.score, needs,
+        )  # fmt: skip
+        return (
+            dx if needs[0] else None,
+            dgate if needs[1] else None,
+            dbias.to(ctx.bias_dtype) if needs[2] else None,
+            *(None,) * 6,
+        )
+
+
+def route_triton(
+    x: Tensor,
+    gate: Tensor,
+    gate_bias: Tensor | None,
+    expert_bias: Tensor | None,
+    table: Tensor | None,
+    labels: Tensor | None,
+    mix: Tensor | None,
+    top_k: int,
+    score: str,
+) -> Routing:
+    """The Triton router, seen by autograd where a gradient is wanted."""
+    wanted = _register.wants_grad(x, gate, gate_bias)
+    call = _Route.apply if wanted else ROUTE_TRITON
+    return Routing(*call(x, gate, gate_bias, expert_bias, table, labels, mix, top_k, score))
+
+
+def plan_triton(expert_index: Tensor, num_experts: int) -> RoutePlan:
+    """The plan by three Triton kernels."""
+    return RoutePlan(*PLAN_TRITON(expert_index, num_experts))
+
+
+def plan_cpu(expert_index: Tensor, num_experts: int) -> RoutePlan:
+    """The plan by the compiled extension."""
+    return RoutePlan(*PLAN_CPU(expert_index, num_experts))
