@@ -1,2 +1,31 @@
-"""Public names."""
+"""Fast, differentiable PyTorch ops for sparse mixture-of-experts models.
+
+Each function runs the fastest implementation that supports its inputs (`impl=None`) or the one it is
+told to. `python -m molex_kernels.env` prints what will run here, and why not where not.
+"""
+
+from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
+from molex_kernels.ops.dispatch.module import MoEMLP
+from molex_kernels.ops.routing.api import ac_route, ac_weights, route_plan, topk_route
+from molex_kernels.ops.routing.losses import load_balance_loss, router_z_loss
+from molex_kernels.ops.routing.module import ACRouter, TopKRouter
+from molex_kernels.ops.routing.plan import RoutePlan, Routing
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "ACRouter",
+    "MoEMLP",
+    "RoutePlan",
+    "Routing",
+    "TopKRouter",
+    "__version__",
+    "ac_route",
+    "ac_weights",
+    "grouped_gemm",
+    "load_balance_loss",
+    "moe_mlp",
+    "route_plan",
+    "router_z_loss",
+    "topk_route",
+]

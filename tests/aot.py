@@ -165,6 +165,13 @@ def _resources(ptx: str, capability: int) -> tuple[int, int]:
     return registers, spills
 
 
+def _fullness(launch: Launch) -> tuple[int, int, int]:
+    """Tensors passed, options switched on, arguments known to be multiples of 16."""
+    pointers = sum(t.startswith("*") for _, t in launch.signature)
+    flags = sum(v is True for _, v in launch.constants)
+    return pointers, flags, len(launch.divisible)
+
+
 def compile_op(name: str) -> Iterator[Compiled]:
     """Every launch of the op, compiled for every chip."""
     global _dtype
@@ -175,14 +182,12 @@ def compile_op(name: str) -> Iterator[Compiled]:
         for dtype in DTYPES:
             _dtype = str(dtype).removeprefix("torch.")
             _call(info, case, dtype)
-    # Cases differ in which sizes are multiples of 16; the specialisations that differ in nothing
-    # else compile alike, so the most divisible one stands for its configuration.
+    # Of the launches that differ only in options, the fullest stands for its configuration.
     chosen: dict[tuple[Any, ...], Launch] = {}
     for launch in _launches:
-        blocks = tuple((k, v) for k, v in launch.constants if k.isupper())
-        pointers = tuple(t for _, t in launch.signature if t.startswith("*"))
-        key = (launch.kernel, pointers, blocks, launch.options)
-        if key not in chosen or len(launch.divisible) > len(chosen[key].divisible):
+        tiles = tuple((k, v) for k, v in launch.constants if k.startswith("BLOCK_"))
+        key = (launch.kernel, launch.dtype, tiles, launch.options)
+        if key not in chosen or _fullness(launch) > _fullness(chosen[key]):
             chosen[key] = launch
     for launch in chosen.values():
         for capability in CAPABILITIES:

@@ -1,0 +1,222 @@
+"""The routers as modules: a gate's parameters, and a call of the function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from molex_kernels import _check
+from molex_kernels.ops.routing.api import ac_route, normalized_gate, topk_route
+from molex_kernels.ops.routing.plan import Routing
+
+ROW_NORM = 1.5  # of the published cosine gate's rows
+
+
+class _Gate(nn.Module):
+    """The gate: `weight` [E, D] and, unless without, `bias` [E]."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        bias: bool,
+        impl: str | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        _check.integer("d_model", d_model, 1)
+        _check.integer("num_experts", num_experts, 1)
+        _check.integer("top_k", top_k, 1, num_experts, of=" experts")
+        self.top_k = top_k
+        self.impl = impl
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model, device=device, dtype=dtype))
+        vector = torch.empty(num_experts, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if vector is None else nn.Parameter(vector))
+
+    def reset_parameters(self) -> None:
+        """Draws the gate as `nn.Linear` does: uniform in +-1/sqrt(D)."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def _published_names(self) -> dict[str, str]:
+        names = {"weight": "gate.weight"}
+        return names if self.bias is None else {**names, "bias": "gate.bias"}
+
+    @torch.no_grad()
+    def load_published(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Copies the gate from the published names, alone or under any prefix.
+
+        They are FastMoE's `gate.weight` [E, D] and `gate.bias` [E]; of a cosine gate,
+        `expert_embeddings` [E, D]. Raises ValueError for a missing name, a name under two
+        prefixes, or another shape.
+        """
+        found = {}
+        for own, name in self._published_names().items():
+            keys = [key for key in state_dict if key == name or key.endswith("." + name)]
+            if len(keys) != 1:
+                got = keys or "none"
+                raise ValueError(f"state_dict: expected one name ending in {name!r}, got {got}")
+            _check.floating(name, state_dict[keys[0]], "E, ...", self.get_parameter(own).shape)
+            found[own] = state_dict[keys[0]]
+        for own, value in found.items():
+            self.get_parameter(own).copy_(value)
+
+    def extra_repr(self) -> str:
+        num_experts, d_model = self.weight.shape
+        has_bias = self.bias is not None
+        return f"d_model={d_model}, num_experts={num_experts}, top_k={self.top_k}, bias={has_bias}"
+
+
+class TopKRouter(_Gate):
+    """A linear gate and `topk_route`.
+
+    Args:
+        d_model: D. num_experts: E. top_k: K.
+        bias: whether the gate has a bias (FastMoE's has; default without, as in Mixtral).
+        score: as in `topk_route`.
+        impl: passed to `topk_route` at each call.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        bias: bool = False,
+        score: str = "softmax_topk",
+        impl: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(d_model, num_experts, top_k, bias, impl, device, dtype)
+        self.score = score
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, *, expert_bias: Tensor | None = None) -> Routing:
+        """x [..., D], flattened to T tokens -> Routing."""
+        return topk_route(
+            x.flatten(0, -2),
+            self.weight,
+            top_k=self.top_k,
+            gate_bias=self.bias,
+            score=self.score,
+            expert_bias=expert_bias,
+            impl=self.impl,
+        )
+
+
+class ACRouter(_Gate):
+    """The adaptive-clustering router (ACMoE, arXiv 2502.15315): a gate and `ac_route`.
+
+    The clusters are the previous MoE layer's experts, so that layer must have as many experts. A
+    layer without a previous routing routes plainly.
+
+    Args:
+        d_model: D. num_experts: E. top_k: K.
+        bias: whether the gate has a bias; not with `cosine`.
+        cosine: normalise the gate's rows, as the published code does by default. Its rows start
+            orthogonal with norm 1.5. The published code rescales them to that norm in place at each
+            forward pass; since the forward pass divides by the norm anyway, that changes only the
+            gradient's scale. `renormalize_`, called after each optimiser step, reproduces it.
+        mix, recipe, stat, eps, clip, norm, empty, process_group: as in `ac_route`.
+        impl: passed to `ac_route` at each call.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        bias: bool = False,
+        cosine: bool = False,
+        mix: bool = False,
+        recipe: str = "lm",
+        stat: str | None = None,
+        eps: float | None = None,
+        clip: float | None = None,
+        norm: str | None = None,
+        empty: str = "mask",
+        process_group: ProcessGroup | None = None,
+        impl: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if cosine and bias:
+            raise ValueError("bias: expected False with cosine=True, got True")
+        super().__init__(d_model, num_experts, top_k, bias, impl, device, dtype)
+        self.cosine = cosine
+        self.mix = mix
+        self.recipe = recipe
+        self.stat, self.eps, self.clip, self.norm, self.empty = stat, eps, clip, norm, empty
+        self.process_group = process_group
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the gate anew."""
+        super().reset_parameters()
+        if self.cosine:
+            nn.init.orthogonal_(self.weight, gain=0.32)
+            self.renormalize_()
+
+    @torch.no_grad()
+    def renormalize_(self) -> None:
+        """Rescales the gate's rows in place to norm 1.5 (`cosine` only; others have no such norm)."""
+        if not self.cosine:
+            raise ValueError("renormalize_: expected a router with cosine=True, got cosine=False")
+        self.weight.mul_(ROW_NORM / self.weight.norm(dim=1, keepdim=True))
+
+    def forward(
+        self, x: Tensor, prev: Routing | None = None, *, stats_from: Tensor | None = None
+    ) -> Routing:
+        """x [..., D], flattened to T tokens, and the previous MoE layer's Routing -> Routing.
+
+        `stats_from` [..., D]: tokens for the statistics in place of x.
+        """
+        tokens = x.flatten(0, -2)
+        if prev is None:
+            return self._plain(tokens)
+        return ac_route(
+            tokens,
+            self.weight,
+            prev.expert_index,
+            prev.expert_weight,
+            top_k=self.top_k,
+            gate_bias=self.bias,
+            cosine=self.cosine,
+            mix=self.mix,
+            stats_from=None if stats_from is None else stats_from.flatten(0, -2),
+            recipe=self.recipe,
+            stat=self.stat,
+            eps=self.eps,
+            clip=self.clip,
+            norm=self.norm,
+            empty=self.empty,
+            process_group=self.process_group,
+            impl=self.impl,
+        )
+
+    def _plain(self, tokens: Tensor) -> Routing:
+        gate = normalized_gate(self.weight) if self.cosine else self.weight
+        return topk_route(tokens, gate, top_k=self.top_k, gate_bias=self.bias, impl=self.impl)
+
+    def _published_names(self) -> dict[str, str]:
+        return {"weight": "expert_embeddings"} if self.cosine else super()._published_names()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, cosine={self.cosine}, mix={self.mix}, recipe={self.recipe!r}"
+        )
