@@ -24,6 +24,7 @@ from molex_kernels._opinfo import Inputs, OpInfo
 Tensors = dict[str, Tensor]
 
 KINKS = 1e-3  # share of a gradient's elements that may sit at a kink
+BASELINE_SLACK = 10.0  # a baseline has to compute the same thing, not to be as exact as ours
 
 
 def _load(name: str) -> ModuleType:
@@ -106,8 +107,8 @@ class Truth:
     own: Tensors
     dtype: torch.dtype
 
-    def compare(self, actual: Tensors) -> str | None:
-        """What is wrong with these results, or None."""
+    def compare(self, actual: Tensors, slack: float = 1.0) -> str | None:
+        """What is wrong with these results, or None. `slack` multiplies the budget."""
         for name, want in self.expected.items():
             got = actual.get(name)
             if got is None:
@@ -119,23 +120,24 @@ class Truth:
             try:
                 tolerance.within_budget(name, got, want, self.own[name], self.dtype)
             except AssertionError as error:
-                if not (name.startswith("d ") and self._at_kinks(got, want, self.own[name])):
+                if not self._excused(name, got, slack):
                     return str(error)
         return None
 
-    def _at_kinks(self, got: Tensor, want: Tensor, own: Tensor) -> bool:
-        """Whether only a few elements of a gradient are outside the budget.
+    def _excused(self, name: str, got: Tensor, slack: float) -> bool:
+        """Whether a result is inside `slack` budgets; of a gradient, all but a few elements.
 
         relu's slope jumps at 0. Of the millions of hidden values of a large shape a few lie so near
         to it that two orders of summation fall on different sides.
         """
-        if got.shape != want.shape or not torch.isfinite(got).all():
+        want, own = self.expected[name], self.own[name]
+        if got.shape != want.shape or not torch.isfinite(got).equal(torch.isfinite(want)):
             return False
         largest = tolerance.largest(want)
         allowed = 2 * (tolerance.error(own, want) + torch.finfo(self.dtype).eps * largest)
         error = (got.double() - want).abs()
-        few = KINKS * error.numel()
-        return bool((error > allowed).sum() <= few and error.max() <= largest)
+        few = KINKS * error.numel() if name.startswith("d ") else 0
+        return bool((error > slack * allowed).sum() <= few and error.max() <= largest)
 
 
 def truth(info: OpInfo, inputs: Inputs, upstream: Tensors | None, dtype: torch.dtype) -> Truth:

@@ -158,7 +158,15 @@ def _resources(ptx: str, capability: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [ptxas, "-v", "--regAllocOptLevel=2", f"--gpu-name={chip}", source, "-o", "/dev/null"]
+        command = [
+            ptxas,
+            "-v",
+            "--regAllocOptLevel=2",
+            f"--gpu-name={chip}",
+            source,
+            "-o",
+            "/dev/null",
+        ]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", report))

@@ -9,44 +9,30 @@ cross-entropy plus a small load-balance loss per mixture.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import molex_kernels as mk
 from benchmarks.presets import TextPlan
+from molex_kernels._opinfo import OpInfo
 from molex_kernels.ops import load_ops
+from molex_kernels.ops.dispatch.module import MoEMLP
+from molex_kernels.ops.routing.losses import load_balance_loss
+from molex_kernels.ops.routing.module import ACRouter, TopKRouter
+from molex_kernels.ops.routing.plan import Routing
 
 VOCABULARY = 256
 BALANCE = 0.01
+ACTIVATION = "gelu"
 ROUTERS = ("topk", "ac")
 
 
-@dataclass(frozen=True)
-class Functions:
-    """What a mixture calls in place of its modules: one implementation, or a baseline."""
-
-    topk_route: Callable[..., Any]
-    ac_route: Callable[..., Any]
-    moe_mlp: Callable[..., Any]
-
-    @staticmethod
-    def of(name: str) -> Functions:
-        """`published`, or an implementation; an op that lacks it takes its own default."""
-        infos = load_ops()
-
-        def pick(op: str) -> Callable[..., Any]:
-            info = infos[op]
-            if name in info.baselines:
-                return info.baselines[name]
-            impl = name if name in info.implementations else None
-            return lambda *args, **kwargs: info.function(*args, **kwargs, impl=impl)
-
-        return Functions(pick("topk_route"), pick("ac_route"), pick("moe_mlp"))
+@functools.cache
+def _infos() -> dict[str, OpInfo]:
+    return load_ops()
 
 
 class Mixture(nn.Module):
@@ -54,32 +40,50 @@ class Mixture(nn.Module):
 
     def __init__(self, plan: TextPlan, *, adaptive: bool) -> None:
         super().__init__()
-        router = mk.ACRouter if adaptive else mk.TopKRouter
-        self.adaptive = adaptive
-        self.router = router(plan.dim, plan.experts, plan.top_k)
-        self.experts = mk.MoEMLP(plan.dim, plan.hidden, plan.experts, activation="gelu")
-        self.functions: Functions | None = None
+        router = ACRouter if adaptive else TopKRouter
+        self.router: ACRouter | TopKRouter = router(plan.dim, plan.experts, plan.top_k)
+        self.experts = MoEMLP(plan.dim, plan.hidden, plan.experts, activation=ACTIVATION)
+        self.published = False
 
-    def forward(self, x: Tensor, previous: Any) -> tuple[Tensor, Any]:
+    @property
+    def adaptive(self) -> bool:
+        """Which router it has."""
+        return isinstance(self.router, ACRouter)
+
+    def use(self, name: str | None) -> None:
+        """`published`, or an implementation (None: the default of each op)."""
+        infos = _infos()
+        route = "ac_route" if self.adaptive else "topk_route"
+        self.published = name == "published"
+        for module, op in ((self.router, route), (self.experts, "moe_mlp")):
+            module.impl = name if name in infos[op].implementations else None
+
+    def forward(self, x: Tensor, previous: Routing | None) -> tuple[Tensor, Routing]:
         """x [T, D] -> ([T, D], routing)."""
-        if self.functions is not None:
-            return self._by_hand(self.functions, x, previous)
+        if self.published:
+            return self._published(x, previous)
         routing = self.router(x, previous) if self.adaptive else self.router(x)
         return self.experts(x, routing), routing
 
-    def _by_hand(self, functions: Functions, x: Tensor, previous: Any) -> tuple[Tensor, Any]:
-        gate = {"gate_weight": self.router.weight, "top_k": self.router.top_k}
-        if self.adaptive:
-            routing = functions.ac_route(x=x, prev_index=previous.expert_index, **gate)
+    def _published(self, x: Tensor, previous: Routing | None) -> tuple[Tensor, Routing]:
+        """The same by the baselines; FastMoE's plain router is the `library` one."""
+        infos = _infos()
+        gate: dict[str, Any] = {"gate_weight": self.router.weight, "top_k": self.router.top_k}
+        if self.adaptive and previous is not None:
+            route = infos["ac_route"].baselines["published"]
+            routing = route(x, prev_index=previous.expert_index, **gate)
         else:
-            routing = functions.topk_route(x=x, **gate)
-        y = functions.moe_mlp(
-            x=x,
-            expert_index=routing.expert_index,
-            expert_weight=routing.expert_weight,
-            w_up=self.experts.w_up,
-            w_down=self.experts.w_down,
-            activation="gelu",
+            routing = infos["topk_route"].baselines["library"](x, **gate)
+        experts = self.experts
+        y = infos["moe_mlp"].baselines["published"](
+            x,
+            routing.expert_index,
+            routing.expert_weight,
+            experts.w_up,
+            experts.w_down,
+            b_up=experts.b_up,
+            b_down=experts.b_down,
+            activation=ACTIVATION,
         )
         return y, routing
 
@@ -106,7 +110,7 @@ class Block(nn.Module):
         self.norm_mixture = nn.LayerNorm(plan.dim)
         self.mixture = Mixture(plan, adaptive=adaptive)
 
-    def forward(self, x: Tensor, previous: Any) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, previous: Routing | None) -> tuple[Tensor, Routing]:
         """x [B, N, D] -> ([B, N, D], routing)."""
         b, n, d = x.shape
         qkv = self.qkv(self.norm_attention(x)).view(b, n, 3, self.heads, d // self.heads)
@@ -136,16 +140,16 @@ class ByteTransformer(nn.Module):
         routing, balance = None, x.new_zeros((), dtype=torch.float32)
         for block in self.blocks:
             x, routing = block(x, routing)
-            balance = balance + mk.load_balance_loss(routing)
+            balance = balance + load_balance_loss(routing)
         logits = F.linear(self.norm(x), self.embedding.weight)
         nats = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
         return nats.mean(1), balance
 
-    def use(self, functions: Functions | None) -> None:
-        """Runs all mixtures through these functions; None: through their own modules."""
+    def use(self, name: str | None) -> None:
+        """Runs all mixtures by this implementation, or by `published`; None: by the default."""
         for module in self.modules():
             if isinstance(module, Mixture):
-                module.functions = functions
+                module.use(name)
 
 
 def build(plan: TextPlan, router: str, seed: int, device: torch.device) -> ByteTransformer:

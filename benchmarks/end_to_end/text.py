@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from benchmarks.end_to_end.steps import step_times
 from benchmarks.end_to_end.train import Run, affordable_steps, train
 from benchmarks.end_to_end.verdict import mean_and_error, verdict
 from benchmarks.formats import seconds
+from benchmarks.measure import FAILED, WRONG
 from benchmarks.presets import TextPlan
 
 
@@ -81,8 +83,8 @@ def _differences(runs: list[Run]) -> list[dict[str, float]]:
     return found
 
 
-def main() -> None:
-    """Command line."""
+def main() -> int:
+    """Command line; not 0 if a step of ours was wrong or failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", choices=sorted(presets.PRESETS), default="quick")
     parser.add_argument("--device", choices=("cpu", "cuda"))
@@ -102,7 +104,8 @@ def main() -> None:
         console.print(f"step {entry['router']:<5} {entry['impl']:<10} {took}")
     if options.json:
         options.json.write_text(json.dumps(results))
+    return int(any(entry["status"] in (FAILED, WRONG) for entry in results["step_times"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

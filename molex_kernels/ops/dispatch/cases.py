@@ -172,7 +172,7 @@ _MOE_TESTS = (
     _moe(
         17, 44, 17, 5, 2, activation="reglu", gate_layout="interleaved", bias=True, routing="twice"
     ),
-    _moe(1, 352, 352, 3, 2, activation="relu"),
+    _moe(17, 352, 352, 3, 2, activation="relu"),
 )
 # The papers' layers: relu, both biases.
 _PAPER = tuple(_moe(3072, d, d, 16, 2, activation="relu", bias=True) for d in (128, 352, 512))

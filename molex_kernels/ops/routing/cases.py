@@ -264,8 +264,8 @@ OPINFOS = (
         cost=_cost_route,
         baselines={"library": baselines.library_topk_route},
         compiled=(
-            *(_route(64, 64, e, 2, bias=True) for e in (64, 128, 256, 512, 1024)),
-            *(_route(64, 64, e, 8, score="softmax", expert_bias=True) for e in (128, 1024)),
+            *(_route(64, 64, e, 8) for e in (16, 64, 128, 256, 512, 1024)),
+            _route(64, 64, 1024, 16, score="softmax", expert_bias=True, bias=True),
         ),
     ),
     OpInfo(
@@ -297,7 +297,7 @@ OPINFOS = (
             "published": baselines.published_ac_route,
             "library": baselines.library_ac_route,
         },
-        compiled=tuple(_mixed(64, 64, e, 2, 8, cosine=True) for e in (128, 512, 1024)),
+        compiled=tuple(_mixed(64, 64, e, 2, 8, cosine=True) for e in (16, 64, 128, 256, 512, 1024)),
     ),
     OpInfo(
         name="ac_weights",
@@ -345,7 +345,7 @@ OPINFOS = (
             _plan(17, 16, 3, clusters="elsewhere", int32=True),
             _plan(0, 5, 2),
             _plan(37, 5, 1, clusters="one"),
-            _plan(600, 7, 4, clusters="empty"),
+            _plan(150, 7, 4, clusters="empty"),
         ),
         benchmarks=(
             _plan(6144, 16, 2),

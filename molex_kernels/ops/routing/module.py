@@ -174,7 +174,7 @@ class ACRouter(_Gate):
 
     @torch.no_grad()
     def renormalize_(self) -> None:
-        """Rescales the gate's rows in place to norm 1.5 (`cosine` only; others have no such norm)."""
+        """Rescales the gate's rows in place to norm 1.5; for `cosine` alone."""
         if not self.cosine:
             raise ValueError("renormalize_: expected a router with cosine=True, got cosine=False")
         self.weight.mul_(ROW_NORM / self.weight.norm(dim=1, keepdim=True))

@@ -112,7 +112,7 @@ def launch_plan(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
     counts = expert_index.new_empty(num_experts, dtype=torch.int32)
     offsets = expert_index.new_empty(num_experts, dtype=torch.int32)
     # One bin for "not here" and one for past the end.
-    block_e = triton.next_power_of_2(num_experts + 2)
+    block_e = max(64, triton.next_power_of_2(num_experts + 2))
 
     def launch(config: Config) -> None:
         block_a = config.blocks["BLOCK_A"]
@@ -134,12 +134,18 @@ def launch_plan(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
             total, top_k, num_experts, BLOCK_A=block_a, **options,
         )  # fmt: skip
 
-    large = total >= 2**17
-    pinned = Config({"BLOCK_A": 2048 if large else 1024}, num_warps=8 if large else 4)
+    pinned = _config(total)
     candidates = [Config({"BLOCK_A": a}, num_warps=w) for a, w in ((512, 4), (1024, 4), (2048, 8))]
     shape_class = (triton.next_power_of_2(total), block_e)
     launch(choose("plan", shape_class, pinned, candidates, launch, on_gpu=expert_index.is_cuda))
     return counts, offsets, permutation, inverse
+
+
+def _config(total: int) -> Config:
+    """Few blocks for the scan, but enough of them to fill the machine."""
+    if total <= 4096:
+        return Config({"BLOCK_A": 128}, num_warps=4)
+    return Config({"BLOCK_A": 1024 if total < 2**17 else 2048}, num_warps=4 if total < 2**17 else 8)
 
 
 def _scan_warps(elements: int) -> int:

@@ -176,33 +176,35 @@ def launch_fwd(
             tokens, dim, experts, top_k, *sizes_of(table, labels),
             SCORE=score, PRECISION=precision(x.dtype, upcast), UPCAST=upcast,
             HAS_WEIGHTS=table is not None, HAS_MIX=mix is not None,
-            BLOCK_E=block_e, BLOCK_K=triton.next_power_of_2(top_k), **config.launch_options(),
+            BLOCK_E=block_e, BLOCK_K=max(8, triton.next_power_of_2(top_k)),
+            **config.launch_options(),
         )  # fmt: skip
 
-    fp32 = upcast or x.dtype == torch.float32
-    pinned, candidates = _configs(block_e, fp32)
-    shape_class = (x.dtype, fp32, table is not None, block_e, triton.next_power_of_2(dim))
+    operands = "fp32" if x.dtype == torch.float32 else "upcast" if upcast else "16-bit"
+    pinned, candidates = _configs(block_e, operands)
+    shape_class = (x.dtype, operands, table is not None, block_e, triton.next_power_of_2(dim))
     launch(choose("router_fwd", shape_class, pinned, candidates, launch, on_gpu=x.is_cuda))
     return index, weight, logits
 
 
-def _configs(block_e: int, fp32: bool) -> tuple[Config, list[Config]]:
-    """The accumulator holds all E experts: fewer tokens a block where there are many."""
-    if fp32:
-        rows = min(32, max(16, 8192 // block_e))
-        depth = 32 if block_e <= 256 else 16
-        warps = 4 if block_e <= 128 else 8
-        candidates = [Config({"BLOCK_T": 16, "BLOCK_D": depth}, warps, s) for s in (2, 3)]
-        return Config({"BLOCK_T": rows, "BLOCK_D": depth}, warps, 2), candidates
-    rows = min(64, max(16, 16384 // block_e))
-    depth = 64 if block_e <= 256 else 32
+def _configs(block_e: int, operands: str) -> tuple[Config, list[Config]]:
+    """The accumulator holds all E experts: fewer tokens a block where there are many.
+
+    operands: "16-bit", "fp32", or "upcast" from 16 bit, which multiplies on tensor cores too.
+    """
+    if operands == "16-bit":
+        rows = min(64, max(16, 8192 // block_e))
+        depth, stages = (64, 3) if block_e <= 256 else (32, 2)
+        warps = 4 if block_e <= 256 else 8
+        smaller = ((16, depth), (rows, 32))
+        candidates = [Config({"BLOCK_T": r, "BLOCK_D": d}, warps, stages) for r, d in smaller]
+        return Config({"BLOCK_T": rows, "BLOCK_D": depth}, warps, stages), candidates
+    rows, depth = 16, 32 if block_e <= 256 else 16
     warps = 4 if block_e <= 128 else 8
-    stages = 3 if block_e <= 256 else 2
-    candidates = [
-        Config({"BLOCK_T": r, "BLOCK_D": d}, warps, stages)
-        for r, d in ((min(32, rows), depth), (rows, 32))
-    ]
-    return Config({"BLOCK_T": rows, "BLOCK_D": depth}, warps, stages), candidates
+    if block_e == 1024:
+        rows, warps = (8, 8) if operands == "fp32" else (16, 16)
+    candidates = [Config({"BLOCK_T": rows, "BLOCK_D": 16}, warps, s) for s in (2, 3)]
+    return Config({"BLOCK_T": rows, "BLOCK_D": depth}, warps, 2), candidates
 
 
 def precision(dtype: torch.dtype, upcast: bool) -> str:

@@ -226,13 +226,9 @@ def _launch_x(dz: Tensor, gate: Tensor, mixture: tuple, dx: Tensor) -> None:
             HAS_MIX=mixture[2] is not None, **config.launch_options(),
         )  # fmt: skip
 
-    block_e = 16 if experts <= 16 else 32
-    pinned = Config({"BLOCK_T": 32, "BLOCK_D": 64, "BLOCK_E": block_e}, 4, 2)
-    candidates = [
-        Config({"BLOCK_T": t, "BLOCK_D": d, "BLOCK_E": block_e}, 4, 2)
-        for t, d in ((32, 32), (32, 128))
-    ]
-    shape_class = (dx.dtype, mixture[0] is not None, block_e, triton.next_power_of_2(dim))
+    pinned = Config({"BLOCK_T": 32, "BLOCK_D": 64, "BLOCK_E": 32}, 8, 2)
+    candidates = [Config({"BLOCK_T": t, "BLOCK_D": 32, "BLOCK_E": 32}, 4, 2) for t in (32, 64)]
+    shape_class = (dx.dtype, mixture[0] is not None, triton.next_power_of_2(dim))
     launch(choose("router_bwd_x", shape_class, pinned, candidates, launch, on_gpu=dz.is_cuda))
 
 
@@ -253,7 +249,7 @@ def _launch_gate(
         dz, x, *x.stride(), *weights_of(*mixture), partial, partial_bias,
         tokens, dim, experts, rows, *sizes_of(*mixture[:2]),
         PRECISION=precision(x.dtype, True), HAS_WEIGHTS=mixture[0] is not None,
-        HAS_MIX=mixture[2] is not None, **blocks, num_warps=4, num_stages=2,
+        HAS_MIX=mixture[2] is not None, **blocks, num_warps=8, num_stages=2,
     )  # fmt: skip
     dgate = partial.sum(0) if splits > 1 else partial[0].clone()
     return dgate.to(gate.dtype), partial_bias if wants_bias else dz

@@ -257,7 +257,7 @@ def launch_pairwise(
         BLOCK_T=64, BLOCK_D=32, num_warps=4,
     )  # fmt: skip
     keys = torch.sort(keys, dim=1).values
-    block_c = triton.next_power_of_2(clusters + 1)
+    block_c = max(64, triton.next_power_of_2(clusters + 1))
     tiles = triton.cdiv(tokens, 128) + clusters
     partial = x.new_empty(tiles, dim, dtype=torch.float32)
     _pairwise_fwd_tile[(tiles, triton.cdiv(dim, 16))](
@@ -274,7 +274,7 @@ def launch_weights(
     clusters, dim = deviations.shape
     out = deviations.new_empty(clusters, dim)
     block_d = 64
-    block_c = min(32, triton.next_power_of_2(clusters))
+    block_c = 32
     has_clip = math.isfinite(clip)
     _feature_weights_fwd[(triton.cdiv(dim, block_d),)](
         deviations, counts, out, dim, clusters, eps, clip if has_clip else 0.0,
@@ -296,7 +296,7 @@ def _segmented(
     clusters = offsets.shape[0]
     if tokens == 0:
         return x.new_zeros(clusters, dim, dtype=torch.float32)
-    block_c = triton.next_power_of_2(clusters + 1)
+    block_c = max(64, triton.next_power_of_2(clusters + 1))
     result: list[Tensor] = []
 
     def launch(config: Config) -> None:

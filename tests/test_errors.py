@@ -1,0 +1,127 @@
+"""Bad input to every public function: the error names the argument, before anything is computed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import molex_kernels as mk
+
+X = torch.zeros(6, 4)
+GATE = torch.zeros(3, 4)
+INDEX = torch.zeros(6, 2, dtype=torch.int64)
+WEIGHT = torch.zeros(6, 2)
+CLUSTER = torch.zeros(6, dtype=torch.int64)
+UP, DOWN = torch.zeros(3, 5, 4), torch.zeros(3, 4, 5)
+ENDS = torch.tensor([2, 4, 6], dtype=torch.int32)
+PLAN = mk.route_plan(INDEX, 3)
+
+
+def _topk(x=X, gate=GATE, **options):
+    return mk.topk_route(x, gate, **{"top_k": 2, **options})
+
+
+def _weights(x=X, cluster=CLUSTER, num_clusters=3, **options):
+    return mk.ac_weights(x, cluster, num_clusters, **options)
+
+
+def _ac(x=X, gate=GATE, index=INDEX, weight=None, **options):
+    return mk.ac_route(x, gate, index, weight, **{"top_k": 2, **options})
+
+
+def _mlp(x=X, index=INDEX, weight=WEIGHT, up=UP, down=DOWN, **options):
+    return mk.moe_mlp(x, index, weight, up, down, **options)
+
+
+def _gemm(x=X, weight=UP, offsets=ENDS, **options):
+    return mk.grouped_gemm(x, weight, offsets, **options)
+
+
+TYPE = [
+    (lambda: _topk(x=X.long()), "x: expected dtype"),
+    (lambda: _topk(x=[1.0]), "x: expected a tensor"),
+    (lambda: _topk(gate=GATE.half()), "gate_weight: expected dtype"),
+    (lambda: _topk(top_k=1.5), "top_k: expected an int"),
+    (lambda: _topk(gate_bias=torch.zeros(3).half()), "gate_bias: expected dtype"),
+    (lambda: _weights(cluster=CLUSTER.float()), "cluster: expected dtype"),
+    (lambda: _weights(num_clusters="3"), "num_clusters: expected an int"),
+    (lambda: _ac(index=INDEX.float()), "prev_index: expected dtype"),
+    (lambda: _ac(weight=INDEX), "prev_weight: expected dtype"),
+    (lambda: _ac(stats_from=X.half()), "stats_from: expected dtype"),
+    (lambda: mk.route_plan(INDEX.float(), 3), "expert_index: expected dtype"),
+    (lambda: mk.router_z_loss(INDEX), "logits: expected dtype"),
+    (lambda: _mlp(index=INDEX.float()), "expert_index: expected dtype"),
+    (lambda: _mlp(weight=WEIGHT.half()), "expert_weight: expected dtype"),
+    (lambda: _mlp(up=UP.half()), "w_up: expected dtype"),
+    (lambda: _mlp(b_up=torch.zeros(3, 5).half()), "b_up: expected dtype"),
+    (lambda: _gemm(offsets=ENDS.long()), "offsets: expected dtype int32"),
+]
+VALUE = [
+    (lambda: _topk(x=X[None]), r"x: expected shape \[T, D\], got \[1, 6, 4\]"),
+    (lambda: _topk(gate=GATE[:, :3]), "gate_weight: expected shape .* with D=4"),
+    (lambda: _topk(gate=GATE[:0]), "gate_weight: expected at least one expert"),
+    (lambda: _topk(gate=GATE.to("meta")), "gate_weight: expected device cpu, got meta"),
+    (lambda: _topk(top_k=4), "top_k: expected at least 1 and at most 3"),
+    (lambda: _topk(top_k=0), "top_k: expected at least 1"),
+    (lambda: _topk(score="relu"), "score: expected one of"),
+    (lambda: _topk(expert_bias=torch.zeros(4)), "expert_bias: expected shape"),
+    (lambda: _topk(impl="fast"), "impl: expected one of"),
+    (lambda: _weights(cluster=CLUSTER[:5]), "cluster: expected shape"),
+    (lambda: _weights(num_clusters=0), "num_clusters: expected at least 1"),
+    (lambda: _weights(recipe="vit"), "recipe: expected one of"),
+    (lambda: _weights(stat="std"), "stat: expected one of"),
+    (lambda: _weights(norm="l2"), "norm: expected one of"),
+    (lambda: _weights(empty="drop"), "empty: expected one of"),
+    (lambda: _weights(eps=0.0), "eps: expected .* above 0"),
+    (lambda: _weights(eps=math.nan), "eps: expected a finite number"),
+    (lambda: _weights(clip=-1.0), "clip: expected"),
+    (lambda: _weights(clip=math.nan), "clip: expected"),
+    (lambda: _ac(index=INDEX[:5]), "prev_index: expected shape"),
+    (lambda: _ac(mix=True), "prev_weight: expected a tensor"),
+    (lambda: _ac(cosine=True, gate_bias=torch.zeros(3)), "gate_bias: expected None"),
+    (lambda: _ac(stats_from=X[:5]), "stats_from: expected shape"),
+    (lambda: mk.route_plan(INDEX[0], 3), "expert_index: expected shape"),
+    (lambda: mk.route_plan(INDEX, 0), "num_experts: expected at least 1"),
+    (lambda: mk.load_balance_loss(_topk(), temperature=0.0), "temperature: expected"),
+    (lambda: mk.load_balance_loss(_topk(), kind="gshard"), "kind: expected one of"),
+    (lambda: mk.router_z_loss(X[0]), "logits: expected shape"),
+    (lambda: _mlp(index=INDEX[:5]), "expert_index: expected shape"),
+    (lambda: _mlp(weight=WEIGHT[:, :1]), "expert_weight: expected shape"),
+    (lambda: _mlp(up=UP[:, :, :3]), "w_up: expected shape"),
+    (lambda: _mlp(down=DOWN[:, :3]), "w_down: expected shape"),
+    (lambda: _mlp(activation="mish"), "activation: expected one of"),
+    (lambda: _mlp(activation="swiglu", gate_layout="split"), "gate_layout: expected one of"),
+    (lambda: _mlp(activation="swiglu"), "w_up: expected"),
+    (lambda: _mlp(b_up=torch.zeros(3, 4)), "b_up: expected shape"),
+    (lambda: _mlp(b_down=torch.zeros(3, 5)), "b_down: expected shape"),
+    (lambda: _mlp(plan=mk.route_plan(INDEX[:5], 3)), "plan"),
+    (lambda: _mlp(index=INDEX.to("meta")), "expert_index: expected device cpu, got meta"),
+    (lambda: _gemm(weight=UP[0]), "weight: expected shape"),
+    (lambda: _gemm(offsets=ENDS[:2]), "offsets: expected shape"),
+    (lambda: _gemm(bias=torch.zeros(3, 4)), "bias: expected shape"),
+    (lambda: mk.TopKRouter(4, 3, 4), "top_k: expected"),
+    (lambda: mk.TopKRouter(0, 3, 2), "d_model: expected at least 1"),
+    (lambda: mk.ACRouter(4, 3, 2, cosine=True, bias=True), "bias: expected False"),
+    (lambda: mk.MoEMLP(4, 0, 3), "d_hidden: expected at least 1"),
+    (lambda: mk.MoEMLP(4, 4, 3, activation="mish"), "activation: expected one of"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), TYPE, ids=[m for _, m in TYPE])
+def test_type_errors(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(("call", "message"), VALUE, ids=[m for _, m in VALUE])
+def test_value_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("function", [_topk, _weights, _ac, _mlp, _gemm], ids=lambda f: f.__name__)
+def test_an_implementation_that_cannot_run(function):
+    with pytest.raises(NotImplementedError, match="cannot run"):
+        function(impl="cuda")

@@ -1,0 +1,235 @@
+"""What routing means: checked token by token, in words of its own, and against the paper's quirks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import molex_kernels as mk
+
+IMPLS = ["reference", "triton"]
+
+
+def _tokens(generator: torch.Generator, *sizes: int) -> Tensor:
+    return torch.randn(*sizes, generator=generator)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("score", ["softmax_topk", "softmax", "sigmoid"])
+def test_topk_token_by_token(generator, impl: str, score: str):
+    x, gate, bias = _tokens(generator, 9, 6), _tokens(generator, 5, 6), _tokens(generator, 5)
+    routing = mk.topk_route(x, gate, top_k=2, gate_bias=bias, score=score, impl=impl)
+    for t in range(9):
+        z = [
+            sum(x[t, d].item() * gate[e, d].item() for d in range(6)) + bias[e].item()
+            for e in range(5)
+        ]
+        best = sorted(range(5), key=lambda e: -z[e])[:2]
+        assert routing.expert_index[t].tolist() == best
+        chosen = {
+            "softmax_topk": [math.exp(z[e]) / sum(math.exp(z[b]) for b in best) for e in best],
+            "softmax": [math.exp(z[e]) / sum(map(math.exp, z)) for e in best],
+            "sigmoid": [1 / (1 + math.exp(-z[e])) for e in best],
+        }[score]
+        assert routing.expert_weight[t].tolist() == pytest.approx(chosen, rel=1e-5)
+        assert routing.logits[t].tolist() == pytest.approx(z, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ties_go_to_the_lower_expert(impl: str):
+    gate = torch.tensor([[1.0], [2.0], [2.0], [1.0], [2.0]])
+    routing = mk.topk_route(torch.ones(1, 1), gate, top_k=4, impl=impl)
+    assert routing.expert_index.tolist() == [[1, 2, 4, 0]]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_is_chosen_last_and_stays_in_range(impl: str):
+    x = torch.tensor([[1.0], [math.nan]])
+    bias = torch.tensor([0.0, math.nan, -math.inf, 1.0])
+    routing = mk.topk_route(x, torch.ones(4, 1), top_k=4, gate_bias=bias, impl=impl)
+    assert routing.expert_index.tolist() == [[3, 0, 1, 2], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_expert_bias_changes_the_choice_not_the_weight(generator, impl: str):
+    x, gate = _tokens(generator, 20, 6), _tokens(generator, 4, 6)
+    push = torch.tensor([0.0, 0.0, 0.0, 100.0])
+    plain = mk.topk_route(x, gate, top_k=1, score="sigmoid", impl=impl)
+    pushed = mk.topk_route(x, gate, top_k=1, score="sigmoid", expert_bias=push, impl=impl)
+    assert (pushed.expert_index == 3).all()
+    torch.testing.assert_close(pushed.expert_weight[:, 0], plain.logits[:, 3].sigmoid())
+
+
+def _dispersion(values: list[float], stat: str) -> float:
+    n = len(values)
+    mean = sum(values) / n
+    if stat == "mad":
+        return sum(abs(v - mean) for v in values) / n
+    if stat == "variance":
+        return sum((v - mean) ** 2 for v in values) / n
+    pairs = [abs(a - b) for i, a in enumerate(values) for j, b in enumerate(values) if i != j]
+    return sum(pairs) / len(pairs) if pairs else 0.0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("stat", ["mad", "variance", "pairwise"])
+def test_statistics_pair_by_pair(generator, impl: str, stat: str):
+    x = _tokens(generator, 14, 3) + 5
+    cluster = torch.tensor([0, 0, 0, 0, 0, 2, 2, 2, 2, 3, 3, 3, -1, 9])
+    inf = float("inf")
+    w = mk.ac_weights(x, cluster, 5, stat=stat, eps=0.1, clip=inf, norm="none", impl=impl)
+    for c in range(5):
+        rows = x[cluster == c]
+        for q in range(3):
+            expected = 1 / (_dispersion(rows[:, q].tolist(), stat) + 0.1) if len(rows) else 1.0
+            assert w[c, q].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("recipe", ["lm", "swin", "softmoe"])
+@pytest.mark.parametrize("empty", ["mask", "published"])
+def test_recipes_in_order(generator, impl: str, recipe: str, empty: str):
+    """The three published orders of clip and norm, with one tight cluster that the clip catches."""
+    x = _tokens(generator, 30, 4)
+    x[:10] *= 1e-3
+    cluster = torch.arange(30) // 10
+    s = torch.stack([(x[cluster == c] - x[cluster == c].mean(0)).abs().mean(0) for c in range(3)])
+    if empty == "published":
+        s = torch.cat([s, torch.zeros(1, 4)])
+    eps, clip = {"lm": (1e-4, 10), "swin": (1e-4, 1.5), "softmoe": (0.35, 5)}[recipe]
+    raw = 1 / (s + eps)
+    w = raw.clamp(max=clip * raw.mean().item())
+    w = {"lm": w / w.mean(0), "swin": w / raw.mean(), "softmoe": w / w.mean()}[recipe]
+    if empty == "mask":
+        w = torch.cat([w, torch.ones(1, 4)])
+    got = mk.ac_weights(x, cluster, 4, recipe=recipe, empty=empty, impl=impl)
+    torch.testing.assert_close(got, w, rtol=1e-4, atol=1e-5)
+
+
+def test_an_empty_cluster_takes_over_in_the_published_form(generator):
+    x = _tokens(generator, 600, 8)
+    cluster = torch.arange(600) % 15
+    published = mk.ac_weights(x, cluster, 16, empty="published")
+    masked = mk.ac_weights(x, cluster, 16)
+    assert published[15].min() > 10
+    assert published[:15].max() < 0.1
+    assert (masked[15] == 1).all()
+    assert (masked[:15] - 1).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("mix", [False, True])
+def test_ac_route_is_topk_route_of_weighted_tokens(generator, impl: str, mix: bool):
+    x, gate = _tokens(generator, 30, 7), _tokens(generator, 4, 7)
+    prev = mk.topk_route(_tokens(generator, 30, 7), gate, top_k=2)
+    w = mk.ac_weights(x, prev.expert_index[:, 0], 4)
+    weights = w[prev.expert_index[:, 0]]
+    if mix:
+        weights = (prev.expert_weight[..., None] * w[prev.expert_index]).sum(1)
+    expected = mk.topk_route(weights * x, gate, top_k=2)
+    got = mk.ac_route(x, gate, prev.expert_index, prev.expert_weight, top_k=2, mix=mix, impl=impl)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_statistics_get_no_gradient(generator, impl: str):
+    x, stats = (
+        _tokens(generator, 12, 5).requires_grad_(),
+        _tokens(generator, 12, 5).requires_grad_(),
+    )
+    gate = _tokens(generator, 3, 5)
+    prev = torch.arange(12)[:, None] % 3
+    routing = mk.ac_route(x, gate, prev, top_k=2, stats_from=stats, impl=impl)
+    routing.logits.sum().backward()
+    w = mk.ac_weights(stats, prev[:, 0], 3)[prev[:, 0]]
+    torch.testing.assert_close(x.grad, w * gate.sum(0), rtol=1e-4, atol=1e-4)
+    assert stats.grad is None
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+def test_plan_by_hand(impl: str):
+    index = torch.tensor([[2, 0], [7, 2], [0, -1], [2, 2]])
+    plan = mk.route_plan(index, 3, impl=impl)
+    assert plan.counts.tolist() == [2, 0, 4]
+    assert plan.offsets.tolist() == [2, 2, 6]
+    assert plan.permutation.tolist() == [1, 4, 0, 3, 6, 7, 2, 5]
+    assert plan.inverse[plan.permutation].tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("kind", ["switch", "published"])
+def test_load_balance_by_hand(generator, kind: str):
+    routing = mk.topk_route(_tokens(generator, 11, 6), _tokens(generator, 4, 6), top_k=2)
+    loss = mk.load_balance_loss(routing, temperature=0.5, kind=kind)
+    total = 0.0
+    for e in range(4):
+        fraction = (routing.expert_index == e).sum().item() / 22
+        probability = (routing.logits / 0.5).softmax(1)[:, e].sum().item()
+        total += 4 * fraction * probability / (11 if kind == "switch" else 22)
+    assert loss.item() == pytest.approx(total, rel=1e-5)
+
+
+def test_losses_without_tokens_are_zero_and_differentiable():
+    gate = torch.ones(4, 6, requires_grad=True)
+    routing = mk.topk_route(torch.zeros(0, 6), gate, top_k=2)
+    loss = mk.load_balance_loss(routing) + mk.router_z_loss(routing.logits)
+    loss.backward()
+    assert loss.item() == 0
+    assert gate.grad.abs().max() == 0
+
+
+def test_z_loss_by_hand():
+    logits = torch.tensor([[0.0, 1.0], [2.0, -1.0]])
+    squares = [math.log(sum(map(math.exp, row))) ** 2 for row in logits.tolist()]
+    assert mk.router_z_loss(logits).item() == pytest.approx(sum(squares) / 2, rel=1e-6)
+
+
+def test_autocast_keeps_the_router_in_fp32(generator):
+    x, gate = _tokens(generator, 30, 64), _tokens(generator, 8, 64)
+    plain = mk.topk_route(x, gate, top_k=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = mk.topk_route(x, gate, top_k=2)
+    assert torch.equal(plain.logits, cast.logits)
+
+
+def test_modules_flatten_and_route(generator):
+    router = mk.TopKRouter(16, 6, 2, bias=True)
+    x = _tokens(generator, 2, 5, 16)
+    first = router(x)
+    direct = mk.topk_route(x.view(10, 16), router.weight, top_k=2, gate_bias=router.bias)
+    assert torch.equal(first.expert_index, direct.expert_index)
+    adaptive = mk.ACRouter(16, 6, 2, cosine=True, mix=True, recipe="swin")
+    second = adaptive(x, first, stats_from=0.75 * x + 0.25)
+    assert second.expert_index.shape == (10, 2)
+    assert adaptive(x).expert_index.shape == (10, 2)
+
+
+def test_the_cosine_gate_ignores_its_rows_norms(generator):
+    router = mk.ACRouter(16, 6, 2, cosine=True)
+    torch.testing.assert_close(router.weight.norm(dim=1), torch.full((6,), 1.5))
+    x = _tokens(generator, 10, 16)
+    before = router(x, router(x)).logits
+    with torch.no_grad():
+        router.weight.mul_(3)
+    torch.testing.assert_close(router(x, router(x)).logits, before)
+    router.renormalize_()
+    torch.testing.assert_close(router.weight.norm(dim=1), torch.full((6,), 1.5))
+    with pytest.raises(ValueError, match="cosine=True"):
+        mk.ACRouter(16, 6, 2).renormalize_()
+
+
+def test_published_names_load(generator):
+    router = mk.TopKRouter(16, 6, 2, bias=True)
+    state = {"moe.gate.gate.weight": _tokens(generator, 6, 16), "moe.gate.gate.bias": torch.ones(6)}
+    router.load_published(state)
+    assert torch.equal(router.weight, state["moe.gate.gate.weight"])
+    assert torch.equal(router.bias, state["moe.gate.gate.bias"])
+    adaptive = mk.ACRouter(16, 6, 2, cosine=True)
+    adaptive.load_published({"gate.expert_embeddings": torch.ones(6, 16)})
+    assert (adaptive.weight == 1).all()
+    with pytest.raises(ValueError, match="expected one name ending in 'expert_embeddings'"):
+        adaptive.load_published(state)
+    with pytest.raises(ValueError, match=r"gate.weight: expected shape"):
+        mk.TopKRouter(15, 6, 2).load_published(state)
