@@ -1,7 +1,7 @@
 """Fast, differentiable PyTorch ops for sparse mixture-of-experts models.
 
-Each function runs the fastest implementation that supports its inputs (`impl=None`) or the one it is
-told to. `python -m molex_kernels.env` prints what will run here, and why not where not.
+Each function runs the fastest implementation that supports its inputs (`impl=None`), or the one it
+is told to. `python -m molex_kernels.env` prints what will run here, and why not where not.
 """
 
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ DEFAULT = os.environ.get("MOLEX_IMPL") or None
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+_Result = TypeVar("_Result")
 
 _log = logging.getLogger("molex_kernels")
 
@@ -52,13 +55,21 @@ def _triton_missing() -> str | None:
     return None if _HAS_TRITON else "triton is not installed"
 
 
-# What is built does not change while a program runs, so tracing may take it for a constant.
-@torch.compiler.assume_constant_result
+def _constant(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Lets tracing take the result for a constant: what is built does not change in a run.
+
+    `torch.compiler.assume_constant_result` does just this, and imports Dynamo and Triton first.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def _extension_missing() -> str | None:
     return _extension.why_not()
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _cuda_missing() -> str | None:
     reason = _extension.why_not()
     if reason is None and not _extension.build_facts()["cuda_version"]:
@@ -166,7 +177,7 @@ def _others(
 _warned: set[tuple[str, str, str]] = set()
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _warn_once(op: str, name: str, reason: str) -> None:
     if (op, name, reason) not in _warned:
         _warned.add((op, name, reason))

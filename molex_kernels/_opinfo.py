@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molex_kernels._dispatch import Implementation
+
 Inputs = dict[str, Any]
 
 
@@ -50,7 +52,7 @@ class OpInfo:
 
     name: str
     function: Callable[..., Any]
-    implementations: tuple[str, ...]
+    declared: tuple[Implementation, ...]
     make: Callable[[Case, torch.dtype, torch.device, torch.Generator], Inputs]
     results: Callable[[Any], dict[str, Tensor]]
     differentiable: tuple[str, ...]
@@ -60,6 +62,11 @@ class OpInfo:
     cost: Callable[[Case, torch.dtype, bool], Cost]
     baselines: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     compiled: tuple[Case, ...] = ()
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        """The names of the implementations, in the order of preference."""
+        return tuple(i.name for i in self.declared)
 
 
 def _option(name: str, value: Any) -> str:

@@ -62,7 +62,7 @@ def _will_run() -> Iterator[str]:
     for device in devices:
         yield f"on {device}:"
         for info in load_ops().values():
-            reasons = _dispatch.reasons(info.function.__name__, info.implementations, device)
+            reasons = _dispatch.reasons(info.declared, device)
             yield f"  {info.name}"
             for name, reason in reasons.items():
                 yield f"    {name:<10} {'runs' if reason is None else 'no: ' + reason}"

@@ -1,4 +1,4 @@
-"""What routing means: checked token by token, in words of its own, and against the paper's quirks."""
+"""What routing means: token by token, in words of its own, and with the published quirks."""
 
 from __future__ import annotations
 

@@ -90,7 +90,10 @@ def published_grouped_gemm(
 def library_grouped_gemm(
     x: Tensor, weight: Tensor, offsets: Tensor, *, bias: Tensor | None = None
 ) -> Tensor:
-    """`F.grouped_mm`; the rows that it leaves unwritten past the last offset are masked."""
+    """`F.grouped_mm`; the rows that it leaves unwritten past the last offset are masked.
+
+    It leaves the gradient of such rows of x unwritten, too: give it none where that matters.
+    """
     _require_alignment(x, weight)
     rows = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
     out = F.grouped_mm(x, weight.mT, offs=offsets)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molex_kernels._dispatch import CPU, REFERENCE, TRITON
 from molex_kernels._opinfo import Case, Cost, Inputs, OpInfo
 from molex_kernels.ops.routing import baselines, reference
 from molex_kernels.ops.routing.api import ac_route, ac_weights, route_plan, topk_route
@@ -240,7 +241,7 @@ OPINFOS = (
     OpInfo(
         name="topk_route",
         function=topk_route,
-        implementations=("triton", "reference"),
+        declared=(TRITON, REFERENCE),
         make=_make_topk_route,
         results=_routing_results,
         differentiable=("x", "gate_weight", "gate_bias"),
@@ -271,7 +272,7 @@ OPINFOS = (
     OpInfo(
         name="ac_route",
         function=ac_route,
-        implementations=("triton", "reference"),
+        declared=(TRITON, REFERENCE),
         make=_make_ac_route,
         results=_routing_results,
         differentiable=("x", "gate_weight", "gate_bias"),
@@ -302,7 +303,7 @@ OPINFOS = (
     OpInfo(
         name="ac_weights",
         function=ac_weights,
-        implementations=("triton", "reference"),
+        declared=(TRITON, REFERENCE),
         make=_make_ac_weights,
         results=lambda w: {"w": w},
         differentiable=(),
@@ -336,7 +337,7 @@ OPINFOS = (
     OpInfo(
         name="route_plan",
         function=route_plan,
-        implementations=("triton", "cpu", "reference"),
+        declared=(TRITON, CPU, REFERENCE),
         make=_make_route_plan,
         results=_plan_results,
         differentiable=(),
@@ -364,7 +365,7 @@ OPINFOS = (
     OpInfo(
         name="load_balance_loss",
         function=_load_balance,
-        implementations=("reference",),
+        declared=(REFERENCE,),
         make=_make_load_balance,
         results=lambda loss: {"loss": loss},
         differentiable=("logits",),
@@ -381,7 +382,7 @@ OPINFOS = (
     OpInfo(
         name="router_z_loss",
         function=router_z_loss,
-        implementations=("reference",),
+        declared=(REFERENCE,),
         make=_make_z_loss,
         results=lambda loss: {"loss": loss},
         differentiable=("logits",),

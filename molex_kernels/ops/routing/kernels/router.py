@@ -199,7 +199,7 @@ def _configs(block_e: int, operands: str) -> tuple[Config, list[Config]]:
         smaller = ((16, depth), (rows, 32))
         candidates = [Config({"BLOCK_T": r, "BLOCK_D": d}, warps, stages) for r, d in smaller]
         return Config({"BLOCK_T": rows, "BLOCK_D": depth}, warps, stages), candidates
-    rows, depth = 16, 32 if block_e <= 256 else 16
+    rows, depth = 16, 32 if block_e <= 128 else 16
     warps = 4 if block_e <= 128 else 8
     if block_e == 1024:
         rows, warps = (8, 8) if operands == "fp32" else (16, 16)

@@ -257,7 +257,7 @@ def launch_pairwise(
         BLOCK_T=64, BLOCK_D=32, num_warps=4,
     )  # fmt: skip
     keys = torch.sort(keys, dim=1).values
-    block_c = max(64, triton.next_power_of_2(clusters + 1))
+    block_c = _block_c(clusters)
     tiles = triton.cdiv(tokens, 128) + clusters
     partial = x.new_empty(tiles, dim, dtype=torch.float32)
     _pairwise_fwd_tile[(tiles, triton.cdiv(dim, 16))](
@@ -296,7 +296,7 @@ def _segmented(
     clusters = offsets.shape[0]
     if tokens == 0:
         return x.new_zeros(clusters, dim, dtype=torch.float32)
-    block_c = max(64, triton.next_power_of_2(clusters + 1))
+    block_c = _block_c(clusters)
     result: list[Tensor] = []
 
     def launch(config: Config) -> None:
@@ -316,6 +316,11 @@ def _segmented(
     shape_class = (x.dtype, stat, block_c, triton.next_power_of_2(dim))
     launch(choose("statistics", shape_class, pinned, candidates, launch, on_gpu=x.is_cuda))
     return result[0]
+
+
+def _block_c(clusters: int) -> int:
+    """A power of two above the number of clusters: few sizes, so that few kernels are compiled."""
+    return 64 if clusters < 64 else 256 if clusters < 256 else triton.next_power_of_2(clusters + 1)
 
 
 def _reduce(

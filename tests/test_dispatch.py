@@ -1,0 +1,507 @@
+"""What the dispatch ops mean: against loops, dense layers and one another."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+
+from molex_kernels.ops.dispatch.api import ACTIVATIONS, grouped_gemm, moe_mlp
+from molex_kernels.ops.dispatch.cases import OPINFOS
+from molex_kernels.ops.dispatch.module import MoEMLP
+from molex_kernels.ops.routing.api import route_plan
+from molex_kernels.ops.routing.plan import Routing
+
+IMPLS = ("triton", "reference") if DEVICE.type == "cuda" else ("triton", "cpu", "reference")
+GRADIENTS = ("x", "expert_weight", "w_up", "w_down", "b_up", "b_down")
+SIZES = {"tokens": 18, "width": 20, "hidden": 12, "num_experts": 4, "top_k": 2}
+
+
+def draw(generator, tokens, width, hidden, num_experts, top_k, *, gated=False, dtype=torch.float32):
+    """Inputs of moe_mlp with both biases."""
+
+    def normal(*sizes, scale=1.0):
+        return (torch.randn(sizes, generator=generator) * scale).to(DEVICE, dtype)
+
+    rows = 2 * hidden if gated else hidden
+    scores = torch.randn(tokens, num_experts, generator=generator)
+    return {
+        "x": normal(tokens, width),
+        "expert_index": scores.topk(min(top_k, num_experts)).indices.to(DEVICE),
+        "expert_weight": normal(tokens, top_k).float().softmax(1).to(dtype),
+        "w_up": normal(num_experts, rows, width, scale=width**-0.5),
+        "w_down": normal(num_experts, width, hidden, scale=hidden**-0.5),
+        "b_up": normal(num_experts, rows),
+        "b_down": normal(num_experts, width),
+    }
+
+
+def with_gradients(inputs, upstream, wanted=GRADIENTS, **options):
+    """The output and the gradients of the `wanted` inputs."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in wanted}
+    y = moe_mlp(**{**inputs, **leaves}, **options)
+    return y.detach(), dict(
+        zip(leaves, torch.autograd.grad(y, list(leaves.values()), upstream), strict=True)
+    )
+
+
+def scalar_activation(name, value):
+    if name == "relu":
+        return max(value, 0.0)
+    if name == "silu":
+        return value / (1 + math.exp(-value))
+    if name == "gelu":
+        return value * 0.5 * (1 + math.erf(value / math.sqrt(2)))
+    inner = math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)
+    return 0.5 * value * (1 + math.tanh(inner))
+
+
+def by_loop(inputs, activation, gate_layout):
+    """One token, one expert, one hidden unit at a time, in Python's floats."""
+    name, gated = ACTIVATIONS[activation]
+    x = inputs["x"].double()
+    out = torch.zeros_like(x)
+    hidden = inputs["w_down"].shape[2]
+    for t in range(x.shape[0]):
+        for e, weight in zip(
+            inputs["expert_index"][t].tolist(), inputs["expert_weight"][t].tolist(), strict=True
+        ):
+            if not 0 <= e < inputs["w_up"].shape[0]:
+                continue
+            before = inputs["w_up"][e].double() @ x[t] + inputs["b_up"][e].double()
+            acted = []
+            for i in range(hidden):
+                if not gated:
+                    acted.append(scalar_activation(name, before[i].item()))
+                    continue
+                gate, up = (2 * i, 2 * i + 1) if gate_layout == "interleaved" else (i, hidden + i)
+                acted.append(scalar_activation(name, before[gate].item()) * before[up].item())
+            after = inputs["w_down"][e].double() @ x.new_tensor(acted)
+            out[t] += weight * (after + inputs["b_down"][e].double())
+    return out
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("gate_layout", ["concat", "interleaved"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_against_a_loop(activation, gate_layout, impl, generator):
+    inputs = draw(generator, 5, 7, 6, 3, 2, gated=ACTIVATIONS[activation][1])
+    inputs["expert_index"][0, 0] = 3
+    inputs["expert_index"][1, 1] = -1
+    inputs["expert_index"][2] = 1
+    y = moe_mlp(**inputs, activation=activation, gate_layout=gate_layout, impl=impl)
+    torch.testing.assert_close(
+        y.double(), by_loop(inputs, activation, gate_layout), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_reference_equals_the_loop_in_fp64(generator):
+    inputs = draw(generator, 5, 7, 6, 3, 2, gated=True, dtype=torch.float64)
+    y = moe_mlp(**inputs, activation="swiglu")
+    torch.testing.assert_close(y, by_loop(inputs, "swiglu", "concat"), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_expert_is_a_dense_mlp(impl, generator):
+    inputs = draw(generator, 18, 20, 12, 1, 1)
+    inputs["expert_weight"] = torch.ones_like(inputs["expert_weight"])
+    upstream = torch.randn(18, 20, generator=generator).to(DEVICE)
+    y, got = with_gradients(inputs, upstream, activation="gelu", impl=impl)
+    dense = {n: inputs[n].detach().requires_grad_() for n in GRADIENTS if n != "expert_weight"}
+    hidden = F.gelu(F.linear(dense["x"], dense["w_up"][0], dense["b_up"][0]))
+    want = F.linear(hidden, dense["w_down"][0], dense["b_down"][0])
+    torch.testing.assert_close(y, want.detach(), atol=1e-5, rtol=1e-5)
+    gradients = torch.autograd.grad(want, list(dense.values()), upstream)
+    for name, gradient in zip(dense, gradients, strict=True):
+        torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("tokens", [1, 100, 260])
+def test_all_tile_shapes_agree_with_fp64(tokens, impl, generator):
+    """100 and 260 tokens for two experts reach the tiles for some and for many rows."""
+    inputs = draw(generator, tokens, 32, 16, 2, 2, gated=True)
+    upstream = torch.randn(tokens, 32, generator=generator).to(DEVICE)
+    y, got = with_gradients(inputs, upstream, activation="swiglu", impl=impl)
+    doubles = {n: v.double() if v.is_floating_point() else v for n, v in inputs.items()}
+    want, gradients = with_gradients(doubles, upstream.double(), activation="swiglu")
+    torch.testing.assert_close(y.double(), want, atol=2e-5, rtol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(got[name].double(), gradient, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_order_of_tokens_and_of_choices_is_free(impl, generator):
+    inputs = draw(generator, **SIZES)
+    y = moe_mlp(**inputs, impl=impl)
+    order = torch.randperm(18, generator=generator).to(DEVICE)
+    per_token = ("x", "expert_index", "expert_weight")
+    shuffled = {**inputs, **{name: inputs[name][order] for name in per_token}}
+    torch.testing.assert_close(moe_mlp(**shuffled, impl=impl), y[order], atol=1e-5, rtol=1e-5)
+    flipped = {**inputs, **{name: inputs[name].flip(1) for name in per_token[1:]}}
+    torch.testing.assert_close(moe_mlp(**flipped, impl=impl), y, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_experts_split_over_two_ranks(impl, generator):
+    """Each rank sees the ids shifted by its first expert; the ranks' outputs add up."""
+    inputs = draw(generator, **SIZES)
+    upstream = torch.randn(18, 20, generator=generator).to(DEVICE)
+    whole, gradients = with_gradients(inputs, upstream, impl=impl)
+    halves = []
+    for first in (0, 2):
+        mine = {n: inputs[n][first : first + 2] for n in ("w_up", "w_down", "b_up", "b_down")}
+        index = inputs["expert_index"] - first
+        halves.append(
+            with_gradients({**inputs, **mine, "expert_index": index}, upstream, impl=impl)
+        )
+    (y0, low), (y1, high) = halves
+    torch.testing.assert_close(y0 + y1, whole, atol=1e-5, rtol=1e-5)
+    for name, gradient in gradients.items():
+        shared = name in ("x", "expert_weight")
+        both = low[name] + high[name] if shared else torch.cat([low[name], high[name]])
+        torch.testing.assert_close(both, gradient, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_same_id_twice_counts_twice(impl, generator):
+    inputs = draw(generator, **SIZES)
+    inputs["expert_index"] = inputs["expert_index"][:, :1].expand(-1, 2)
+    once = {
+        **inputs,
+        "expert_index": inputs["expert_index"][:, :1],
+        "expert_weight": inputs["expert_weight"].sum(1, keepdim=True),
+    }
+    torch.testing.assert_close(
+        moe_mlp(**inputs, impl=impl), moe_mlp(**once, impl=impl), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nobody_here(impl, generator):
+    inputs = draw(generator, **SIZES)
+    inputs["expert_index"] = torch.full_like(inputs["expert_index"], 4)
+    y, gradients = with_gradients(inputs, torch.ones_like(inputs["x"]), impl=impl)
+    assert not y.any()
+    for gradient in gradients.values():
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_given_plan_changes_nothing(impl, generator):
+    inputs = draw(generator, **SIZES)
+    plan = route_plan(inputs["expert_index"], 4)
+    upstream = torch.randn(18, 20, generator=generator).to(DEVICE)
+    y, gradients = with_gradients(inputs, upstream, impl=impl)
+    planned, planned_gradients = with_gradients(inputs, upstream, plan=plan, impl=impl)
+    assert torch.equal(y, planned)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, planned_gradients[name])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_int32_ids(impl, generator):
+    inputs = draw(generator, **SIZES)
+    narrow = {**inputs, "expert_index": inputs["expert_index"].int()}
+    assert torch.equal(moe_mlp(**narrow, impl=impl), moe_mlp(**inputs, impl=impl))
+
+
+@pytest.mark.parametrize("impl", [i for i in IMPLS if i != "reference"])
+@pytest.mark.parametrize("wanted", [(name,) for name in GRADIENTS], ids=lambda w: w[0])
+def test_one_gradient_alone(wanted, impl, generator):
+    """Each gradient is the same whether or not the others are wanted."""
+    inputs = draw(generator, **SIZES, gated=True)
+    upstream = torch.randn(18, 20, generator=generator).to(DEVICE)
+    options = {"activation": "geglu", "impl": impl}
+    _, every = with_gradients(inputs, upstream, **options)
+    _, alone = with_gradients(inputs, upstream, wanted, **options)
+    torch.testing.assert_close(alone[wanted[0]], every[wanted[0]], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", [i for i in IMPLS if i != "reference"])
+def test_only_input_and_preactivation_are_kept(impl, generator):
+    inputs = draw(generator, **SIZES, gated=True)
+    leaves = {name: inputs[name].requires_grad_() for name in GRADIENTS}
+    kept = []
+
+    def pack(tensor):
+        if tensor.is_floating_point():
+            kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        moe_mlp(**inputs, activation="swiglu", impl=impl)
+    pre_activation = (18 * 2, 2 * 12)
+    own = {tuple(leaf.shape) for leaf in leaves.values()}
+    assert pre_activation in kept
+    assert set(kept) <= {pre_activation, *own}
+
+
+@pytest.mark.parametrize("impl", [i for i in IMPLS if i != "reference"])
+def test_second_derivatives_are_refused(impl, generator):
+    inputs = draw(generator, **SIZES)
+    inputs["x"].requires_grad_()
+    y = moe_mlp(**inputs, impl=impl)
+    (dx,) = torch.autograd.grad(y.square().sum(), inputs["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("impl", [i for i in IMPLS if i != "triton" or DEVICE.type == "cuda"])
+def test_autocast_casts_as_linear_does(impl, generator):
+    inputs = draw(generator, **SIZES)
+    leaves = {name: inputs[name].requires_grad_() for name in GRADIENTS}
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        y = moe_mlp(**inputs, impl=impl)
+        z = grouped_gemm(
+            inputs["x"], inputs["w_up"], torch.arange(4, device=DEVICE).int() * 6, impl=impl
+        )
+    assert y.dtype == z.dtype == torch.bfloat16
+    cast = {
+        n: v.bfloat16() if n in leaves and n != "expert_weight" else v for n, v in inputs.items()
+    }
+    assert torch.equal(y, moe_mlp(**cast, impl=impl))
+    y.sum().backward()
+    for name, leaf in leaves.items():
+        assert leaf.grad.dtype == torch.float32, name
+
+
+@pytest.mark.parametrize("impl", [i for i in IMPLS if i != "triton" or DEVICE.type == "cuda"])
+def test_autocast_leaves_fp64_alone(impl, generator):
+    inputs = draw(generator, **SIZES, dtype=torch.float64)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert moe_mlp(**inputs).dtype == torch.float64
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_grouped_gemm_by_slices(impl, generator):
+    x = torch.randn(40, 20, generator=generator).to(DEVICE)
+    weight = torch.randn(4, 12, 20, generator=generator).to(DEVICE)
+    bias = torch.randn(4, 12, generator=generator).to(DEVICE)
+    offsets = torch.tensor([7, 7, 30, 33], dtype=torch.int32, device=DEVICE)
+    y = grouped_gemm(x, weight, offsets, bias=bias, impl=impl)
+    parts = [x[:7] @ weight[0].T + bias[0]]
+    parts += [x[7:30] @ weight[2].T + bias[2], x[30:33] @ weight[3].T + bias[3]]
+    want = torch.cat([*parts, x.new_zeros(7, 12)])
+    torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-5)
+    assert not y[33:].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_offsets_past_the_rows_are_clamped(impl, generator):
+    x = torch.randn(10, 6, generator=generator).to(DEVICE).requires_grad_()
+    weight = torch.randn(3, 5, 6, generator=generator).to(DEVICE).requires_grad_()
+    gradients = []
+    for ends in ([4, 500, 900], [4, 10, 10]):
+        offsets = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+        y = grouped_gemm(x, weight, offsets, impl=impl)
+        gradients.append((y, *torch.autograd.grad(y.sum(), (x, weight))))
+    for wild, tame in zip(*gradients, strict=True):
+        assert torch.equal(wild, tame)
+
+
+@pytest.mark.parametrize("info", OPINFOS, ids=lambda info: info.name)
+def test_baselines_compute_the_same(info, generator):
+    case = info.compiled[1]
+    inputs = info.make(case, torch.float32, DEVICE, generator)
+    if "offsets" in inputs:
+        inputs["offsets"][-1] = case.sizes["T"]  # past it, F.grouped_mm leaves dx unwritten
+    leaves = {n: inputs[n].requires_grad_() for n in info.differentiable if n in inputs}
+    want = info.function(**inputs, impl="reference")
+    upstream = torch.randn(want.shape, generator=generator).to(DEVICE)
+    want_gradients = torch.autograd.grad(want, list(leaves.values()), upstream)
+    for baseline in info.baselines.values():
+        y = baseline(**inputs)
+        torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-4)
+        gradients = torch.autograd.grad(y, list(leaves.values()), upstream)
+        for gradient, expected in zip(gradients, want_gradients, strict=True):
+            torch.testing.assert_close(gradient, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_library_baseline_says_where_it_cannot_run(generator):
+    info = OPINFOS[0]
+    inputs = info.make(info.tests[1], torch.float32, DEVICE, generator)
+    with pytest.raises(NotImplementedError, match="multiple of 16 bytes"):
+        info.baselines["library"](**inputs)
+
+
+def test_module(generator):
+    layer = MoEMLP(20, 12, 4, activation="swiglu", gate_layout="interleaved", device=DEVICE)
+    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    assert shapes == {
+        "w_up": (4, 24, 20),
+        "w_down": (4, 20, 12),
+        "b_up": (4, 24),
+        "b_down": (4, 20),
+    }
+    inputs = draw(generator, **SIZES, gated=True)
+    routing = Routing(inputs["expert_index"], inputs["expert_weight"], inputs["x"])
+    y = layer(inputs["x"], routing)
+    want = moe_mlp(
+        inputs["x"],
+        *routing[:2],
+        layer.w_up,
+        layer.w_down,
+        b_up=layer.b_up,
+        b_down=layer.b_down,
+        activation="swiglu",
+        gate_layout="interleaved",
+    )
+    assert torch.equal(y, want)
+    batched = tuple(t.view(3, 6, -1) for t in routing[:2])
+    assert torch.equal(layer(inputs["x"].view(3, 6, 20), batched), y.view(3, 6, 20))
+    assert "num_experts=4" in repr(layer)
+
+
+def test_module_starts_like_linear_layers():
+    layer = MoEMLP(100, 25, 8, bias=True)
+    for weight, bias, bound in (
+        (layer.w_up, layer.b_up, 0.1),
+        (layer.w_down, layer.b_down, 0.2),
+    ):
+        for parameter in (weight, bias):
+            assert parameter.abs().max() <= bound
+            assert parameter.abs().max() > 0.8 * bound
+    assert MoEMLP(8, 8, 2, bias=False).b_up is None
+    assert MoEMLP(8, 8, 2, dtype=torch.float16).w_up.dtype == torch.float16
+
+
+def test_published_names_load(generator):
+    layer = MoEMLP(20, 12, 4)
+    published = {
+        "experts.htoh4.weight": torch.randn(4, 12, 20, generator=generator),
+        "experts.htoh4.bias": torch.randn(4, 12, generator=generator),
+        "experts.h4toh.weight": torch.randn(4, 20, 12, generator=generator),
+        "experts.h4toh.bias": torch.randn(4, 20, generator=generator),
+        "gate.gate.weight": torch.randn(4, 20, generator=generator),
+    }
+    layer.load_published(published)
+    assert torch.equal(layer.w_up, published["experts.htoh4.weight"])
+    assert torch.equal(layer.b_down, published["experts.h4toh.bias"])
+    with pytest.raises(ValueError, match=r"h4toh\.bias"):
+        layer.load_published({k: v for k, v in published.items() if k != "experts.h4toh.bias"})
+    before = layer.w_up.clone()
+    with pytest.raises(ValueError, match=r"h4toh\.weight"):
+        layer.load_published(
+            {
+                **published,
+                "experts.htoh4.weight": torch.zeros(4, 12, 20),
+                "experts.h4toh.weight": torch.zeros(4, 12, 20),
+            }
+        )
+    assert torch.equal(layer.w_up, before)
+
+
+MOE_ERRORS = {
+    "x-type": ({"x": [1.0]}, TypeError, "x: expected a tensor"),
+    "x-dtype": ({"x": lambda v: v["x"].int()}, TypeError, "x: expected dtype"),
+    "x-shape": ({"x": lambda v: v["x"][None]}, ValueError, "x: expected shape"),
+    "index-dtype": (
+        {"expert_index": lambda v: v["expert_index"].float()},
+        TypeError,
+        "expert_index: expected dtype",
+    ),
+    "index-shape": (
+        {"expert_index": lambda v: v["expert_index"][:3]},
+        ValueError,
+        "expert_index: expected shape",
+    ),
+    "no-choice": (
+        {"expert_index": lambda v: v["expert_index"][:, :0]},
+        ValueError,
+        "K at least 1",
+    ),
+    "weight-shape": (
+        {"expert_weight": lambda v: v["expert_weight"][:, :1]},
+        ValueError,
+        "expert_weight: expected shape",
+    ),
+    "weight-dtype": (
+        {"expert_weight": lambda v: v["expert_weight"].half()},
+        TypeError,
+        "expert_weight: expected dtype",
+    ),
+    "up-shape": ({"w_up": lambda v: v["w_up"][:, 1:]}, ValueError, "w_up: expected shape"),
+    "up-dtype": ({"w_up": lambda v: v["w_up"].half()}, TypeError, "w_up: expected dtype"),
+    "down-shape": ({"w_down": lambda v: v["w_down"][:, 1:]}, ValueError, "w_down: expected shape"),
+    "down-type": ({"w_down": None}, TypeError, "w_down: expected a tensor"),
+    "no-expert": ({"w_down": lambda v: v["w_down"][:0]}, ValueError, "E at least 1"),
+    "up-bias": ({"b_up": lambda v: v["b_up"][:1]}, ValueError, "b_up: expected shape"),
+    "down-bias": ({"b_down": lambda v: v["b_down"].double()}, TypeError, "b_down: expected dtype"),
+    "activation": ({"activation": "tanh"}, ValueError, "activation: expected one of"),
+    "gated-shape": ({"activation": "swiglu"}, ValueError, "w_up: expected shape"),
+    "layout": ({"gate_layout": "split"}, ValueError, "gate_layout: expected one of"),
+    "plan-type": ({"plan": "sorted"}, TypeError, "plan: expected a RoutePlan"),
+    "plan-experts": (
+        {"plan": lambda v: route_plan(v["expert_index"], 3)},
+        ValueError,
+        "plan.offsets: expected shape",
+    ),
+    "plan-rows": (
+        {"plan": lambda v: route_plan(v["expert_index"][:3], 4)},
+        ValueError,
+        "plan.permutation: expected shape",
+    ),
+    "impl": ({"impl": "fast"}, ValueError, "impl: expected one of"),
+    "no-cuda": ({"impl": "cuda"}, NotImplementedError, "moe_mlp: impl='cuda' cannot run"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), MOE_ERRORS.values(), ids=MOE_ERRORS)
+def test_moe_mlp_names_what_is_wrong(change, error, message, generator):
+    inputs = draw(generator, **SIZES)
+    changed = {name: value(inputs) if callable(value) else value for name, value in change.items()}
+    with pytest.raises(error, match=message):
+        moe_mlp(**{**inputs, **changed})
+
+
+GEMM_ERRORS = {
+    "x-shape": ({"x": torch.zeros(3)}, ValueError, "x: expected shape"),
+    "x-type": ({"x": 1}, TypeError, "x: expected a tensor"),
+    "weight-shape": ({"weight": torch.zeros(2, 5, 7)}, ValueError, "weight: expected shape"),
+    "weight-dtype": ({"weight": torch.zeros(2, 5, 6).half()}, TypeError, "weight: expected dtype"),
+    "no-expert": ({"weight": torch.zeros(0, 5, 6)}, ValueError, "E at least 1"),
+    "offsets-dtype": ({"offsets": torch.tensor([1, 2])}, TypeError, "offsets: expected dtype"),
+    "offsets-shape": ({"offsets": torch.tensor([1]).int()}, ValueError, "offsets: expected shape"),
+    "bias-shape": ({"bias": torch.zeros(2, 6)}, ValueError, "bias: expected shape"),
+    "impl": ({"impl": "cuda"}, NotImplementedError, "grouped_gemm: impl='cuda' cannot run"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), GEMM_ERRORS.values(), ids=GEMM_ERRORS)
+def test_grouped_gemm_names_what_is_wrong(change, error, message):
+    inputs = {
+        "x": torch.zeros(3, 6),
+        "weight": torch.zeros(2, 5, 6),
+        "offsets": torch.tensor([1, 2], dtype=torch.int32),
+    }
+    with pytest.raises(error, match=message):
+        grouped_gemm(**{**inputs, **change})
+
+
+def test_too_many_experts_for_the_kernels():
+    many = torch.zeros(1025, 2, 2, device=DEVICE)
+    ends = torch.zeros(1025, dtype=torch.int32, device=DEVICE)
+    x = torch.zeros(3, 2, device=DEVICE)
+    with pytest.raises(NotImplementedError, match="at most 1024 experts"):
+        grouped_gemm(x, many, ends, impl="triton")
+    assert not grouped_gemm(x, many, ends).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"d_model": 0}, ValueError, "d_model"),
+        ({"d_hidden": 1.5}, TypeError, "d_hidden"),
+        ({"num_experts": 0}, ValueError, "num_experts"),
+        ({"activation": "tanh"}, ValueError, "activation"),
+        ({"gate_layout": "split"}, ValueError, "gate_layout"),
+    ],
+    ids=lambda a: next(iter(a)) if isinstance(a, dict) else "",
+)
+def test_module_names_what_is_wrong(arguments, error, message):
+    with pytest.raises(error, match=message):
+        MoEMLP(**{"d_model": 4, "d_hidden": 4, "num_experts": 2, **arguments})
