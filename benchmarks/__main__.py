@@ -66,7 +66,15 @@ def main() -> int:
 def _ops(chosen: list[str], target: Path, select: str | None) -> int:
     folder = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", str(folder), *chosen, "--progress", "-q", "-s"]
-    command += ["--no-header", "--tb=short", "-o", "console_output_style=classic", "-r", "fE"]
+    command += [
+        "--no-header",
+        "--tb=short",
+        "--show-capture=no",
+        "-o",
+        "console_output_style=classic",
+        "-r",
+        "fE",
+    ]
     command += ["--benchmark-enable", "--benchmark-quiet", f"--benchmark-json={target}"]
     command += ["-k", select] if select else []
     return subprocess.run(command, cwd=folder.parent).returncode

@@ -48,10 +48,10 @@ def pytest_report_teststatus(
     report: pytest.TestReport, config: pytest.Config
 ) -> tuple[str, str, str] | None:
     # The progress bar speaks for the rows: no dots between its lines.
-    if config.getoption("--progress") and not report.failed:
-        counted = report.when == "call" or report.skipped
-        return report.outcome if counted else "", "", ""
-    return None
+    if not config.getoption("--progress") or (report.failed and report.when != "call"):
+        return None
+    counted = report.when == "call" or report.skipped
+    return report.outcome if counted else "", "", ""
 
 
 @pytest.fixture(scope="session")

@@ -114,10 +114,10 @@ def _curves(text: dict[str, Any], folder: Path) -> str:
         style = "-" if run["router"] == "topk" else "--"
         colour, name = COLOURS[run["router"]], ROUTER_NAMES[run["router"]]
         steps, bits = zip(*run["validation"], strict=True)
-        label = f"{name}, seed {run['seed']}: {run['final']:.3f} at the end"
+        label = f"{name}, seed {run['seed']}: {run['final']:.3f} in the end, all windows"
         axis.plot(steps, bits, style, color=colour, marker=marker, markersize=3.5, label=label)
     axis.set_xlabel("step")
-    axis.set_ylabel("validation bits per byte")
+    axis.set_ylabel("validation bits per byte, every eighth window")
     axis.set_title("Byte-level transformer on the Python standard library", fontweight="bold")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)

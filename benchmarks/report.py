@@ -16,7 +16,7 @@ from benchmarks import environment, markdown, plots, results, terminal
 from benchmarks.end_to_end.verdict import verdict
 from benchmarks.formats import percent, ratio, seconds
 from benchmarks.results import Results
-from benchmarks.rows import MODES
+from benchmarks.rows import MODES, OURS
 
 REPORTS = Path(__file__).parent / "reports"
 SAVED = Path(__file__).parent / "results"
@@ -73,7 +73,8 @@ def _summary(found: Results, op: str, mode: str, shape: str, names: list[str]) -
     group = results.members(found, op, mode, shape)
     ours = results.best(group)
     if ours is None:
-        return ["-", "-", *["-"] * len(names), "-"]
+        impl, status = next(((r["impl"], r["status"]) for r in group if r["kind"] == OURS), "--")
+        return [impl, status, *["-"] * len(names), "-"]
     by_name = {r["impl"]: r for r in group}
     cells = []
     for name in names:

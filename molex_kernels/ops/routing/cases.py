@@ -283,7 +283,7 @@ OPINFOS = (
             _route(37, 17, 5, 2, stats_from=True, recipe="swin", clusters="one"),
             _mixed(37, 44, 16, 1, 8, stats_from=True, recipe="softmoe", clusters="empty"),
             _route(37, 44, 16, 2, stats_from=True, stat="variance", empty="published", bias=True),
-            _route(17, 17, 5, 2, stats_from=True, stat="pairwise", cosine=True),
+            _route(17, 17, 5, 2, stats_from=True, stat="pairwise", eps=0.1, cosine=True),
         ),
         benchmarks=(
             _route(6144, 352, 16, 2, cosine=True),
