@@ -36,6 +36,7 @@ gpu: $(READY)
 	$(PY) -m molex_kernels.env | tee "$(GPU_OUT)/env.txt"
 	$(PYTEST) $(PARALLEL) -q -m gpu 2>&1 | tee "$(GPU_OUT)/tests.txt"
 	$(PY) -m benchmarks --preset gpu --out "$(GPU_OUT)" --save-results
+	tar -C "$(GPU_OUT)" -czf "$(GPU_OUT).tgz" . && mv "$(GPU_OUT).tgz" "$(GPU_OUT)/all.tgz"
 
 env: $(READY)
 	$(PY) -m molex_kernels.env

@@ -57,7 +57,7 @@ PRESETS = {
             min_rounds=3,
             ops_seconds=110,
             compile_seconds=60,
-            case_seconds=0.2,
+            case_seconds=1.0,
             text=TextPlan(seconds=65, max_steps=600, step_seconds=8),
         ),
         Preset(

@@ -73,8 +73,8 @@ def _summary(found: Results, op: str, mode: str, shape: str, names: list[str]) -
     group = results.members(found, op, mode, shape)
     ours = results.best(group)
     if ours is None:
-        impl, status = next(((r["impl"], r["status"]) for r in group if r["kind"] == OURS), "--")
-        return [impl, status, *["-"] * len(names), "-"]
+        untimed = next(r for r in group if r["kind"] == OURS)
+        return [untimed["impl"], untimed["status"], *["-"] * len(names), "-"]
     by_name = {r["impl"]: r for r in group}
     cells = []
     for name in names:

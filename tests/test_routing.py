@@ -233,3 +233,97 @@ def test_published_names_load(generator):
         adaptive.load_published(state)
     with pytest.raises(ValueError, match=r"gate.weight: expected shape"):
         mk.TopKRouter(15, 6, 2).load_published(state)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_many_experts_and_many_choices(generator, impl: str):
+    x, gate = _tokens(generator, 3, 5), _tokens(generator, 600, 5)
+    routing = mk.topk_route(x, gate, top_k=12, impl=impl)
+    z = x.double() @ gate.double().T
+    best = z.sort(dim=1, descending=True).indices[:, :12]
+    assert torch.equal(routing.expert_index, best)
+    weights = z.gather(1, best).softmax(1)
+    torch.testing.assert_close(routing.expert_weight.double(), weights, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["expert_weight", "logits"])
+def test_a_gradient_through_one_result_alone(generator, name: str):
+    gradients = []
+    x, gate, bias = _tokens(generator, 9, 6), _tokens(generator, 5, 6), _tokens(generator, 5)
+    for impl in IMPLS:
+        leaves = [t.clone().requires_grad_() for t in (x, gate, bias)]
+        routing = mk.topk_route(leaves[0], leaves[1], top_k=2, gate_bias=leaves[2], impl=impl)
+        value = getattr(routing, name)
+        gradients.append(torch.autograd.grad(value.square().sum(), leaves))
+    for expected, got in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_gate_gets_no_gradient(generator):
+    x = _tokens(generator, 9, 6).requires_grad_()
+    gate = _tokens(generator, 5, 6)
+    mk.topk_route(x, gate, top_k=2, impl="triton").logits.sum().backward()
+    torch.testing.assert_close(x.grad, gate.sum(0).expand(9, 6), rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_backward_pass_raises_under_triton(generator):
+    x = _tokens(generator, 9, 6).requires_grad_()
+    routing = mk.topk_route(x, _tokens(generator, 5, 6), top_k=2, impl="triton")
+    loss = routing.expert_weight.square().sum()
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_nan_stays_in_its_cluster(generator, impl: str):
+    x = _tokens(generator, 12, 4)
+    cluster = torch.arange(12) % 3
+    options = {"eps": 0.1, "clip": math.inf, "norm": "none", "impl": impl}
+    clean = mk.ac_weights(x, cluster, 3, **options)
+    x[1] = math.nan
+    w = mk.ac_weights(x, cluster, 3, **options)
+    assert w[1].isnan().all()
+    assert torch.equal(w[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_statistics_far_from_zero(generator, impl: str):
+    """Two passes keep what the published E[x^2] - E[x]^2 loses to cancellation."""
+    x = _tokens(generator, 40, 3)
+    cluster = torch.arange(40) % 2
+    options = {"stat": "variance", "eps": 1e-3, "impl": impl}
+    near = mk.ac_weights(x, cluster, 2, **options)
+    far = mk.ac_weights(x + 1000, cluster, 2, **options)
+    torch.testing.assert_close(near, far, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_plan_is_a_stable_sort(generator, impl: str, dtype: torch.dtype):
+    """More assignments than one block counts, read through strides."""
+    wide = torch.randint(-2, 9, (6, 90), generator=generator, dtype=dtype)
+    index = wide.T[:, ::2]
+    plan = mk.route_plan(index, 7, impl=impl)
+    ids = [i if 0 <= i < 7 else 7 for i in index.flatten().tolist()]
+    order = sorted(range(len(ids)), key=lambda a: (ids[a], a))
+    assert plan.permutation.tolist() == order
+    assert plan.inverse.tolist() == [order.index(a) for a in range(len(ids))]
+    assert plan.counts.tolist() == [ids.count(e) for e in range(7)]
+
+
+def test_limits_of_the_kernels_are_named():
+    gate = torch.zeros(1025, 2)
+    with pytest.raises(NotImplementedError, match="at most 1024 experts, got 1025"):
+        mk.topk_route(torch.zeros(3, 2), gate, top_k=1, impl="triton")
+    with pytest.raises(NotImplementedError, match="top_k up to 64, got 65"):
+        mk.topk_route(torch.zeros(3, 2), gate[:100], top_k=65, impl="triton")
+    with pytest.raises(NotImplementedError, match="at most 1024 clusters, got 1025"):
+        mk.ac_weights(torch.zeros(3, 2), torch.zeros(3).long(), 1025, impl="triton")
+    assert mk.topk_route(torch.zeros(3, 2), gate, top_k=65).expert_index.shape == (3, 65)
+
+
+def test_a_process_group_is_checked():
+    index = torch.zeros(3, 1, dtype=torch.int64)
+    with pytest.raises(TypeError, match="process_group: expected"):
+        mk.ac_route(torch.zeros(3, 2), torch.zeros(4, 2), index, top_k=1, process_group="world")

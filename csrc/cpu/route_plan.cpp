@@ -18,7 +18,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kChunk = 8192;
+// Below one chunk the sort is serial: waking threads costs more than sorting so few.
+constexpr int64_t kChunk = 65536;
 
 struct Plan {
   int32_t* counts;

@@ -138,7 +138,7 @@ def moe_mlp(
     top_k = expert_index.shape[1]
     if top_k < 1:
         raise ValueError("expert_index: expected shape [T, K] with K at least 1, got K=0")
-    weight_dtypes = (*dtypes, torch.float32) if x.dtype != torch.float64 else _dtypes.FLOAT_DTYPES
+    weight_dtypes = tuple(dict.fromkeys((*dtypes, torch.float32)))
     _check.tensor("expert_weight", expert_weight, "T, K", (tokens, top_k), weight_dtypes, x)
     _check.tensor("w_up", w_up, f"E, {rows}, D", (num_experts, hidden, width), dtypes, x)
     _check.tensor("w_down", w_down, "E, D, I", (num_experts, width, None), dtypes, x)
@@ -150,9 +150,9 @@ def moe_mlp(
         _check_plan(plan, num_experts, tokens * top_k, x)
 
     x, w_up, w_down, b_up, b_down = _autocast(x, w_up, w_down, b_up, b_down)
+    chosen = choose("moe_mlp", _IMPLEMENTATIONS, impl, x, triton=_too_many(num_experts))
     if expert_weight.dtype != x.dtype:
         expert_weight = expert_weight.to(_dtypes.accumulate_dtype(x.dtype))
-    chosen = choose("moe_mlp", _IMPLEMENTATIONS, impl, x, triton=_too_many(num_experts))
     layout = gate_layout if gated else "plain"
     weights = (w_up, w_down, b_up, b_down)
     if chosen == "reference":
@@ -188,6 +188,7 @@ def _check_plan(plan: RoutePlan, num_experts: int, num_rows: int, x: Tensor) -> 
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple:
+    """Untyped on purpose: what was a tensor stays one, what was None stays None."""
     return _dtypes.autocast(x, *others)
 
 

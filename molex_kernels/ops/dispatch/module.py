@@ -88,9 +88,9 @@ class MoEMLP(nn.Module):
         """
         expert_index, expert_weight = routing[0], routing[1]
         y = moe_mlp(
-            x.flatten(0, -2),
-            expert_index.flatten(0, -2),
-            expert_weight.flatten(0, -2),
+            x.reshape(-1, x.shape[-1]),
+            expert_index.reshape(-1, expert_index.shape[-1]),
+            expert_weight.reshape(-1, expert_weight.shape[-1]),
             self.w_up,
             self.w_down,
             b_up=self.b_up,

@@ -40,7 +40,7 @@ _SINGLE_HIDDEN = {
     "some": _gemm(32, 32, 32, 4, 2),
     "many": _gemm(32, 32, 32, 4, 2),
 }
-# Rows that start anywhere are read element by element, with an address in registers for each.
+# Rows that start anywhere move element by element, with an address in registers for each.
 _UNALIGNED = {
     "few": _gemm(16, 32, 32, 4, 2),
     "some": _gemm(32, 32, 32, 4, 2),

@@ -97,7 +97,7 @@ def launch_gemm(
             **chosen.launch_options(),
         )
 
-    options = config.gemm(x.dtype, rows.size_class, _aligned(x, weight), gated=gated)
+    options = config.gemm(x.dtype, rows.size_class, _aligned(x, weight, out), gated=gated)
     _launch("dispatch_fwd_gemm", (gathered, activation, layout), options, launch, x, weight, rows)
 
 
@@ -156,7 +156,7 @@ def launch_hidden(
         )
 
     key = (activation, layout)
-    options = config.hidden(dy.dtype, rows.size_class, _aligned(dy, w_down))
+    options = config.hidden(dy.dtype, rows.size_class, _aligned(dy, w_down, hidden))
     _launch("dispatch_bwd_hidden", key, options, launch, dy, w_down, rows)
     return partial
 
@@ -192,7 +192,7 @@ def launch_wgrad(
             **chosen.launch_options(),
         )
 
-    options = config.wgrad(left.dtype, rows.size_class, _aligned(left, right))
+    options = config.wgrad(left.dtype, rows.size_class, _aligned(left, right, out))
     key = (left_gathered, right_gathered)
     _launch("dispatch_bwd_wgrad", key, options, launch, left, out, rows)
 
@@ -275,7 +275,7 @@ def _launch(
 
 
 def _aligned(*tensors: Tensor) -> bool:
-    """Whether all rows can be read 16 elements at a time: one unit stride, the others multiples."""
+    """Whether rows are read and written 16 elements at a time: one unit stride, the others multiples."""
     return all(
         t.data_ptr() % 16 == 0
         and sorted(t.stride())[0] <= 1
