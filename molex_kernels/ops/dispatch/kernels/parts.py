@@ -275,7 +275,7 @@ def _launch(
 
 
 def _aligned(*tensors: Tensor) -> bool:
-    """Whether rows are read and written 16 elements at a time: one unit stride, the others multiples."""
+    """Whether rows move 16 elements at a time: one unit stride, the others multiples of 16."""
     return all(
         t.data_ptr() % 16 == 0
         and sorted(t.stride())[0] <= 1
