@@ -12,7 +12,8 @@ from torch import Tensor
 from molex_kernels.ops.routing.plan import RoutePlan, Routing
 from molex_kernels.ops.routing.recipes import Recipe, resolve
 
-_PAIRWISE_LIMIT = 16 * 2**30  # bytes of the published [T, T, D] tensor
+# Bytes of the published [T, T, D] tensor, of which there are several, by kind of device.
+_PAIRWISE_LIMIT = {"cpu": 2**28, "cuda": 2**33}
 
 
 def library_topk_route(
@@ -164,7 +165,7 @@ def published_load_balance(
 
 def _published_pairwise(x: Tensor, cluster: Tensor, clusters: int) -> Tensor:
     size = x.shape[0] ** 2 * x.shape[1] * x.element_size()
-    if size > _PAIRWISE_LIMIT:
+    if size > _PAIRWISE_LIMIT[x.device.type]:
         raise NotImplementedError(f"the published [T, T, D] tensor takes {size / 1e9:.0f} GB")
     distance = (x[:, None] - x[None]).abs()
     rows = []

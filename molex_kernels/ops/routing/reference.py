@@ -54,11 +54,12 @@ def router_logits(
 
 def token_weights(table: Tensor, labels: Tensor, mix: Tensor | None) -> Tensor:
     """w_tq = sum_m p_tm W[label_tm, q]; 1 in place of W for a label outside [0, C)."""
-    known = (labels >= 0) & (labels < table.shape[0])
-    rows = torch.where(known[..., None], table[torch.where(known, labels, 0).long()], 1.0)
-    if mix is None:
-        return rows.sum(1)
-    return (mix.to(table.dtype)[..., None] * rows).sum(1)
+    rows = torch.cat([table, table.new_ones(1, table.shape[1])])
+    bucket = _bucket(labels, table.shape[0])
+    parts = [rows[bucket[:, m]] for m in range(labels.shape[1])]
+    if mix is not None:
+        parts = [mix[:, m, None].to(table.dtype) * part for m, part in enumerate(parts)]
+    return sum(parts[1:], parts[0])
 
 
 def selection_key(z: Tensor, expert_bias: Tensor | None, score: str) -> Tensor:
@@ -77,8 +78,12 @@ def selection_key(z: Tensor, expert_bias: Tensor | None, score: str) -> Tensor:
 def select(key: Tensor, top_k: int) -> Tensor:
     """The K largest keys, descending; ties to the lower expert; NaN and -inf are lowest."""
     lowest = torch.finfo(key.dtype).min
-    finite = torch.where(key > lowest, key, lowest)
-    return finite.sort(dim=1, descending=True, stable=True).indices[:, :top_k].contiguous()
+    left = torch.where(key > lowest, key, lowest)
+    best = []
+    for _ in range(top_k):
+        best.append(left.argmax(1, keepdim=True))  # the first of equal ones
+        left = left.scatter(1, best[-1], -torch.inf)
+    return torch.cat(best, 1)
 
 
 def scores(z: Tensor, index: Tensor, score: str) -> Tensor:

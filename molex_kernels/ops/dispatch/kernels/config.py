@@ -51,8 +51,15 @@ _HALF_CANDIDATES = (
     _gemm(64, 128, 64, 4, 4),
     _gemm(64, 256, 64, 8, 3),
     _gemm(128, 128, 64, 8, 3),
-    _gemm(128, 128, 64, 4, 3),
     _gemm(128, 256, 64, 8, 3),
+)
+# Two products, or a product and H, fill the registers sooner.
+_HALF_GATED_CANDIDATES = (
+    _gemm(32, 64, 64, 4, 4),
+    _gemm(64, 64, 64, 4, 3),
+    _gemm(64, 64, 64, 8, 4),
+    _gemm(64, 128, 64, 8, 3),
+    _gemm(128, 64, 64, 8, 3),
 )
 _SINGLE_CANDIDATES = (_gemm(32, 64, 32, 4, 2), _gemm(64, 64, 16, 4, 2), _gemm(64, 32, 32, 4, 2))
 
@@ -71,7 +78,7 @@ def gemm(dtype: torch.dtype, rows: str, aligned: bool, *, gated: bool = False) -
         return _UNALIGNED[rows], ()
     if dtype == torch.float32:
         return (_SINGLE_GATED if gated else _SINGLE)[rows], _SINGLE_CANDIDATES
-    return (_HALF_GATED if gated else _HALF)[rows], _HALF_CANDIDATES
+    return (_HALF_GATED[rows], _HALF_GATED_CANDIDATES) if gated else (_HALF[rows], _HALF_CANDIDATES)
 
 
 def hidden(dtype: torch.dtype, rows: str, aligned: bool) -> Options:
@@ -80,7 +87,7 @@ def hidden(dtype: torch.dtype, rows: str, aligned: bool) -> Options:
         return _UNALIGNED[rows], ()
     if dtype == torch.float32:
         return _SINGLE_HIDDEN[rows], _SINGLE_CANDIDATES
-    return _HALF_GATED[rows], _HALF_CANDIDATES
+    return _HALF_GATED[rows], _HALF_GATED_CANDIDATES
 
 
 def wgrad(dtype: torch.dtype, rows: str, aligned: bool) -> Options:
