@@ -327,3 +327,24 @@ def test_a_process_group_is_checked():
     index = torch.zeros(3, 1, dtype=torch.int64)
     with pytest.raises(TypeError, match="process_group: expected"):
         mk.ac_route(torch.zeros(3, 2), torch.zeros(4, 2), index, top_k=1, process_group="world")
+
+
+def test_the_fp64_reference_to_twelve_digits():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(8, 4, generator=generator, dtype=torch.float64)
+    gate = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    cluster = torch.arange(8) % 3
+    w = mk.ac_weights(x, cluster, 3, eps=0.1, clip=float("inf"), norm="none")
+    logits = mk.ac_route(
+        x, gate, cluster[:, None], top_k=2, eps=0.1, clip=float("inf"), norm="none"
+    ).logits
+    for c in range(3):
+        rows = x[cluster == c].tolist()
+        for q in range(4):
+            mean = sum(row[q] for row in rows) / len(rows)
+            s = sum(abs(row[q] - mean) for row in rows) / len(rows)
+            assert w[c, q].item() == pytest.approx(1 / (s + 0.1), rel=1e-12)
+    for t in range(8):
+        for e in range(3):
+            z = sum(w[t % 3, q].item() * x[t, q].item() * gate[e, q].item() for q in range(4))
+            assert logits[t, e].item() == pytest.approx(z, rel=1e-12, abs=1e-12)
