@@ -16,7 +16,7 @@ OURS, BASELINE = "ours", "baseline"
 BASELINES = ("published", "reference", "compiled", "library")
 MODES = ("forward", "step")
 
-# `triton` on a CPU would be Triton's interpreter: right, and a thousand times slower.
+# `triton` on a CPU would be Triton's interpreter, which is for tests.
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
 
 

@@ -2,8 +2,8 @@
 
 Names: `reference` (plain PyTorch, everywhere), `cpu` (native CPU code), `triton` (NVIDIA, AMD, or a
 CPU under Triton's interpreter), `cuda` (compiled CUDA). An explicit `impl=` runs or raises; it
-never falls back. `MOLEX_IMPL`, read at import, is the default for `impl=None`; without it the first
-implementation that supports the inputs is taken.
+never falls back. `MOLEX_IMPL`, read at import, takes the place of `impl=None` for the ops that have
+such an implementation; otherwise the first one that supports the inputs is taken.
 """
 
 from __future__ import annotations
@@ -100,9 +100,13 @@ def choose(
     `implementations` stand in the order of preference; the last one is the reference. `limits` maps
     a name to the reason why that implementation cannot take this call's shapes, or to None.
     """
-    name = DEFAULT if impl is None else impl
+    name = impl
     if name is not None:
-        _check.choice("impl" if impl is not None else "MOLEX_IMPL", name, NAMES)
+        _check.choice("impl", name, NAMES)
+    elif DEFAULT is not None:
+        _check.choice("MOLEX_IMPL", DEFAULT, NAMES)
+        name = next((i.name for i in implementations if i.name == DEFAULT), None)
+    if name is not None:
         reason = _why_not(op, implementations, name, x.device.type, x.dtype) or limits.get(name)
         if reason is None:
             return name
@@ -112,7 +116,7 @@ def choose(
         )
     for candidate in implementations:
         if candidate.name == "triton" and x.device.type == "cpu":
-            continue  # interpreted kernels are for tests: right, and a thousand times slower
+            continue  # interpreted kernels are for tests
         reason = _why_not(op, implementations, candidate.name, x.device.type, x.dtype)
         reason = reason or limits.get(candidate.name)
         if reason is None:

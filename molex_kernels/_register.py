@@ -2,8 +2,7 @@
 
 Every implementation of a pass is an operator of its own, `molex::<name>`, opaque to `torch.compile`
 and to CUDA graphs. The operators know nothing of autograd: a ctx-style `autograd.Function` outside
-them does, and is skipped where nothing needs a gradient. Measured per call, that is half the cost
-of `custom_op` with `register_autograd`.
+them does, and is skipped where nothing needs a gradient.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import DEVICE
 from contract import Outcome, cast, recorded, run, strided, upstream_for
-from tolerance import exact, within_budget
+from tolerance import within_budget
 
 from molex_kernels._dtypes import KERNEL_DTYPES
 from molex_kernels._opinfo import Case, Inputs, OpInfo
@@ -191,8 +191,8 @@ def test_reference_gradients_against_differences(
 def test_fp64_runs_the_reference(generator: torch.Generator):
     for info in OPS.values():
         inputs = info.make(info.tests[0], torch.float64, DEVICE, generator)
-        got = info.results(info.function(**inputs))
-        want = run(info, inputs, "reference", None).results
-        for name, value in got.items():
-            if value.is_floating_point():
-                exact(name, value, want[name])
+        with recorded() as calls:
+            info.function(**inputs)
+        # A plan is of integers, so it has its kernels whatever the dtype.
+        names = {operator.name() for operator, _, _ in calls}
+        assert all("route_plan" in name for name in names), f"{info.name} ran {names}"

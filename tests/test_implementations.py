@@ -89,6 +89,8 @@ def test_the_environment_sets_the_default(monkeypatch):
     monkeypatch.setattr(_dispatch, "DEFAULT", "reference")
     works = dataclasses.replace(CPU, why_not=lambda: None)
     assert choose("op", (works, REFERENCE), None, X) == "reference"
+    monkeypatch.setattr(_dispatch, "DEFAULT", "cuda")
+    assert choose("op", (works, REFERENCE), None, X) == "cpu", "an op without it chooses as ever"
     monkeypatch.setattr(_dispatch, "DEFAULT", "fast")
     with pytest.raises(ValueError, match="MOLEX_IMPL: expected one of"):
         choose("op", (REFERENCE,), None, X)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-EXACT = 1e-12  # relative, for fp64 against fp64
-
 
 def error(actual: Tensor, expected: Tensor) -> float:
     """The largest absolute difference, in fp64."""
@@ -33,12 +31,3 @@ def within_budget(
     own = error(reference, expected)
     allowed = 2 * (own + torch.finfo(dtype).eps * largest(expected))
     assert got <= allowed, f"{name}: error {got:.3g} > {allowed:.3g} (reference's own {own:.3g})"
-
-
-def exact(name: str, actual: Tensor, expected: Tensor) -> None:
-    """Fails unless two fp64 tensors agree to 1e-12 of the largest value."""
-    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, not {expected.shape}"
-    assert torch.isfinite(actual).all(), f"{name}: not finite"
-    allowed = EXACT * max(1.0, largest(expected))
-    got = error(actual, expected)
-    assert got <= allowed, f"{name}: error {got:.3g} > {allowed:.3g}"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from molex_kernels import _check
+from molex_kernels import _check, _published
 from molex_kernels.ops.dispatch.api import ACTIVATIONS, GATE_LAYOUTS, moe_mlp
 from molex_kernels.ops.routing.plan import RoutePlan
 
@@ -102,18 +102,14 @@ class MoEMLP(nn.Module):
         )
         return y.view(x.shape)
 
-    @torch.no_grad()
     def load_published(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copies the experts from FastMoE's names: `htoh4.weight` [E, I, D], `htoh4.bias` [E, I],
         `h4toh.weight` [E, D, I], `h4toh.bias` [E, D], alone or under any prefix (`experts.`).
 
         Raises ValueError for a missing name, a name under two prefixes, or another shape.
         """
-        found = {name: _find(state_dict, PUBLISHED[name]) for name, _ in self.named_parameters()}
-        for name, value in found.items():
-            _check.floating(PUBLISHED[name], value, "E, ...", self.get_parameter(name).shape)
-        for name, value in found.items():
-            self.get_parameter(name).copy_(value)
+        names = {name: PUBLISHED[name] for name, _ in self.named_parameters()}
+        _published.load(self, state_dict, names)
 
     def extra_repr(self) -> str:
         num_experts, d_model, d_hidden = self.w_down.shape
@@ -122,10 +118,3 @@ class MoEMLP(nn.Module):
             f"activation={self.activation!r}, gate_layout={self.gate_layout!r}, "
             f"bias={self.b_up is not None}"
         )
-
-
-def _find(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
-    keys = [key for key in state_dict if key == name or key.endswith("." + name)]
-    if len(keys) != 1:
-        raise ValueError(f"state_dict: expected one name ending in {name!r}, got {keys or 'none'}")
-    return state_dict[keys[0]]

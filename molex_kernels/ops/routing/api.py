@@ -59,7 +59,7 @@ def topk_route(
     Returns:
         Routing(expert_index [T, K] int64, expert_weight [T, K] fp32, logits [T, E] fp32).
         Differentiable in x, gate_weight and gate_bias through weights and logits; once with
-        impl="triton" (a second backward pass raises). Deterministic, no host synchronisation.
+        impl="triton" (no second derivative). Deterministic, no host synchronisation.
 
     Raises:
         TypeError, ValueError: a bad argument, which the message names.

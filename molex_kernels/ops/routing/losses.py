@@ -9,6 +9,8 @@ from molex_kernels._dtypes import accumulate_dtype
 from molex_kernels.ops.routing.api import route_plan
 from molex_kernels.ops.routing.plan import Routing
 
+IMPLEMENTATIONS = (_dispatch.REFERENCE,)
+
 _KINDS = ("switch", "published")
 
 
@@ -46,7 +48,7 @@ def load_balance_loss(
     _check.index("routing.expert_index", index, "T, K", (tokens, None), logits)
     _check.number("temperature", temperature, 0.0, exclusive=True)
     _check.choice("kind", kind, _KINDS)
-    _only_reference("load_balance_loss", impl, logits)
+    _dispatch.choose("load_balance_loss", IMPLEMENTATIONS, impl, logits)
     counts = route_plan(index, experts, impl=impl).counts
     probability = (logits.to(accumulate_dtype(logits.dtype)) / temperature).softmax(1)
     assignments = max(tokens * index.shape[1], 1)
@@ -71,12 +73,6 @@ def router_z_loss(logits: Tensor, *, impl: str | None = None) -> Tensor:
         NotImplementedError: another `impl`.
     """
     _check.floating("logits", logits, "T, E", (None, None))
-    _only_reference("router_z_loss", impl, logits)
+    _dispatch.choose("router_z_loss", IMPLEMENTATIONS, impl, logits)
     z = logits.to(accumulate_dtype(logits.dtype)).logsumexp(1)
     return (z * z).sum() / max(logits.shape[0], 1)
-
-
-def _only_reference(name: str, impl: str | None, logits: Tensor) -> None:
-    """A composite runs whatever MOLEX_IMPL says; only an explicit choice can be wrong."""
-    if impl is not None:
-        _dispatch.choose(name, (_dispatch.REFERENCE,), impl, logits)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from molex_kernels import _check
+from molex_kernels import _check, _published
 from molex_kernels.ops.routing.api import ac_route, normalized_gate, topk_route
 from molex_kernels.ops.routing.plan import Routing
 
@@ -52,7 +52,6 @@ class _Gate(nn.Module):
         names = {"weight": "gate.weight"}
         return names if self.bias is None else {**names, "bias": "gate.bias"}
 
-    @torch.no_grad()
     def load_published(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copies the gate from the published names, alone or under any prefix.
 
@@ -60,16 +59,7 @@ class _Gate(nn.Module):
         `expert_embeddings` [E, D]. Raises ValueError for a missing name, a name under two
         prefixes, or another shape.
         """
-        found = {}
-        for own, name in self._published_names().items():
-            keys = [key for key in state_dict if key == name or key.endswith("." + name)]
-            if len(keys) != 1:
-                got = keys or "none"
-                raise ValueError(f"state_dict: expected one name ending in {name!r}, got {got}")
-            _check.floating(name, state_dict[keys[0]], "E, ...", self.get_parameter(own).shape)
-            found[own] = state_dict[keys[0]]
-        for own, value in found.items():
-            self.get_parameter(own).copy_(value)
+        _published.load(self, state_dict, self._published_names())
 
     def extra_repr(self) -> str:
         num_experts, d_model = self.weight.shape

@@ -1,0 +1,29 @@
+"""Loads parameters from the names of published checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from molex_kernels import _check
+
+
+@torch.no_grad()
+def load(module: nn.Module, state_dict: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+    """Copies into the module's parameters; `names` maps each of them to its published name.
+
+    A published name may stand under any prefix. Everything is checked before anything is copied:
+    ValueError for a missing name, a name under two prefixes, or another shape.
+    """
+    found = {}
+    for own, name in names.items():
+        keys = [key for key in state_dict if key == name or key.endswith("." + name)]
+        if len(keys) != 1:
+            got = keys or "none"
+            raise ValueError(f"state_dict: expected one name ending in {name!r}, got {got}")
+        found[own] = state_dict[keys[0]]
+        _check.floating(name, found[own], "E, ...", module.get_parameter(own).shape)
+    for own, value in found.items():
+        module.get_parameter(own).copy_(value)
