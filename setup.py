@@ -24,7 +24,9 @@ except ImportError:
 ROOT = Path(__file__).parent
 # The oldest torch whose stable ABI serves: one build runs on 2.11 and later.
 TORCH_TARGET_VERSION = "0x020b000000000000"
+# Nobody reads errno or floating-point traps, and both forbid vectorising a square root or a choice.
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall"]
+CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 # wgmma exists on 9.0a only, which automatic detection does not give.
 CUDA_ARCHITECTURES = "8.0;9.0a+PTX"
 

@@ -28,17 +28,33 @@ def tensor(
 
     `letters` names the sizes for the message: "T, D".
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor [{letters}], got {type(value).__name__}")
-    if value.dtype not in dtypes:
-        raise TypeError(f"{name}: expected dtype {_names(dtypes)}, got {_name(value.dtype)}")
+    _type(name, value, f"[{letters}]", dtypes)
     if value.dim() != len(sizes) or any(
         want is not None and want != got for want, got in zip(sizes, value.shape, strict=True)
     ):
         raise ValueError(
             f"{name}: expected shape [{letters}]{_known(letters, sizes)}, got {list(value.shape)}"
         )
-    if like is not None and value.device != like.device:
+    if like is not None:
+        device(name, value, like)
+
+
+def same_shape(
+    name: str, value: Any, dtypes: Sequence[torch.dtype], like: Tensor, like_name: str
+) -> None:
+    """A tensor of the shape and on the device of `like`, one of these dtypes."""
+    _type(name, value, f"of the shape of {like_name}", dtypes)
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{name}: expected the shape of {like_name}, {list(like.shape)}, "
+            f"got {list(value.shape)}"
+        )
+    device(name, value, like)
+
+
+def device(name: str, value: Tensor, like: Tensor) -> None:
+    """A tensor on the device of `like`."""
+    if value.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
 
 
@@ -78,6 +94,13 @@ def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """One of the allowed values."""
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _type(name: str, value: Any, shape: str, dtypes: Sequence[torch.dtype]) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {_names(dtypes)}, got {_name(value.dtype)}")
 
 
 def _name(dtype: torch.dtype) -> str:

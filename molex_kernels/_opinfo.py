@@ -31,6 +31,20 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """Random tensors whose values the dtype holds exactly, drawn alike for every dtype."""
+
+    dtype: torch.dtype
+    device: torch.device
+    generator: torch.Generator
+
+    def normal(self, *sizes: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal numbers with this standard deviation."""
+        drawn = torch.randn(sizes, generator=self.generator, device=self.generator.device)
+        return (drawn * scale).to(self.device, dtype or self.dtype)
+
+
+@dataclass(frozen=True)
 class Cost:
     """What one pass must do: bytes that have to cross memory, floating-point operations."""
 

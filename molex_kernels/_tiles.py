@@ -26,3 +26,48 @@ def segment_of_tile(
     end = tl.sum(tl.where(here, ends, 0), axis=0)
     first_tile = tl.sum(tl.where(here, tile_ends - tiles, 0), axis=0)
     return segment, start + (tile - first_tile) * BLOCK_ROWS, end
+
+
+@triton.jit
+def sum_expert_rows(
+    packed_ptr,  # [R, D]
+    stride_pt,
+    stride_pd,
+    expert_weight_ptr,  # [T, K]
+    stride_et,
+    stride_ek,
+    offsets_ptr,  # [E] int32
+    inverse_ptr,  # [R] int64
+    offs_t,
+    offs_d,
+    mask_t,
+    mask_d,
+    num_experts,
+    top_k,
+    IS_WEIGHTED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """sum_k w_tk packed[inverse_tk] in fp32, in the order of k, without what is not here."""
+    num_here = tl.load(offsets_ptr + num_experts - 1)
+    out = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for k in range(top_k):
+        row = tl.load(inverse_ptr + offs_t * top_k + k, mask=mask_t, other=0)
+        here = mask_t & (row < num_here)
+        packed_ptrs = packed_ptr + row[:, None] * stride_pt + offs_d[None, :] * stride_pd
+        packed = tl.load(packed_ptrs, mask=here[:, None] & mask_d[None, :], other=0.0)
+        packed = packed.to(tl.float32)
+        if IS_WEIGHTED:
+            weight_ptrs = expert_weight_ptr + offs_t * stride_et + k * stride_ek
+            packed *= tl.load(weight_ptrs, mask=here, other=0.0).to(tl.float32)[:, None]
+        out += packed
+    return out
+
+
+@triton.jit
+def keep_mask(seed, position, threshold):
+    """Which elements dropout keeps, as `_philox.dropout` has it; `position` is int64."""
+    low = (position & 0xFFFFFFFF).to(tl.uint32)
+    high = (position >> 32).to(tl.uint32)
+    word, _, _, _ = tl.philox(seed, low, high, 0, 0, 7)
+    return word.to(tl.int64) >= threshold

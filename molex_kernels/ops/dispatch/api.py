@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -126,6 +128,52 @@ def moe_mlp(
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or option.
         NotImplementedError: the explicit `impl` cannot run.
     """
+    call = experts_arguments(
+        *(x, expert_index, expert_weight, w_up, w_down, b_up, b_down),
+        *(activation, gate_layout, plan),
+    )
+    chosen = choose("moe_mlp", _IMPLEMENTATIONS, impl, call.x, triton=call.too_many)
+    if chosen == "reference":
+        return reference.moe_mlp(
+            call.x, expert_index, call.expert_weight, *call.weights, *call.activation
+        )
+    return op.moe_mlp(
+        call.x, call.expert_weight, *call.rows(), *call.weights, *call.activation, chosen
+    )
+
+
+class ExpertsCall(NamedTuple):
+    """Checked arguments of the experts' MLP, as its operators take them."""
+
+    x: Tensor
+    expert_index: Tensor
+    expert_weight: Tensor
+    weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # w_up, w_down, b_up, b_down
+    activation: tuple[str, str]  # the pointwise function, and "plain" or a gate's layout
+    plan: RoutePlan | None
+    too_many: str | None  # why Triton cannot take so many experts
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Offsets, permutation and inverse of the plan, which is made if there is none."""
+        plan = self.plan
+        if plan is None:
+            plan = route_plan(self.expert_index, self.weights[0].shape[0])
+        return plan.offsets, plan.permutation, plan.inverse
+
+
+def experts_arguments(
+    x: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+    gate_layout: str,
+    plan: RoutePlan | None,
+) -> ExpertsCall:
+    """Checks the arguments of `moe_mlp` and casts them as autocast has it."""
     _check.choice("activation", activation, tuple(ACTIVATIONS))
     _check.choice("gate_layout", gate_layout, GATE_LAYOUTS)
     pointwise, gated = ACTIVATIONS[activation]
@@ -148,19 +196,14 @@ def moe_mlp(
         _check.tensor("b_down", b_down, "E, D", (num_experts, width), dtypes, x)
     if plan is not None:
         _check_plan(plan, num_experts, tokens * top_k, x)
-
-    x, w_up, w_down, b_up, b_down = _autocast(x, w_up, w_down, b_up, b_down)
-    chosen = choose("moe_mlp", _IMPLEMENTATIONS, impl, x, triton=_too_many(num_experts))
+    x, *weights = _autocast(x, w_up, w_down, b_up, b_down)
     if expert_weight.dtype != x.dtype:
         expert_weight = expert_weight.to(_dtypes.accumulate_dtype(x.dtype))
     layout = gate_layout if gated else "plain"
-    weights = (w_up, w_down, b_up, b_down)
-    if chosen == "reference":
-        return reference.moe_mlp(x, expert_index, expert_weight, *weights, pointwise, layout)
-    if plan is None:
-        plan = route_plan(expert_index, num_experts)
-    rows_of = (plan.offsets, plan.permutation, plan.inverse)
-    return op.moe_mlp(x, expert_weight, *rows_of, *weights, pointwise, layout, chosen)
+    too_many = _too_many(num_experts)
+    return ExpertsCall(
+        x, expert_index, expert_weight, tuple(weights), (pointwise, layout), plan, too_many
+    )
 
 
 def _num_experts(name: str, weight: Tensor, letters: str) -> int:

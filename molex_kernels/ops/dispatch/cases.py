@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from molex_kernels._dispatch import CPU_ATEN, REFERENCE, TRITON
-from molex_kernels._opinfo import Case, Cost, Inputs, OpInfo
+from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo
 from molex_kernels.ops.dispatch.api import ACTIVATIONS, grouped_gemm, moe_mlp
 from molex_kernels.ops.dispatch.baselines import (
     library_grouped_gemm,
@@ -22,27 +22,10 @@ KINK = 1e-4
 SMALL = 64  # rows up to which that is looked after
 
 
-class _Draw:
-    """Random tensors whose values the dtype holds exactly, drawn alike for every dtype."""
-
-    def __init__(
-        self, dtype: torch.dtype, device: torch.device, generator: torch.Generator
-    ) -> None:
-        self.dtype, self.device, self.generator = dtype, device, generator
-
-    def normal(self, *sizes: int, scale: float = 1.0) -> Tensor:
-        drawn = torch.randn(sizes, generator=self.generator, device=self.generator.device)
-        return (drawn * scale).to(self.device, self.dtype)
-
-    def logits(self, *sizes: int) -> Tensor:
-        drawn = torch.randn(sizes, generator=self.generator, device=self.generator.device)
-        return drawn.to(self.device)
-
-
-def _expert_index(case: Case, draw: _Draw) -> Tensor:
+def _expert_index(case: Case, draw: Draw) -> Tensor:
     tokens, num_experts, top_k = (case.sizes[name] for name in "TEK")
     routing = case.options.get("routing", "uniform")
-    scores = draw.logits(tokens, num_experts)
+    scores = draw.normal(tokens, num_experts, dtype=torch.float32)
     if routing == "zipf":
         rank = torch.arange(1, num_experts + 1, device=draw.device)
         scores = scores - 1.2 * rank.log()
@@ -54,12 +37,12 @@ def _expert_index(case: Case, draw: _Draw) -> Tensor:
     if routing == "twice":
         index[::2] = index[::2, :1]
     if routing == "elsewhere":
-        index = index + torch.where(draw.logits(tokens, top_k) > 0.3, num_experts, 0)
+        index = index + torch.where(draw.normal(tokens, top_k, dtype=torch.float32) > 0.3, num_experts, 0)
         index[::5, 0] = -1
     return index
 
 
-def _make_moe_mlp(
+def make_moe_mlp(
     case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> Inputs:
     tokens, width, hidden, num_experts, top_k = (case.sizes[name] for name in "TDIEK")
@@ -67,8 +50,8 @@ def _make_moe_mlp(
     activation = options.get("activation", "relu")
     gated = ACTIVATIONS[activation][1]
     rows = 2 * hidden if gated else hidden
-    draw = _Draw(dtype, device, generator)
-    weights = torch.softmax(draw.logits(tokens, top_k), dim=1)
+    draw = Draw(dtype, device, generator)
+    weights = torch.softmax(draw.normal(tokens, top_k, dtype=torch.float32), dim=1)
     own = options.get("own_dtype", False) or dtype == torch.float64
     inputs: Inputs = {
         "x": draw.normal(tokens, width),
@@ -88,7 +71,7 @@ def _make_moe_mlp(
     return inputs
 
 
-def _leave_kinks(inputs: Inputs, draw: _Draw) -> None:
+def _leave_kinks(inputs: Inputs, draw: Draw) -> None:
     """Draws tokens anew until no hidden value that relu sees lies near 0."""
     x, w_up = inputs["x"], inputs["w_up"].double()
     bias = inputs["b_up"].double()[:, None] if "b_up" in inputs else 0.0
@@ -104,7 +87,7 @@ def _make_grouped_gemm(
     case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> Inputs:
     tokens, width, columns, num_experts = (case.sizes[name] for name in "TDNE")
-    draw = _Draw(dtype, device, generator)
+    draw = Draw(dtype, device, generator)
     rows = case.options.get("rows", "some")
     if rows == "even":
         ends = torch.arange(1, num_experts + 1) * tokens // num_experts
@@ -129,7 +112,7 @@ def _make_grouped_gemm(
     return inputs
 
 
-def _cost_moe_mlp(case: Case, dtype: torch.dtype, backward: bool) -> Cost:
+def cost_moe_mlp(case: Case, dtype: torch.dtype, backward: bool) -> Cost:
     tokens, width, hidden, num_experts, top_k = (case.sizes[name] for name in "TDIEK")
     rows = 2 * hidden if ACTIVATIONS[case.options.get("activation", "relu")][1] else hidden
     assignments = tokens * top_k
@@ -245,13 +228,13 @@ OPINFOS = (
         name="moe_mlp",
         function=moe_mlp,
         declared=(TRITON, CPU_ATEN, REFERENCE),
-        make=_make_moe_mlp,
+        make=make_moe_mlp,
         results=lambda y: {"y": y},
         differentiable=("x", "expert_weight", "w_up", "w_down", "b_up", "b_down"),
         tests=_MOE_TESTS,
         benchmarks=(*_PAPER, *_FIELD),
         quick=_PAPER[:2],
-        cost=_cost_moe_mlp,
+        cost=cost_moe_mlp,
         baselines={"published": published_moe_mlp, "library": library_moe_mlp},
         compiled=_MOE_COMPILED,
     ),

@@ -57,23 +57,25 @@ def grouped_gemm_backward(
     return dx, dweight, dbias
 
 
-def moe_mlp_forward(
+def experts_forward(
     x: Tensor,
-    expert_weight: Tensor,
     offsets: Tensor,
     permutation: Tensor,
-    inverse: Tensor,
     w_up: Tensor,
     w_down: Tensor,
     b_up: Tensor | None,
     b_down: Tensor | None,
+    top_k: int,
     activation: str,
     layout: str,
     keeps_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output and, in expert order, the pre-activation (empty unless `keeps_hidden`)."""
+    """In expert order: the experts' outputs and the pre-activation (empty unless `keeps_hidden`).
+
+    Rows of what is not here are 0.
+    """
     num_rows = permutation.shape[0]
-    token_of_row = permutation // expert_weight.shape[1]
+    token_of_row = permutation // top_k
     kept = x.new_empty(num_rows if keeps_hidden else 0, w_up.shape[1])
     packed = x.new_empty(num_rows, x.shape[1])
     end = 0
@@ -89,6 +91,26 @@ def moe_mlp_forward(
         )
     packed[end:].zero_()
     kept[end:].zero_()
+    return packed, kept
+
+
+def moe_mlp_forward(
+    x: Tensor,
+    expert_weight: Tensor,
+    offsets: Tensor,
+    permutation: Tensor,
+    inverse: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+    layout: str,
+    keeps_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output and, in expert order, the pre-activation (empty unless `keeps_hidden`)."""
+    experts = (w_up, w_down, b_up, b_down, expert_weight.shape[1], activation, layout)
+    packed, kept = experts_forward(x, offsets, permutation, *experts, keeps_hidden)
     return _combine(packed, inverse.view(expert_weight.shape), expert_weight), kept
 
 

@@ -70,6 +70,30 @@ def _moe_mlp_forward_triton(*arguments: Any) -> Tensors:
     return launch.moe_mlp_forward(*arguments)
 
 
+def _experts_forward_fake(
+    x: Tensor,
+    offsets: Tensor,
+    permutation: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    top_k: int,
+    activation: str,
+    layout: str,
+    keeps_hidden: bool,
+) -> Tensors:
+    num_rows = permutation.shape[0]
+    kept = num_rows if keeps_hidden else 0
+    return x.new_empty(num_rows, x.shape[1]), x.new_empty(kept, w_up.shape[1])
+
+
+def _experts_forward_triton(*arguments: Any) -> Tensors:
+    from molex_kernels.ops.dispatch.kernels import launch
+
+    return launch.experts_forward(*arguments)
+
+
 def _moe_mlp_backward_fake(
     dy: Tensor,
     x: Tensor,
@@ -114,6 +138,10 @@ _MOE_MLP_FORWARD = (
     "(Tensor x, Tensor expert_weight, Tensor offsets, Tensor permutation, Tensor inverse, "
     "Tensor w_up, Tensor w_down, Tensor? b_up, Tensor? b_down, str activation, str layout, "
     "bool keeps_hidden) -> (Tensor, Tensor)"
+)
+_EXPERTS_FORWARD = (
+    "(Tensor x, Tensor offsets, Tensor permutation, Tensor w_up, Tensor w_down, Tensor? b_up, "
+    "Tensor? b_down, int top_k, str activation, str layout, bool keeps_hidden) -> (Tensor, Tensor)"
 )
 _MOE_MLP_BACKWARD = (
     "(Tensor dy, Tensor x, Tensor hidden, Tensor expert_weight, Tensor offsets, "
@@ -164,7 +192,22 @@ _moe_mlp_forward = {
         run=cpu.moe_mlp_forward,
     ),
 }
-_moe_mlp_backward = {
+# The experts' outputs before they are summed, for ops that sum them in a kernel of their own.
+experts_forward = {
+    "triton": _register.define(
+        "moe_experts_fwd_triton",
+        _EXPERTS_FORWARD,
+        fake=_experts_forward_fake,
+        run=_experts_forward_triton,
+    ),
+    "cpu": _register.define(
+        "moe_experts_fwd_cpu",
+        _EXPERTS_FORWARD,
+        fake=_experts_forward_fake,
+        run=cpu.experts_forward,
+    ),
+}
+moe_mlp_backward = {
     "triton": _register.define(
         "moe_mlp_bwd_triton",
         _MOE_MLP_BACKWARD,
@@ -227,7 +270,7 @@ class _MoeMlp(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         needs = list(ctx.needs_input_grad[:6])
-        gradients = _moe_mlp_backward[ctx.impl](
+        gradients = moe_mlp_backward[ctx.impl](
             dy, *ctx.saved_tensors, ctx.activation, ctx.layout, needs
         )
         return *_needed(gradients, needs), *(None,) * 6

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from molex_kernels._dispatch import CPU, REFERENCE, TRITON
-from molex_kernels._opinfo import Case, Cost, Inputs, OpInfo
+from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo
 from molex_kernels.ops.routing import baselines, reference
 from molex_kernels.ops.routing.api import ac_route, ac_weights, route_plan, topk_route
 from molex_kernels.ops.routing.losses import load_balance_loss, router_z_loss
@@ -20,30 +20,18 @@ MARGIN = 1e-3
 STATISTICS = ("recipe", "stat", "eps", "clip", "norm", "empty")
 
 
-class _Draw:
-    """Random tensors whose values the dtype holds exactly, drawn alike for every dtype."""
-
-    def __init__(
-        self, dtype: torch.dtype, device: torch.device, generator: torch.Generator
-    ) -> None:
-        self.dtype, self.device, self.generator = dtype, device, generator
-
-    def normal(self, *sizes: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        drawn = torch.randn(sizes, generator=self.generator, device=self.generator.device)
-        return (drawn * scale).to(self.device, dtype or self.dtype)
-
-    def labels(self, tokens: int, experts: int, top_k: int, how: str) -> Tensor:
-        """Distinct experts per token; `how` they spread."""
-        keys = self.normal(tokens, experts, dtype=torch.float32)
-        if how == "one":
-            keys[:, -1] = torch.inf
-        if how == "empty":
-            keys[:, 1::3] = -torch.inf
-        index = keys.topk(top_k, dim=1).indices
-        if how == "elsewhere":
-            index = index + torch.where(keys[:, :top_k] > 0.5, experts, 0)
-            index[::5, 0] = -1
-        return index
+def _labels(draw: Draw, tokens: int, experts: int, top_k: int, how: str) -> Tensor:
+    """Distinct experts per token; `how` they spread."""
+    keys = draw.normal(tokens, experts, dtype=torch.float32)
+    if how == "one":
+        keys[:, -1] = torch.inf
+    if how == "empty":
+        keys[:, 1::3] = -torch.inf
+    index = keys.topk(top_k, dim=1).indices
+    if how == "elsewhere":
+        index = index + torch.where(keys[:, :top_k] > 0.5, experts, 0)
+        index[::5, 0] = -1
+    return index
 
 
 def _clear_choice(key: Tensor, top_k: int) -> Tensor:
@@ -55,7 +43,7 @@ def _clear_choice(key: Tensor, top_k: int) -> Tensor:
     return gap > MARGIN * key.abs().amax(1)
 
 
-def _draw_until_clear(inputs: Inputs, draw: _Draw, key: Callable[[Inputs], Tensor]) -> None:
+def _draw_until_clear(inputs: Inputs, draw: Draw, key: Callable[[Inputs], Tensor]) -> None:
     """Draws tokens anew until every choice is clear in fp64."""
     x = inputs["x"]
     while x.shape[0]:
@@ -69,7 +57,7 @@ def _draw_until_clear(inputs: Inputs, draw: _Draw, key: Callable[[Inputs], Tenso
         x[unclear] = draw.normal(int(unclear.sum()), x.shape[1])
 
 
-def _gate(case: Case, draw: _Draw) -> Inputs:
+def _gate(case: Case, draw: Draw) -> Inputs:
     dim, experts, top_k = (case.sizes[name] for name in "DEK")
     dtype = torch.float32 if case.options.get("fp32_gate") else draw.dtype
     inputs: Inputs = {
@@ -84,7 +72,7 @@ def _gate(case: Case, draw: _Draw) -> Inputs:
 def _make_topk_route(
     case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> Inputs:
-    draw = _Draw(dtype, device, generator)
+    draw = Draw(dtype, device, generator)
     inputs = {"x": draw.normal(case.sizes["T"], case.sizes["D"]), **_gate(case, draw)}
     score = case.options.get("score", "softmax_topk")
     if score != "softmax_topk":
@@ -103,11 +91,11 @@ def _make_topk_route(
 def _make_ac_weights(
     case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> Inputs:
-    draw = _Draw(dtype, device, generator)
+    draw = Draw(dtype, device, generator)
     tokens, dim, clusters = (case.sizes[name] for name in "TDC")
     return {
         "x": draw.normal(tokens, dim) + draw.normal(dim),
-        "cluster": draw.labels(tokens, clusters, 1, case.options.get("clusters", ""))[:, 0],
+        "cluster": _labels(draw, tokens, clusters, 1, case.options.get("clusters", ""))[:, 0],
         "num_clusters": clusters,
         **{k: v for k, v in case.options.items() if k in STATISTICS},
     }
@@ -116,14 +104,14 @@ def _make_ac_weights(
 def _make_ac_route(
     case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> Inputs:
-    draw = _Draw(dtype, device, generator)
+    draw = Draw(dtype, device, generator)
     tokens, dim, experts = (case.sizes[name] for name in "TDE")
     options = case.options
     previous = case.sizes.get("M", 2)
     inputs: Inputs = {
         "x": draw.normal(tokens, dim),
         **_gate(case, draw),
-        "prev_index": draw.labels(tokens, experts, previous, options.get("clusters", "")),
+        "prev_index": _labels(draw, tokens, experts, previous, options.get("clusters", "")),
         **{k: v for k, v in options.items() if k in (*STATISTICS, "cosine", "mix")},
     }
     if options.get("mix"):
@@ -138,8 +126,8 @@ def _make_route_plan(
     case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> Inputs:
     tokens, experts, top_k = (case.sizes[name] for name in "TEK")
-    index = _Draw(dtype, device, generator).labels(
-        tokens, experts, top_k, case.options.get("clusters", "")
+    index = _labels(
+        Draw(dtype, device, generator), tokens, experts, top_k, case.options.get("clusters", "")
     )
     return {
         "expert_index": index.int() if case.options.get("int32") else index,
@@ -150,10 +138,10 @@ def _make_route_plan(
 def _make_load_balance(
     case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> Inputs:
-    draw = _Draw(dtype, device, generator)
+    draw = Draw(dtype, device, generator)
     tokens, experts, top_k = (case.sizes[name] for name in "TEK")
     return {
-        "expert_index": draw.labels(tokens, experts, top_k, case.options.get("clusters", "")),
+        "expert_index": _labels(draw, tokens, experts, top_k, case.options.get("clusters", "")),
         "logits": draw.normal(tokens, experts),
         **{k: v for k, v in case.options.items() if k in ("temperature", "kind")},
     }
@@ -162,7 +150,7 @@ def _make_load_balance(
 def _make_z_loss(
     case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> Inputs:
-    draw = _Draw(dtype, device, generator)
+    draw = Draw(dtype, device, generator)
     return {"logits": draw.normal(case.sizes["T"], case.sizes["E"])}
 
 

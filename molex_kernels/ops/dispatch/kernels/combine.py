@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from molex_kernels._tiles import sum_expert_rows
+
 
 @triton.jit
 def _dispatch_fwd_combine(
@@ -32,18 +34,25 @@ def _dispatch_fwd_combine(
     offs_d = (pid % tiles_d).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_t = offs_t < num_tokens
     mask_d = offs_d < num_features
-    num_here = tl.load(offsets_ptr + num_experts - 1)
-    out = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for k in range(top_k):
-        row = tl.load(inverse_ptr + offs_t * top_k + k, mask=mask_t, other=0)
-        here = mask_t & (row < num_here)
-        packed_ptrs = packed_ptr + row[:, None] * stride_pt + offs_d[None, :] * stride_pd
-        packed = tl.load(packed_ptrs, mask=here[:, None] & mask_d[None, :], other=0.0)
-        packed = packed.to(tl.float32)
-        if IS_WEIGHTED:
-            weight_ptrs = expert_weight_ptr + offs_t * stride_et + k * stride_ek
-            packed *= tl.load(weight_ptrs, mask=here, other=0.0).to(tl.float32)[:, None]
-        out += packed
+    out = sum_expert_rows(
+        packed_ptr,
+        stride_pt,
+        stride_pd,
+        expert_weight_ptr,
+        stride_et,
+        stride_ek,
+        offsets_ptr,
+        inverse_ptr,
+        offs_t,
+        offs_d,
+        mask_t,
+        mask_d,
+        num_experts,
+        top_k,
+        IS_WEIGHTED,
+        BLOCK_T,
+        BLOCK_D,
+    )
     out_ptrs = out_ptr + offs_t[:, None] * stride_ot + offs_d[None, :] * stride_od
     mask = mask_t[:, None] & mask_d[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)

@@ -41,22 +41,25 @@ def grouped_gemm_backward(
     return dx, dweight, dbias
 
 
-def moe_mlp_forward(
+def experts_forward(
     x: Tensor,
-    expert_weight: Tensor,
     offsets: Tensor,
     permutation: Tensor,
-    inverse: Tensor,
     w_up: Tensor,
     w_down: Tensor,
     b_up: Tensor | None,
     b_down: Tensor | None,
+    top_k: int,
     activation: str,
     layout: str,
     keeps_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output and, in expert order, the pre-activation (empty unless `keeps_hidden`)."""
-    rows = _rows(offsets, permutation, inverse, expert_weight)
+    """In expert order: the experts' outputs and the pre-activation (empty unless `keeps_hidden`).
+
+    Rows of what is not here are left unwritten in the outputs.
+    """
+    plan = (offsets.contiguous(), permutation.shape[0], permutation.contiguous())
+    rows = Rows(*plan, top_k=top_k)
     kept = x.new_empty(rows.num_rows if keeps_hidden else 0, w_up.shape[1])
     acted = x.new_empty(rows.num_rows, w_down.shape[2])
     launch_gemm(
@@ -73,8 +76,30 @@ def moe_mlp_forward(
     )
     packed = x.new_empty(rows.num_rows, x.shape[1])
     launch_gemm(acted, w_down, b_down, packed, rows)
+    return packed, kept
+
+
+def moe_mlp_forward(
+    x: Tensor,
+    expert_weight: Tensor,
+    offsets: Tensor,
+    permutation: Tensor,
+    inverse: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+    layout: str,
+    keeps_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output and, in expert order, the pre-activation (empty unless `keeps_hidden`)."""
+    experts = (w_up, w_down, b_up, b_down, expert_weight.shape[1], activation, layout)
+    packed, kept = experts_forward(x, offsets, permutation, *experts, keeps_hidden)
     out = x.new_empty(x.shape)
-    launch_combine(packed, expert_weight, out, rows)
+    launch_combine(
+        packed, expert_weight, out, _rows(offsets, permutation, inverse, expert_weight)
+    )
     return out, kept
 
 

@@ -1,0 +1,586 @@
+// Momentum updates over the experts' outputs: combine, dropout, step and LayerNorm in one pass.
+//
+// Work is cut into spans: rows where there is a norm or a combine, else pieces of the flat tensor. A
+// span's operands stay in the first cache. Sums over tokens go to a fixed number of chunks, which are
+// added in order: the result does not depend on the number of threads.
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "rows.h"
+
+namespace {
+
+using molex::Source;
+using molex::Target;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kSpan = 1024;   // elements of a span without norm and combine
+constexpr int64_t kChunks = 64;   // partial sums of the parameters' gradients
+constexpr int64_t kGrain = 8192;  // elements below which a thread is not worth waking
+
+enum class Kind { kLinear, kNesterov, kSignum, kAdam, kAdEMAMix };
+
+Kind kind_of(const std::string& name) {
+  if (name == "linear") return Kind::kLinear;
+  if (name == "nesterov") return Kind::kNesterov;
+  if (name == "signum") return Kind::kSignum;
+  if (name == "adam") return Kind::kAdam;
+  STD_TORCH_CHECK(name == "ademamix", "kind: unknown rule ", name);
+  return Kind::kAdEMAMix;
+}
+
+// In the order of `Coefficients` in rules.py.
+struct Numbers {
+  float mu, gamma, beta1, rest1, beta2, rest2, beta3, rest3, alpha, eps, keep, scale1, scale2;
+};
+
+float scalar_of(const Tensor& tensor) {
+  const Source source = molex::source_of(tensor);
+  float scratch;
+  return *molex::read(source, 0, 1, &scratch);
+}
+
+Numbers numbers_of(const std::vector<double>& values, const std::optional<Tensor>& mu, const std::optional<Tensor>& gamma) {
+  STD_TORCH_CHECK(values.size() == sizeof(Numbers) / sizeof(float), "numbers: expected 13, got ", values.size());
+  Numbers numbers;
+  float* fields = reinterpret_cast<float*>(&numbers);
+  for (size_t i = 0; i < values.size(); ++i) fields[i] = static_cast<float>(values[i]);
+  if (mu) numbers.mu = scalar_of(*mu);
+  if (gamma) numbers.gamma = scalar_of(*gamma);
+  return numbers;
+}
+
+// What a span reads and writes. Unused pointers are null; old states are null where they are 0.
+struct Forward {
+  const float *x, *f, *s0, *s1, *s2;
+  float *y, *n0, *n1, *n2;
+};
+
+struct Backward {
+  const float *dstep, *f, *s0, *s1, *s2, *g0, *g1, *g2;
+  float *df, *d0, *d1, *d2, *dmu, *dgamma;
+};
+
+// FROM_STATE: f holds the new state (rules with one state).
+template <Kind KIND, bool HAS_STATE, bool FROM_STATE>
+MOLEX_INLINE float step_at(const Forward& a, int64_t i, const Numbers& c, float& n0, float& n1, float& n2) {
+  const float f = a.f[i];
+  const float s0 = HAS_STATE ? a.s0[i] : 0.0f;
+  if constexpr (KIND == Kind::kAdam || KIND == Kind::kAdEMAMix) {
+    const float s1 = HAS_STATE ? a.s1[i] : 0.0f;
+    n0 = c.beta1 * s0 + c.rest1 * f;
+    n1 = c.beta2 * s1 + c.rest2 * f * f;
+    if constexpr (KIND == Kind::kAdam) return c.gamma * n0 / std::sqrt(n1 + c.eps);
+    const float s2 = HAS_STATE ? a.s2[i] : 0.0f;
+    n2 = c.beta3 * s2 + c.rest3 * f;
+    return c.gamma * (c.scale1 * n0 + c.alpha * n2) / (std::sqrt(c.scale2 * n1) + c.eps);
+  } else {
+    float push;
+    if constexpr (FROM_STATE) {
+      n0 = f;
+      push = f - c.mu * s0;
+    } else {
+      const float sign = static_cast<float>(f > 0.0f) - static_cast<float>(f < 0.0f);
+      push = c.gamma * (KIND == Kind::kSignum ? (f == f ? sign : f) : f);
+      n0 = c.mu * s0 + push;
+    }
+    return KIND == Kind::kNesterov ? c.mu * n0 + push : n0;
+  }
+}
+
+template <Kind KIND, bool HAS_STATE>
+MOLEX_INLINE void forward_span(const Forward& a, int64_t count, const Numbers& c) {
+  for (int64_t i = 0; i < count; ++i) {
+    float n0 = 0.0f, n1 = 0.0f, n2 = 0.0f;
+    const float step = step_at<KIND, HAS_STATE, false>(a, i, c, n0, n1, n2);
+    a.y[i] = c.keep * a.x[i] - step;
+    a.n0[i] = n0;
+    if constexpr (KIND == Kind::kAdam || KIND == Kind::kAdEMAMix) a.n1[i] = n1;
+    if constexpr (KIND == Kind::kAdEMAMix) a.n2[i] = n2;
+  }
+}
+
+// y = keep x - step alone, for the norm's backward pass.
+template <Kind KIND, bool HAS_STATE, bool FROM_STATE>
+MOLEX_INLINE void output_span(const Forward& a, int64_t count, const Numbers& c) {
+  for (int64_t i = 0; i < count; ++i) {
+    float n0 = 0.0f, n1 = 0.0f, n2 = 0.0f;
+    a.y[i] = c.keep * a.x[i] - step_at<KIND, HAS_STATE, FROM_STATE>(a, i, c, n0, n1, n2);
+  }
+}
+
+// HAS_FORWARD: the operands of the step are there. Without them only df and d0 of a linear rule.
+template <Kind KIND, bool HAS_STATE, bool HAS_FORWARD, bool FROM_STATE>
+MOLEX_INLINE void backward_span(const Backward& b, int64_t count, const Numbers& c) {
+  const Forward a{nullptr, b.f, b.s0, b.s1, b.s2, nullptr, nullptr, nullptr, nullptr};
+  for (int64_t i = 0; i < count; ++i) {
+    float n0 = 0.0f, n1 = 0.0f, n2 = 0.0f;
+    const float d = b.dstep[i], f = HAS_FORWARD ? b.f[i] : 0.0f;
+    const float s0 = HAS_FORWARD && HAS_STATE ? b.s0[i] : 0.0f;
+    if constexpr (HAS_FORWARD) step_at<KIND, HAS_STATE, FROM_STATE>(a, i, c, n0, n1, n2);
+    if constexpr (KIND == Kind::kAdam || KIND == Kind::kAdEMAMix) {
+      float t0, t1, t2 = 0.0f;
+      if constexpr (KIND == Kind::kAdam) {
+        const float inverse = 1.0f / std::sqrt(n1 + c.eps);
+        t0 = b.g0[i] + d * c.gamma * inverse;
+        t1 = b.g1[i] - 0.5f * d * c.gamma * n0 * inverse * inverse * inverse;
+        b.dgamma[i] = d * n0 * inverse;
+      } else {
+        const float root = std::sqrt(c.scale2 * n1);
+        const float inverse = 1.0f / (root + c.eps);
+        const float mixed = c.scale1 * n0 + c.alpha * n2;
+        const float slope = n1 > 0.0f ? 0.5f * c.scale2 / root : 0.0f;
+        t0 = b.g0[i] + d * c.gamma * c.scale1 * inverse;
+        t1 = b.g1[i] - d * c.gamma * mixed * inverse * inverse * slope;
+        t2 = b.g2[i] + d * c.gamma * c.alpha * inverse;
+        b.dgamma[i] = d * mixed * inverse;
+        b.d2[i] = c.beta3 * t2;
+      }
+      b.df[i] = c.rest1 * t0 + 2.0f * c.rest2 * f * t1 + c.rest3 * t2;
+      b.d0[i] = c.beta1 * t0;
+      b.d1[i] = c.beta2 * t1;
+    } else if constexpr (KIND == Kind::kNesterov) {
+      const float t0 = b.g0[i] + c.mu * d;
+      b.df[i] = c.gamma * (t0 + d);
+      b.d0[i] = c.mu * t0;
+      b.dmu[i] = t0 * s0 + d * n0;
+      b.dgamma[i] = (t0 + d) * f;
+    } else {
+      const float t0 = b.g0[i] + d;
+      b.df[i] = KIND == Kind::kLinear ? c.gamma * t0 : 0.0f;
+      b.d0[i] = c.mu * t0;
+      b.dmu[i] = t0 * s0;
+      b.dgamma[i] = t0 * f;
+    }
+  }
+}
+
+#define MOLEX_FORWARD(NAME, KIND)                                                                 \
+  MOLEX_CLONES void forward_##NAME(const Forward& a, int64_t count, const Numbers& c) {           \
+    a.s0 ? forward_span<Kind::KIND, true>(a, count, c) : forward_span<Kind::KIND, false>(a, count, c); \
+  }
+MOLEX_FORWARD(linear, kLinear)
+MOLEX_FORWARD(nesterov, kNesterov)
+MOLEX_FORWARD(signum, kSignum)
+MOLEX_FORWARD(adam, kAdam)
+MOLEX_FORWARD(ademamix, kAdEMAMix)
+
+// Rules with one state, and those with more: these never start from the new state.
+#define MOLEX_BACKWARD_ONE(NAME, KIND)                                                                         \
+  MOLEX_CLONES void output_##NAME(const Forward& a, int64_t count, const Numbers& c, bool from_state) {        \
+    if (from_state) {                                                                                          \
+      a.s0 ? output_span<Kind::KIND, true, true>(a, count, c) : output_span<Kind::KIND, false, true>(a, count, c); \
+    } else {                                                                                                   \
+      a.s0 ? output_span<Kind::KIND, true, false>(a, count, c) : output_span<Kind::KIND, false, false>(a, count, c); \
+    }                                                                                                          \
+  }                                                                                                            \
+  MOLEX_CLONES void backward_##NAME(const Backward& b, int64_t count, const Numbers& c, bool from_state) { \
+    if (!b.f) {                                                                                                \
+      backward_span<Kind::KIND, false, false, false>(b, count, c);                                       \
+    } else if (from_state) {                                                                                   \
+      b.s0 ? backward_span<Kind::KIND, true, true, true>(b, count, c)                                    \
+           : backward_span<Kind::KIND, false, true, true>(b, count, c);                                  \
+    } else {                                                                                                   \
+      b.s0 ? backward_span<Kind::KIND, true, true, false>(b, count, c)                                   \
+           : backward_span<Kind::KIND, false, true, false>(b, count, c);                                 \
+    }                                                                                                          \
+  }
+MOLEX_BACKWARD_ONE(linear, kLinear)
+MOLEX_BACKWARD_ONE(nesterov, kNesterov)
+MOLEX_BACKWARD_ONE(signum, kSignum)
+
+#define MOLEX_BACKWARD_MORE(NAME, KIND)                                                                \
+  MOLEX_CLONES void output_##NAME(const Forward& a, int64_t count, const Numbers& c, bool) {           \
+    a.s0 ? output_span<Kind::KIND, true, false>(a, count, c) : output_span<Kind::KIND, false, false>(a, count, c); \
+  }                                                                                                    \
+  MOLEX_CLONES void backward_##NAME(const Backward& b, int64_t count, const Numbers& c, bool) { \
+    b.s0 ? backward_span<Kind::KIND, true, true, false>(b, count, c)                             \
+         : backward_span<Kind::KIND, false, true, false>(b, count, c);                           \
+  }
+MOLEX_BACKWARD_MORE(adam, kAdam)
+MOLEX_BACKWARD_MORE(ademamix, kAdEMAMix)
+
+using ForwardFn = void (*)(const Forward&, int64_t, const Numbers&);
+using OutputFn = void (*)(const Forward&, int64_t, const Numbers&, bool);
+using BackwardFn = void (*)(const Backward&, int64_t, const Numbers&, bool);
+
+ForwardFn forward_of(Kind kind) {
+  constexpr ForwardFn kFunctions[] = {forward_linear, forward_nesterov, forward_signum, forward_adam, forward_ademamix};
+  return kFunctions[static_cast<int>(kind)];
+}
+
+OutputFn output_of(Kind kind) {
+  constexpr OutputFn kFunctions[] = {output_linear, output_nesterov, output_signum, output_adam, output_ademamix};
+  return kFunctions[static_cast<int>(kind)];
+}
+
+BackwardFn backward_of(Kind kind) {
+  constexpr BackwardFn kFunctions[] = {
+      backward_linear, backward_nesterov, backward_signum, backward_adam, backward_ademamix};
+  return kFunctions[static_cast<int>(kind)];
+}
+
+// Eight sums side by side, so that the compiler may vectorise without reordering what is asked for.
+MOLEX_INLINE float sum_of(const float* values, int64_t count) {
+  float lanes[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    for (int lane = 0; lane < 8; ++lane) lanes[lane] += values[i + lane];
+  }
+  float sum = 0.0f;
+  for (; i < count; ++i) sum += values[i];
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
+
+MOLEX_INLINE float dot_of(const float* left, const float* right, int64_t count) {
+  float lanes[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    for (int lane = 0; lane < 8; ++lane) lanes[lane] += left[i + lane] * right[i + lane];
+  }
+  float sum = 0.0f;
+  for (; i < count; ++i) sum += left[i] * right[i];
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
+
+MOLEX_CLONES void add_sum(float* to, const float* values, int64_t count) { *to += sum_of(values, count); }
+
+// y becomes (y - mean) / sqrt(variance + eps); returns the factor.
+MOLEX_CLONES float normalise(float* y, int64_t count, float eps) {
+  const float mean = sum_of(y, count) / count;
+  for (int64_t i = 0; i < count; ++i) y[i] -= mean;
+  const float inverse = 1.0f / std::sqrt(dot_of(y, y, count) / count + eps);
+  for (int64_t i = 0; i < count; ++i) y[i] *= inverse;
+  return inverse;
+}
+
+MOLEX_CLONES void scale_and_shift(float* y, const float* weight, const float* bias, int64_t count) {
+  if (weight) {
+    for (int64_t i = 0; i < count; ++i) y[i] *= weight[i];
+  }
+  if (bias) {
+    for (int64_t i = 0; i < count; ++i) y[i] += bias[i];
+  }
+}
+
+// dy becomes the gradient of the row before the norm; the sums take in what the parameters get.
+MOLEX_CLONES void normalise_backward(
+    float* dy, const float* normed, float inverse, const float* weight, float* dweight, float* dbias, int64_t count) {
+  if (dweight) {
+    for (int64_t i = 0; i < count; ++i) {
+      dweight[i] += dy[i] * normed[i];
+      dbias[i] += dy[i];
+    }
+  }
+  if (weight) {
+    for (int64_t i = 0; i < count; ++i) dy[i] *= weight[i];
+  }
+  const float along = dot_of(dy, normed, count) / count;
+  const float mean = sum_of(dy, count) / count;
+  for (int64_t i = 0; i < count; ++i) dy[i] = inverse * (dy[i] - normed[i] * along - mean);
+}
+
+// The first word of Philox 4x32-7 at a position, as _philox.py has it.
+MOLEX_INLINE uint32_t philox(uint64_t seed, uint64_t position) {
+  uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(position >> 32), c2 = 0, c3 = 0;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 7; ++round) {
+    const uint64_t a = uint64_t{c0} * 0xD2511F53u, b = uint64_t{c2} * 0xCD9E8D57u;
+    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(b);
+    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(a);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return c0;
+}
+
+struct Dropout {
+  uint64_t seed = 0, threshold = 0;
+  float scale = 1.0f;
+  bool on = false;
+};
+
+Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
+  if (!seed) return {};
+  const uint64_t value = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
+  return {value, static_cast<uint64_t>(std::llround(p * 4294967296.0)), static_cast<float>(1.0 / (1.0 - p)), true};
+}
+
+MOLEX_CLONES void drop(const Dropout& d, float* f, int64_t first, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    f[i] = philox(d.seed, static_cast<uint64_t>(first + i)) >= d.threshold ? f[i] * d.scale : 0.0f;
+  }
+}
+
+MOLEX_CLONES void add_scaled(float* to, const float* from, float weight, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += weight * from[i];
+}
+
+MOLEX_CLONES void scale_into(float* to, const float* from, float weight, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = weight * from[i];
+}
+
+// Scratch rows of one thread.
+class Scratch {
+ public:
+  Scratch(int rows, int64_t width) : width_(width), data_(rows * width) {}
+  float* operator[](int row) { return data_.data() + row * width_; }
+
+ private:
+  int64_t width_;
+  std::vector<float> data_;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd_cpu(
+    const Tensor& x,
+    const Tensor& f,
+    std::optional<Tensor> s0,
+    std::optional<Tensor> s1,
+    std::optional<Tensor> s2,
+    std::optional<Tensor> expert_weight,
+    std::optional<Tensor> offsets,
+    std::optional<Tensor> inverse,
+    std::optional<Tensor> norm_weight,
+    std::optional<Tensor> norm_bias,
+    std::optional<Tensor> mu,
+    std::optional<Tensor> gamma,
+    std::optional<Tensor> seed,
+    std::vector<double> numbers,
+    std::string kind,
+    int64_t num_states,
+    std::optional<double> norm_eps,
+    double dropout_p,
+    bool keeps_f) {
+  const int64_t tokens = x.size(0), width = x.size(1), total = tokens * width;
+  const Numbers c = numbers_of(numbers, mu, gamma);
+  const ForwardFn forward = forward_of(kind_of(kind));
+  const Dropout dropping = dropout_of(seed, dropout_p);
+
+  const std::optional<Tensor> packed[] = {
+      torch::stable::contiguous(x), torch::stable::contiguous(f), molex::packed(s0), molex::packed(s1), molex::packed(s2)};
+  const Source from_x = molex::source_of(packed[0]), from_f = molex::source_of(packed[1]);
+  const Source from_s[] = {molex::source_of(packed[2]), molex::source_of(packed[3]), molex::source_of(packed[4])};
+  const ScalarType state_dtype = s0 ? s0->scalar_type() : ScalarType::Float;
+
+  Tensor y = torch::stable::new_empty(x, {tokens, width});
+  std::vector<Tensor> states;
+  for (int64_t i = 0; i < 3; ++i) {
+    states.push_back(
+        i < num_states ? torch::stable::new_empty(x, {tokens, width}, state_dtype)
+                       : torch::stable::new_empty(x, {0}, state_dtype));
+  }
+  Tensor kept = keeps_f ? torch::stable::new_empty(f, {tokens, width}) : torch::stable::new_empty(f, {0});
+  const Target to_y = molex::target_of(y), to_kept = molex::target_of(kept);
+  const Target to_n[] = {molex::target_of(states[0]), molex::target_of(states[1]), molex::target_of(states[2])};
+
+  const std::optional<Tensor> weight_of_norm = molex::packed(norm_weight), bias_of_norm = molex::packed(norm_bias);
+  Scratch parameters(2, norm_eps ? width : 0);
+  const float* scale = nullptr;
+  const float* shift = nullptr;
+  if (norm_eps && weight_of_norm) scale = molex::read(molex::source_of(weight_of_norm), 0, width, parameters[0]);
+  if (norm_eps && bias_of_norm) shift = molex::read(molex::source_of(bias_of_norm), 0, width, parameters[1]);
+
+  const bool combined = expert_weight.has_value();
+  const int64_t top_k = combined ? expert_weight->size(1) : 0;
+  const std::optional<Tensor> weights = molex::packed(expert_weight), rows = molex::packed(inverse);
+  std::vector<float> gates_scratch(combined ? tokens * top_k : 0);
+  const float* gates = nullptr;
+  const int64_t* row_of = nullptr;
+  int64_t num_here = 0;
+  if (combined) {
+    gates = molex::read(molex::source_of(weights), 0, tokens * top_k, gates_scratch.data());
+    row_of = rows->const_data_ptr<int64_t>();
+    const Tensor ends = torch::stable::contiguous(*offsets);
+    num_here = ends.const_data_ptr<int32_t>()[ends.size(0) - 1];
+  }
+
+  const int64_t span = combined || norm_eps ? width : kSpan;
+  const int64_t spans = (total + span - 1) / span;
+  torch::stable::parallel_for(0, spans, std::max<int64_t>(1, kGrain / span), [&](int64_t begin, int64_t end) {
+    Scratch scratch(10, span);
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t first = index * span, count = std::min(span, total - first);
+      const float* mine = nullptr;
+      if (combined) {
+        float* sum = scratch[1];
+        bool any = false;
+        for (int64_t k = 0; k < top_k; ++k) {
+          const int64_t row = row_of[index * top_k + k];
+          if (row >= num_here) continue;
+          const float* one = molex::read(from_f, row * width, count, scratch[0]);
+          any ? add_scaled(sum, one, gates[index * top_k + k], count) : scale_into(sum, one, gates[index * top_k + k], count);
+          any = true;
+        }
+        if (!any) std::memset(sum, 0, count * sizeof(float));
+        if (dropping.on) drop(dropping, sum, first, count);
+        mine = sum;
+        if (keeps_f) {
+          float* there = molex::place(to_kept, first, sum);
+          if (there != sum) std::memcpy(there, sum, count * sizeof(float));
+          molex::write(to_kept, first, count, sum);
+        }
+      } else {
+        mine = molex::read(from_f, first, count, scratch[1]);
+      }
+      Forward a{};
+      a.x = molex::read(from_x, first, count, scratch[2]);
+      a.f = mine;
+      if (from_s[0]) a.s0 = molex::read(from_s[0], first, count, scratch[3]);
+      if (from_s[1]) a.s1 = molex::read(from_s[1], first, count, scratch[4]);
+      if (from_s[2]) a.s2 = molex::read(from_s[2], first, count, scratch[5]);
+      a.y = molex::place(to_y, first, scratch[6]);
+      float* const n[] = {
+          molex::place(to_n[0], first, scratch[7]),
+          num_states > 1 ? molex::place(to_n[1], first, scratch[8]) : nullptr,
+          num_states > 2 ? molex::place(to_n[2], first, scratch[9]) : nullptr};
+      a.n0 = n[0], a.n1 = n[1], a.n2 = n[2];
+      forward(a, count, c);
+      if (norm_eps) {
+        normalise(a.y, count, static_cast<float>(*norm_eps));
+        scale_and_shift(a.y, scale, shift, count);
+      }
+      molex::write(to_y, first, count, a.y);
+      for (int64_t i = 0; i < num_states; ++i) molex::write(to_n[i], first, count, n[i]);
+    }
+  });
+  return {y, states[0], states[1], states[2], kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd_cpu(
+    const Tensor& like,
+    std::optional<Tensor> dy,
+    std::optional<Tensor> g0,
+    std::optional<Tensor> g1,
+    std::optional<Tensor> g2,
+    std::optional<Tensor> x,
+    std::optional<Tensor> f,
+    std::optional<Tensor> s0,
+    std::optional<Tensor> s1,
+    std::optional<Tensor> s2,
+    std::optional<Tensor> norm_weight,
+    std::optional<Tensor> mu,
+    std::optional<Tensor> gamma,
+    std::optional<Tensor> seed,
+    std::vector<double> numbers,
+    std::string kind,
+    int64_t num_states,
+    std::optional<double> norm_eps,
+    double dropout_p,
+    bool from_state,
+    ScalarType x_dtype,
+    ScalarType f_dtype,
+    ScalarType state_dtype,
+    std::vector<bool> needs) {
+  const int64_t tokens = like.size(0), width = like.size(1), total = tokens * width;
+  const Numbers c = numbers_of(numbers, mu, gamma);
+  const BackwardFn backward = backward_of(kind_of(kind));
+  const OutputFn output = output_of(kind_of(kind));
+  const Dropout dropping = dropout_of(seed, dropout_p);
+
+  constexpr int kDy = 0, kG0 = 1, kG1 = 2, kG2 = 3, kX = 4, kF = 5, kS0 = 6, kS1 = 7, kS2 = 8, kInputs = 9;
+  const std::optional<Tensor> packed[kInputs] = {
+      molex::packed(dy), molex::packed(g0), molex::packed(g1), molex::packed(g2), molex::packed(x),
+      molex::packed(f),  molex::packed(s0), molex::packed(s1), molex::packed(s2)};
+  Source from[kInputs];
+  for (int i = 0; i < kInputs; ++i) from[i] = molex::source_of(packed[i]);
+
+  constexpr int kDx = 0, kDf = 1, kD0 = 2, kD1 = 3, kD2 = 4, kOutputs = 5;
+  const ScalarType dtypes[kOutputs] = {x_dtype, f_dtype, state_dtype, state_dtype, state_dtype};
+  std::vector<Tensor> gradients;
+  Target to[kOutputs];
+  for (int i = 0; i < kOutputs; ++i) {
+    gradients.push_back(
+        needs[i] ? torch::stable::new_empty(like, {tokens, width}, dtypes[i])
+                 : torch::stable::new_empty(like, {0}, dtypes[i]));
+    if (needs[i]) to[i] = molex::target_of(gradients[i]);
+  }
+  const bool needs_norm = needs[5], needs_numbers = needs[6];
+  const std::optional<Tensor> weight_of_norm = molex::packed(norm_weight);
+  Scratch parameters(1, norm_eps ? width : 0);
+  const float* scale = nullptr;
+  if (norm_eps && weight_of_norm) scale = molex::read(molex::source_of(weight_of_norm), 0, width, parameters[0]);
+
+  const int64_t span = norm_eps ? width : kSpan;
+  const int64_t spans = (total + span - 1) / span;
+  // The chunks depend on the shape alone, so that their sums do, too.
+  const int64_t chunks = std::min(kChunks, spans);
+  std::vector<float> norm_sums(needs_norm ? chunks * 2 * width : 0), number_sums(chunks * 2);
+  torch::stable::parallel_for(0, chunks, total < kGrain ? chunks : 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(kInputs + kOutputs + 4, span);
+    float* const zeros = scratch[kInputs + kOutputs];  // a vector starts as zeros
+    float* const normed = scratch[kInputs + kOutputs + 1];
+    float* const dmu = scratch[kInputs + kOutputs + 2];
+    float* const dgamma = scratch[kInputs + kOutputs + 3];
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      float* dweight = needs_norm ? norm_sums.data() + chunk * 2 * width : nullptr;
+      for (int64_t index = chunk * spans / chunks; index < (chunk + 1) * spans / chunks; ++index) {
+        const int64_t first = index * span, count = std::min(span, total - first);
+        const float* in[kInputs];
+        for (int i = 0; i < kInputs; ++i) {
+          in[i] = from[i] ? molex::read(from[i], first, count, scratch[i]) : nullptr;
+        }
+        float* out[kOutputs];
+        for (int i = 0; i < kOutputs; ++i) {
+          float* spare = scratch[kInputs + i];
+          out[i] = to[i] ? molex::place(to[i], first, spare) : spare;
+        }
+        // The gradient of the step is minus that of y before the norm.
+        float* dstep = scratch[kDy];
+        if (!in[kDy]) {
+          std::memset(dstep, 0, count * sizeof(float));
+        } else if (in[kDy] != dstep) {
+          std::memcpy(dstep, in[kDy], count * sizeof(float));
+        }
+        if (norm_eps) {
+          const Forward a{in[kX], in[kF], in[kS0], in[kS1], in[kS2], normed, nullptr, nullptr, nullptr};
+          output(a, count, c, from_state);
+          const float inverse = normalise(normed, count, static_cast<float>(*norm_eps));
+          normalise_backward(dstep, normed, inverse, scale, dweight, dweight ? dweight + width : nullptr, count);
+        }
+        if (to[kDx]) scale_into(out[kDx], dstep, c.keep, count);
+        scale_into(dstep, dstep, -1.0f, count);
+        const Backward b{
+            dstep, in[kF], in[kS0], in[kS1], in[kS2],
+            in[kG0] ? in[kG0] : zeros, in[kG1] ? in[kG1] : zeros, in[kG2] ? in[kG2] : zeros,
+            out[kDf], out[kD0], out[kD1], out[kD2], dmu, dgamma};
+        backward(b, count, c, from_state);
+        if (needs_numbers) {
+          add_sum(&number_sums[2 * chunk], dmu, count);
+          add_sum(&number_sums[2 * chunk + 1], dgamma, count);
+        }
+        if (dropping.on && to[kDf]) drop(dropping, out[kDf], first, count);
+        for (int i = 0; i < kOutputs; ++i) {
+          if (to[i]) molex::write(to[i], first, count, out[i]);
+        }
+      }
+    }
+  });
+  Tensor dnorm = needs_norm ? torch::stable::new_zeros(like, {2, width}, ScalarType::Float)
+                            : torch::stable::new_empty(like, {0}, ScalarType::Float);
+  Tensor dnumbers = needs_numbers ? torch::stable::new_zeros(like, {2}, ScalarType::Float)
+                                  : torch::stable::new_empty(like, {0}, ScalarType::Float);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    if (needs_norm) add_scaled(dnorm.mutable_data_ptr<float>(), norm_sums.data() + chunk * 2 * width, 1.0f, 2 * width);
+    if (needs_numbers) add_scaled(dnumbers.mutable_data_ptr<float>(), number_sums.data() + chunk * 2, 1.0f, 2);
+  }
+  return {gradients[0], gradients[1], gradients[2], gradients[3], gradients[4], dnorm, dnumbers};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
+  library.impl("momentum_fwd_cpu", TORCH_BOX(&momentum_fwd_cpu));
+  library.impl("momentum_bwd_cpu", TORCH_BOX(&momentum_bwd_cpu));
+}

@@ -1,0 +1,104 @@
+// Rows of floats for native kernels: any supported dtype in, any out, arithmetic in fp32 between.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <optional>
+
+// One copy of a function for each level of the instruction set, chosen when the library is loaded.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(MOLEX_SANITIZE)
+#define MOLEX_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define MOLEX_CLONES
+#endif
+#define MOLEX_INLINE inline __attribute__((always_inline))
+
+namespace molex {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Untyped memory of a contiguous tensor; `data` is null where there is no tensor.
+struct Source {
+  const void* data = nullptr;
+  ScalarType dtype = ScalarType::Float;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+struct Target {
+  void* data = nullptr;
+  ScalarType dtype = ScalarType::Float;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+MOLEX_CLONES inline void widen(const c10::BFloat16* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+MOLEX_CLONES inline void widen(const c10::Half* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+MOLEX_CLONES inline void narrow(const float* from, c10::BFloat16* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<c10::BFloat16>(from[i]);
+}
+
+MOLEX_CLONES inline void narrow(const float* from, c10::Half* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<c10::Half>(from[i]);
+}
+
+// Floats [first, first + count) of a source: its own memory where that is fp32, else `scratch`.
+inline const float* read(const Source& source, int64_t first, int64_t count, float* scratch) {
+  switch (source.dtype) {
+    case ScalarType::Float:
+      return static_cast<const float*>(source.data) + first;
+    case ScalarType::BFloat16:
+      widen(static_cast<const c10::BFloat16*>(source.data) + first, scratch, count);
+      return scratch;
+    default:
+      widen(static_cast<const c10::Half*>(source.data) + first, scratch, count);
+      return scratch;
+  }
+}
+
+// Where to write floats for a target: its own memory where that is fp32, else `scratch`.
+inline float* place(const Target& target, int64_t first, float* scratch) {
+  return target.dtype == ScalarType::Float ? static_cast<float*>(target.data) + first : scratch;
+}
+
+// Rounds what was written at `place` into a target that is not fp32.
+inline void write(const Target& target, int64_t first, int64_t count, const float* from) {
+  if (target.dtype == ScalarType::BFloat16) {
+    narrow(from, static_cast<c10::BFloat16*>(target.data) + first, count);
+  } else if (target.dtype == ScalarType::Half) {
+    narrow(from, static_cast<c10::Half*>(target.data) + first, count);
+  }
+}
+
+inline bool is_kernel_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+// The contiguous form of an optional tensor; keep it alive as long as its Source.
+inline std::optional<Tensor> packed(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+inline Source source_of(const Tensor& tensor) {
+  STD_TORCH_CHECK(is_kernel_dtype(tensor.scalar_type()), "expected float32, bfloat16 or float16");
+  return {tensor.const_data_ptr(), tensor.scalar_type()};
+}
+
+inline Source source_of(const std::optional<Tensor>& tensor) { return tensor ? source_of(*tensor) : Source{}; }
+
+inline Target target_of(Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.scalar_type()}; }
+
+}  // namespace molex

@@ -1,0 +1,1 @@
+"""Momentum over the outputs of expert layers."""

@@ -1,0 +1,266 @@
+"""Momentum over the outputs of expert layers: public functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molex_kernels import _check, _dtypes, _philox
+from molex_kernels._dispatch import CPU, REFERENCE, TRITON, choose
+from molex_kernels.ops.dispatch.api import experts_arguments, moe_mlp
+from molex_kernels.ops.momentum import op, reference
+from molex_kernels.ops.momentum import state as states
+from molex_kernels.ops.momentum.rules import Mars, Rule
+from molex_kernels.ops.momentum.state import State
+from molex_kernels.ops.routing.plan import RoutePlan
+
+Norm = tuple[Tensor | None, Tensor | None, float]
+
+_IMPLEMENTATIONS = (TRITON, CPU, REFERENCE)
+_MAX_NORM_WIDTH = 16384
+
+
+def momentum_update(
+    x: Tensor,
+    f: Tensor,
+    state: State | None,
+    rule: Rule,
+    *,
+    norm: Norm | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, State]:
+    """One step of a rule: the experts' output f is taken for a gradient and x moves against it.
+
+    y = (1 - decay) x - step(f, state), state' = ..., by the equations of the rule: `HeavyBall`,
+    `Nesterov`, `Adam`, `RobustMomentum`, `AdEMAMix`, `Signum` or `Mars`. With `norm`, LayerNorm(y)
+    is returned in place of y, in the same pass.
+
+    MomentumSMoE (arXiv 2410.14574) writes p = -m and adds f; its code subtracts m, as here. The two
+    differ by the sign of f, which the experts' last layer learns; it matters only for weights that
+    were trained without momentum (`MomentumMoE` has `sign` for them).
+
+    Args:
+        x: [..., D], the layer's input, D >= 1. fp16, bf16, fp32 (fp64: reference only).
+        f: of x's shape, the experts' output. Of any of these dtypes, so that a residual stream in
+            fp32 takes an f from autocast; fp64 with fp64 only.
+        state: what the call of the previous layer returned, or None in the first layer, where all
+            of it is 0. Its tensors have x's shape and are fp32, or x's dtype to save memory; the
+            arithmetic is fp32 either way. Never modified in place.
+        rule: one of the dataclasses above. `mu` and `gamma` may be tensors of one element, which
+            then receive gradients; they are read on the device.
+        norm: (weight [D] or None, bias [D] or None, eps > 0), of x's dtype or fp32.
+        impl: "triton" (D <= 16384 with a norm), "cpu" or "reference"; None takes the fastest that
+            supports the inputs.
+
+    Returns:
+        y of x's shape and dtype, and the new state, in fp32 if `state` is None. Parts of the state
+        that need no arithmetic (`x_prev`, `f_prev`) are x and f themselves, not copies.
+
+    Differentiable in x, f, the state, learned mu and gamma, and the norm's weight and bias, once;
+    nothing is detached except where the rule says so. For a fixed linear rule without norm the
+    backward pass keeps no tensor at all. Deterministic. Never waits for the device.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or length of the state.
+        NotImplementedError: the explicit `impl` cannot run.
+    """
+    _check_rule(rule)
+    _check_x(x)
+    f_dtypes = _f_dtypes(x)
+    _check.same_shape("f", f, f_dtypes, x, "x")
+    states.check(state, rule, x, f_dtypes)
+    _check_norm(norm, x)
+    _check_learned(rule, x)
+    chosen = choose("momentum_update", _IMPLEMENTATIONS, impl, x, triton=_too_wide(x, norm))
+    return _update(x, f, state, rule, norm, chosen)
+
+
+def moe_mlp_momentum(
+    x: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    state: State | None,
+    rule: Rule,
+    *,
+    expert_input: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "relu",
+    gate_layout: str = "concat",
+    plan: RoutePlan | None = None,
+    norm: Norm | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, State]:
+    """A sparse mixture of experts and a step of momentum over its output, in one pass.
+
+    f = dropout(moe_mlp(expert_input, ...));  y, state' = momentum_update(x, f, state, rule, norm).
+
+    The sum over the chosen experts, their weights, dropout, the step and the norm are one kernel: f
+    is not written, except where the backward pass needs it (rules with two or more states, a
+    learned gamma). `Mars` has a norm over the whole sample before its step, so there f is written
+    and the two functions run one after the other.
+
+    Args:
+        x: [..., D], the residual stream that the step is subtracted from. Leading dimensions are
+            flattened to T tokens for the experts.
+        expert_index: [..., K] int64 or int32. expert_weight: [..., K], fp32 or expert_input's dtype.
+        w_up, w_down, b_up, b_down, activation, gate_layout, plan: as in `moe_mlp`.
+        state, rule, norm: as in `momentum_update`.
+        expert_input: of x's shape, what the experts see; None is x. `rule.lookahead(x, state)` for
+            `RobustMomentum`, the normalised x in a pre-LN block.
+        dropout_p: probability that an element of f is dropped, in [0, 1); the others are divided by
+            1 - dropout_p. 0 in evaluation.
+        dropout_seed: int64 scalar on x's device; the same seed drops the same elements, whatever
+            the implementation. None draws one from torch's generator. Ignored when dropout_p is 0.
+        impl: "triton" (E <= 1024), "cpu" or "reference"; None takes the fastest that supports the
+            inputs. The reference sends every token to every expert.
+
+    Returns:
+        y of x's shape and dtype, and the new state.
+
+    Differentiable in everything floating but the seed, once. Under autocast, expert_input and the
+    experts' parameters are cast; x, the state and the norm keep their precision. Deterministic for
+    a given seed. Never waits for the device.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, device, range or option.
+        NotImplementedError: the explicit `impl` cannot run.
+    """
+    _check_rule(rule)
+    _check_x(x)
+    width = x.shape[-1]
+    inner = x if expert_input is None else expert_input
+    _check.same_shape("expert_input", inner, _f_dtypes(x), x, "x")
+    _check_routing("expert_index", expert_index, x)
+    _check_routing("expert_weight", expert_weight, x)
+    states.check(state, rule, x, _f_dtypes(x))
+    _check_norm(norm, x)
+    _check_learned(rule, x)
+    _philox.check(dropout_p, dropout_seed, x)
+    arguments = (
+        inner.reshape(-1, width),
+        expert_index.reshape(-1, expert_index.shape[-1]),
+        expert_weight.reshape(-1, expert_weight.shape[-1]),
+        *(w_up, w_down, b_up, b_down, activation, gate_layout, plan),
+    )
+    experts = experts_arguments(*arguments)
+    limit = experts.too_many or _too_wide(x, norm)
+    chosen = choose("moe_mlp_momentum", _IMPLEMENTATIONS, impl, x, triton=limit)
+    seed = None
+    if dropout_p > 0:
+        seed = _philox.draw_seed(x) if dropout_seed is None else dropout_seed
+    if chosen == "reference" or isinstance(rule, Mars):
+        options = {"b_up": b_up, "b_down": b_down, "activation": activation, "plan": plan}
+        f = moe_mlp(*arguments[:5], gate_layout=gate_layout, impl=chosen, **options)
+        f = reference.dropout(f, dropout_p, seed).view(x.shape)
+        return _update(x, f, state, rule, norm, chosen)
+    step = states.step_number(state, rule)
+    new = op.moe_momentum(
+        x.reshape(-1, width),
+        states.averages(state, rule, width),
+        _norm_tensors(norm),
+        rule.learned_mu,
+        rule.learned_gamma,
+        experts.x,
+        experts.expert_weight,
+        experts.weights,
+        experts.rows(),
+        seed,
+        *experts.activation,
+        chosen,
+        _options(rule, step, norm, dropout_p),
+    )
+    return new[0].view(x.shape), states.after(new[1:], rule, x, None, step)
+
+
+def _update(
+    x: Tensor, f: Tensor, state: State | None, rule: Rule, norm: Norm | None, impl: str
+) -> tuple[Tensor, State]:
+    width = x.shape[-1]
+    step = states.step_number(state, rule)
+    pushed = f
+    if isinstance(rule, Mars):
+        pushed = rule.corrected(f, None if state is None else state[2])
+    averages = states.averages(state, rule, width)
+    flat = (x.reshape(-1, width), pushed.reshape(-1, width))
+    options = _options(rule, step, norm, 0.0)
+    if impl == "reference":
+        y, new = reference.update(
+            *flat,
+            averages,
+            rule.kind,
+            rule.coefficients(step),
+            rule.learned_mu,
+            rule.learned_gamma,
+            norm,
+            states.num_averages(rule),
+        )
+    else:
+        learned = (rule.learned_mu, rule.learned_gamma)
+        y, *new = op.update(*flat, averages, _norm_tensors(norm), *learned, impl, options)
+    return y.view(x.shape), states.after(new, rule, x, f, step)
+
+
+def _options(rule: Rule, step: int, norm: Norm | None, dropout_p: float) -> tuple[Any, ...]:
+    eps = None if norm is None else float(norm[2])
+    numbers = tuple(rule.coefficients(step))
+    return numbers, rule.kind, states.num_averages(rule), eps, float(dropout_p)
+
+
+def _norm_tensors(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if norm is None else norm[:2]
+
+
+def _check_rule(rule: Any) -> None:
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule: expected a rule such as HeavyBall(0.7), got {type(rule).__name__}")
+
+
+def _check_x(x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor [..., D], got {type(x).__name__}")
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x: expected shape [..., D] with D at least 1, got {list(x.shape)}")
+    _check.floating("x", x, "..., D", x.shape)
+
+
+def _check_routing(name: str, value: Any, x: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor [..., K], got {type(value).__name__}")
+    if value.dim() != x.dim() or value.shape[:-1] != x.shape[:-1]:
+        leading = ", ".join(map(str, x.shape[:-1]))
+        raise ValueError(f"{name}: expected shape [{leading}, K], got {list(value.shape)}")
+
+
+def _f_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
+    return _dtypes.KERNEL_DTYPES if x.dtype in _dtypes.KERNEL_DTYPES else (x.dtype,)
+
+
+def _check_norm(norm: Any, x: Tensor) -> None:
+    if norm is None:
+        return
+    if not isinstance(norm, tuple | list) or len(norm) != 3:
+        raise TypeError(f"norm: expected (weight, bias, eps) or None, got {type(norm).__name__}")
+    dtypes = (x.dtype, _dtypes.accumulate_dtype(x.dtype))
+    for name, value in zip(("weight", "bias"), norm[:2], strict=True):
+        if value is not None:
+            _check.tensor(f"norm.{name}", value, "D", x.shape[-1:], dtypes, x)
+    _check.number("norm.eps", norm[2], 0.0, exclusive=True)
+
+
+def _check_learned(rule: Rule, x: Tensor) -> None:
+    for name, value in (("mu", rule.learned_mu), ("gamma", rule.learned_gamma)):
+        if value is not None:
+            _check.device(f"rule.{name}", value, x)
+
+
+def _too_wide(x: Tensor, norm: Norm | None) -> str | None:
+    if norm is not None and x.shape[-1] > _MAX_NORM_WIDTH:
+        return f"it normalises at most {_MAX_NORM_WIDTH} features, got {x.shape[-1]}"
+    return None

@@ -1,0 +1,53 @@
+"""What the momentum ops are measured against: the authors' operations, one for one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from molex_kernels.ops.dispatch.baselines import library_moe_mlp, published_moe_mlp
+from molex_kernels.ops.momentum.api import Norm
+from molex_kernels.ops.momentum.rules import Adam, HeavyBall, Nesterov, Rule
+from molex_kernels.ops.momentum.state import State
+
+
+def published_momentum_update(
+    x: Tensor, f: Tensor, state: State | None, rule: Rule, *, norm: Norm | None = None
+) -> tuple[Tensor, State]:
+    """Element-wise steps in eager PyTorch, on states that start as tensors of zeros.
+
+    With a residual, which the released Adam layer cancels (`decay=1`).
+    """
+    if state is None:
+        state = tuple(torch.zeros_like(x, dtype=torch.float32) for _ in rule.states)
+    if isinstance(rule, Adam):
+        p = rule.beta1 * state[0] + (1 - rule.beta1) * f
+        v = rule.beta2 * state[1] + (1 - rule.beta2) * (f**2)
+        step = (rule.gamma / torch.sqrt(v + rule.eps)) * p
+        y, new = (1 - rule.decay) * x - step, (p, v)
+    elif isinstance(rule, HeavyBall):
+        m = rule.mu * state[0] + rule.gamma * f
+        y, new = x - (rule.mu * m + rule.gamma * f if isinstance(rule, Nesterov) else m), (m,)
+    else:
+        raise NotImplementedError(f"the authors released no code for {type(rule).__name__}")
+    y = y.to(x.dtype)
+    if norm is not None:
+        y = F.layer_norm(y, y.shape[-1:], *norm)
+    return y, new
+
+
+def published_moe_mlp_momentum(
+    x: Tensor, *, state: State | None, rule: Rule, norm: Norm | None = None, **experts: Any
+) -> tuple[Tensor, State]:
+    """FastMoE's steps, then the update's."""
+    return published_momentum_update(x, published_moe_mlp(x, **experts), state, rule, norm=norm)
+
+
+def library_moe_mlp_momentum(
+    x: Tensor, *, state: State | None, rule: Rule, norm: Norm | None = None, **experts: Any
+) -> tuple[Tensor, State]:
+    """`F.grouped_mm` between a permutation and its inverse, then the update's eager steps."""
+    return published_momentum_update(x, library_moe_mlp(x, **experts), state, rule, norm=norm)
