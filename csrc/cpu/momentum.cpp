@@ -253,7 +253,7 @@ MOLEX_INLINE float dot_of(const float* left, const float* right, int64_t count) 
   return sum;
 }
 
-MOLEX_CLONES void add_sum(float* to, const float* values, int64_t count) { *to += sum_of(values, count); }
+MOLEX_CLONES void add_sum(double* to, const float* values, int64_t count) { *to += sum_of(values, count); }
 
 // y becomes (y - mean) / sqrt(variance + eps); returns the factor.
 MOLEX_CLONES float normalise(float* y, int64_t count, float eps) {
@@ -516,7 +516,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd_
   const int64_t spans = (total + span - 1) / span;
   // The chunks depend on the shape alone, so that their sums do, too.
   const int64_t chunks = std::min(kChunks, spans);
-  std::vector<float> norm_sums(needs_norm ? chunks * 2 * width : 0), number_sums(chunks * 2);
+  std::vector<float> norm_sums(needs_norm ? chunks * 2 * width : 0);
+  std::vector<double> number_sums(chunks * 2);
   torch::stable::parallel_for(0, chunks, total < kGrain ? chunks : 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(kInputs + kOutputs + 4, span);
     float* const zeros = scratch[kInputs + kOutputs];  // a vector starts as zeros
@@ -571,9 +572,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd_
                             : torch::stable::new_empty(like, {0}, ScalarType::Float);
   Tensor dnumbers = needs_numbers ? torch::stable::new_zeros(like, {2}, ScalarType::Float)
                                   : torch::stable::new_empty(like, {0}, ScalarType::Float);
+  double mu_sum = 0.0, gamma_sum = 0.0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     if (needs_norm) add_scaled(dnorm.mutable_data_ptr<float>(), norm_sums.data() + chunk * 2 * width, 1.0f, 2 * width);
-    if (needs_numbers) add_scaled(dnumbers.mutable_data_ptr<float>(), number_sums.data() + chunk * 2, 1.0f, 2);
+    mu_sum += number_sums[2 * chunk];
+    gamma_sum += number_sums[2 * chunk + 1];
+  }
+  if (needs_numbers) {
+    dnumbers.mutable_data_ptr<float>()[0] = static_cast<float>(mu_sum);
+    dnumbers.mutable_data_ptr<float>()[1] = static_cast<float>(gamma_sum);
   }
   return {gradients[0], gradients[1], gradients[2], gradients[3], gradients[4], dnorm, dnumbers};
 }

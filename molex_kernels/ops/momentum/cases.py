@@ -85,6 +85,11 @@ def _away_from_kinks(f: Tensor) -> Tensor:
     return torch.where(f.abs() < KINK, torch.where(f < 0, f - KINK, f + KINK), f)
 
 
+def _shift(case: Case) -> float:
+    """A mean, so that sums over all tokens, the gradients of mu and gamma, do not cancel."""
+    return 1.0 if case.options.get("learned") else 0.0
+
+
 def _rule_inputs(case: Case, draw: Draw, x: Tensor) -> Inputs:
     """Everything of an update but x and f."""
     sizes = x.shape
@@ -98,7 +103,7 @@ def _rule_inputs(case: Case, draw: Draw, x: Tensor) -> Inputs:
             carried = of in ("x_prev", "f_prev")
             drawn = draw.normal(*sizes, dtype=x.dtype if carried else state_dtype)
             # Away from 0, where the root is steep.
-            inputs[key] = drawn.square() + 0.5 if of == "v" else drawn
+            inputs[key] = drawn.square() + 0.5 if of == "v" else drawn + _shift(case)
         if name == "ademamix":
             inputs["step"] = 2
     if case.options.get("learned"):
@@ -119,7 +124,8 @@ def _make_update(
     draw = Draw(dtype, device, generator)
     stream = accumulate_dtype(dtype) if case.options.get("autocast") else dtype
     x = draw.normal(*sizes, dtype=stream)
-    return {"x": x, "f": _away_from_kinks(draw.normal(*sizes)), **_rule_inputs(case, draw, x)}
+    f = _away_from_kinks(draw.normal(*sizes) + _shift(case))
+    return {"x": x, "f": f, **_rule_inputs(case, draw, x)}
 
 
 def _make_moe(
@@ -128,6 +134,8 @@ def _make_moe(
     draw = Draw(dtype, device, generator)
     tokens, width = case.sizes["T"], case.sizes["D"]
     inputs = make_moe_mlp(case, dtype, device, generator)
+    if "b_down" in inputs:
+        inputs["b_down"] += _shift(case)
     if case.options.get("inner"):
         inputs["expert_input"] = inputs["x"]
         inputs["x"] = draw.normal(tokens, width, dtype=accumulate_dtype(dtype))
@@ -249,7 +257,7 @@ OPINFOS = (
             _moe(17, 44, 17, 5, 2, "heavy_ball", routing="empty", state=False, dropout=0.3),
             _moe(17, 17, 17, 3, 1, "nesterov", routing="one", norm="affine", dropout=0.5),
             _moe(17, 44, 17, 5, 2, "adam", dropout=0.3, norm="affine", bias=True),
-            _moe(17, 44, 17, 5, 2, "heavy_ball", learned=True, norm="affine", routing="twice"),
+            _moe(17, 44, 17, 5, 2, "nesterov", learned=True, norm="affine", routing="twice", bias=True),
             _moe(17, 44, 17, 5, 2, "mars", dropout=0.3, norm="affine"),
             _moe(17, 17, 44, 5, 2, "ademamix", activation="gelu"),
             _moe(17, 17, 44, 5, 2, "robust", activation="silu", inner=True),

@@ -56,10 +56,27 @@ def experts_forward(
 ) -> tuple[Tensor, Tensor]:
     """In expert order: the experts' outputs and the pre-activation (empty unless `keeps_hidden`).
 
-    Rows of what is not here are left unwritten in the outputs.
+    Rows of what is not here are 0.
     """
     plan = (offsets.contiguous(), permutation.shape[0], permutation.contiguous())
+    weights = (w_up, w_down, b_up, b_down)
     rows = Rows(*plan, top_k=top_k)
+    return _experts(x, *weights, rows, activation, layout, keeps_hidden, zero_tail=True)
+
+
+def _experts(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    rows: Rows,
+    activation: str,
+    layout: str,
+    keeps_hidden: bool,
+    *,
+    zero_tail: bool,
+) -> tuple[Tensor, Tensor]:
     kept = x.new_empty(rows.num_rows if keeps_hidden else 0, w_up.shape[1])
     acted = x.new_empty(rows.num_rows, w_down.shape[2])
     launch_gemm(
@@ -75,7 +92,7 @@ def experts_forward(
         zero_tail=keeps_hidden,
     )
     packed = x.new_empty(rows.num_rows, x.shape[1])
-    launch_gemm(acted, w_down, b_down, packed, rows)
+    launch_gemm(acted, w_down, b_down, packed, rows, zero_tail=zero_tail)
     return packed, kept
 
 
@@ -94,12 +111,12 @@ def moe_mlp_forward(
     keeps_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output and, in expert order, the pre-activation (empty unless `keeps_hidden`)."""
-    experts = (w_up, w_down, b_up, b_down, expert_weight.shape[1], activation, layout)
-    packed, kept = experts_forward(x, offsets, permutation, *experts, keeps_hidden)
+    rows = _rows(offsets, permutation, inverse, expert_weight)
+    weights = (w_up, w_down, b_up, b_down)
+    # The combine skips rows of what is not here, so they stay unwritten.
+    packed, kept = _experts(x, *weights, rows, activation, layout, keeps_hidden, zero_tail=False)
     out = x.new_empty(x.shape)
-    launch_combine(
-        packed, expert_weight, out, _rows(offsets, permutation, inverse, expert_weight)
-    )
+    launch_combine(packed, expert_weight, out, rows)
     return out, kept
 
 

@@ -152,6 +152,7 @@ def _momentum_bwd(
             along = tl.sum(dy * normed, axis=1) / num_features
             mean_dy = tl.sum(dy, axis=1) / num_features
             dy = inverse * (dy - normed * along[:, None] - mean_dy[:, None])
+            dy = tl.where(mask, dy, 0.0)  # past the row's end a root of 0 would divide it
         if dx_ptr is not None:
             _store(dx_ptr, stride_dxt, stride_dxd, rows, columns, mask, keep * dy)
         g0, g1, g2 = zero, zero, zero

@@ -163,7 +163,7 @@ def backward(
     dnorm = like.new_empty(0, dtype=torch.float32) if norm_parts is None else norm_parts.sum(1)
     dnumbers = like.new_empty(0, dtype=torch.float32)
     if number_parts is not None:
-        dnumbers = number_parts.sum(1)
+        dnumbers = number_parts.sum(1, dtype=torch.float64).float()
     return *out, dnorm, dnumbers
 
 
