@@ -6,6 +6,18 @@ is told to. `python -m molex_kernels.env` prints what will run here, and why not
 
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
 from molex_kernels.ops.dispatch.module import MoEMLP
+from molex_kernels.ops.momentum.api import moe_mlp_momentum, momentum_update
+from molex_kernels.ops.momentum.module import MomentumMoE, MomentumOutput
+from molex_kernels.ops.momentum.rules import (
+    Adam,
+    AdEMAMix,
+    HeavyBall,
+    Mars,
+    Nesterov,
+    RobustMomentum,
+    Rule,
+    Signum,
+)
 from molex_kernels.ops.routing.api import ac_route, ac_weights, route_plan, topk_route
 from molex_kernels.ops.routing.losses import load_balance_loss, router_z_loss
 from molex_kernels.ops.routing.module import ACRouter, TopKRouter
@@ -15,9 +27,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ACRouter",
+    "AdEMAMix",
+    "Adam",
+    "HeavyBall",
+    "Mars",
     "MoEMLP",
+    "MomentumMoE",
+    "MomentumOutput",
+    "Nesterov",
+    "RobustMomentum",
     "RoutePlan",
     "Routing",
+    "Rule",
+    "Signum",
     "TopKRouter",
     "__version__",
     "ac_route",
@@ -25,6 +47,8 @@ __all__ = [
     "grouped_gemm",
     "load_balance_loss",
     "moe_mlp",
+    "moe_mlp_momentum",
+    "momentum_update",
     "route_plan",
     "router_z_loss",
     "topk_route",

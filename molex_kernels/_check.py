@@ -90,6 +90,13 @@ def number(name: str, value: Any, low: float, *, exclusive: bool = False) -> Non
         raise ValueError(f"{name}: expected a finite number {bound} {low}, got {value}")
 
 
+def probability(name: str, value: Any) -> None:
+    """A number in [0, 1)."""
+    number(name, value, 0.0)
+    if value >= 1:
+        raise ValueError(f"{name}: expected at least 0 and below 1, got {value}")
+
+
 def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """One of the allowed values."""
     if value not in allowed:

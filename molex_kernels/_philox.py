@@ -19,10 +19,8 @@ _WORD = 0xFFFFFFFF
 
 
 def check(p: float, seed: Tensor | None, like: Tensor) -> None:
-    """`dropout_p` in [0, 1) and `dropout_seed`, an int64 scalar on the device of `like`, or None."""
-    _check.number("dropout_p", p, 0.0)
-    if p >= 1:
-        raise ValueError(f"dropout_p: expected at least 0 and below 1, got {p}")
+    """`dropout_p` in [0, 1); `dropout_seed`, None or an int64 scalar on the device of `like`."""
+    _check.probability("dropout_p", p)
     if seed is not None:
         _check.tensor("dropout_seed", seed, "", (), (torch.int64,), like)
 
@@ -46,7 +44,9 @@ def words(seed: Tensor, count: int) -> Tensor:
     for _ in range(ROUNDS):
         # int64 products wrap as unsigned ones do, so both halves are exact.
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((b >> 32) & _WORD) ^ c1 ^ k0, b & _WORD, ((a >> 32) & _WORD) ^ c3 ^ k1, a & _WORD  # fmt: skip
+        c0 = (b >> 32 & _WORD) ^ c1 ^ k0
+        c2 = (a >> 32 & _WORD) ^ c3 ^ k1
+        c1, c3 = b & _WORD, a & _WORD
         k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
     return c0
 

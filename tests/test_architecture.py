@@ -16,7 +16,7 @@ LAYERS = ("plan", "reference", "cpu", "kernels", "op", "api", "module", "cases")
 # Data that every layer may know: plans and rules.
 DATA = {"rules": "plan"}
 # Layers in which one op may stand on another's.
-ACROSS = {"op": ("op",), "cases": ("cases",), "baselines": ("baselines",)}
+ACROSS = {"op": ("op",), "cases": ("cases",), "baselines": ("baselines",), "module": ("module",)}
 ABOVE = {
     "plan": set(),
     "reference": {"plan"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,18 +128,16 @@ def moe_mlp(
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or option.
         NotImplementedError: the explicit `impl` cannot run.
     """
+    weights = (w_up, w_down, b_up, b_down)
     call = experts_arguments(
-        *(x, expert_index, expert_weight, w_up, w_down, b_up, b_down),
-        *(activation, gate_layout, plan),
+        x, expert_index, expert_weight, *weights, activation, gate_layout, plan
     )
     chosen = choose("moe_mlp", _IMPLEMENTATIONS, impl, call.x, triton=call.too_many)
+    operands: tuple[Any, ...] = (*call.weights, *call.activation)
     if chosen == "reference":
-        return reference.moe_mlp(
-            call.x, expert_index, call.expert_weight, *call.weights, *call.activation
-        )
-    return op.moe_mlp(
-        call.x, call.expert_weight, *call.rows(), *call.weights, *call.activation, chosen
-    )
+        return reference.moe_mlp(call.x, expert_index, call.expert_weight, *operands)
+    operands = (*call.rows(), *operands, chosen)
+    return op.moe_mlp(call.x, call.expert_weight, *operands)
 
 
 class ExpertsCall(NamedTuple):
@@ -148,7 +146,7 @@ class ExpertsCall(NamedTuple):
     x: Tensor
     expert_index: Tensor
     expert_weight: Tensor
-    weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # w_up, w_down, b_up, b_down
+    weights: tuple[Any, ...]  # w_up, w_down, and b_up, b_down or None
     activation: tuple[str, str]  # the pointwise function, and "plain" or a gate's layout
     plan: RoutePlan | None
     too_many: str | None  # why Triton cannot take so many experts
@@ -196,14 +194,13 @@ def experts_arguments(
         _check.tensor("b_down", b_down, "E, D", (num_experts, width), dtypes, x)
     if plan is not None:
         _check_plan(plan, num_experts, tokens * top_k, x)
-    x, *weights = _autocast(x, w_up, w_down, b_up, b_down)
+    x, w_up, w_down, b_up, b_down = _autocast(x, w_up, w_down, b_up, b_down)
+    weights = (w_up, w_down, b_up, b_down)
     if expert_weight.dtype != x.dtype:
         expert_weight = expert_weight.to(_dtypes.accumulate_dtype(x.dtype))
     layout = gate_layout if gated else "plain"
     too_many = _too_many(num_experts)
-    return ExpertsCall(
-        x, expert_index, expert_weight, tuple(weights), (pointwise, layout), plan, too_many
-    )
+    return ExpertsCall(x, expert_index, expert_weight, weights, (pointwise, layout), plan, too_many)
 
 
 def _num_experts(name: str, weight: Tensor, letters: str) -> int:

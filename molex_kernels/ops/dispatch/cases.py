@@ -37,7 +37,9 @@ def _expert_index(case: Case, draw: Draw) -> Tensor:
     if routing == "twice":
         index[::2] = index[::2, :1]
     if routing == "elsewhere":
-        index = index + torch.where(draw.normal(tokens, top_k, dtype=torch.float32) > 0.3, num_experts, 0)
+        index = index + torch.where(
+            draw.normal(tokens, top_k, dtype=torch.float32) > 0.3, num_experts, 0
+        )
         index[::5, 0] = -1
     return index
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from molex_kernels import _check, _dtypes, _philox
@@ -19,7 +20,8 @@ from molex_kernels.ops.routing.plan import RoutePlan
 Norm = tuple[Tensor | None, Tensor | None, float]
 
 _IMPLEMENTATIONS = (TRITON, CPU, REFERENCE)
-_MAX_NORM_WIDTH = 16384
+# By the number of averages: wider rows do not fit into the registers of one Triton program.
+_MAX_NORM_WIDTH = {1: 4096, 2: 4096, 3: 2048}
 
 
 def momentum_update(
@@ -51,8 +53,9 @@ def momentum_update(
         rule: one of the dataclasses above. `mu` and `gamma` may be tensors of one element, which
             then receive gradients; they are read on the device.
         norm: (weight [D] or None, bias [D] or None, eps > 0), of x's dtype or fp32.
-        impl: "triton" (D <= 16384 with a norm), "cpu" or "reference"; None takes the fastest that
-            supports the inputs.
+        impl: "triton", "cpu" or "reference"; None takes the fastest that supports the inputs. Under
+            "triton", rows of more than 4096 features (2048 for AdEMAMix) are normalised by
+            `F.layer_norm` in a second pass.
 
     Returns:
         y of x's shape and dtype, and the new state, in fp32 if `state` is None. Parts of the state
@@ -73,7 +76,7 @@ def momentum_update(
     states.check(state, rule, x, f_dtypes)
     _check_norm(norm, x)
     _check_learned(rule, x)
-    chosen = choose("momentum_update", _IMPLEMENTATIONS, impl, x, triton=_too_wide(x, norm))
+    chosen = choose("momentum_update", _IMPLEMENTATIONS, impl, x)
     return _update(x, f, state, rule, norm, chosen)
 
 
@@ -109,7 +112,8 @@ def moe_mlp_momentum(
     Args:
         x: [..., D], the residual stream that the step is subtracted from. Leading dimensions are
             flattened to T tokens for the experts.
-        expert_index: [..., K] int64 or int32. expert_weight: [..., K], fp32 or expert_input's dtype.
+        expert_index: [..., K] int64 or int32.
+        expert_weight: [..., K], fp32 or expert_input's dtype.
         w_up, w_down, b_up, b_down, activation, gate_layout, plan: as in `moe_mlp`.
         state, rule, norm: as in `momentum_update`.
         expert_input: of x's shape, what the experts see; None is x. `rule.lookahead(x, state)` for
@@ -143,28 +147,35 @@ def moe_mlp_momentum(
     _check_norm(norm, x)
     _check_learned(rule, x)
     _philox.check(dropout_p, dropout_seed, x)
-    arguments = (
+    arguments: Any = (
         inner.reshape(-1, width),
         expert_index.reshape(-1, expert_index.shape[-1]),
         expert_weight.reshape(-1, expert_weight.shape[-1]),
         *(w_up, w_down, b_up, b_down, activation, gate_layout, plan),
     )
     experts = experts_arguments(*arguments)
-    limit = experts.too_many or _too_wide(x, norm)
-    chosen = choose("moe_mlp_momentum", _IMPLEMENTATIONS, impl, x, triton=limit)
+    chosen = choose("moe_mlp_momentum", _IMPLEMENTATIONS, impl, x, triton=experts.too_many)
     seed = None
     if dropout_p > 0:
         seed = _philox.draw_seed(x) if dropout_seed is None else dropout_seed
     if chosen == "reference" or isinstance(rule, Mars):
-        options = {"b_up": b_up, "b_down": b_down, "activation": activation, "plan": plan}
-        f = moe_mlp(*arguments[:5], gate_layout=gate_layout, impl=chosen, **options)
+        f = moe_mlp(
+            *arguments[:5],
+            b_up=b_up,
+            b_down=b_down,
+            activation=activation,
+            gate_layout=gate_layout,
+            plan=plan,
+            impl=chosen,
+        )
         f = reference.dropout(f, dropout_p, seed).view(x.shape)
         return _update(x, f, state, rule, norm, chosen)
     step = states.step_number(state, rule)
+    within, apart = _split(norm, rule, x, chosen)
     new = op.moe_momentum(
         x.reshape(-1, width),
         states.averages(state, rule, width),
-        _norm_tensors(norm),
+        _norm_tensors(within),
         rule.learned_mu,
         rule.learned_gamma,
         experts.x,
@@ -174,9 +185,9 @@ def moe_mlp_momentum(
         seed,
         *experts.activation,
         chosen,
-        _options(rule, step, norm, dropout_p),
+        _options(rule, step, within, dropout_p),
     )
-    return new[0].view(x.shape), states.after(new[1:], rule, x, None, step)
+    return _normalised(new[0], apart).view(x.shape), states.after(new[1:], rule, x, None, step)
 
 
 def _update(
@@ -187,24 +198,33 @@ def _update(
     pushed = f
     if isinstance(rule, Mars):
         pushed = rule.corrected(f, None if state is None else state[2])
-    averages = states.averages(state, rule, width)
-    flat = (x.reshape(-1, width), pushed.reshape(-1, width))
-    options = _options(rule, step, norm, 0.0)
+    flat = (x.reshape(-1, width), pushed.reshape(-1, width), states.averages(state, rule, width))
+    learned = (rule.learned_mu, rule.learned_gamma)
+    within, apart = _split(norm, rule, x, impl)
     if impl == "reference":
-        y, new = reference.update(
-            *flat,
-            averages,
-            rule.kind,
-            rule.coefficients(step),
-            rule.learned_mu,
-            rule.learned_gamma,
-            norm,
-            states.num_averages(rule),
-        )
+        numbers = rule.coefficients(step)
+        count = states.num_averages(rule)
+        out = reference.update(*flat, rule.kind, numbers, *learned, within, count)
     else:
-        learned = (rule.learned_mu, rule.learned_gamma)
-        y, *new = op.update(*flat, averages, _norm_tensors(norm), *learned, impl, options)
-    return y.view(x.shape), states.after(new, rule, x, f, step)
+        options = _options(rule, step, within, 0.0)
+        out = op.update(*flat, _norm_tensors(within), *learned, impl, options)
+    return _normalised(out[0], apart).view(x.shape), states.after(out[1:], rule, x, f, step)
+
+
+def _split(norm: Norm | None, rule: Rule, x: Tensor, impl: str) -> tuple[Norm | None, Norm | None]:
+    """The norm inside the kernel, and the one behind it: one of the two is None."""
+    widest = _MAX_NORM_WIDTH[states.num_averages(rule)]
+    if impl == "triton" and x.shape[-1] > widest:
+        return None, norm
+    return norm, None
+
+
+def _normalised(y: Tensor, norm: Norm | None) -> Tensor:
+    if norm is None:
+        return y
+    dtype = _dtypes.accumulate_dtype(y.dtype)
+    weight, bias = (None if p is None else p.to(dtype) for p in norm[:2])
+    return F.layer_norm(y.to(dtype), y.shape[-1:], weight, bias, norm[2]).to(y.dtype)
 
 
 def _options(rule: Rule, step: int, norm: Norm | None, dropout_p: float) -> tuple[Any, ...]:
@@ -258,9 +278,3 @@ def _check_learned(rule: Rule, x: Tensor) -> None:
     for name, value in (("mu", rule.learned_mu), ("gamma", rule.learned_gamma)):
         if value is not None:
             _check.device(f"rule.{name}", value, x)
-
-
-def _too_wide(x: Tensor, norm: Norm | None) -> str | None:
-    if norm is not None and x.shape[-1] > _MAX_NORM_WIDTH:
-        return f"it normalises at most {_MAX_NORM_WIDTH} features, got {x.shape[-1]}"
-    return None

@@ -27,16 +27,16 @@ def published_momentum_update(
         p = rule.beta1 * state[0] + (1 - rule.beta1) * f
         v = rule.beta2 * state[1] + (1 - rule.beta2) * (f**2)
         step = (rule.gamma / torch.sqrt(v + rule.eps)) * p
-        y, new = (1 - rule.decay) * x - step, (p, v)
+        y, new = (1 - rule.decay) * x - step, [p, v]
     elif isinstance(rule, HeavyBall):
         m = rule.mu * state[0] + rule.gamma * f
-        y, new = x - (rule.mu * m + rule.gamma * f if isinstance(rule, Nesterov) else m), (m,)
+        y, new = x - (rule.mu * m + rule.gamma * f if isinstance(rule, Nesterov) else m), [m]
     else:
         raise NotImplementedError(f"the authors released no code for {type(rule).__name__}")
     y = y.to(x.dtype)
     if norm is not None:
         y = F.layer_norm(y, y.shape[-1:], *norm)
-    return y, new
+    return y, tuple(new)
 
 
 def published_moe_mlp_momentum(

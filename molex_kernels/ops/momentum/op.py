@@ -334,9 +334,7 @@ def update(
     states = (*state, *(None,) * (3 - len(state)))
     if _register.wants_grad(x, f, *states, *norm, mu, gamma):
         return _Update.apply(x, f, *states, *norm, mu, gamma, impl, *options)
-    out = _forward[impl](
-        x, f, *states, None, None, None, *norm, mu, gamma, None, *options, False
-    )
+    out = _forward[impl](x, f, *states, None, None, None, *norm, mu, gamma, None, *options, False)
     return out[: 1 + options[2]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from molex_kernels.ops.momentum.rules import Coefficients
 
 States = tuple[Tensor, ...]
 Norm = tuple[Tensor | None, Tensor | None, float]
+Old = Sequence[Tensor]
+Step = tuple[Tensor, States]
 
 
 def update(
@@ -26,7 +29,7 @@ def update(
     gamma: Tensor | None,
     norm: Norm | None,
     num_states: int,
-) -> tuple[Tensor, States]:
+) -> States:
     """y = keep x - step, normalised if `norm` is given; and the new state.
 
     `mu` and `gamma` take the place of the coefficients where they are given. An empty state is 0.
@@ -42,7 +45,7 @@ def update(
     if norm is not None:
         weight, bias, eps = norm
         y = F.layer_norm(y, y.shape[-1:], _to(weight, dtype), _to(bias, dtype), eps)
-    return y.to(x.dtype), tuple(s.to(state_dtype) for s in new)
+    return y.to(x.dtype), *(s.to(state_dtype) for s in new)
 
 
 def dropout(f: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -50,28 +53,28 @@ def dropout(f: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return f if seed is None else _philox.dropout(f, p, seed)
 
 
-def _linear(f, old, c, mu, gamma):
+def _linear(f: Tensor, old: Old, c: Coefficients, mu: Any, gamma: Any) -> Step:
     m = mu * old[0] + gamma * f
     return m, (m,)
 
 
-def _nesterov(f, old, c, mu, gamma):
+def _nesterov(f: Tensor, old: Old, c: Coefficients, mu: Any, gamma: Any) -> Step:
     m = mu * old[0] + gamma * f
     return mu * m + gamma * f, (m,)
 
 
-def _signum(f, old, c, mu, gamma):
+def _signum(f: Tensor, old: Old, c: Coefficients, mu: Any, gamma: Any) -> Step:
     v = mu * old[0] + gamma * torch.sign(f)
     return v, (v,)
 
 
-def _adam(f, old, c, mu, gamma):
+def _adam(f: Tensor, old: Old, c: Coefficients, mu: Any, gamma: Any) -> Step:
     p = c.beta1 * old[0] + c.rest1 * f
     v = c.beta2 * old[1] + c.rest2 * f.square()
     return gamma * p / torch.sqrt(v + c.eps), (p, v)
 
 
-def _ademamix(f, old, c, mu, gamma):
+def _ademamix(f: Tensor, old: Old, c: Coefficients, mu: Any, gamma: Any) -> Step:
     m1 = c.beta1 * old[0] + c.rest1 * f
     v = c.beta2 * old[1] + c.rest2 * f.square()
     m2 = c.beta3 * old[2] + c.rest3 * f

@@ -49,7 +49,7 @@ class Rule:
     states: ClassVar[tuple[str, ...]]
 
     def coefficients(self, step: int) -> Coefficients:
-        """The step's numbers at the `step`-th update (from 1); a learned one stands at its default."""
+        """The numbers of update `step` (from 1); a learned one stands at 1."""
         raise NotImplementedError
 
     @property
@@ -191,7 +191,8 @@ class AdEMAMix(Rule):
 
     m1' = beta1 m1 + (1 - beta1) f;  v' = beta2 v + (1 - beta2) f^2;
     m2' = beta3(t) m2 + (1 - beta3(t)) f;
-    y = (1 - decay) x - gamma (m1' / (1 - beta1^t) + alpha(t) m2') / (sqrt(v' / (1 - beta2^t)) + eps).
+    y = (1 - decay) x
+        - gamma (m1' / (1 - beta1^t) + alpha(t) m2') / (sqrt(v' / (1 - beta2^t)) + eps).
 
     State (m1, v, m2, step): the last is an int, the number of updates done. With `alpha_warmup`=W,
     alpha(t) = alpha min(t / W, 1). With `beta3_warmup`=W, beta3(t) = min(beta3, exp(log beta1 log
@@ -213,7 +214,7 @@ class AdEMAMix(Rule):
 
     def __post_init__(self) -> None:
         _check_adam(self)
-        _check_beta("beta3", self.beta3)
+        _check.probability("beta3", self.beta3)
         _check.number("alpha", self.alpha, 0.0)
         for name in ("alpha_warmup", "beta3_warmup"):
             if getattr(self, name) is not None:
@@ -252,7 +253,7 @@ class Signum(Rule):
     states: ClassVar[tuple[str, ...]] = ("v",)
 
     def __post_init__(self) -> None:
-        _check_beta("beta", self.beta)
+        _check.probability("beta", self.beta)
 
     def coefficients(self, step: int) -> Coefficients:
         return Coefficients(mu=self.beta, gamma=1 - self.beta)
@@ -269,7 +270,8 @@ class Mars(Rule):
     The norm is over a sample, the last two dimensions [M, D] of f. No gradient goes through f_prev,
     as published. f_prev has the dtype of f, and is 0 before the first layer, as published: MARS
     itself would have c = f there. The published code writes both f and its step with the opposite
-    sign, which is the same update. The correction and the norm run in PyTorch, the rest in a kernel.
+    sign, which is the same update. The correction and the norm run in PyTorch, the rest in a
+    kernel.
     """
 
     gamma: Number = 1.0
@@ -343,11 +345,6 @@ def _check_gamma(gamma: Number) -> None:
         _check.number("gamma", gamma, -math.inf)
 
 
-def _check_beta(name: str, beta: float) -> None:
-    _check.number(name, beta, 0.0)
-    _below_one(name, beta)
-
-
 def _below_one(name: str, value: float) -> None:
     if value >= 1:
         raise ValueError(f"{name}: expected below 1, got {value}")
@@ -355,7 +352,7 @@ def _below_one(name: str, value: float) -> None:
 
 def _check_adam(rule: Any) -> None:
     _check_gamma(rule.gamma)
-    _check_beta("beta1", rule.beta1)
-    _check_beta("beta2", rule.beta2)
+    _check.probability("beta1", rule.beta1)
+    _check.probability("beta2", rule.beta2)
     _check.number("eps", rule.eps, 0.0, exclusive=True)
     _check.number("decay", rule.decay, 0.0)

@@ -13,6 +13,25 @@ def _load(ptr, stride_t, stride_d, rows, columns, mask):
 
 
 @triton.jit
+def _operands(
+    f_ptr, stride_ft, stride_fd, s0_ptr, stride_s0t, stride_s0d,
+    s1_ptr, stride_s1t, stride_s1d, s2_ptr, stride_s2t, stride_s2d,
+    rows, columns, mask, NUM_STATES: tl.constexpr, HAS_STATE: tl.constexpr,
+):  # fmt: skip
+    """f and the old states, 0 where there are none."""
+    f = _load(f_ptr, stride_ft, stride_fd, rows, columns, mask)
+    s0 = tl.zeros_like(f)
+    s1, s2 = s0, s0
+    if HAS_STATE:
+        s0 = _load(s0_ptr, stride_s0t, stride_s0d, rows, columns, mask)
+        if NUM_STATES > 1:
+            s1 = _load(s1_ptr, stride_s1t, stride_s1d, rows, columns, mask)
+        if NUM_STATES > 2:
+            s2 = _load(s2_ptr, stride_s2t, stride_s2d, rows, columns, mask)
+    return f, s0, s1, s2
+
+
+@triton.jit
 def _store(ptr, stride_t, stride_d, rows, columns, mask, value):
     tl.store(ptr + rows * stride_t + columns * stride_d, value.to(ptr.dtype.element_ty), mask=mask)
 
@@ -118,26 +137,21 @@ def _momentum_bwd(
         mask_d = offs_d < num_features
         mask = (offs_t < num_tokens)[:, None] & mask_d[None, :]
         rows, columns = offs_t[:, None], offs_d[None, :]
-        zero = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-        dy, f, s0, s1, s2, n0, n1, n2, step = (
-            zero, zero, zero, zero, zero, zero, zero, zero, zero,
-        )  # fmt: skip
+        dy = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        zero = dy
         if dy_ptr is not None:
             dy = _load(dy_ptr, stride_yt, stride_yd, rows, columns, mask)
-        if HAS_FORWARD:
-            f = _load(f_ptr, stride_ft, stride_fd, rows, columns, mask)
-            if HAS_STATE:
-                s0 = _load(s0_ptr, stride_s0t, stride_s0d, rows, columns, mask)
-                if NUM_STATES > 1:
-                    s1 = _load(s1_ptr, stride_s1t, stride_s1d, rows, columns, mask)
-                if NUM_STATES > 2:
-                    s2 = _load(s2_ptr, stride_s2t, stride_s2d, rows, columns, mask)
-            step, n0, n1, n2 = step_forward(
+        if HAS_NORM:
+            f, s0, s1, s2 = _operands(
+                f_ptr, stride_ft, stride_fd, s0_ptr, stride_s0t, stride_s0d,
+                s1_ptr, stride_s1t, stride_s1d, s2_ptr, stride_s2t, stride_s2d,
+                rows, columns, mask, NUM_STATES, HAS_STATE,
+            )  # fmt: skip
+            step, _, _, _ = step_forward(
                 f, s0, s1, s2,
                 mu, gamma, beta1, rest1, beta2, rest2, beta3, rest3, alpha, eps, scale1, scale2,
                 KIND, FROM_STATE,
             )  # fmt: skip
-        if HAS_NORM:
             y = keep * _load(x_ptr, stride_xt, stride_xd, rows, columns, mask) - step
             mean = tl.sum(tl.where(mask, y, 0.0), axis=1) / num_features
             centred = tl.where(mask, y - mean[:, None], 0.0)
@@ -155,6 +169,19 @@ def _momentum_bwd(
             dy = tl.where(mask, dy, 0.0)  # past the row's end a root of 0 would divide it
         if dx_ptr is not None:
             _store(dx_ptr, stride_dxt, stride_dxd, rows, columns, mask, keep * dy)
+        f, s0, s1, s2, n0, n1, n2 = zero, zero, zero, zero, zero, zero, zero
+        if HAS_FORWARD:
+            # Read again rather than held through the norm's sums: registers are scarcer than cache.
+            f, s0, s1, s2 = _operands(
+                f_ptr, stride_ft, stride_fd, s0_ptr, stride_s0t, stride_s0d,
+                s1_ptr, stride_s1t, stride_s1d, s2_ptr, stride_s2t, stride_s2d,
+                rows, columns, mask, NUM_STATES, HAS_STATE,
+            )  # fmt: skip
+            _, n0, n1, n2 = step_forward(
+                f, s0, s1, s2,
+                mu, gamma, beta1, rest1, beta2, rest2, beta3, rest3, alpha, eps, scale1, scale2,
+                KIND, FROM_STATE,
+            )  # fmt: skip
         g0, g1, g2 = zero, zero, zero
         if g0_ptr is not None:
             g0 = _load(g0_ptr, stride_g0t, stride_g0d, rows, columns, mask)

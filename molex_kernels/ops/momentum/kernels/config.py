@@ -6,17 +6,25 @@ import triton
 
 from molex_kernels._tuning import Config
 
-MAX_NORM_WIDTH = 16384  # a row is normalised by one program, in its registers
 MAX_PROGRAMS = 1024  # of a backward pass with parameters: as many rows of partial sums
 
 
-def tile(num_features: int, num_states: int, has_norm: bool) -> Config:
-    """About 8 elements to a thread, 4 with three states; with a norm a program has whole rows."""
+# Elements to a thread where a program normalises whole rows, by the number of states: as many as
+# the registers hold.
+_ROWS_FORWARD = {1: 16, 2: 8, 3: 8}
+_ROWS_BACKWARD = {1: 8, 2: 8, 3: 4}
+
+
+def rows(num_features: int, num_states: int, *, backward: bool) -> Config:
+    """Whole rows to a program, for a norm."""
+    each = 32 * (_ROWS_BACKWARD if backward else _ROWS_FORWARD)[num_states]
+    width = max(triton.next_power_of_2(num_features), 16)
+    warps = min(max(width // each, 4), 32)
+    return Config({"BLOCK_T": max(each * warps // width, 1), "BLOCK_D": width}, warps, 1)
+
+
+def tiles(num_features: int, num_states: int) -> Config:
+    """Pieces of rows: 8 elements to a thread, 4 with three states."""
     elements = 512 if num_states > 2 else 1024
-    if has_norm:
-        width = max(triton.next_power_of_2(num_features), 16)
-        warps = min(max(width // (elements // 4), 4), 16)
-        rows = max(elements * warps // (4 * width), 1)
-        return Config({"BLOCK_T": rows, "BLOCK_D": width}, warps, 1)
     width = 512 if num_features >= 1024 else 128
-    return Config({"BLOCK_T": max(elements // width, 1), "BLOCK_D": width}, 4, 1)
+    return Config({"BLOCK_T": elements // width, "BLOCK_D": width}, 4, 1)

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from molex_kernels import _philox
+from molex_kernels._tuning import Config
 from molex_kernels.ops.momentum.kernels import config
 from molex_kernels.ops.momentum.kernels.backward import _momentum_bwd
 from molex_kernels.ops.momentum.kernels.forward import _momentum_fwd
@@ -42,7 +43,7 @@ def forward(
     y = x.new_empty(x.shape)
     new = [x.new_empty(x.shape if i < num_states else (0,), dtype=state_dtype) for i in range(3)]
     kept = f.new_empty(x.shape if keeps_f else (0,))
-    chosen = config.tile(width, num_states, norm_eps is not None)
+    chosen = _config(width, num_states, norm_eps, backward=False)
     tiles = triton.cdiv(tokens, chosen.blocks["BLOCK_T"])
     tiles *= triton.cdiv(width, chosen.blocks["BLOCK_D"])
     if x.numel() > 0:
@@ -117,7 +118,7 @@ def backward(
         for need, dtype in zip(needs, dtypes, strict=False)
     ]
     needs_norm, needs_numbers = needs[5:]
-    chosen = config.tile(width, num_states, norm_eps is not None)
+    chosen = _config(width, num_states, norm_eps, backward=True)
     tiles = triton.cdiv(tokens, chosen.blocks["BLOCK_T"])
     tiles *= triton.cdiv(width, chosen.blocks["BLOCK_D"])
     has_sums = needs_norm or needs_numbers
@@ -165,6 +166,12 @@ def backward(
     if number_parts is not None:
         dnumbers = number_parts.sum(1, dtype=torch.float64).float()
     return *out, dnorm, dnumbers
+
+
+def _config(width: int, num_states: int, norm_eps: float | None, *, backward: bool) -> Config:
+    if norm_eps is None:
+        return config.tiles(width, num_states)
+    return config.rows(width, num_states, backward=backward)
 
 
 def _scalars(numbers: Sequence[float], norm_eps: float | None, dropout_p: float) -> tuple[Any, ...]:
