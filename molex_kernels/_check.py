@@ -115,7 +115,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return " or ".join(map(_name, dtypes))
+    return " or ".join(dict.fromkeys(map(_name, dtypes)))
 
 
 def _known(letters: str, sizes: Sequence[int | None]) -> str:

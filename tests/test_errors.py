@@ -39,6 +39,17 @@ def _gemm(x=X, weight=UP, offsets=ENDS, **options):
     return mk.grouped_gemm(x, weight, offsets, **options)
 
 
+BALL = mk.HeavyBall(0.7)
+
+
+def _momentum(x=X, f=X, state=None, rule=BALL, **options):
+    return mk.momentum_update(x, f, state, rule, **options)
+
+
+def _moe_momentum(x=X, index=INDEX, weight=WEIGHT, state=None, rule=BALL, **options):
+    return mk.moe_mlp_momentum(x, index, weight, UP, DOWN, state, rule, **options)
+
+
 TYPE = [
     (lambda: _topk(x=X.long()), "x: expected dtype"),
     (lambda: _topk(x=[1.0]), "x: expected a tensor"),
@@ -57,6 +68,27 @@ TYPE = [
     (lambda: _mlp(up=UP.half()), "w_up: expected dtype"),
     (lambda: _mlp(b_up=torch.zeros(3, 5).half()), "b_up: expected dtype"),
     (lambda: _gemm(offsets=ENDS.long()), "offsets: expected dtype int32"),
+    (lambda: _momentum(x=X.long()), "x: expected dtype"),
+    (lambda: _momentum(x=1.0), "x: expected a tensor"),
+    (lambda: _momentum(f=X.double()), "f: expected dtype"),
+    (lambda: _momentum(f=None), "f: expected a tensor of the shape of x"),
+    (lambda: _momentum(rule=0.7), "rule: expected a rule"),
+    (lambda: _momentum(state=X), "state: expected a tuple"),
+    (lambda: _momentum(state=(X.half(),)), r"state\.m: expected dtype float32, got float16"),
+    (lambda: _momentum(state=(None,)), r"state\.m: expected a tensor"),
+    (lambda: _momentum(state=(X, X.half()), rule=mk.Adam(), x=X.half()), r"state\.v: expected dty"),
+    (lambda: _momentum(state=(X, X, X, X), rule=mk.AdEMAMix()), r"state\.step: expected an int"),
+    (lambda: _momentum(norm=X[0]), "norm: expected"),
+    (lambda: _momentum(norm=(X[0].half(), None, 1e-5)), r"norm\.weight: expected dtype"),
+    (lambda: _momentum(norm=(None, None, None)), r"norm\.eps: expected a number"),
+    (lambda: mk.HeavyBall("0.7"), "mu: expected a number"),
+    (lambda: mk.HeavyBall(INDEX[0, 0]), "mu: expected a floating tensor"),
+    (lambda: mk.AdEMAMix(alpha_warmup=2.5), "alpha_warmup: expected an int"),
+    (lambda: _moe_momentum(index=INDEX.float()), "expert_index: expected dtype"),
+    (lambda: _moe_momentum(weight=None), "expert_weight: expected a tensor"),
+    (lambda: _moe_momentum(dropout_p=0.1, dropout_seed=X[0, 0]), "dropout_seed: expected dtype"),
+    (lambda: _moe_momentum(expert_input=X.double()), "expert_input: expected dtype"),
+    (lambda: mk.MomentumMoE(4, 4, 3, 2, 0.7), "rule: expected a rule"),
 ]
 VALUE = [
     (lambda: _topk(x=X[None]), r"x: expected shape \[T, D\], got \[1, 6, 4\]"),
@@ -106,6 +138,46 @@ VALUE = [
     (lambda: mk.ACRouter(4, 3, 2, cosine=True, bias=True), "bias: expected False"),
     (lambda: mk.MoEMLP(4, 0, 3), "d_hidden: expected at least 1"),
     (lambda: mk.MoEMLP(4, 4, 3, activation="mish"), "activation: expected one of"),
+    (lambda: _momentum(f=X[:5]), r"f: expected the shape of x, \[6, 4\], got \[5, 4\]"),
+    (lambda: _momentum(f=X.to("meta")), "f: expected device cpu, got meta"),
+    (lambda: _momentum(x=X[:, :0], f=X[:, :0]), "x: expected shape .* D at least 1"),
+    (lambda: _momentum(x=X[0, 0]), "x: expected shape"),
+    (lambda: _momentum(state=(X, X)), r"state: expected 1 entries \(m\) for HeavyBall, got 2"),
+    (lambda: _momentum(state=()), "state: expected 1 entries"),
+    (lambda: _momentum(state=(X,), rule=mk.AdEMAMix()), "state: expected 4 entries .*step"),
+    (lambda: _momentum(state=(X[:5],)), r"state\.m: expected the shape of x"),
+    (lambda: _momentum(state=(X.to("meta"),)), r"state\.m: expected device cpu"),
+    (
+        lambda: _momentum(state=(X, X, X, -1), rule=mk.AdEMAMix()),
+        r"state\.step: expected at least 0",
+    ),
+    (lambda: _momentum(norm=(X[0, :3], None, 1e-5)), r"norm\.weight: expected shape"),
+    (lambda: _momentum(norm=(None, None, 0.0)), r"norm\.eps: expected .* above 0"),
+    (lambda: _momentum(rule=mk.HeavyBall(X[0, 0].to("meta"))), r"rule\.mu: expected device"),
+    (lambda: mk.HeavyBall(1.0), "mu: expected below 1"),
+    (lambda: mk.HeavyBall(-1.0), "mu: expected a finite number above -1"),
+    (lambda: mk.HeavyBall(math.nan), "mu: expected a finite number"),
+    (lambda: mk.Nesterov(0.5, math.inf), "gamma: expected a finite number"),
+    (lambda: mk.HeavyBall(X[0]), r"mu: expected a tensor of one element, got \[4\]"),
+    (lambda: mk.Adam(eps=0.0), "eps: expected a finite number above 0"),
+    (lambda: mk.Adam(beta2=1.0), "beta2: expected at least 0 and below 1"),
+    (lambda: mk.Adam(decay=-0.1), "decay: expected"),
+    (lambda: mk.RobustMomentum(1.0, 1.0, 0.5), "smoothness: expected a finite number above 1"),
+    (lambda: mk.RobustMomentum(4.0, 1.0, 0.4), "rho: expected a finite number at least 0.5"),
+    (lambda: mk.RobustMomentum(4.0, 1.0, 1.0), "rho: expected below 1"),
+    (lambda: mk.RobustMomentum(4.0, 0.0, 0.9), "convexity: expected"),
+    (lambda: mk.AdEMAMix(beta1=0.0, beta3_warmup=3), "beta3_warmup: expected 0 < beta1"),
+    (lambda: mk.AdEMAMix(alpha=-1.0), "alpha: expected"),
+    (lambda: mk.Signum(1.0), "beta: expected"),
+    (lambda: mk.Mars(correction=-1.0), "correction: expected"),
+    (lambda: _moe_momentum(index=INDEX[:5]), r"expert_index: expected shape \[6, K\]"),
+    (lambda: _moe_momentum(weight=WEIGHT[:, :1]), "expert_weight: expected shape"),
+    (lambda: _moe_momentum(expert_input=X[:5]), "expert_input: expected the shape of x"),
+    (lambda: _moe_momentum(dropout_p=1.0), "dropout_p: expected at least 0 and below 1"),
+    (lambda: _moe_momentum(dropout_p=0.1, dropout_seed=INDEX[0]), "dropout_seed: expected shape"),
+    (lambda: mk.MomentumMoE(4, 4, 3, 2, BALL, wiring="post"), "wiring: expected one of"),
+    (lambda: mk.MomentumMoE(4, 4, 3, 2, BALL, sign=0), "sign: expected one of"),
+    (lambda: mk.MomentumMoE(4, 4, 3, 2, BALL, dropout=1.0), "dropout: expected"),
 ]
 
 
@@ -121,7 +193,11 @@ def test_value_errors(call, message):
         call()
 
 
-@pytest.mark.parametrize("function", [_topk, _weights, _ac, _mlp, _gemm], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function",
+    [_topk, _weights, _ac, _mlp, _gemm, _momentum, _moe_momentum],
+    ids=lambda f: f.__name__,
+)
 def test_an_implementation_that_cannot_run(function):
     with pytest.raises(NotImplementedError, match="cannot run"):
         function(impl="cuda")

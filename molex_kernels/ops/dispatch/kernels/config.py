@@ -107,5 +107,5 @@ def combine(num_features: int) -> Config:
     return Config({"BLOCK_T": 2 if wide else 8, "BLOCK_D": 512 if wide else 128}, 4, 2)
 
 
-BIAS = Config({"BLOCK_T": 16, "BLOCK_N": 64}, 4, 2)
+BIAS = Config({"BLOCK_T": 16, "BLOCK_N": 32}, 4, 2)
 WEIGHT = Config({"BLOCK_T": 16, "BLOCK_D": 128}, 4, 2)
