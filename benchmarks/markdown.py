@@ -151,31 +151,36 @@ def _text(text: dict[str, Any], plots: list[str]) -> Iterator[str]:
         f"{plan['hidden']}, top {plan['top_k']}) trained on the Python standard library's source: "
         f"{text['files']} files, {text['train_bytes'] / 1e6:.1f} MB to train on, every tenth file "
         f"held out, {text['validation_bytes']} of its bytes validated. {text['steps']} steps of "
-        f"{plan['batch']} x {plan['context']} bytes; both routers see the same bytes in the same "
-        "order from the same seed. The first mixture has a plain router in both models, since "
-        "adaptive clustering needs the routing of a previous one."
+        f"{plan['batch']} x {plan['context']} bytes; all variants see the same bytes in the same "
+        "order from the same seed. The first mixture has a plain router in every one, since "
+        "adaptive clustering needs the routing of a previous one. Swapped words: a fifth of the "
+        "words in the validation text is replaced by as many letters A, and the bytes of the "
+        "others are counted."
     )
     yield ""
-    yield "| router | seed | validation bits per byte | standard error over windows |"
-    yield "|---|---|---|---|"
+    yield "| variant | seed | validation bits per byte | standard error | swapped words | error |"
+    yield "|---|---|---|---|---|---|"
     for run in text["runs"]:
-        yield f"| {run['router']} | {run['seed']} | {run['final']:.4f} | {run['final_error']:.4f} |"
+        bits = (run[key] for key in ("final", "final_error", "swapped", "swapped_error"))
+        label = text["labels"][run["variant"]]
+        yield _cells([label, str(run["seed"]), *(f"{value:.4f}" for value in bits)])
     yield ""
-    yield verdict(text)
+    for line in verdict(text):
+        yield f"- {line}"
     yield ""
     if "text-curves.png" in plots:
         yield "![Validation bits per byte by step](text-curves.png)"
         yield ""
     yield "One training step (forward, backward, optimiser), the implementations measured in turn:"
     yield ""
-    yield "| router | implementation of the mixtures | time | speed-up against published |"
+    yield "| variant | implementation of the mixtures | time | speed-up against published |"
     yield "|---|---|---|---|"
-    published = {t["router"]: t for t in text["step_times"] if t["impl"] == "published"}
+    published = {t["variant"]: t for t in text["step_times"] if t["impl"] == "published"}
     for entry in text["step_times"]:
-        base = published.get(entry["router"], {})
+        base = published.get(entry["variant"], {})
         took = seconds(entry["median_s"]) if "median_s" in entry else entry["reason"]
         gain = results.speedup(entry, base) if entry["impl"] != "published" else None
-        yield f"| {entry['router']} | {entry['impl']} | {took} | {ratio(gain)} |"
+        yield _cells([text["labels"][entry["variant"]], entry["impl"], took, ratio(gain)])
     yield ""
     if "text-steps.png" in plots:
         yield "![Step times](text-steps.png)"

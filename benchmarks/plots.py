@@ -22,11 +22,12 @@ COLOURS = {
     "reference": "#ccbb44",
     "compiled": "#228833",
     "library": "#ee6677",
-    "topk": "#4477aa",
-    "ac": "#ee6677",
 }
 OTHER = "#888888"
-ROUTER_NAMES = {"topk": "top-k", "ac": "adaptive clustering"}
+VARIANT_COLOURS = (
+    *("#000000", "#ee6677", "#4477aa", "#66ccee", "#228833", "#ccbb44", "#aa3377"),
+    *("#999933", "#882255", "#44aa99"),
+)
 
 
 def draw(found: Results, folder: Path) -> list[str]:
@@ -111,8 +112,8 @@ def _curves(text: dict[str, Any], folder: Path) -> str:
     seeds = sorted({run["seed"] for run in text["runs"]})
     for run in text["runs"]:
         marker = markers[seeds.index(run["seed"]) % len(markers)]
-        style = "-" if run["router"] == "topk" else "--"
-        colour, name = COLOURS[run["router"]], ROUTER_NAMES[run["router"]]
+        style = "-" if run["variant"] == text["base"] else "--"
+        colour, name = _colours(text)[run["variant"]], text["labels"][run["variant"]]
         steps, bits = zip(*run["validation"], strict=True)
         label = f"{name}, seed {run['seed']}: {run['final']:.3f} in the end, all windows"
         axis.plot(steps, bits, style, color=colour, marker=marker, markersize=3.5, label=label)
@@ -120,19 +121,23 @@ def _curves(text: dict[str, Any], folder: Path) -> str:
     axis.set_ylabel("validation bits per byte, every eighth window")
     axis.set_title("Byte-level transformer on the Python standard library", fontweight="bold")
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, fontsize=8)
     return _write(figure, folder / "text-curves.png")
 
 
 def _steps(text: dict[str, Any], folder: Path) -> str:
     timed = [t for t in text["step_times"] if "median_s" in t]
     impls = list(dict.fromkeys(t["impl"] for t in timed))
-    figure, axis = plt.subplots(figsize=(7, 1.6 + 0.7 * len(impls)))
-    for index, router in enumerate(ROUTER_NAMES):
-        entries = [t for t in timed if t["router"] == router]
-        places = [impls.index(t["impl"]) + (index - 0.5) * 0.4 for t in entries]
+    variants = list(dict.fromkeys(t["variant"] for t in timed))
+    height = 0.8 / max(len(variants), 1)
+    figure, axis = plt.subplots(figsize=(7, 1.8 + 0.25 * len(timed)))
+    for index, variant in enumerate(variants):
+        entries = [t for t in timed if t["variant"] == variant]
+        shift = (index - (len(variants) - 1) / 2) * height
+        places = [impls.index(t["impl"]) + shift for t in entries]
         values = [t["median_s"] * 1e3 for t in entries]
-        axis.barh(places, values, 0.36, color=COLOURS[router], label=ROUTER_NAMES[router])
+        colour, label = _colours(text)[variant], text["labels"][variant]
+        axis.barh(places, values, 0.9 * height, color=colour, label=label)
         for place, value in zip(places, values, strict=True):
             axis.annotate(
                 seconds(value * 1e-3), (value, place), (3, 0), textcoords="offset points",
@@ -145,8 +150,12 @@ def _steps(text: dict[str, Any], folder: Path) -> str:
     axis.set_title("Training step by implementation", fontweight="bold")
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)
-    figure.legend(ncols=2, loc="lower center", frameon=False)
-    return _write(figure, folder / "text-steps.png", bottom=0.1)
+    figure.legend(ncols=3, loc="lower center", frameon=False, fontsize=8)
+    return _write(figure, folder / "text-steps.png", bottom=0.12)
+
+
+def _colours(text: dict[str, Any]) -> dict[str, str]:
+    return dict(zip(text["labels"], VARIANT_COLOURS, strict=False))
 
 
 def _write(figure: Any, path: Path, bottom: float = 0.0) -> str:

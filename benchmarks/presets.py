@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class TextPlan:
-    """The training run on text. `seconds` bounds the training of all routers and seeds together."""
+    """The training run on text. `seconds` bounds the training of all variants and seeds."""
 
     seconds: float
     max_steps: int
@@ -23,7 +23,7 @@ class TextPlan:
     top_k: int = 2
     hidden: int = 256
     evaluations: int = 12
-    validation_bytes: int = 49152
+    validation_bytes: int = 32768
     step_seconds: float = 10.0
 
 
@@ -58,7 +58,7 @@ PRESETS = {
             ops_seconds=110,
             compile_seconds=60,
             case_seconds=1.0,
-            text=TextPlan(seconds=65, max_steps=600, step_seconds=8),
+            text=TextPlan(seconds=90, max_steps=600, step_seconds=10),
         ),
         Preset(
             name="full",

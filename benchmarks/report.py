@@ -63,10 +63,12 @@ def show(found: Results, console: Console) -> None:
     if text := found["text"]:
         for run in text["runs"]:
             console.print(
-                f"text, {run['router']:<4} router, seed {run['seed']}: {run['final']:.4f} "
-                f"validation bits per byte after {text['steps']} steps"
+                f"text, {text['labels'][run['variant']]}, seed {run['seed']}: {run['final']:.4f} "
+                f"validation bits per byte after {text['steps']} steps, {run['swapped']:.4f} with "
+                "swapped words"
             )
-        console.print(verdict(text))
+        for line in verdict(text):
+            console.print(line)
 
 
 def _summary(found: Results, op: str, mode: str, shape: str, names: list[str]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+SWAPPED = 0.2  # share of the words that contamination replaces
 VALIDATION_EVERY = 10  # every tenth file, in the sorted order, is held out
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 
@@ -43,6 +46,22 @@ def load(context: int, validation_bytes: int) -> Text:
     starts = torch.linspace(0, len(validation) - context - 1, count).long()
     windows = validation[starts[:, None] + torch.arange(context + 1)]
     return Text(train, windows, len(files), len(held_out), len(validation))
+
+
+def contaminate(windows: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Replaces words (runs of three or more letters) at random by as many letters A.
+
+    The paper's attack replaces words by a generic one; here the length is kept, so that every other
+    byte stays where it was. Returns the windows, and which bytes were left as they are.
+    """
+    chosen = random.Random(seed)
+    swapped = windows.clone()
+    for row in swapped:
+        text = bytes(row.tolist())
+        for word in re.finditer(rb"[A-Za-z]{3,}", text):
+            if chosen.random() < SWAPPED:
+                row[word.start() : word.end()] = ord("A")
+    return swapped, swapped == windows
 
 
 def _join(files: list[Path]) -> Tensor:

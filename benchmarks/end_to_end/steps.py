@@ -22,7 +22,7 @@ PATHS = {"cpu": ("cpu", "reference", "published"), "cuda": ("triton", "reference
 def step_times(
     plan: TextPlan, text: Text, trainers: dict[str, Trainer], device: torch.device
 ) -> list[dict[str, Any]]:
-    """Forward, backward and optimiser step at learning rate zero, by router and implementation.
+    """Forward, backward and optimiser step at learning rate zero, by variant and implementation.
 
     An implementation whose loss is not the reference's is `wrong` and has no time. `published` is
     not held to that: it gives empty clusters another weight.
@@ -32,21 +32,21 @@ def step_times(
     calls = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for router, trainer in trainers.items():
+        for variant, trainer in trainers.items():
             expected = _call(trainer, "reference", windows)()
             for path in PATHS[device.type]:
                 call = _call(trainer, path, windows)
-                entry: dict[str, Any] = {"router": router, "impl": path}
+                entry: dict[str, Any] = {"variant": variant, "impl": path}
                 entry |= _try(call, path, expected)
                 trainer.optimizer.zero_grad(set_to_none=True)
                 entries.append(entry)
                 if entry["status"] == OK:
-                    calls[router, path] = call
+                    calls[variant, path] = call
         clock = timing.clock_for(device)
         named = {" ".join(key): call for key, call in calls.items()}
         samples = timing.round_robin(named, clock, seconds=plan.step_seconds, min_rounds=5)
     for entry in entries:
-        if taken := samples.get(f"{entry['router']} {entry['impl']}"):
+        if taken := samples.get(f"{entry['variant']} {entry['impl']}"):
             entry["median_s"] = statistics.median(taken)
             entry["samples"] = taken
     for trainer in trainers.values():

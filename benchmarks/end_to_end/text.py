@@ -1,8 +1,9 @@
-"""`python -m benchmarks.end_to_end.text`: plain and adaptive-clustering routing on real text.
+"""`python -m benchmarks.end_to_end.text`: the methods on real text.
 
-Trains a byte-level transformer twice on the Python standard library's source, once with each
-router, from the same seeds on the same bytes for the same number of steps; then measures the step
-time of each implementation. Whatever comes out is reported.
+Trains a byte-level transformer on the Python standard library's source, once with plain mixtures
+and once with each variant of them, from the same seeds on the same bytes for the same number of
+steps; validates on clean text and on text with swapped words; then measures the step time of each
+implementation. Whatever comes out is reported.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from benchmarks import environment, presets, terminal
 from benchmarks.end_to_end import data
 from benchmarks.end_to_end.steps import step_times
 from benchmarks.end_to_end.train import Run, affordable_steps, train
+from benchmarks.end_to_end.variants import BASE, VARIANTS
 from benchmarks.end_to_end.verdict import mean_and_error, verdict
 from benchmarks.formats import seconds
 from benchmarks.measure import FAILED, WRONG
@@ -49,7 +51,7 @@ def run(plan: TextPlan, device: torch.device, console: Console) -> dict[str, Any
         for number, seed in enumerate(plan.seeds):
 
             def report(step: int, bits: dict[str, float], done: int = number * steps) -> None:
-                losses = ", ".join(f"{router} {value:.3f}" for router, value in bits.items())
+                losses = ", ".join(f"{name} {value:.3f}" for name, value in bits.items())
                 bar.update(task, completed=done + step, description=f"train bits/byte: {losses}")
                 if step % max(steps // 4, 1) == 0 and not console.is_terminal:
                     console.print(f"step {step}/{steps}: train bits/byte: {losses}")
@@ -57,9 +59,11 @@ def run(plan: TextPlan, device: torch.device, console: Console) -> dict[str, Any
             finished, trainers = train(plan, text, steps, seed, device, report)
             runs += finished
     times = step_times(plan, text, trainers, device)
-    parameters = sum(p.numel() for p in trainers["ac"].model.parameters())
+    parameters = sum(p.numel() for p in trainers[BASE].model.parameters())
     return {
         "plan": dataclasses.asdict(plan),
+        "base": BASE,
+        "labels": {name: variant.label for name, variant in VARIANTS.items()},
         "steps": steps,
         "parameters": parameters,
         "files": text.files,
@@ -72,14 +76,18 @@ def run(plan: TextPlan, device: torch.device, console: Console) -> dict[str, Any
     }
 
 
-def _differences(runs: list[Run]) -> list[dict[str, float]]:
-    """Adaptive clustering minus top-k in bits per byte, paired over the validation windows."""
-    finals = {(one.router, one.seed): one.final for one in runs}
+def _differences(runs: list[Run]) -> list[dict[str, Any]]:
+    """Each variant minus the plain model in bits per byte, paired over the validation windows."""
+    by_name = {(one.variant, one.seed): one for one in runs}
     found = []
-    for seed in sorted({one.seed for one in runs}):
-        pairs = zip(finals["ac", seed], finals["topk", seed], strict=True)
-        mean, error = mean_and_error([ac - topk for ac, topk in pairs])
-        found.append({"seed": seed, "mean": mean, "error": error})
+    for (name, seed), one in by_name.items():
+        if name == BASE:
+            continue
+        entry: dict[str, Any] = {"variant": name, "seed": seed}
+        for key in ("final", "swapped"):
+            pairs = zip(getattr(one, key), getattr(by_name[BASE, seed], key), strict=True)
+            entry[key], entry[f"{key}_error"] = mean_and_error([a - b for a, b in pairs])
+        found.append(entry)
     return found
 
 
@@ -95,13 +103,15 @@ def main() -> int:
     results = run(presets.PRESETS[options.preset].text, device, console)
     for one in results["runs"]:
         console.print(
-            f"{one['router']:<5} seed {one['seed']}: {one['final']:.4f} validation bits per byte "
-            f"after {results['steps']} steps (+- {one['final_error']:.4f})"
+            f"{one['variant']:<10} seed {one['seed']}: {one['final']:.4f} validation bits per byte "
+            f"after {results['steps']} steps (+- {one['final_error']:.4f}), {one['swapped']:.4f} "
+            "with swapped words"
         )
-    console.print(verdict(results))
+    for line in verdict(results):
+        console.print(line)
     for entry in results["step_times"]:
         took = seconds(entry["median_s"]) if "median_s" in entry else entry["reason"]
-        console.print(f"step {entry['router']:<5} {entry['impl']:<10} {took}")
+        console.print(f"step {entry['variant']:<10} {entry['impl']:<10} {took}")
     if options.json:
         options.json.write_text(json.dumps(results))
     return int(any(entry["status"] in (FAILED, WRONG) for entry in results["step_times"]))

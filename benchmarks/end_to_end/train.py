@@ -1,4 +1,4 @@
-"""Trains both routers side by side: the same bytes, the same steps, turn by turn."""
+"""Trains all variants side by side: the same bytes, the same steps, turn by turn."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.end_to_end.data import Text
-from benchmarks.end_to_end.model import BALANCE, ROUTERS, ByteTransformer, build
+from benchmarks.end_to_end.data import Text, contaminate
+from benchmarks.end_to_end.model import BALANCE, ByteTransformer, build
+from benchmarks.end_to_end.variants import VARIANTS, Variant
 from benchmarks.end_to_end.verdict import mean_and_error
 from benchmarks.presets import TextPlan
 
@@ -27,32 +28,36 @@ Report = Callable[[int, dict[str, float]], None]
 
 @dataclass
 class Run:
-    """One router with one seed. Curves are [step, bits per byte]."""
+    """One variant with one seed. Curves are [step, bits per byte]."""
 
     seed: int
-    router: str
+    variant: str
     train: list[tuple[int, float]] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
     final: list[float] = field(default_factory=list)  # bits per byte of each validation window
+    swapped: list[float] = field(default_factory=list)  # of its untouched bytes, words swapped
 
     def summary(self) -> dict[str, Any]:
         """What goes into the JSON."""
         mean, error = mean_and_error(self.final)
+        swapped, swapped_error = mean_and_error(self.swapped)
         return {
             "seed": self.seed,
-            "router": self.router,
+            "variant": self.variant,
             "train": self.train,
             "validation": self.validation,
             "final": mean,
             "final_error": error,
+            "swapped": swapped,
+            "swapped_error": swapped_error,
         }
 
 
 class Trainer:
     """One model with its optimiser."""
 
-    def __init__(self, plan: TextPlan, router: str, seed: int, device: torch.device) -> None:
-        self.model: ByteTransformer = build(plan, router, seed, device)
+    def __init__(self, plan: TextPlan, variant: Variant, seed: int, device: torch.device) -> None:
+        self.model: ByteTransformer = build(plan, variant, seed, device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1
         )
@@ -71,13 +76,17 @@ class Trainer:
         return nats.detach().mean()
 
     @torch.no_grad()
-    def evaluate(self, windows: Tensor, size: int) -> list[float]:
-        """Bits per byte of each window."""
+    def evaluate(self, windows: Tensor, size: int, counted: Tensor | None = None) -> list[float]:
+        """Bits per byte of each window, over all its bytes or those that are `counted`."""
         bits = []
-        for part in windows.split(size):
+        for start in range(0, len(windows), size):
+            part = windows[start : start + size].to(self.device).long()
             with precision(self.device):
-                nats, _ = self.model(part.to(self.device).long())
-            bits.append(nats / NATS_PER_BIT)
+                nats, _ = self.model(part)
+            weights = torch.ones_like(nats)
+            if counted is not None:
+                weights = counted[start : start + size, 1:].to(nats)
+            bits.append((nats * weights).sum(1) / weights.sum(1).clamp_min(1) / NATS_PER_BIT)
         return torch.cat(bits).tolist()
 
 
@@ -87,8 +96,8 @@ def precision(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def affordable_steps(plan: TextPlan, text: Text, device: torch.device) -> int:
-    """How many steps of both routers fit into the plan's time, measured on this machine."""
-    trainers = [Trainer(plan, router, 0, device) for router in ROUTERS]
+    """How many steps of all variants fit into the plan's time, measured on this machine."""
+    trainers = [Trainer(plan, variant, 0, device) for variant in VARIANTS.values()]
     batch = text.batch(plan.batch, plan.context, torch.Generator().manual_seed(0)).to(device)
     windows = text.validation[: 2 * plan.batch]
 
@@ -100,7 +109,7 @@ def affordable_steps(plan: TextPlan, text: Text, device: torch.device) -> int:
         for trainer in trainers:
             trainer.evaluate(windows, len(windows))
 
-    evaluated = len(text.validation) * (1 + (plan.evaluations + 1) / CURVE_EVERY)
+    evaluated = len(text.validation) * (2 + (plan.evaluations + 1) / CURVE_EVERY)
     evaluating = _shortest(evaluate) * evaluated / len(windows)
     steps = int((plan.seconds / len(plan.seeds) - evaluating) / _shortest(step))
     return max(min(plan.max_steps, steps) // plan.evaluations, 1) * plan.evaluations
@@ -119,24 +128,26 @@ def _shortest(call: Callable[[], None], repeats: int = 5) -> float:
 def train(
     plan: TextPlan, text: Text, steps: int, seed: int, device: torch.device, report: Report
 ) -> tuple[list[Run], dict[str, Trainer]]:
-    """Both routers from one seed."""
-    trainers = {router: Trainer(plan, router, seed, device) for router in ROUTERS}
-    runs = {router: Run(seed, router) for router in ROUTERS}
+    """All variants from one seed."""
+    trainers = {name: Trainer(plan, v, seed, device) for name, v in VARIANTS.items()}
+    runs = {name: Run(seed, name) for name in VARIANTS}
     generator = torch.Generator().manual_seed(seed)
     every = steps // plan.evaluations
     for index in range(steps):
         windows = text.batch(plan.batch, plan.context, generator).to(device)
         rate = learning_rate(index, steps)
-        losses = {r: trainer.step(windows, rate) for r, trainer in trainers.items()}
-        bits = {r: loss.item() / NATS_PER_BIT for r, loss in losses.items()}
-        for router, run in runs.items():
-            run.train.append((index + 1, bits[router]))
+        losses = {name: trainer.step(windows, rate) for name, trainer in trainers.items()}
+        bits = {name: loss.item() / NATS_PER_BIT for name, loss in losses.items()}
+        for name, run in runs.items():
+            run.train.append((index + 1, bits[name]))
             if index == 0 or (index + 1) % every == 0:
-                sample = trainers[router].evaluate(text.validation[::CURVE_EVERY], 2 * plan.batch)
+                sample = trainers[name].evaluate(text.validation[::CURVE_EVERY], 2 * plan.batch)
                 run.validation.append((index + 1, sum(sample) / len(sample)))
         report(index + 1, bits)
-    for router, run in runs.items():
-        run.final = trainers[router].evaluate(text.validation, 2 * plan.batch)
+    swapped, untouched = contaminate(text.validation)
+    for name, run in runs.items():
+        run.final = trainers[name].evaluate(text.validation, 2 * plan.batch)
+        run.swapped = trainers[name].evaluate(swapped, 2 * plan.batch, untouched)
     return list(runs.values()), trainers
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from molex_kernels.ops.dispatch.baselines import library_moe_mlp, published_moe_mlp
 from molex_kernels.ops.momentum.api import Norm
-from molex_kernels.ops.momentum.rules import Adam, HeavyBall, Nesterov, Rule
+from molex_kernels.ops.momentum.rules import Adam, HeavyBall, Rule
 from molex_kernels.ops.momentum.state import State
 
 
@@ -28,9 +28,9 @@ def published_momentum_update(
         v = rule.beta2 * state[1] + (1 - rule.beta2) * (f**2)
         step = (rule.gamma / torch.sqrt(v + rule.eps)) * p
         y, new = (1 - rule.decay) * x - step, [p, v]
-    elif isinstance(rule, HeavyBall):
+    elif type(rule) is HeavyBall:
         m = rule.mu * state[0] + rule.gamma * f
-        y, new = x - (rule.mu * m + rule.gamma * f if isinstance(rule, Nesterov) else m), [m]
+        y, new = x - m, [m]
     else:
         raise NotImplementedError(f"the authors released no code for {type(rule).__name__}")
     y = y.to(x.dtype)
@@ -40,10 +40,17 @@ def published_momentum_update(
 
 
 def published_moe_mlp_momentum(
-    x: Tensor, *, state: State | None, rule: Rule, norm: Norm | None = None, **experts: Any
+    x: Tensor,
+    *,
+    state: State | None,
+    rule: Rule,
+    expert_input: Tensor | None = None,
+    norm: Norm | None = None,
+    **experts: Any,
 ) -> tuple[Tensor, State]:
     """FastMoE's steps, then the update's."""
-    return published_momentum_update(x, published_moe_mlp(x, **experts), state, rule, norm=norm)
+    f = published_moe_mlp(x if expert_input is None else expert_input, **experts)
+    return published_momentum_update(x, f, state, rule, norm=norm)
 
 
 def library_moe_mlp_momentum(
