@@ -65,101 +65,127 @@ struct Forward {
 };
 
 struct Backward {
-  const float *dstep, *f, *s0, *s1, *s2, *g0, *g1, *g2;
+  const float *dy, *f, *s0, *s1, *s2, *g0, *g1, *g2;
   float *df, *d0, *d1, *d2, *dmu, *dgamma;
 };
 
+struct Step {
+  float step, n0, n1, n2;
+};
+
+constexpr int num_states(Kind kind) { return kind == Kind::kAdEMAMix ? 3 : kind == Kind::kAdam ? 2 : 1; }
+
 // FROM_STATE: f holds the new state (rules with one state).
-template <Kind KIND, bool HAS_STATE, bool FROM_STATE>
-MOLEX_INLINE float step_at(const Forward& a, int64_t i, const Numbers& c, float& n0, float& n1, float& n2) {
-  const float f = a.f[i];
-  const float s0 = HAS_STATE ? a.s0[i] : 0.0f;
+template <Kind KIND, bool FROM_STATE>
+MOLEX_INLINE Step step_at(float f, float s0, float s1, float s2, const Numbers& c) {
   if constexpr (KIND == Kind::kAdam || KIND == Kind::kAdEMAMix) {
-    const float s1 = HAS_STATE ? a.s1[i] : 0.0f;
-    n0 = c.beta1 * s0 + c.rest1 * f;
-    n1 = c.beta2 * s1 + c.rest2 * f * f;
-    if constexpr (KIND == Kind::kAdam) return c.gamma * n0 / std::sqrt(n1 + c.eps);
-    const float s2 = HAS_STATE ? a.s2[i] : 0.0f;
-    n2 = c.beta3 * s2 + c.rest3 * f;
-    return c.gamma * (c.scale1 * n0 + c.alpha * n2) / (std::sqrt(c.scale2 * n1) + c.eps);
+    const float n0 = c.beta1 * s0 + c.rest1 * f;
+    const float n1 = c.beta2 * s1 + c.rest2 * f * f;
+    if constexpr (KIND == Kind::kAdam) return {c.gamma * n0 / std::sqrt(n1 + c.eps), n0, n1, 0.0f};
+    const float n2 = c.beta3 * s2 + c.rest3 * f;
+    return {c.gamma * (c.scale1 * n0 + c.alpha * n2) / (std::sqrt(c.scale2 * n1) + c.eps), n0, n1, n2};
   } else {
-    float push;
-    if constexpr (FROM_STATE) {
-      n0 = f;
-      push = f - c.mu * s0;
-    } else {
-      const float sign = static_cast<float>(f > 0.0f) - static_cast<float>(f < 0.0f);
-      push = c.gamma * (KIND == Kind::kSignum ? (f == f ? sign : f) : f);
-      n0 = c.mu * s0 + push;
-    }
-    return KIND == Kind::kNesterov ? c.mu * n0 + push : n0;
+    const float sign = static_cast<float>(f > 0.0f) - static_cast<float>(f < 0.0f);
+    const float push = FROM_STATE ? f - c.mu * s0 : c.gamma * (KIND == Kind::kSignum ? (f == f ? sign : f) : f);
+    const float n0 = FROM_STATE ? f : c.mu * s0 + push;
+    return {KIND == Kind::kNesterov ? c.mu * n0 + push : n0, n0, 0.0f, 0.0f};
   }
 }
 
 template <Kind KIND, bool HAS_STATE>
-MOLEX_INLINE void forward_span(const Forward& a, int64_t count, const Numbers& c) {
+MOLEX_INLINE void forward_span(const Forward& a, int64_t count, Numbers c) {
+  const float *x = a.x, *f = a.f, *s0 = a.s0, *s1 = a.s1, *s2 = a.s2;
+  float *y = a.y, *n0 = a.n0, *n1 = a.n1, *n2 = a.n2;
+  constexpr int kStates = num_states(KIND);
+  MOLEX_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
-    float n0 = 0.0f, n1 = 0.0f, n2 = 0.0f;
-    const float step = step_at<KIND, HAS_STATE, false>(a, i, c, n0, n1, n2);
-    a.y[i] = c.keep * a.x[i] - step;
-    a.n0[i] = n0;
-    if constexpr (KIND == Kind::kAdam || KIND == Kind::kAdEMAMix) a.n1[i] = n1;
-    if constexpr (KIND == Kind::kAdEMAMix) a.n2[i] = n2;
+    const Step made = step_at<KIND, false>(
+        f[i], HAS_STATE ? s0[i] : 0.0f, HAS_STATE && kStates > 1 ? s1[i] : 0.0f, HAS_STATE && kStates > 2 ? s2[i] : 0.0f, c);
+    y[i] = c.keep * x[i] - made.step;
+    n0[i] = made.n0;
+    if constexpr (kStates > 1) n1[i] = made.n1;
+    if constexpr (kStates > 2) n2[i] = made.n2;
   }
 }
 
 // y = keep x - step alone, for the norm's backward pass.
 template <Kind KIND, bool HAS_STATE, bool FROM_STATE>
-MOLEX_INLINE void output_span(const Forward& a, int64_t count, const Numbers& c) {
+MOLEX_INLINE void output_span(const Forward& a, int64_t count, Numbers c) {
+  const float *x = a.x, *f = a.f, *s0 = a.s0, *s1 = a.s1, *s2 = a.s2;
+  float* y = a.y;
+  constexpr int kStates = num_states(KIND);
+  MOLEX_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
-    float n0 = 0.0f, n1 = 0.0f, n2 = 0.0f;
-    a.y[i] = c.keep * a.x[i] - step_at<KIND, HAS_STATE, FROM_STATE>(a, i, c, n0, n1, n2);
+    const Step made = step_at<KIND, FROM_STATE>(
+        f[i], HAS_STATE ? s0[i] : 0.0f, HAS_STATE && kStates > 1 ? s1[i] : 0.0f, HAS_STATE && kStates > 2 ? s2[i] : 0.0f, c);
+    y[i] = c.keep * x[i] - made.step;
   }
 }
 
 // HAS_FORWARD: the operands of the step are there. Without them only df and d0 of a linear rule.
-template <Kind KIND, bool HAS_STATE, bool HAS_FORWARD, bool FROM_STATE>
-MOLEX_INLINE void backward_span(const Backward& b, int64_t count, const Numbers& c) {
-  const Forward a{nullptr, b.f, b.s0, b.s1, b.s2, nullptr, nullptr, nullptr, nullptr};
+// HAS_NUMBERS: the gradients of mu and gamma are wanted, element by element.
+template <Kind KIND, bool HAS_STATE, bool HAS_FORWARD, bool FROM_STATE, bool HAS_NUMBERS>
+MOLEX_INLINE void backward_span(const Backward& b, int64_t count, Numbers c) {
+  const float *dy = b.dy, *f = b.f, *s0 = b.s0, *s1 = b.s1, *s2 = b.s2;
+  const float *g0 = b.g0, *g1 = b.g1, *g2 = b.g2;
+  float *df = b.df, *d0 = b.d0, *d1 = b.d1, *d2 = b.d2;
+  float *dmu = b.dmu, *dgamma = b.dgamma;
+  constexpr int kStates = num_states(KIND);
+  MOLEX_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
-    float n0 = 0.0f, n1 = 0.0f, n2 = 0.0f;
-    const float d = b.dstep[i], f = HAS_FORWARD ? b.f[i] : 0.0f;
-    const float s0 = HAS_FORWARD && HAS_STATE ? b.s0[i] : 0.0f;
-    if constexpr (HAS_FORWARD) step_at<KIND, HAS_STATE, FROM_STATE>(a, i, c, n0, n1, n2);
-    if constexpr (KIND == Kind::kAdam || KIND == Kind::kAdEMAMix) {
-      float t0, t1, t2 = 0.0f;
-      if constexpr (KIND == Kind::kAdam) {
-        const float inverse = 1.0f / std::sqrt(n1 + c.eps);
-        t0 = b.g0[i] + d * c.gamma * inverse;
-        t1 = b.g1[i] - 0.5f * d * c.gamma * n0 * inverse * inverse * inverse;
-        b.dgamma[i] = d * n0 * inverse;
-      } else {
-        const float root = std::sqrt(c.scale2 * n1);
-        const float inverse = 1.0f / (root + c.eps);
-        const float mixed = c.scale1 * n0 + c.alpha * n2;
-        const float slope = n1 > 0.0f ? 0.5f * c.scale2 / root : 0.0f;
-        t0 = b.g0[i] + d * c.gamma * c.scale1 * inverse;
-        t1 = b.g1[i] - d * c.gamma * mixed * inverse * inverse * slope;
-        t2 = b.g2[i] + d * c.gamma * c.alpha * inverse;
-        b.dgamma[i] = d * mixed * inverse;
-        b.d2[i] = c.beta3 * t2;
-      }
-      b.df[i] = c.rest1 * t0 + 2.0f * c.rest2 * f * t1 + c.rest3 * t2;
-      b.d0[i] = c.beta1 * t0;
-      b.d1[i] = c.beta2 * t1;
-    } else if constexpr (KIND == Kind::kNesterov) {
-      const float t0 = b.g0[i] + c.mu * d;
-      b.df[i] = c.gamma * (t0 + d);
-      b.d0[i] = c.mu * t0;
-      b.dmu[i] = t0 * s0 + d * n0;
-      b.dgamma[i] = (t0 + d) * f;
-    } else {
-      const float t0 = b.g0[i] + d;
-      b.df[i] = KIND == Kind::kLinear ? c.gamma * t0 : 0.0f;
-      b.d0[i] = c.mu * t0;
-      b.dmu[i] = t0 * s0;
-      b.dgamma[i] = t0 * f;
+    const float d = -dy[i];  // the gradient of the step
+    const float fi = HAS_FORWARD ? f[i] : 0.0f;
+    const float s = HAS_FORWARD && HAS_STATE ? s0[i] : 0.0f;
+    Step made{};
+    if constexpr (HAS_FORWARD) {
+      made = step_at<KIND, FROM_STATE>(
+          fi, s, HAS_STATE && kStates > 1 ? s1[i] : 0.0f, HAS_STATE && kStates > 2 ? s2[i] : 0.0f, c);
     }
+    if constexpr (KIND == Kind::kAdam) {
+      const float inverse = 1.0f / std::sqrt(made.n1 + c.eps);
+      const float along = d * c.gamma * inverse;
+      const float t0 = g0[i] + along;
+      const float t1 = g1[i] - 0.5f * along * made.n0 * inverse * inverse;
+      df[i] = c.rest1 * t0 + 2.0f * c.rest2 * fi * t1;
+      d0[i] = c.beta1 * t0;
+      d1[i] = c.beta2 * t1;
+      if constexpr (HAS_NUMBERS) dgamma[i] = d * made.n0 * inverse;
+    } else if constexpr (KIND == Kind::kAdEMAMix) {
+      const float root = std::sqrt(c.scale2 * made.n1);
+      const float inverse = 1.0f / (root + c.eps);
+      const float along = d * c.gamma * inverse;
+      const float mixed = c.scale1 * made.n0 + c.alpha * made.n2;
+      const float slope = made.n1 > 0.0f ? 0.5f * c.scale2 / root : 0.0f;
+      const float t0 = g0[i] + along * c.scale1;
+      const float t1 = g1[i] - along * mixed * inverse * slope;
+      const float t2 = g2[i] + along * c.alpha;
+      df[i] = c.rest1 * t0 + 2.0f * c.rest2 * fi * t1 + c.rest3 * t2;
+      d0[i] = c.beta1 * t0;
+      d1[i] = c.beta2 * t1;
+      d2[i] = c.beta3 * t2;
+      if constexpr (HAS_NUMBERS) dgamma[i] = d * mixed * inverse;
+    } else {
+      const bool nesterov = KIND == Kind::kNesterov;
+      const float t0 = g0[i] + (nesterov ? c.mu * d : d);
+      const float t = nesterov ? t0 + d : t0;
+      df[i] = KIND == Kind::kSignum ? 0.0f : c.gamma * t;
+      d0[i] = c.mu * t0;
+      if constexpr (HAS_NUMBERS) {
+        dmu[i] = t0 * s + (nesterov ? d * made.n0 : 0.0f);
+        dgamma[i] = t * fi;
+      }
+    }
+  }
+}
+
+template <Kind KIND, bool FROM_STATE>
+MOLEX_INLINE void backward_any(const Backward& b, int64_t count, const Numbers& c) {
+  if (b.dmu) {
+    b.s0 ? backward_span<KIND, true, true, FROM_STATE, true>(b, count, c)
+         : backward_span<KIND, false, true, FROM_STATE, true>(b, count, c);
+  } else {
+    b.s0 ? backward_span<KIND, true, true, FROM_STATE, false>(b, count, c)
+         : backward_span<KIND, false, true, FROM_STATE, false>(b, count, c);
   }
 }
 
@@ -174,36 +200,31 @@ MOLEX_FORWARD(adam, kAdam)
 MOLEX_FORWARD(ademamix, kAdEMAMix)
 
 // Rules with one state, and those with more: these never start from the new state.
-#define MOLEX_BACKWARD_ONE(NAME, KIND)                                                                         \
-  MOLEX_CLONES void output_##NAME(const Forward& a, int64_t count, const Numbers& c, bool from_state) {        \
-    if (from_state) {                                                                                          \
+#define MOLEX_BACKWARD_ONE(NAME, KIND)                                                                             \
+  MOLEX_CLONES void output_##NAME(const Forward& a, int64_t count, const Numbers& c, bool from_state) {            \
+    if (from_state) {                                                                                              \
       a.s0 ? output_span<Kind::KIND, true, true>(a, count, c) : output_span<Kind::KIND, false, true>(a, count, c); \
-    } else {                                                                                                   \
+    } else {                                                                                                       \
       a.s0 ? output_span<Kind::KIND, true, false>(a, count, c) : output_span<Kind::KIND, false, false>(a, count, c); \
-    }                                                                                                          \
-  }                                                                                                            \
-  MOLEX_CLONES void backward_##NAME(const Backward& b, int64_t count, const Numbers& c, bool from_state) { \
-    if (!b.f) {                                                                                                \
-      backward_span<Kind::KIND, false, false, false>(b, count, c);                                       \
-    } else if (from_state) {                                                                                   \
-      b.s0 ? backward_span<Kind::KIND, true, true, true>(b, count, c)                                    \
-           : backward_span<Kind::KIND, false, true, true>(b, count, c);                                  \
-    } else {                                                                                                   \
-      b.s0 ? backward_span<Kind::KIND, true, true, false>(b, count, c)                                   \
-           : backward_span<Kind::KIND, false, true, false>(b, count, c);                                 \
-    }                                                                                                          \
+    }                                                                                                              \
+  }                                                                                                                \
+  MOLEX_CLONES void backward_##NAME(const Backward& b, int64_t count, const Numbers& c, bool from_state) {         \
+    if (!b.f) {                                                                                                    \
+      backward_span<Kind::KIND, false, false, false, false>(b, count, c);                                          \
+    } else {                                                                                                       \
+      from_state ? backward_any<Kind::KIND, true>(b, count, c) : backward_any<Kind::KIND, false>(b, count, c);     \
+    }                                                                                                              \
   }
 MOLEX_BACKWARD_ONE(linear, kLinear)
 MOLEX_BACKWARD_ONE(nesterov, kNesterov)
 MOLEX_BACKWARD_ONE(signum, kSignum)
 
-#define MOLEX_BACKWARD_MORE(NAME, KIND)                                                                \
-  MOLEX_CLONES void output_##NAME(const Forward& a, int64_t count, const Numbers& c, bool) {           \
+#define MOLEX_BACKWARD_MORE(NAME, KIND)                                                                            \
+  MOLEX_CLONES void output_##NAME(const Forward& a, int64_t count, const Numbers& c, bool) {                       \
     a.s0 ? output_span<Kind::KIND, true, false>(a, count, c) : output_span<Kind::KIND, false, false>(a, count, c); \
-  }                                                                                                    \
-  MOLEX_CLONES void backward_##NAME(const Backward& b, int64_t count, const Numbers& c, bool) { \
-    b.s0 ? backward_span<Kind::KIND, true, true, false>(b, count, c)                             \
-         : backward_span<Kind::KIND, false, true, false>(b, count, c);                           \
+  }                                                                                                                \
+  MOLEX_CLONES void backward_##NAME(const Backward& b, int64_t count, const Numbers& c, bool) {                    \
+    backward_any<Kind::KIND, false>(b, count, c);                                                                  \
   }
 MOLEX_BACKWARD_MORE(adam, kAdam)
 MOLEX_BACKWARD_MORE(ademamix, kAdEMAMix)
@@ -273,21 +294,28 @@ MOLEX_CLONES void scale_and_shift(float* y, const float* weight, const float* bi
   }
 }
 
-// dy becomes the gradient of the row before the norm; the sums take in what the parameters get.
+// The gradient of the row before the norm; the sums take in what the parameters get.
 MOLEX_CLONES void normalise_backward(
-    float* dy, const float* normed, float inverse, const float* weight, float* dweight, float* dbias, int64_t count) {
+    float* out,
+    const float* dy,
+    const float* normed,
+    float inverse,
+    const float* weight,
+    float* dweight,
+    float* dbias,
+    int64_t count) {
   if (dweight) {
+    MOLEX_INDEPENDENT
     for (int64_t i = 0; i < count; ++i) {
       dweight[i] += dy[i] * normed[i];
       dbias[i] += dy[i];
     }
   }
-  if (weight) {
-    for (int64_t i = 0; i < count; ++i) dy[i] *= weight[i];
-  }
-  const float along = dot_of(dy, normed, count) / count;
-  const float mean = sum_of(dy, count) / count;
-  for (int64_t i = 0; i < count; ++i) dy[i] = inverse * (dy[i] - normed[i] * along - mean);
+  MOLEX_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) out[i] = weight ? dy[i] * weight[i] : dy[i];
+  const float along = dot_of(out, normed, count) / count;
+  const float mean = sum_of(out, count) / count;
+  for (int64_t i = 0; i < count; ++i) out[i] = inverse * (out[i] - normed[i] * along - mean);
 }
 
 // The first word of Philox 4x32-7 at a position, as _philox.py has it.
@@ -519,11 +547,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd_
   std::vector<float> norm_sums(needs_norm ? chunks * 2 * width : 0);
   std::vector<double> number_sums(chunks * 2);
   torch::stable::parallel_for(0, chunks, total < kGrain ? chunks : 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(kInputs + kOutputs + 4, span);
+    Scratch scratch(kInputs + kOutputs + 5, span);
     float* const zeros = scratch[kInputs + kOutputs];  // a vector starts as zeros
     float* const normed = scratch[kInputs + kOutputs + 1];
     float* const dmu = scratch[kInputs + kOutputs + 2];
     float* const dgamma = scratch[kInputs + kOutputs + 3];
+    float* const before = scratch[kInputs + kOutputs + 4];
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       float* dweight = needs_norm ? norm_sums.data() + chunk * 2 * width : nullptr;
       for (int64_t index = chunk * spans / chunks; index < (chunk + 1) * spans / chunks; ++index) {
@@ -537,25 +566,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd_
           float* spare = scratch[kInputs + i];
           out[i] = to[i] ? molex::place(to[i], first, spare) : spare;
         }
-        // The gradient of the step is minus that of y before the norm.
-        float* dstep = scratch[kDy];
-        if (!in[kDy]) {
-          std::memset(dstep, 0, count * sizeof(float));
-        } else if (in[kDy] != dstep) {
-          std::memcpy(dstep, in[kDy], count * sizeof(float));
-        }
+        const float* upstream = in[kDy] ? in[kDy] : zeros;
         if (norm_eps) {
           const Forward a{in[kX], in[kF], in[kS0], in[kS1], in[kS2], normed, nullptr, nullptr, nullptr};
           output(a, count, c, from_state);
           const float inverse = normalise(normed, count, static_cast<float>(*norm_eps));
-          normalise_backward(dstep, normed, inverse, scale, dweight, dweight ? dweight + width : nullptr, count);
+          normalise_backward(before, upstream, normed, inverse, scale, dweight, dweight ? dweight + width : nullptr, count);
+          upstream = before;
         }
-        if (to[kDx]) scale_into(out[kDx], dstep, c.keep, count);
-        scale_into(dstep, dstep, -1.0f, count);
+        if (to[kDx]) scale_into(out[kDx], upstream, c.keep, count);
         const Backward b{
-            dstep, in[kF], in[kS0], in[kS1], in[kS2],
+            upstream, in[kF], in[kS0], in[kS1], in[kS2],
             in[kG0] ? in[kG0] : zeros, in[kG1] ? in[kG1] : zeros, in[kG2] ? in[kG2] : zeros,
-            out[kDf], out[kD0], out[kD1], out[kD2], dmu, dgamma};
+            out[kDf], out[kD0], out[kD1], out[kD2], needs_numbers ? dmu : nullptr, needs_numbers ? dgamma : nullptr};
         backward(b, count, c, from_state);
         if (needs_numbers) {
           add_sum(&number_sums[2 * chunk], dmu, count);

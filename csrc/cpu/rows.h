@@ -17,6 +17,14 @@
 #else
 #define MOLEX_CLONES
 #endif
+// Before a loop: no output overlaps an input, so that it is vectorised however many there are.
+#if defined(__clang__)
+#define MOLEX_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define MOLEX_INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define MOLEX_INDEPENDENT
+#endif
 #define MOLEX_INLINE inline __attribute__((always_inline))
 
 namespace molex {
