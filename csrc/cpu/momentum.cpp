@@ -48,8 +48,11 @@ float scalar_of(const Tensor& tensor) {
   return *molex::read(source, 0, 1, &scratch);
 }
 
-Numbers numbers_of(const std::vector<double>& values, const std::optional<Tensor>& mu, const std::optional<Tensor>& gamma) {
-  STD_TORCH_CHECK(values.size() == sizeof(Numbers) / sizeof(float), "numbers: expected 13, got ", values.size());
+Numbers numbers_of(const std::vector<double>& values,
+                   const std::optional<Tensor>& mu,
+                   const std::optional<Tensor>& gamma) {
+  STD_TORCH_CHECK(
+      values.size() == sizeof(Numbers) / sizeof(float), "numbers: expected 13, got ", values.size());
   Numbers numbers;
   float* fields = reinterpret_cast<float*>(&numbers);
   for (size_t i = 0; i < values.size(); ++i) fields[i] = static_cast<float>(values[i]);
@@ -86,7 +89,8 @@ MOLEX_INLINE Step step_at(float f, float s0, float s1, float s2, const Numbers& 
     return {c.gamma * (c.scale1 * n0 + c.alpha * n2) / (std::sqrt(c.scale2 * n1) + c.eps), n0, n1, n2};
   } else {
     const float sign = static_cast<float>(f > 0.0f) - static_cast<float>(f < 0.0f);
-    const float push = FROM_STATE ? f - c.mu * s0 : c.gamma * (KIND == Kind::kSignum ? (f == f ? sign : f) : f);
+    const float push =
+        FROM_STATE ? f - c.mu * s0 : c.gamma * (KIND == Kind::kSignum ? (f == f ? sign : f) : f);
     const float n0 = FROM_STATE ? f : c.mu * s0 + push;
     return {KIND == Kind::kNesterov ? c.mu * n0 + push : n0, n0, 0.0f, 0.0f};
   }
@@ -99,8 +103,11 @@ MOLEX_INLINE void forward_span(const Forward& a, int64_t count, Numbers c) {
   constexpr int kStates = num_states(KIND);
   MOLEX_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
-    const Step made = step_at<KIND, false>(
-        f[i], HAS_STATE ? s0[i] : 0.0f, HAS_STATE && kStates > 1 ? s1[i] : 0.0f, HAS_STATE && kStates > 2 ? s2[i] : 0.0f, c);
+    const Step made = step_at<KIND, false>(f[i],
+                                           HAS_STATE ? s0[i] : 0.0f,
+                                           HAS_STATE && kStates > 1 ? s1[i] : 0.0f,
+                                           HAS_STATE && kStates > 2 ? s2[i] : 0.0f,
+                                           c);
     y[i] = c.keep * x[i] - made.step;
     n0[i] = made.n0;
     if constexpr (kStates > 1) n1[i] = made.n1;
@@ -116,8 +123,11 @@ MOLEX_INLINE void output_span(const Forward& a, int64_t count, Numbers c) {
   constexpr int kStates = num_states(KIND);
   MOLEX_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
-    const Step made = step_at<KIND, FROM_STATE>(
-        f[i], HAS_STATE ? s0[i] : 0.0f, HAS_STATE && kStates > 1 ? s1[i] : 0.0f, HAS_STATE && kStates > 2 ? s2[i] : 0.0f, c);
+    const Step made = step_at<KIND, FROM_STATE>(f[i],
+                                                HAS_STATE ? s0[i] : 0.0f,
+                                                HAS_STATE && kStates > 1 ? s1[i] : 0.0f,
+                                                HAS_STATE && kStates > 2 ? s2[i] : 0.0f,
+                                                c);
     y[i] = c.keep * x[i] - made.step;
   }
 }
@@ -189,8 +199,8 @@ MOLEX_INLINE void backward_any(const Backward& b, int64_t count, const Numbers& 
   }
 }
 
-#define MOLEX_FORWARD(NAME, KIND)                                                                 \
-  MOLEX_CLONES void forward_##NAME(const Forward& a, int64_t count, const Numbers& c) {           \
+#define MOLEX_FORWARD(NAME, KIND)                                                                      \
+  MOLEX_CLONES void forward_##NAME(const Forward& a, int64_t count, const Numbers& c) {                \
     a.s0 ? forward_span<Kind::KIND, true>(a, count, c) : forward_span<Kind::KIND, false>(a, count, c); \
   }
 MOLEX_FORWARD(linear, kLinear)
@@ -200,31 +210,35 @@ MOLEX_FORWARD(adam, kAdam)
 MOLEX_FORWARD(ademamix, kAdEMAMix)
 
 // Rules with one state, and those with more: these never start from the new state.
-#define MOLEX_BACKWARD_ONE(NAME, KIND)                                                                             \
-  MOLEX_CLONES void output_##NAME(const Forward& a, int64_t count, const Numbers& c, bool from_state) {            \
-    if (from_state) {                                                                                              \
-      a.s0 ? output_span<Kind::KIND, true, true>(a, count, c) : output_span<Kind::KIND, false, true>(a, count, c); \
-    } else {                                                                                                       \
-      a.s0 ? output_span<Kind::KIND, true, false>(a, count, c) : output_span<Kind::KIND, false, false>(a, count, c); \
-    }                                                                                                              \
-  }                                                                                                                \
-  MOLEX_CLONES void backward_##NAME(const Backward& b, int64_t count, const Numbers& c, bool from_state) {         \
-    if (!b.f) {                                                                                                    \
-      backward_span<Kind::KIND, false, false, false, false>(b, count, c);                                          \
-    } else {                                                                                                       \
-      from_state ? backward_any<Kind::KIND, true>(b, count, c) : backward_any<Kind::KIND, false>(b, count, c);     \
-    }                                                                                                              \
+#define MOLEX_BACKWARD_ONE(NAME, KIND)                                                                     \
+  MOLEX_CLONES void output_##NAME(const Forward& a, int64_t count, const Numbers& c, bool from_state) {    \
+    if (from_state) {                                                                                      \
+      a.s0 ? output_span<Kind::KIND, true, true>(a, count, c)                                              \
+           : output_span<Kind::KIND, false, true>(a, count, c);                                            \
+    } else {                                                                                               \
+      a.s0 ? output_span<Kind::KIND, true, false>(a, count, c)                                             \
+           : output_span<Kind::KIND, false, false>(a, count, c);                                           \
+    }                                                                                                      \
+  }                                                                                                        \
+  MOLEX_CLONES void backward_##NAME(const Backward& b, int64_t count, const Numbers& c, bool from_state) { \
+    if (!b.f) {                                                                                            \
+      backward_span<Kind::KIND, false, false, false, false>(b, count, c);                                  \
+    } else {                                                                                               \
+      from_state ? backward_any<Kind::KIND, true>(b, count, c)                                             \
+                 : backward_any<Kind::KIND, false>(b, count, c);                                           \
+    }                                                                                                      \
   }
 MOLEX_BACKWARD_ONE(linear, kLinear)
 MOLEX_BACKWARD_ONE(nesterov, kNesterov)
 MOLEX_BACKWARD_ONE(signum, kSignum)
 
-#define MOLEX_BACKWARD_MORE(NAME, KIND)                                                                            \
-  MOLEX_CLONES void output_##NAME(const Forward& a, int64_t count, const Numbers& c, bool) {                       \
-    a.s0 ? output_span<Kind::KIND, true, false>(a, count, c) : output_span<Kind::KIND, false, false>(a, count, c); \
-  }                                                                                                                \
-  MOLEX_CLONES void backward_##NAME(const Backward& b, int64_t count, const Numbers& c, bool) {                    \
-    backward_any<Kind::KIND, false>(b, count, c);                                                                  \
+#define MOLEX_BACKWARD_MORE(NAME, KIND)                                                         \
+  MOLEX_CLONES void output_##NAME(const Forward& a, int64_t count, const Numbers& c, bool) {    \
+    a.s0 ? output_span<Kind::KIND, true, false>(a, count, c)                                    \
+         : output_span<Kind::KIND, false, false>(a, count, c);                                  \
+  }                                                                                             \
+  MOLEX_CLONES void backward_##NAME(const Backward& b, int64_t count, const Numbers& c, bool) { \
+    backward_any<Kind::KIND, false>(b, count, c);                                               \
   }
 MOLEX_BACKWARD_MORE(adam, kAdam)
 MOLEX_BACKWARD_MORE(ademamix, kAdEMAMix)
@@ -234,12 +248,14 @@ using OutputFn = void (*)(const Forward&, int64_t, const Numbers&, bool);
 using BackwardFn = void (*)(const Backward&, int64_t, const Numbers&, bool);
 
 ForwardFn forward_of(Kind kind) {
-  constexpr ForwardFn kFunctions[] = {forward_linear, forward_nesterov, forward_signum, forward_adam, forward_ademamix};
+  constexpr ForwardFn kFunctions[] = {
+      forward_linear, forward_nesterov, forward_signum, forward_adam, forward_ademamix};
   return kFunctions[static_cast<int>(kind)];
 }
 
 OutputFn output_of(Kind kind) {
-  constexpr OutputFn kFunctions[] = {output_linear, output_nesterov, output_signum, output_adam, output_ademamix};
+  constexpr OutputFn kFunctions[] = {
+      output_linear, output_nesterov, output_signum, output_adam, output_ademamix};
   return kFunctions[static_cast<int>(kind)];
 }
 
@@ -295,15 +311,14 @@ MOLEX_CLONES void scale_and_shift(float* y, const float* weight, const float* bi
 }
 
 // The gradient of the row before the norm; the sums take in what the parameters get.
-MOLEX_CLONES void normalise_backward(
-    float* out,
-    const float* dy,
-    const float* normed,
-    float inverse,
-    const float* weight,
-    float* dweight,
-    float* dbias,
-    int64_t count) {
+MOLEX_CLONES void normalise_backward(float* out,
+                                     const float* dy,
+                                     const float* normed,
+                                     float inverse,
+                                     const float* weight,
+                                     float* dweight,
+                                     float* dbias,
+                                     int64_t count) {
   if (dweight) {
     MOLEX_INDEPENDENT
     for (int64_t i = 0; i < count; ++i) {
@@ -343,7 +358,10 @@ struct Dropout {
 Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
   if (!seed) return {};
   const uint64_t value = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-  return {value, static_cast<uint64_t>(std::llround(p * 4294967296.0)), static_cast<float>(1.0 / (1.0 - p)), true};
+  return {value,
+          static_cast<uint64_t>(std::llround(p * 4294967296.0)),
+          static_cast<float>(1.0 / (1.0 - p)),
+          true};
 }
 
 MOLEX_CLONES void drop(const Dropout& d, float* f, int64_t first, int64_t count) {
@@ -371,53 +389,58 @@ class Scratch {
   std::vector<float> data_;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd_cpu(
-    const Tensor& x,
-    const Tensor& f,
-    std::optional<Tensor> s0,
-    std::optional<Tensor> s1,
-    std::optional<Tensor> s2,
-    std::optional<Tensor> expert_weight,
-    std::optional<Tensor> offsets,
-    std::optional<Tensor> inverse,
-    std::optional<Tensor> norm_weight,
-    std::optional<Tensor> norm_bias,
-    std::optional<Tensor> mu,
-    std::optional<Tensor> gamma,
-    std::optional<Tensor> seed,
-    std::vector<double> numbers,
-    std::string kind,
-    int64_t num_states,
-    std::optional<double> norm_eps,
-    double dropout_p,
-    bool keeps_f) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd_cpu(const Tensor& x,
+                                                                    const Tensor& f,
+                                                                    std::optional<Tensor> s0,
+                                                                    std::optional<Tensor> s1,
+                                                                    std::optional<Tensor> s2,
+                                                                    std::optional<Tensor> expert_weight,
+                                                                    std::optional<Tensor> offsets,
+                                                                    std::optional<Tensor> inverse,
+                                                                    std::optional<Tensor> norm_weight,
+                                                                    std::optional<Tensor> norm_bias,
+                                                                    std::optional<Tensor> mu,
+                                                                    std::optional<Tensor> gamma,
+                                                                    std::optional<Tensor> seed,
+                                                                    std::vector<double> numbers,
+                                                                    std::string kind,
+                                                                    int64_t num_states,
+                                                                    std::optional<double> norm_eps,
+                                                                    double dropout_p,
+                                                                    bool keeps_f) {
   const int64_t tokens = x.size(0), width = x.size(1), total = tokens * width;
   const Numbers c = numbers_of(numbers, mu, gamma);
   const ForwardFn forward = forward_of(kind_of(kind));
   const Dropout dropping = dropout_of(seed, dropout_p);
 
-  const std::optional<Tensor> packed[] = {
-      torch::stable::contiguous(x), torch::stable::contiguous(f), molex::packed(s0), molex::packed(s1), molex::packed(s2)};
+  const std::optional<Tensor> packed[] = {torch::stable::contiguous(x),
+                                          torch::stable::contiguous(f),
+                                          molex::packed(s0),
+                                          molex::packed(s1),
+                                          molex::packed(s2)};
   const Source from_x = molex::source_of(packed[0]), from_f = molex::source_of(packed[1]);
-  const Source from_s[] = {molex::source_of(packed[2]), molex::source_of(packed[3]), molex::source_of(packed[4])};
+  const Source from_s[] = {
+      molex::source_of(packed[2]), molex::source_of(packed[3]), molex::source_of(packed[4])};
   const ScalarType state_dtype = s0 ? s0->scalar_type() : ScalarType::Float;
 
   Tensor y = torch::stable::new_empty(x, {tokens, width});
   std::vector<Tensor> states;
   for (int64_t i = 0; i < 3; ++i) {
-    states.push_back(
-        i < num_states ? torch::stable::new_empty(x, {tokens, width}, state_dtype)
-                       : torch::stable::new_empty(x, {0}, state_dtype));
+    states.push_back(i < num_states ? torch::stable::new_empty(x, {tokens, width}, state_dtype)
+                                    : torch::stable::new_empty(x, {0}, state_dtype));
   }
   Tensor kept = keeps_f ? torch::stable::new_empty(f, {tokens, width}) : torch::stable::new_empty(f, {0});
   const Target to_y = molex::target_of(y), to_kept = molex::target_of(kept);
-  const Target to_n[] = {molex::target_of(states[0]), molex::target_of(states[1]), molex::target_of(states[2])};
+  const Target to_n[] = {
+      molex::target_of(states[0]), molex::target_of(states[1]), molex::target_of(states[2])};
 
-  const std::optional<Tensor> weight_of_norm = molex::packed(norm_weight), bias_of_norm = molex::packed(norm_bias);
+  const std::optional<Tensor> weight_of_norm = molex::packed(norm_weight),
+                              bias_of_norm = molex::packed(norm_bias);
   Scratch parameters(2, norm_eps ? width : 0);
   const float* scale = nullptr;
   const float* shift = nullptr;
-  if (norm_eps && weight_of_norm) scale = molex::read(molex::source_of(weight_of_norm), 0, width, parameters[0]);
+  if (norm_eps && weight_of_norm)
+    scale = molex::read(molex::source_of(weight_of_norm), 0, width, parameters[0]);
   if (norm_eps && bias_of_norm) shift = molex::read(molex::source_of(bias_of_norm), 0, width, parameters[1]);
 
   const bool combined = expert_weight.has_value();
@@ -448,7 +471,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd_cpu(
           const int64_t row = row_of[index * top_k + k];
           if (row >= num_here) continue;
           const float* one = molex::read(from_f, row * width, count, scratch[0]);
-          any ? add_scaled(sum, one, gates[index * top_k + k], count) : scale_into(sum, one, gates[index * top_k + k], count);
+          any ? add_scaled(sum, one, gates[index * top_k + k], count)
+              : scale_into(sum, one, gates[index * top_k + k], count);
           any = true;
         }
         if (!any) std::memset(sum, 0, count * sizeof(float));
@@ -469,10 +493,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd_cpu(
       if (from_s[1]) a.s1 = molex::read(from_s[1], first, count, scratch[4]);
       if (from_s[2]) a.s2 = molex::read(from_s[2], first, count, scratch[5]);
       a.y = molex::place(to_y, first, scratch[6]);
-      float* const n[] = {
-          molex::place(to_n[0], first, scratch[7]),
-          num_states > 1 ? molex::place(to_n[1], first, scratch[8]) : nullptr,
-          num_states > 2 ? molex::place(to_n[2], first, scratch[9]) : nullptr};
+      float* const n[] = {molex::place(to_n[0], first, scratch[7]),
+                          num_states > 1 ? molex::place(to_n[1], first, scratch[8]) : nullptr,
+                          num_states > 2 ? molex::place(to_n[2], first, scratch[9]) : nullptr};
       a.n0 = n[0], a.n1 = n[1], a.n2 = n[2];
       forward(a, count, c);
       if (norm_eps) {
@@ -518,9 +541,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd_
   const Dropout dropping = dropout_of(seed, dropout_p);
 
   constexpr int kDy = 0, kG0 = 1, kG1 = 2, kG2 = 3, kX = 4, kF = 5, kS0 = 6, kS1 = 7, kS2 = 8, kInputs = 9;
-  const std::optional<Tensor> packed[kInputs] = {
-      molex::packed(dy), molex::packed(g0), molex::packed(g1), molex::packed(g2), molex::packed(x),
-      molex::packed(f),  molex::packed(s0), molex::packed(s1), molex::packed(s2)};
+  const std::optional<Tensor> packed[kInputs] = {molex::packed(dy),
+                                                 molex::packed(g0),
+                                                 molex::packed(g1),
+                                                 molex::packed(g2),
+                                                 molex::packed(x),
+                                                 molex::packed(f),
+                                                 molex::packed(s0),
+                                                 molex::packed(s1),
+                                                 molex::packed(s2)};
   Source from[kInputs];
   for (int i = 0; i < kInputs; ++i) from[i] = molex::source_of(packed[i]);
 
@@ -529,16 +558,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd_
   std::vector<Tensor> gradients;
   Target to[kOutputs];
   for (int i = 0; i < kOutputs; ++i) {
-    gradients.push_back(
-        needs[i] ? torch::stable::new_empty(like, {tokens, width}, dtypes[i])
-                 : torch::stable::new_empty(like, {0}, dtypes[i]));
+    gradients.push_back(needs[i] ? torch::stable::new_empty(like, {tokens, width}, dtypes[i])
+                                 : torch::stable::new_empty(like, {0}, dtypes[i]));
     if (needs[i]) to[i] = molex::target_of(gradients[i]);
   }
   const bool needs_norm = needs[5], needs_numbers = needs[6];
   const std::optional<Tensor> weight_of_norm = molex::packed(norm_weight);
   Scratch parameters(1, norm_eps ? width : 0);
   const float* scale = nullptr;
-  if (norm_eps && weight_of_norm) scale = molex::read(molex::source_of(weight_of_norm), 0, width, parameters[0]);
+  if (norm_eps && weight_of_norm)
+    scale = molex::read(molex::source_of(weight_of_norm), 0, width, parameters[0]);
 
   const int64_t span = norm_eps ? width : kSpan;
   const int64_t spans = (total + span - 1) / span;
@@ -571,14 +600,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd_
           const Forward a{in[kX], in[kF], in[kS0], in[kS1], in[kS2], normed, nullptr, nullptr, nullptr};
           output(a, count, c, from_state);
           const float inverse = normalise(normed, count, static_cast<float>(*norm_eps));
-          normalise_backward(before, upstream, normed, inverse, scale, dweight, dweight ? dweight + width : nullptr, count);
+          normalise_backward(
+              before, upstream, normed, inverse, scale, dweight, dweight ? dweight + width : nullptr, count);
           upstream = before;
         }
         if (to[kDx]) scale_into(out[kDx], upstream, c.keep, count);
-        const Backward b{
-            upstream, in[kF], in[kS0], in[kS1], in[kS2],
-            in[kG0] ? in[kG0] : zeros, in[kG1] ? in[kG1] : zeros, in[kG2] ? in[kG2] : zeros,
-            out[kDf], out[kD0], out[kD1], out[kD2], needs_numbers ? dmu : nullptr, needs_numbers ? dgamma : nullptr};
+        const Backward b{upstream,
+                         in[kF],
+                         in[kS0],
+                         in[kS1],
+                         in[kS2],
+                         in[kG0] ? in[kG0] : zeros,
+                         in[kG1] ? in[kG1] : zeros,
+                         in[kG2] ? in[kG2] : zeros,
+                         out[kDf],
+                         out[kD0],
+                         out[kD1],
+                         out[kD2],
+                         needs_numbers ? dmu : nullptr,
+                         needs_numbers ? dgamma : nullptr};
         backward(b, count, c, from_state);
         if (needs_numbers) {
           add_sum(&number_sums[2 * chunk], dmu, count);
@@ -597,7 +637,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd_
                                   : torch::stable::new_empty(like, {0}, ScalarType::Float);
   double mu_sum = 0.0, gamma_sum = 0.0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    if (needs_norm) add_scaled(dnorm.mutable_data_ptr<float>(), norm_sums.data() + chunk * 2 * width, 1.0f, 2 * width);
+    if (needs_norm)
+      add_scaled(dnorm.mutable_data_ptr<float>(), norm_sums.data() + chunk * 2 * width, 1.0f, 2 * width);
     mu_sum += number_sums[2 * chunk];
     gamma_sum += number_sums[2 * chunk + 1];
   }

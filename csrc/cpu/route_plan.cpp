@@ -84,11 +84,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_plan_cpu(const Tensor& expert_i
   Tensor offsets = torch::stable::new_empty(ids, {num_experts}, ScalarType::Int);
   Tensor permutation = torch::stable::new_empty(ids, {total}, ScalarType::Long);
   Tensor inverse = torch::stable::new_empty(ids, {total}, ScalarType::Long);
-  const Plan plan{
-      counts.mutable_data_ptr<int32_t>(),
-      offsets.mutable_data_ptr<int32_t>(),
-      permutation.mutable_data_ptr<int64_t>(),
-      inverse.mutable_data_ptr<int64_t>()};
+  const Plan plan{counts.mutable_data_ptr<int32_t>(),
+                  offsets.mutable_data_ptr<int32_t>(),
+                  permutation.mutable_data_ptr<int64_t>(),
+                  inverse.mutable_data_ptr<int64_t>()};
   switch (ids.scalar_type()) {
     case ScalarType::Long:
       sort_by_expert(ids.const_data_ptr<int64_t>(), total, num_experts, plan);
@@ -104,6 +103,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_plan_cpu(const Tensor& expert_i
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
-  library.impl("route_plan_cpu", TORCH_BOX(&route_plan_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) { library.impl("route_plan_cpu", TORCH_BOX(&route_plan_cpu)); }

@@ -12,7 +12,8 @@
 #include <optional>
 
 // One copy of a function for each level of the instruction set, chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(MOLEX_SANITIZE)
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(MOLEX_SANITIZE)
 #define MOLEX_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define MOLEX_CLONES
@@ -105,7 +106,9 @@ inline Source source_of(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.scalar_type()};
 }
 
-inline Source source_of(const std::optional<Tensor>& tensor) { return tensor ? source_of(*tensor) : Source{}; }
+inline Source source_of(const std::optional<Tensor>& tensor) {
+  return tensor ? source_of(*tensor) : Source{};
+}
 
 inline Target target_of(Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.scalar_type()}; }
 
