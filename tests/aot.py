@@ -180,6 +180,11 @@ def _fullness(launch: Launch) -> tuple[int, int, int]:
     return pointers, flags, len(launch.divisible)
 
 
+def _folder(function: Any) -> str:
+    """The op's folder that a kernel or a public function lives in."""
+    return function.__module__.split(".")[2]
+
+
 def compile_op(name: str) -> Iterator[Compiled]:
     """Every launch of the op, compiled for every chip."""
     global _dtype
@@ -192,7 +197,10 @@ def compile_op(name: str) -> Iterator[Compiled]:
             _call(info, case, dtype)
     # Of the launches that differ only in options, the fullest stands for its configuration.
     chosen: dict[tuple[Any, ...], Launch] = {}
-    for launch in _launches:
+    for launch, kernel in _launches.items():
+        # Kernels of another op's folder are compiled with that op.
+        if _folder(kernel.fn) != _folder(info.function):
+            continue
         tiles = tuple((k, v) for k, v in launch.constants if k.startswith("BLOCK_"))
         key = (launch.kernel, launch.dtype, tiles, launch.options)
         if key not in chosen or _fullness(launch) > _fullness(chosen[key]):
