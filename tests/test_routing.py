@@ -10,7 +10,7 @@ from torch import Tensor
 
 import molex_kernels as mk
 
-IMPLS = ["reference", "triton"]
+IMPLS = ["reference", "triton"] if DEVICE.type == "cuda" else ["reference", "triton", "cpu"]
 
 
 def _tokens(generator: torch.Generator, *sizes: int) -> Tensor:

@@ -13,8 +13,7 @@ from molex_kernels.ops.routing import clusters, op, reference
 from molex_kernels.ops.routing.plan import RoutePlan, Routing
 from molex_kernels.ops.routing.recipes import resolve
 
-_ROUTERS = (_dispatch.TRITON, _dispatch.REFERENCE)
-_PLANS = (_dispatch.TRITON, _dispatch.CPU, _dispatch.REFERENCE)
+_IMPLEMENTATIONS = (_dispatch.TRITON, _dispatch.CPU, _dispatch.REFERENCE)
 _MAX_EXPERTS = 1024  # the Triton router holds a token's logits in one block
 _MAX_TOP_K = 64
 _MAX_ASSIGNMENTS = 2**31 - 1  # the plan's offsets are int32
@@ -54,7 +53,7 @@ def topk_route(
         score: "softmax_topk" (default), "softmax" or "sigmoid".
         expert_bias: [E], of x's dtype or fp32: added to the key alone (balancing without a loss);
             it receives no gradient.
-        impl: None (the fastest that runs), "triton" (E <= 1024, K <= 64) or "reference".
+        impl: None (the fastest that runs), "triton" (E <= 1024, K <= 64), "cpu" or "reference".
 
     Returns:
         Routing(expert_index [T, K] int64, expert_weight [T, K] fp32, logits [T, E] fp32).
@@ -69,10 +68,10 @@ def topk_route(
     _vector_of_experts("expert_bias", expert_bias, x, gate_weight)
     _check.choice("score", score, reference.SCORES)
     chosen = _dispatch.choose(
-        "topk_route", _ROUTERS, impl, x, triton=_why_not_router(gate_weight.shape[0], top_k)
+        "topk_route", _IMPLEMENTATIONS, impl, x, triton=_why_not_router(gate_weight.shape[0], top_k)
     )
-    route = op.route_triton if chosen == "triton" else reference.route
-    return route(x, gate_weight, gate_bias, expert_bias, None, None, None, top_k, score)
+    arguments = (x, gate_weight, gate_bias, expert_bias, None, None, None, top_k, score)
+    return reference.route(*arguments) if chosen == "reference" else op.route(*arguments, chosen)
 
 
 def ac_weights(
@@ -120,7 +119,7 @@ def ac_weights(
         num_clusters: C, at least 1.
         recipe, stat, eps (above 0), clip (above 0), norm: above; None means the recipe's.
         empty: "mask" or "published".
-        impl: None, "triton" (C <= 1024) or "reference".
+        impl: None, "triton" (C <= 1024), "cpu" or "reference".
 
     Returns:
         W [C, D] fp32 (fp64 for fp64 input), without gradient. Deterministic, no host
@@ -136,7 +135,7 @@ def ac_weights(
     _check.integer("num_clusters", num_clusters, 1)
     settings = resolve(recipe, stat, eps, clip, norm, empty)
     chosen = _dispatch.choose(
-        "ac_weights", _ROUTERS, impl, x, triton=clusters.why_not_triton(num_clusters)
+        "ac_weights", _IMPLEMENTATIONS, impl, x, triton=clusters.why_not_triton(num_clusters)
     )
     return clusters.compute(x, cluster, num_clusters, settings, None, chosen)
 
@@ -190,7 +189,7 @@ def ac_route(
         process_group: sums the statistics over the ranks of this `torch.distributed` group, so that
             all route by the clusters of all their tokens; every rank must call. Not for "pairwise",
             and outside what `torch.compile` traces.
-        impl: None, "triton" (E <= 1024, K <= 64) or "reference".
+        impl: None, "triton" (E <= 1024, K <= 64), "cpu" or "reference".
 
     Returns:
         Routing, as `topk_route`. Differentiable in x, gate_weight and gate_bias with W constant: no
@@ -217,7 +216,9 @@ def ac_route(
         _check.tensor("stats_from", stats_from, "T, D", (tokens, dim), _like_or_fp32(x), x)
     settings = resolve(recipe, stat, eps, clip, norm, empty)
     clusters.check_group(process_group, settings.stat)
-    chosen = _dispatch.choose("ac_route", _ROUTERS, impl, x, triton=_why_not_router(experts, top_k))
+    chosen = _dispatch.choose(
+        "ac_route", _IMPLEMENTATIONS, impl, x, triton=_why_not_router(experts, top_k)
+    )
     table = clusters.compute(
         x if stats_from is None else stats_from,
         prev_index[:, 0],
@@ -229,8 +230,8 @@ def ac_route(
     gate = normalized_gate(gate_weight) if cosine else gate_weight
     labels = prev_index if mix else prev_index[:, :1]
     mixture = prev_weight.detach() if mix and prev_weight is not None else None
-    route = op.route_triton if chosen == "triton" else reference.route
-    return route(x, gate, gate_bias, None, table, labels, mixture, top_k, "softmax_topk")
+    arguments = (x, gate, gate_bias, None, table, labels, mixture, top_k, "softmax_topk")
+    return reference.route(*arguments) if chosen == "reference" else op.route(*arguments, chosen)
 
 
 def route_plan(expert_index: Tensor, num_experts: int, *, impl: str | None = None) -> RoutePlan:
@@ -262,7 +263,7 @@ def route_plan(expert_index: Tensor, num_experts: int, *, impl: str | None = Non
             f"expert_index: expected T * K at most {_MAX_ASSIGNMENTS}, got {expert_index.numel()}"
         )
     limit = _why_not_experts(num_experts)
-    chosen = _dispatch.choose("route_plan", _PLANS, impl, expert_index, triton=limit)
+    chosen = _dispatch.choose("route_plan", _IMPLEMENTATIONS, impl, expert_index, triton=limit)
     if chosen == "triton":
         return op.plan_triton(expert_index, num_experts)
     if chosen == "cpu":

@@ -229,7 +229,7 @@ OPINFOS = (
     OpInfo(
         name="topk_route",
         function=topk_route,
-        declared=(TRITON, REFERENCE),
+        declared=(TRITON, CPU, REFERENCE),
         make=_make_topk_route,
         results=_routing_results,
         differentiable=("x", "gate_weight", "gate_bias"),
@@ -260,7 +260,7 @@ OPINFOS = (
     OpInfo(
         name="ac_route",
         function=ac_route,
-        declared=(TRITON, REFERENCE),
+        declared=(TRITON, CPU, REFERENCE),
         make=_make_ac_route,
         results=_routing_results,
         differentiable=("x", "gate_weight", "gate_bias"),
@@ -291,7 +291,7 @@ OPINFOS = (
     OpInfo(
         name="ac_weights",
         function=ac_weights,
-        declared=(TRITON, REFERENCE),
+        declared=(TRITON, CPU, REFERENCE),
         make=_make_ac_weights,
         results=lambda w: {"w": w},
         differentiable=(),

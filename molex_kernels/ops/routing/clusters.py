@@ -57,6 +57,14 @@ def compute(
         return op.WEIGHTS_TRITON(
             deviations, counts, recipe.eps, recipe.clip, recipe.norm, recipe.mask
         )
+    if chosen == "cpu":
+        return op.WEIGHTS_CPU(
+            *_statistics_cpu(x, cluster, num_clusters, recipe.stat, group),
+            recipe.eps,
+            recipe.clip,
+            recipe.norm,
+            recipe.mask,
+        )
     sums, counts = reference.cluster_sums(x, cluster, num_clusters)
     sums, counts = _over(group, sums, counts)
     deviations = reference.cluster_deviations(x, cluster, sums, counts, recipe.stat)
@@ -64,6 +72,18 @@ def compute(
     return reference.feature_weights(
         deviations, counts, recipe.eps, recipe.clip, recipe.norm, recipe.mask
     )
+
+
+def _statistics_cpu(
+    x: Tensor, cluster: Tensor, num_clusters: int, stat: str, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Deviations and counts; over a group the sums have to be known first, in a pass of theirs."""
+    if group is None:
+        return op.STATISTICS_CPU(x, cluster, None, None, num_clusters, stat)
+    own = op.STATISTICS_CPU(x, cluster, None, None, num_clusters, "sum")
+    sums, counts = _over(group, *own)
+    deviations, _ = op.STATISTICS_CPU(x, cluster, sums, counts, num_clusters, stat)
+    return _over(group, deviations)[0], counts
 
 
 def _over(group: dist.ProcessGroup | None, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from molex_kernels import _register
+from molex_kernels.ops.routing import cpu
 from molex_kernels.ops.routing.plan import RoutePlan, Routing
 
 Tensors = tuple[Tensor, ...]
@@ -135,22 +136,93 @@ def _weights_triton(
     return statistics.launch_weights(deviations, counts, eps, clip, norm, mask)
 
 
+def _select_fake(logits: Tensor, expert_bias: Tensor | None, top_k: int, score: str) -> Tensors:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape)
+
+
+def _weigh_fake(x: Tensor, table: Tensor, labels: Tensor, mix: Tensor | None, out: Tensor) -> None:
+    return None
+
+
+def _logits_backward_fake(
+    logits: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    grad_weight: Tensor | None,
+    grad_logits: Tensor | None,
+    score: str,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _statistics_fake(
+    x: Tensor,
+    cluster: Tensor,
+    sums: Tensor | None,
+    counts: Tensor | None,
+    num_clusters: int,
+    stat: str,
+) -> Tensors:
+    return (
+        x.new_empty(num_clusters, x.shape[1], dtype=torch.float32),
+        x.new_empty(num_clusters, dtype=torch.int32),
+    )
+
+
 _PLAN_SCHEMA = "(Tensor expert_index, int num_experts) -> (Tensor, Tensor, Tensor, Tensor)"
 
-ROUTE_TRITON = _register.define(
-    "router_fwd_triton",
+_ROUTE_SCHEMA = (
     "(Tensor x, Tensor gate, Tensor? gate_bias, Tensor? expert_bias, Tensor? table, "
-    "Tensor? labels, Tensor? mix, int top_k, str score) -> (Tensor, Tensor, Tensor)",
-    fake=_route_fake,
-    run=_route_triton,
+    "Tensor? labels, Tensor? mix, int top_k, str score) -> (Tensor, Tensor, Tensor)"
 )
-ROUTE_BACKWARD_TRITON = _register.define(
-    "router_bwd_triton",
+_ROUTE_BACKWARD_SCHEMA = (
     "(Tensor x, Tensor gate, Tensor logits, Tensor index, Tensor weight, Tensor? grad_weight, "
     "Tensor? grad_logits, Tensor? table, Tensor? labels, Tensor? mix, str score, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor)",
-    fake=_route_backward_fake,
-    run=_route_backward_triton,
+    "-> (Tensor, Tensor, Tensor)"
+)
+_WEIGHTS_SCHEMA = (
+    "(Tensor deviations, Tensor counts, float eps, float clip, str norm, bool mask) -> Tensor"
+)
+
+_route = {
+    "triton": _register.define(
+        "router_fwd_triton", _ROUTE_SCHEMA, fake=_route_fake, run=_route_triton
+    ),
+    "cpu": _register.define(
+        "router_fwd_cpu", _ROUTE_SCHEMA, fake=_route_fake, run=cpu.router_forward
+    ),
+}
+_route_backward = {
+    "triton": _register.define(
+        "router_bwd_triton",
+        _ROUTE_BACKWARD_SCHEMA,
+        fake=_route_backward_fake,
+        run=_route_backward_triton,
+    ),
+    "cpu": _register.define(
+        "router_bwd_cpu",
+        _ROUTE_BACKWARD_SCHEMA,
+        fake=_route_backward_fake,
+        run=cpu.router_backward,
+    ),
+}
+# Parts of the CPU router.
+_register.define(
+    "select_experts_cpu",
+    "(Tensor logits, Tensor? expert_bias, int top_k, str score) -> (Tensor, Tensor)",
+    fake=_select_fake,
+)
+_register.define(
+    "weigh_tokens_cpu",
+    "(Tensor x, Tensor table, Tensor labels, Tensor? mix, Tensor(a!) out) -> ()",
+    fake=_weigh_fake,
+)
+_register.define(
+    "router_logits_bwd_cpu",
+    "(Tensor logits, Tensor index, Tensor weight, Tensor? grad_weight, Tensor? grad_logits, "
+    "str score) -> Tensor",
+    fake=_logits_backward_fake,
 )
 PLAN_TRITON = _register.define("route_plan_triton", _PLAN_SCHEMA, fake=_plan_fake, run=_plan_triton)
 PLAN_CPU = _register.define("route_plan_cpu", _PLAN_SCHEMA, fake=_plan_fake)
@@ -168,10 +240,14 @@ DEVIATION_TRITON = _register.define(
     run=_deviation_triton,
 )
 WEIGHTS_TRITON = _register.define(
-    "feature_weights_triton",
-    "(Tensor deviations, Tensor counts, float eps, float clip, str norm, bool mask) -> Tensor",
-    fake=_weights_fake,
-    run=_weights_triton,
+    "feature_weights_triton", _WEIGHTS_SCHEMA, fake=_weights_fake, run=_weights_triton
+)
+WEIGHTS_CPU = _register.define("feature_weights_cpu", _WEIGHTS_SCHEMA, fake=_weights_fake)
+STATISTICS_CPU = _register.define(
+    "cluster_statistics_cpu",
+    "(Tensor x, Tensor cluster, Tensor? sums, Tensor? counts, int num_clusters, str stat) "
+    "-> (Tensor, Tensor)",
+    fake=_statistics_fake,
 )
 
 
@@ -190,12 +266,13 @@ class _Route(Function):
         mix: Tensor | None,
         top_k: int,
         score: str,
+        impl: str,
     ) -> Tensors:
-        index, weight, logits = ROUTE_TRITON(
+        index, weight, logits = _route[impl](
             x, gate, gate_bias, expert_bias, table, labels, mix, top_k, score
         )
         ctx.save_for_backward(x, gate, logits, index, weight, table, labels, mix)
-        ctx.score = score
+        ctx.score, ctx.impl = score, impl
         ctx.bias_dtype = None if gate_bias is None else gate_bias.dtype
         ctx.mark_non_differentiable(index)
         ctx.set_materialize_grads(False)
@@ -206,9 +283,9 @@ class _Route(Function):
     def backward(ctx: Any, _: Any, grad_weight: Tensor | None, grad_logits: Tensor | None) -> Any:
         x, gate, logits, index, weight, table, labels, mix = ctx.saved_tensors
         if grad_weight is None and grad_logits is None:
-            return (None,) * 9
+            return (None,) * 10
         needs = list(ctx.needs_input_grad[:3])
-        dx, dgate, dbias = ROUTE_BACKWARD_TRITON(
+        dx, dgate, dbias = _route_backward[ctx.impl](
             x, gate, logits, index, weight, grad_weight, grad_logits,
             table, labels, mix, ctx.score, needs,
         )  # fmt: skip
@@ -216,11 +293,11 @@ class _Route(Function):
             dx if needs[0] else None,
             dgate if needs[1] else None,
             dbias.to(ctx.bias_dtype) if needs[2] else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
-def route_triton(
+def route(
     x: Tensor,
     gate: Tensor,
     gate_bias: Tensor | None,
@@ -230,11 +307,13 @@ def route_triton(
     mix: Tensor | None,
     top_k: int,
     score: str,
+    impl: str,
 ) -> Routing:
-    """The Triton router, seen by autograd where a gradient is wanted."""
-    wanted = _register.wants_grad(x, gate, gate_bias)
-    call = _Route.apply if wanted else ROUTE_TRITON
-    return Routing(*call(x, gate, gate_bias, expert_bias, table, labels, mix, top_k, score))
+    """The router by the operator of `impl`, through autograd where a gradient is wanted."""
+    arguments = (x, gate, gate_bias, expert_bias, table, labels, mix, top_k, score)
+    if _register.wants_grad(x, gate, gate_bias):
+        return Routing(*_Route.apply(*arguments, impl))
+    return Routing(*_route[impl](*arguments))
 
 
 def plan_triton(expert_index: Tensor, num_experts: int) -> RoutePlan:
