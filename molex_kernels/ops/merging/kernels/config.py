@@ -1,0 +1,59 @@
+"""Pinned launch configurations of the merging kernels, by shape class."""
+
+from __future__ import annotations
+
+import torch
+
+from molex_kernels._tuning import Config
+
+MAX_UNROLLED = 8  # experts up to which a tile's merge is one straight run, its loads in flight
+MASK = Config({"BLOCK_O": 4, "BLOCK_D": 128}, 4, 2)
+PARTS = 32  # of the sum behind a factor's gradient: with the experts, enough programs for a GPU
+
+Options = tuple[Config, tuple[Config, ...]]  # the pinned configuration, and what a sweep tries
+
+
+def _linear(tokens: int, columns: int, features: int, num_warps: int, num_stages: int) -> Config:
+    blocks = {"BLOCK_T": tokens, "BLOCK_N": columns, "BLOCK_D": features}
+    return Config(blocks, num_warps, num_stages)
+
+
+def linear(dtype: torch.dtype, num_tokens: int, aligned: bool) -> Options:
+    """For the product with merged weights. A stage holds base and deltas, so it is shallow."""
+    if not aligned:
+        return _linear(32, 32, 32, 4, 1), ()
+    if dtype == torch.float32:
+        return _linear(64, 64, 16, 4, 2), (_linear(128, 64, 16, 8, 2),)
+    if num_tokens <= 32:
+        return _linear(32, 64, 32, 4, 3), ()
+    if num_tokens <= 64:
+        return _linear(64, 64, 32, 4, 3), ()
+    candidates = (
+        _linear(64, 64, 32, 4, 3),
+        _linear(128, 128, 32, 8, 2),
+        _linear(256, 64, 32, 8, 3),
+        _linear(128, 64, 64, 8, 2),
+    )
+    return _linear(128, 64, 32, 4, 3), candidates
+
+
+def weights(dtype: torch.dtype, aligned: bool) -> Options:
+    """For the gradient of the weights; BLOCK_T is the depth of the product here.
+
+    A tile of all BLOCK_E experts is held in registers, twice: their deltas and their gradients.
+    """
+    if not aligned or dtype == torch.float32:
+        return _linear(32, 32, 32, 8, 2), ()
+    return _linear(64, 64, 32, 8, 3), (_linear(64, 64, 32, 4, 3), _linear(32, 64, 32, 8, 3))
+
+
+def mode(size: int, inner: int) -> Config:
+    """For a product along a mode."""
+    block = 64 if size > 32 else 32 if size > 16 else 16
+    return Config({"BLOCK_I": block, "BLOCK_J": 32, "BLOCK_N": 64 if inner == 1 else 128}, 4, 2)
+
+
+def contraction(size: int) -> Config:
+    """For a factor's gradient."""
+    block = 64 if size > 32 else 32 if size > 16 else 16
+    return Config({"BLOCK_I": block, "BLOCK_J": block, "BLOCK_N": 32}, 4, 2)
