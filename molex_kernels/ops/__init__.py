@@ -6,7 +6,7 @@ import importlib
 
 from molex_kernels._opinfo import OpInfo
 
-_FOLDERS = ("routing", "dispatch")
+_FOLDERS = ("routing", "dispatch", "merging")
 
 
 def load_ops() -> dict[str, OpInfo]:

@@ -50,7 +50,7 @@ def camex_deltas(
 
     Returns:
         [E, O, D] in base's dtype, computed in fp32 and rounded once (Triton multiplies in TF32 for
-        16-bit inputs). Not touched by autocast: the difference of two weights needs their precision.
+        16-bit inputs). Autocast is left out: the difference of two weights needs their precision.
 
     Differentiable in base, experts and the factors, once. Deterministic. Never waits for the
     device. Extra memory: a fixed number of fp32 tensors [E, O, D].
@@ -190,10 +190,10 @@ def camex_linear(
         merged_bias = _merged_bias(bias, base_bias, gates, bias_factors, mask)
     if deltas is None:
         deltas = _deltas(base, stack, factors, mask, chosen)
-    arguments = (*_autocast(x, base, deltas), gates, merged_bias)
+    x, base, deltas = _autocast(x, base, deltas)
     if chosen == "reference":
-        return reference.linear(*arguments)
-    return op.linear(*arguments, chosen)
+        return reference.linear(x, base, deltas, gates, merged_bias)
+    return op.linear(x, base, deltas, gates, merged_bias, chosen)
 
 
 def _deltas(
@@ -289,7 +289,7 @@ def _check_factors(
     base: Tensor,
     num_experts: int,
 ) -> op.Factors:
-    """The factors, checked against the base [O, D]; None in the place of those that are not there."""
+    """The factors, checked against the base [O, D]; None in the place of missing ones."""
     if curvature is None:
         return None, None, None, None
     if not isinstance(curvature, tuple) or len(curvature) != len(fields):

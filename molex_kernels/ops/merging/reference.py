@@ -10,9 +10,7 @@ from torch import Tensor
 from molex_kernels._dtypes import accumulate_dtype
 
 
-def deltas(
-    base: Tensor, experts: Tensor, factors: Sequence[Tensor] | None, ties: bool
-) -> Tensor:
+def deltas(base: Tensor, experts: Tensor, factors: Sequence[Tensor] | None, ties: bool) -> Tensor:
     """Delta_e = mask_e M_e tau_e with tau_e = experts_e - base; all of it in fp32 or fp64.
 
     The mask, [sign(tau_e) == sign(sum_j tau_j)], is of tau before the curvature, and a constant.
@@ -33,9 +31,7 @@ def merge(base: Tensor, deltas: Tensor, gates: Tensor) -> Tensor:
     return (base.to(dtype) + moved.unflatten(1, base.shape)).to(base.dtype)
 
 
-def linear(
-    x: Tensor, base: Tensor, deltas: Tensor, gates: Tensor, bias: Tensor | None
-) -> Tensor:
+def linear(x: Tensor, base: Tensor, deltas: Tensor, gates: Tensor, bias: Tensor | None) -> Tensor:
     """y_s = x_s W_s^T + bias_s."""
     y = torch.matmul(x, merge(base, deltas, gates).mT)
     return y if bias is None else (y + bias[:, None]).to(x.dtype)

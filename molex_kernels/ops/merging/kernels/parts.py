@@ -79,9 +79,7 @@ def launch_product(
     )
 
 
-def launch_contract(
-    precision: str, left: Tensor, right: Tensor, mode: Mode, out: Tensor
-) -> None:
+def launch_contract(precision: str, left: Tensor, right: Tensor, mode: Mode, out: Tensor) -> None:
     """out = the contraction of left and right over all but the mode."""
     if out.numel() == 0:
         return
@@ -138,11 +136,7 @@ def launch_linear(
 
     pinned, candidates = config.linear(x.dtype, num_tokens, aligned(x, base, deltas, out))
     key = (x.dtype, num_tokens, tuple(deltas.shape))
-    launch(
-        _tuning.choose(
-            "merging_fwd_linear", key, pinned, candidates, launch, on_gpu=x.is_cuda
-        )
-    )
+    launch(_tuning.choose("merging_fwd_linear", key, pinned, candidates, launch, on_gpu=x.is_cuda))
 
 
 def launch_weights(
@@ -193,11 +187,7 @@ def launch_weights(
 
     pinned, candidates = config.weights(x.dtype, aligned(dy, x, deltas))
     key = (x.dtype, num_tokens, tuple(deltas.shape))
-    launch(
-        _tuning.choose(
-            "merging_bwd_weights", key, pinned, candidates, launch, on_gpu=x.is_cuda
-        )
-    )
+    launch(_tuning.choose("merging_bwd_weights", key, pinned, candidates, launch, on_gpu=x.is_cuda))
     return None if partial is None else partial.sum(2)
 
 
