@@ -27,15 +27,17 @@ def deltas_forward(
     ties: bool,
 ) -> Tensor:
     factors = _factors(out1, out2, in1, in2)
-    out = experts.new_empty(experts.shape)
-    sign = _majority(base, experts) if ties else None
+    tau = _tau(base, experts)
+    out = torch.empty_like(tau) if factors else tau
+    majority = _majority(tau) if ties else None
     for e in range(experts.shape[0]):
-        tau = _tau(base, experts, e)
-        curved = plan.transform(tau, _of_expert(factors, e), _product) if factors else tau
-        if sign is not None:
-            curved = curved * (tau.sign() == sign)
-        out[e] = curved[0]
-    return out
+        mine = slice(e, e + 1)
+        agrees = None if majority is None else tau[mine].sign().eq_(majority)
+        if factors:
+            plan.transform(tau[mine], [f[:, mine] for f in factors], _product, out[mine])
+        if agrees is not None:
+            out[mine] *= agrees
+    return out.to(experts.dtype)
 
 
 def deltas_backward(
@@ -58,26 +60,27 @@ def deltas_backward(
         base.new_empty(f.shape if need else (0,))
         for f, need in zip(factors or (base,) * 4, needs_factors, strict=True)
     )
-    sign = _majority(base, experts) if ties else None
+    tau = _tau(base, experts) if factors or ties else ddeltas
+    majority = _majority(tau) if ties else None
     for e in range(experts.shape[0]):
-        upstream = ddeltas[e : e + 1].to(torch.float32, memory_format=torch.contiguous_format)
-        tau = _tau(base, experts, e) if factors or ties else upstream
-        if sign is not None:
-            upstream = upstream * (tau.sign() == sign)
+        mine = slice(e, e + 1)
+        upstream = ddeltas[mine].to(torch.float32, memory_format=torch.contiguous_format)
+        if majority is not None:
+            upstream = tau[mine].sign().eq_(majority).mul_(upstream)
         dtau: Tensor | None = upstream
         if factors:
-            dtau, dmine = plan.transform_backward(
-                tau,
+            dtau, computed = plan.transform_backward(
+                tau[mine],
                 upstream,
-                _of_expert(factors, e),
+                [f[:, mine] for f in factors],
                 needs_base or needs_experts,
                 any(needs_factors),
                 _product,
                 _contract,
             )
-            for dfactor, mine, need in zip(dfactors, dmine or (), needs_factors, strict=False):
+            for dfactor, found, need in zip(dfactors, computed or (), needs_factors, strict=False):
                 if need:
-                    dfactor[:, e] = mine[:, 0]
+                    dfactor[:, mine] = found
         if needs_experts and dtau is not None:
             dexperts[e] = dtau[0]
         if needs_base and dtau is not None:
@@ -154,20 +157,15 @@ def _factors(*factors: Tensor | None) -> list[Tensor]:
     return [f.float() for f in factors if f is not None]
 
 
-def _of_expert(factors: list[Tensor], expert: int) -> list[Tensor]:
-    return [factor[:, expert : expert + 1] for factor in factors]
+def _tau(base: Tensor, experts: Tensor) -> Tensor:
+    """[E, O, D] contiguous fp32."""
+    out = torch.empty(experts.shape, dtype=torch.float32)
+    return torch.sub(experts.float(), base.float(), out=out)
 
 
-def _tau(base: Tensor, experts: Tensor, expert: int) -> Tensor:
-    return (experts[expert].float() - base.float())[None].contiguous()
-
-
-def _majority(base: Tensor, experts: Tensor) -> Tensor:
-    """sign(sum_e tau_e), summed in the order of e."""
-    total = torch.zeros(base.shape, dtype=torch.float32)
-    for e in range(experts.shape[0]):
-        total += _tau(base, experts, e)[0]
-    return total.sign()
+def _majority(tau: Tensor) -> Tensor:
+    """The sign of the sum over all experts."""
+    return tau.sum(0, keepdim=True).sign_()
 
 
 def _product(

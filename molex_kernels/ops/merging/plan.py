@@ -90,16 +90,15 @@ def modes(factors: Sequence[Tensor]) -> tuple[Mode, Mode, Mode, Mode]:
     )
 
 
-def transform(tau: Tensor, factors: Sequence[Tensor], product: Product) -> Tensor:
-    """M tau, [E, O, D] like tau. The ranks are added up, so that nothing is r times as large."""
+def transform(tau: Tensor, factors: Sequence[Tensor], product: Product, out: Tensor) -> None:
+    """out = M tau. The ranks are added up there, so that nothing is r times as large."""
     on_out1, on_out2, on_in1, on_in2 = modes(factors)
-    out, left, right = (torch.empty_like(tau) for _ in range(3))
+    left, right = torch.empty_like(tau), torch.empty_like(tau)
     for rank, (out1, out2, in1, in2) in enumerate(zip(*factors, strict=True)):
         product(in2, tau, on_in2, False, left, False)
         product(in1, left, on_in1, False, right, False)
         product(out2, right, on_out2, False, left, False)
         product(out1, left, on_out1, False, out, rank > 0)
-    return out
 
 
 def transform_backward(

@@ -42,15 +42,18 @@ def weights(dtype: torch.dtype, aligned: bool) -> Options:
 
     A tile of all BLOCK_E experts is held in registers, twice: their deltas and their gradients.
     """
-    if not aligned or dtype == torch.float32:
+    if not aligned:
         return _linear(32, 32, 32, 8, 2), ()
+    if dtype == torch.float32:
+        return _linear(16, 32, 32, 8, 2), ()
     return _linear(64, 64, 32, 8, 3), (_linear(64, 64, 32, 4, 3), _linear(32, 64, 32, 8, 3))
 
 
-def mode(size: int, inner: int) -> Config:
-    """For a product along a mode."""
+def mode(size: int, inner: int, precision: str) -> Config:
+    """For a product along a mode. Without tensor cores a tile is smaller: registers hold it all."""
     block = 64 if size > 32 else 32 if size > 16 else 16
-    return Config({"BLOCK_I": block, "BLOCK_J": 32, "BLOCK_N": 64 if inner == 1 else 128}, 4, 2)
+    columns = (64 if inner == 1 else 128) // (2 if precision == "ieee" else 1)
+    return Config({"BLOCK_I": block, "BLOCK_J": 32, "BLOCK_N": columns}, 4, 2)
 
 
 def contraction(size: int) -> Config:

@@ -33,7 +33,9 @@ def deltas_forward(
     curved = None
     if factors:
         product = partial(launch_product, _precision(base))
-        curved = plan.transform(_tau(base, experts), factors, product)
+        tau = _tau(base, experts)
+        curved = torch.empty_like(tau)
+        plan.transform(tau, factors, product, curved)
     launch_mask(base, experts, curved, out, None, ties)
     return out
 

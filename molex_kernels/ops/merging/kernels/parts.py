@@ -62,7 +62,7 @@ def launch_product(
     if x.numel() == 0:
         return
     factor = factor.mT if transposed else factor
-    chosen = config.mode(mode.size, mode.inner)
+    chosen = config.mode(mode.size, mode.inner, precision)
     tiles = triton.cdiv(mode.size, chosen.blocks["BLOCK_I"])
     tiles *= triton.cdiv(mode.outer * mode.inner, chosen.blocks["BLOCK_N"])
     _merging_fwd_mode[(tiles * x.shape[0],)](
