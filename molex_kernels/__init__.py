@@ -6,6 +6,15 @@ is told to. `python -m molex_kernels.env` prints what will run here, and why not
 
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
 from molex_kernels.ops.dispatch.module import MoEMLP
+from molex_kernels.ops.merging.api import camex_deltas, camex_linear, camex_merge
+from molex_kernels.ops.merging.gates import (
+    cv_squared_loss,
+    noisy_topk_gates,
+    propagate_base,
+    segment_gates,
+)
+from molex_kernels.ops.merging.module import CAMExLinear, CAMExMLP
+from molex_kernels.ops.merging.plan import KroneckerCurvature
 from molex_kernels.ops.routing.api import ac_route, ac_weights, route_plan, topk_route
 from molex_kernels.ops.routing.losses import load_balance_loss, router_z_loss
 from molex_kernels.ops.routing.module import ACRouter, TopKRouter
@@ -15,6 +24,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ACRouter",
+    "CAMExLinear",
+    "CAMExMLP",
+    "KroneckerCurvature",
     "MoEMLP",
     "RoutePlan",
     "Routing",
@@ -22,10 +34,17 @@ __all__ = [
     "__version__",
     "ac_route",
     "ac_weights",
+    "camex_deltas",
+    "camex_linear",
+    "camex_merge",
+    "cv_squared_loss",
     "grouped_gemm",
     "load_balance_loss",
     "moe_mlp",
+    "noisy_topk_gates",
+    "propagate_base",
     "route_plan",
     "router_z_loss",
+    "segment_gates",
     "topk_route",
 ]
