@@ -17,7 +17,7 @@ from molex_kernels.ops.merging.gates import (
     propagate_base,
     segment_gates,
 )
-from molex_kernels.ops.merging.plan import KroneckerCurvature, nearest_factors
+from molex_kernels.ops.merging.plan import SCALES, KroneckerCurvature, nearest_factors
 
 INIT_STD = 0.02
 
@@ -103,6 +103,7 @@ class CAMExLinear(nn.Module):
         _check.integer("num_experts", num_experts, 1)
         _check.integer("rank", rank, 0)
         _check.choice("mask", mask, MASKS)
+        _check.choice("scale", scale, SCALES)
         if top_k is not None:
             _check.integer("top_k", top_k, 1, num_experts, of=" experts")
         if segment is not None:
