@@ -181,6 +181,34 @@ def test_kept_deltas_change_nothing(impl, generator):
         assert torch.equal(gradient, two_gradients[name]), name
 
 
+@pytest.mark.parametrize("segments", [2, 3])
+@pytest.mark.parametrize("num_experts", [3, 9])
+def test_two_segments_in_one_program(segments, num_experts, monkeypatch, generator):
+    from molex_kernels.ops.merging.kernels import config
+
+    sizes = ((segments, 17, 32), (48, 32), (num_experts, 48, 32), (segments, num_experts))
+    x, base, experts, gates = (draw(generator, *size).half() for size in sizes)
+    v = {"x": x, "base": base, "experts": experts, "gates": gates}
+    upstream = draw(generator, segments, 17, 48).half()
+    paired = []
+    decide = config.is_paired
+
+    def recording(*arguments):
+        paired.append(decide(*arguments))
+        return paired[-1]
+
+    monkeypatch.setattr(config, "is_paired", recording)
+    results = []
+    for programs in (132, 0):
+        monkeypatch.setattr(config, "MIN_PROGRAMS", programs)
+        results.append(gradients(lambda v: mk.camex_linear(**v, impl="triton"), v, upstream))
+    assert paired == [False, False, True, True]
+    (one, one_gradients), (two, two_gradients) = results
+    assert same(one.double(), two.double(), 1e-3)
+    for name, gradient in one_gradients.items():
+        assert same(gradient.double(), two_gradients[name].double(), 1e-3), name
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_mask_keeps_what_agrees_with_the_sum(impl):
     base = torch.tensor([[1.0, 0.0, 2.0, -1.0]], device=DEVICE)

@@ -236,6 +236,7 @@ OPINFOS = (
             _layer(2, 64, 128, 128, 7, 0, bias=True),
             _layer(2, 32, 128, 128, 7, 0, bias=True),
             _layer(2, 128, 128, 128, 12, 0, bias=True),
+            *(_layer(66, tokens, 256, 64, 7, 0, bias=True) for tokens in (32, 64, 128)),
         ),
     ),
     OpInfo(

@@ -7,6 +7,7 @@ import torch
 from molex_kernels._tuning import Config
 
 MAX_UNROLLED = 8  # experts up to which a tile's merge is one straight run, its loads in flight
+MIN_PROGRAMS = 132  # segments go in pairs where that leaves a program for each SM of a large GPU
 MASK = Config({"BLOCK_O": 4, "BLOCK_D": 128}, 4, 2)
 PARTS = 32  # of the sum behind a factor's gradient: with the experts, enough programs for a GPU
 
@@ -18,16 +19,31 @@ def _linear(tokens: int, columns: int, features: int, num_warps: int, num_stages
     return Config(blocks, num_warps, num_stages)
 
 
-def linear(dtype: torch.dtype, num_tokens: int, aligned: bool) -> Options:
+def is_paired(
+    dtype: torch.dtype, num_segments: int, num_tokens: int, num_columns: int, aligned: bool
+) -> bool:
+    """Whether a program serves two segments: it halves what is read, and the programs.
+
+    In fp32 the products bind, and unaligned loads have no registers left for it.
+    """
+    if not aligned or dtype == torch.float32 or num_segments < 2:
+        return False
+    programs = -(-num_segments // 2) * -(-num_tokens // 128) * -(-num_columns // 64)
+    return programs >= MIN_PROGRAMS
+
+
+def linear(dtype: torch.dtype, num_tokens: int, aligned: bool, paired: bool) -> Options:
     """For the product with merged weights. A stage holds base and deltas, so it is shallow."""
     if not aligned:
         return _linear(32, 32, 32, 4, 1), ()
     if dtype == torch.float32:
-        return _linear(64, 64, 16, 4, 2), (_linear(128, 64, 16, 8, 2),)
+        return _linear(64, 64, 16, 4, 2), (_linear(64, 64, 16, 8, 2),)
     if num_tokens <= 32:
         return _linear(32, 64, 32, 4, 3), ()
     if num_tokens <= 64:
         return _linear(64, 64, 32, 4, 3), ()
+    if paired:
+        return _linear(128, 64, 32, 8, 3), (_linear(64, 64, 32, 4, 3), _linear(128, 64, 64, 8, 2))
     candidates = (
         _linear(64, 64, 32, 4, 3),
         _linear(128, 128, 32, 8, 2),

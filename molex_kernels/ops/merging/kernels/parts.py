@@ -112,10 +112,13 @@ def launch_linear(
         return
     num_segments, num_tokens, num_columns = out.shape
     num_experts = deltas.shape[0]
+    is_aligned = aligned(x, base, deltas, out)
+    paired = config.is_paired(x.dtype, num_segments, num_tokens, num_columns, is_aligned)
 
     def launch(chosen: _tuning.Config) -> None:
-        row_tiles = num_segments * triton.cdiv(num_tokens, chosen.blocks["BLOCK_T"])
+        tiles_t = triton.cdiv(num_tokens, chosen.blocks["BLOCK_T"])
         column_tiles = triton.cdiv(num_columns, chosen.blocks["BLOCK_N"])
+        row_tiles = tiles_t * (triton.cdiv(num_segments, 2) if paired else num_segments)
         _merging_fwd_linear[(row_tiles * column_tiles,)](
             *(x, *x.stride()),
             *(base, *base.stride()),
@@ -123,19 +126,21 @@ def launch_linear(
             *(gates, *gates.stride()),
             *_with_strides(bias, 2),
             *(out, *out.stride()),
+            num_segments,
             num_tokens,
             num_columns,
             x.shape[2],
             num_experts,
             row_tiles,
+            IS_PAIRED=paired,
             NUM_UNROLLED=num_experts if num_experts <= config.MAX_UNROLLED else 0,
             HAS_BIAS=bias is not None,
             PRECISION=dot_precision(x.dtype),
             **chosen.launch_options(),
         )
 
-    pinned, candidates = config.linear(x.dtype, num_tokens, aligned(x, base, deltas, out))
-    key = (x.dtype, num_tokens, tuple(deltas.shape))
+    pinned, candidates = config.linear(x.dtype, num_tokens, is_aligned, paired)
+    key = (x.dtype, num_tokens, tuple(deltas.shape), paired)
     launch(_tuning.choose("merging_fwd_linear", key, pinned, candidates, launch, on_gpu=x.is_cuda))
 
 
