@@ -66,13 +66,20 @@ def weights(dtype: torch.dtype, aligned: bool) -> Options:
 
 
 def mode(size: int, inner: int, precision: str) -> Config:
-    """For a product along a mode. Without tensor cores a tile is smaller: registers hold it all."""
-    block = 64 if size > 32 else 32 if size > 16 else 16
-    columns = (64 if inner == 1 else 128) // (2 if precision == "ieee" else 1)
-    return Config({"BLOCK_I": block, "BLOCK_J": 32, "BLOCK_N": columns}, 4, 2)
+    """For a product along a mode."""
+    if precision == "ieee":  # without tensor cores the operands stay in registers
+        blocks = {"BLOCK_I": _block(size), "BLOCK_J": 16, "BLOCK_N": 32 if inner == 1 else 64}
+    else:
+        blocks = {"BLOCK_I": _block(size), "BLOCK_J": 32, "BLOCK_N": 64 if inner == 1 else 128}
+    return Config(blocks, 4, 2)
 
 
-def contraction(size: int) -> Config:
+def contraction(size: int, precision: str) -> Config:
     """For a factor's gradient."""
-    block = 64 if size > 32 else 32 if size > 16 else 16
-    return Config({"BLOCK_I": block, "BLOCK_J": block, "BLOCK_N": 32}, 4, 2)
+    block = _block(size)
+    depth = 16 if precision == "ieee" and block < 64 else 32
+    return Config({"BLOCK_I": block, "BLOCK_J": block, "BLOCK_N": depth}, 4, 2)
+
+
+def _block(size: int) -> int:
+    return 64 if size > 32 else 32 if size > 16 else 16

@@ -83,7 +83,7 @@ def launch_contract(precision: str, left: Tensor, right: Tensor, mode: Mode, out
     """out = the contraction of left and right over all but the mode."""
     if out.numel() == 0:
         return
-    chosen = config.contraction(mode.size)
+    chosen = config.contraction(mode.size, precision)
     num_experts = out.shape[0]
     steps = triton.cdiv(mode.outer * mode.inner, chosen.blocks["BLOCK_N"])
     num_parts = max(1, min(config.PARTS, steps))
