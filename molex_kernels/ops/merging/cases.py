@@ -250,7 +250,7 @@ OPINFOS = (
             _weight(17, 44, 5, 2, mask="ties"),
             _weight(44, 17, 3, 0, mask="ties"),
             _weight(48, 32, 2, 3),
-            _weight(17, 44, 1, 1, mask="ties"),
+            _weight(17, 44, 1, 3, mask="ties"),
             _weight(17, 17, 9, 0),
         ),
         benchmarks=(_weight(3072, 768, 7, 1, mask="ties"), _weight(3072, 768, 7, 8, mask="ties")),
@@ -258,9 +258,9 @@ OPINFOS = (
         cost=_cost_deltas,
         baselines={"published": published_camex_deltas},
         compiled=(
+            _weight(3072, 768, 1, 2, mask="ties"),
+            _weight(768, 3072, 1, 2, mask="ties"),
             _weight(1024, 64, 3, 1, mask="ties"),
-            _weight(4096, 64, 2, 1, mask="ties"),
-            _weight(64, 4096, 2, 1, mask="ties"),
         ),
     ),
     OpInfo(

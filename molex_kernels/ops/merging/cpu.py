@@ -34,7 +34,8 @@ def deltas_forward(
         mine = slice(e, e + 1)
         agrees = None if majority is None else tau[mine].sign().eq_(majority)
         if factors:
-            plan.transform(tau[mine], [f[:, mine] for f in factors], _product, out[mine])
+            mine_of = [factor[:, mine] for factor in factors]
+            plan.transform(tau[mine, None], mine_of, _product, out[mine, None])
         if agrees is not None:
             out[mine] *= agrees
     return out.to(experts.dtype)
@@ -67,23 +68,26 @@ def deltas_backward(
         upstream = ddeltas[mine].to(torch.float32, memory_format=torch.contiguous_format)
         if majority is not None:
             upstream = tau[mine].sign().eq_(majority).mul_(upstream)
-        dtau: Tensor | None = upstream
+        dtau = upstream
         if factors:
-            dtau, computed = plan.transform_backward(
-                tau[mine],
-                upstream,
-                [f[:, mine] for f in factors],
-                needs_base or needs_experts,
-                any(needs_factors),
+            mine_of = [factor[:, mine] for factor in factors]
+            dtau = torch.empty_like(upstream)
+            found = [torch.empty_like(factor) for factor in mine_of]
+            plan.transform_backward(
+                tau[mine, None],
+                upstream[:, None],
+                mine_of,
                 _product,
                 _contract,
+                dtau[:, None] if needs_base or needs_experts else None,
+                found if any(needs_factors) else None,
             )
-            for dfactor, found, need in zip(dfactors, computed or (), needs_factors, strict=False):
+            for dfactor, gradient, need in zip(dfactors, found, needs_factors, strict=True):
                 if need:
-                    dfactor[:, mine] = found
-        if needs_experts and dtau is not None:
-            dexperts[e] = dtau[0]
-        if needs_base and dtau is not None:
+                    dfactor[:, mine] = gradient
+        if needs_experts:
+            dexperts[mine] = dtau
+        if needs_base:
             dbase -= dtau[0]
     return dbase.to(base.dtype), dexperts, *dfactors
 
@@ -171,7 +175,7 @@ def _majority(tau: Tensor) -> Tensor:
 def _product(
     factor: Tensor, x: Tensor, mode: Mode, transposed: bool, out: Tensor, accumulate: bool
 ) -> None:
-    matrix = factor[0].mT if transposed else factor[0]
+    matrix = factor[0, 0].mT if transposed else factor[0, 0]
     beta = 1.0 if accumulate else 0.0
     if mode.inner == 1:
         rows, result = x.view(mode.outer, mode.size), out.view(mode.outer, mode.size)
@@ -184,6 +188,6 @@ def _product(
 def _contract(left: Tensor, right: Tensor, mode: Mode, out: Tensor) -> None:
     if mode.inner == 1:
         shape = (mode.outer, mode.size)
-        torch.mm(left.view(shape).mT, right.view(shape), out=out[0])
+        torch.mm(left.view(shape).mT, right.view(shape), out=out[0, 0])
     else:
-        torch.sum(torch.bmm(left.view(mode), right.view(mode).mT), 0, out=out[0])
+        torch.sum(torch.bmm(left.view(mode), right.view(mode).mT), 0, out=out[0, 0])

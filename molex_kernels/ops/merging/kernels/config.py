@@ -69,9 +69,9 @@ def mode(size: int, inner: int, precision: str) -> Config:
     """For a product along a mode."""
     if precision == "ieee":  # without tensor cores the operands stay in registers
         blocks = {"BLOCK_I": _block(size), "BLOCK_J": 16, "BLOCK_N": 32 if inner == 1 else 64}
-    else:
-        blocks = {"BLOCK_I": _block(size), "BLOCK_J": 32, "BLOCK_N": 64 if inner == 1 else 128}
-    return Config(blocks, 4, 2)
+        return Config(blocks, 4, 2)
+    blocks = {"BLOCK_I": _block(size), "BLOCK_J": 32, "BLOCK_N": 64 if inner == 1 else 128}
+    return Config(blocks, 4, 3)
 
 
 def contraction(size: int, precision: str) -> Config:
@@ -79,6 +79,16 @@ def contraction(size: int, precision: str) -> Config:
     block = _block(size)
     depth = 16 if precision == "ieee" and block < 64 else 32
     return Config({"BLOCK_I": block, "BLOCK_J": block, "BLOCK_N": depth}, 4, 2)
+
+
+def at_a_time(rank: int, num_experts: int) -> tuple[int, int]:
+    """How many ranks, and how many experts, share a launch of the curvature.
+
+    All ranks of an expert together need no running sum in memory. Their buffers hold at most
+    2 E weights, or as many as the experts themselves in fp32 for 16-bit parameters.
+    """
+    ranks = min(rank, 2 * num_experts)
+    return ranks, min(num_experts, 2 * num_experts // ranks)
 
 
 def _block(size: int) -> int:

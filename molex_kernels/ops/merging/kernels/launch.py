@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from molex_kernels._dtypes import dot_precision
 from molex_kernels.ops.merging import plan
+from molex_kernels.ops.merging.kernels import config
 from molex_kernels.ops.merging.kernels.parts import (
     launch_contract,
     launch_linear,
@@ -30,13 +31,24 @@ def deltas_forward(
 ) -> Tensor:
     factors = [f for f in (out1, out2, in1, in2) if f is not None]
     out = experts.new_empty(experts.shape)
-    curved = None
-    if factors:
-        product = partial(launch_product, _precision(base))
-        tau = _tau(base, experts)
-        curved = torch.empty_like(tau)
-        plan.transform(tau, factors, product, curved)
-    launch_mask(base, experts, curved, out, None, ties)
+    if not factors:
+        launch_mask(base, experts, None, out, None, ties)
+        return out
+    ranks, group = config.at_a_time(*factors[0].shape[:2])
+    several = ranks < factors[0].shape[0]  # sums that are continued stay fp32
+    curved = torch.empty_like(out, dtype=torch.float32) if several else out
+    precision = _precision(base)
+    for mine, tau in _tau(base, experts, group):
+        plan.transform(
+            tau,
+            [factor[:, mine] for factor in factors],
+            partial(launch_product, precision),
+            curved[mine, None],
+            ranks=ranks,
+            dtype=base.dtype,
+        )
+    if ties or several:
+        launch_mask(base, experts, curved, out, None, ties)
     return out
 
 
@@ -61,22 +73,31 @@ def deltas_backward(
         for f, need in zip(factors or (base,) * 4, needs_factors, strict=True)
     ]
     needs_tau = needs_base or needs_experts
-    source: Tensor | None = ddeltas
+    source = ddeltas
     if factors:
-        upstream = torch.empty_like(ddeltas, dtype=torch.float32, memory_format=CONTIGUOUS)
-        launch_mask(base, experts, ddeltas, upstream, None, ties)
-        source, computed = plan.transform_backward(
-            _tau(base, experts),
-            upstream,
-            factors,
-            needs_tau,
-            any(needs_factors),
-            partial(launch_product, _precision(base)),
-            partial(launch_contract, _precision(base)),
-        )
-        for dfactor, mine, need in zip(dfactors, computed or (), needs_factors, strict=False):
+        ranks, group = config.at_a_time(*factors[0].shape[:2])
+        upstream = ddeltas.contiguous()
+        if ties:
+            upstream = torch.empty_like(upstream)
+            launch_mask(base, experts, ddeltas, upstream, None, ties)
+        source = torch.empty_like(upstream, dtype=torch.float32)
+        found = [torch.empty_like(factor, dtype=torch.float32) for factor in factors]
+        precision = _precision(base)
+        for mine, tau in _tau(base, experts, group):
+            plan.transform_backward(
+                tau,
+                upstream[mine, None],
+                [factor[:, mine] for factor in factors],
+                partial(launch_product, precision),
+                partial(launch_contract, precision),
+                source[mine, None] if needs_tau else None,
+                [gradient[:, mine] for gradient in found] if any(needs_factors) else None,
+                ranks=ranks,
+                dtype=base.dtype,
+            )
+        for dfactor, gradient, need in zip(dfactors, found, needs_factors, strict=True):
             if need:
-                dfactor.copy_(mine)
+                dfactor.copy_(gradient)
     if needs_tau:
         launch_mask(
             base,
@@ -122,14 +143,14 @@ def linear_backward(
     return dx, dbase, ddeltas, gates.new_empty(0) if dgates is None else dgates, dbias
 
 
-CONTIGUOUS = torch.contiguous_format
-
-
-def _tau(base: Tensor, experts: Tensor) -> Tensor:
-    """[E, O, D] contiguous fp32."""
-    tau = torch.empty_like(experts, dtype=torch.float32, memory_format=CONTIGUOUS)
-    launch_mask(base, experts, None, tau, None, False)
-    return tau
+def _tau(base: Tensor, experts: Tensor, group: int) -> Iterator[tuple[slice, Tensor]]:
+    """tau of `group` experts at a time, [E', 1, O, D] contiguous fp32, in one buffer."""
+    buffer = base.new_empty(min(group, experts.shape[0]), 1, *base.shape, dtype=torch.float32)
+    for first in range(0, experts.shape[0], group):
+        mine = slice(first, min(first + group, experts.shape[0]))
+        tau = buffer[: mine.stop - first]
+        launch_mask(base, experts[mine], None, tau[:, 0], None, False)
+        yield mine, tau
 
 
 def _precision(base: Tensor) -> str:

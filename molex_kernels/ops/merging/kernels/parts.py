@@ -58,21 +58,25 @@ def launch_product(
     out: Tensor,
     accumulate: bool,
 ) -> None:
-    """out = factor x along the mode."""
-    if x.numel() == 0:
+    """`plan.Product`."""
+    if out.numel() == 0:
         return
     factor = factor.mT if transposed else factor
+    num_ranks, num_experts = factor.shape[:2]
+    summed = out.shape[1] == 1
     chosen = config.mode(mode.size, mode.inner, precision)
     tiles = triton.cdiv(mode.size, chosen.blocks["BLOCK_I"])
     tiles *= triton.cdiv(mode.outer * mode.inner, chosen.blocks["BLOCK_N"])
-    _merging_fwd_mode[(tiles * x.shape[0],)](
+    _merging_fwd_mode[(tiles * num_experts * (1 if summed else num_ranks),)](
         *(factor, *factor.stride()),
-        x,
-        out,
+        *_with_batch(x),
+        *_with_batch(out),
         mode.size,
         mode.inner,
         mode.outer * mode.inner,
-        x.shape[0],
+        num_experts,
+        num_ranks,
+        IS_SUMMED=summed,
         IS_ADDED=accumulate,
         PRECISION=precision,
         **chosen.launch_options(),
@@ -80,23 +84,24 @@ def launch_product(
 
 
 def launch_contract(precision: str, left: Tensor, right: Tensor, mode: Mode, out: Tensor) -> None:
-    """out = the contraction of left and right over all but the mode."""
+    """`plan.Contract`."""
     if out.numel() == 0:
         return
     chosen = config.contraction(mode.size, precision)
-    num_experts = out.shape[0]
+    num_ranks, num_experts = out.shape[:2]
     steps = triton.cdiv(mode.outer * mode.inner, chosen.blocks["BLOCK_N"])
     num_parts = max(1, min(config.PARTS, steps))
-    partial = left.new_empty(num_parts, *out.shape)
+    partial = out.new_empty(num_parts, *out.shape)
     tiles = triton.cdiv(mode.size, chosen.blocks["BLOCK_I"]) ** 2
-    _merging_bwd_mode[(num_parts * tiles * num_experts,)](
-        left,
-        right,
+    _merging_bwd_mode[(num_parts * tiles * num_ranks * num_experts,)](
+        *_with_batch(left),
+        *_with_batch(right),
         partial,
         mode.size,
         mode.inner,
         mode.outer * mode.inner,
         num_experts,
+        num_ranks,
         num_parts,
         PRECISION=precision,
         **chosen.launch_options(),
@@ -208,3 +213,8 @@ def aligned(*tensors: Tensor) -> bool:
 
 def _with_strides(x: Tensor | None, dims: int) -> tuple[Any, ...]:
     return (None, *(0,) * dims) if x is None else (x, *x.stride())
+
+
+def _with_batch(x: Tensor) -> tuple[Any, ...]:
+    """The tensor [E, r, O, D] and its strides over experts and ranks: 0 where one serves all."""
+    return x, x.stride(0), 0 if x.shape[1] == 1 else x.stride(1)
