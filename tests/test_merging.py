@@ -363,8 +363,9 @@ def _extra_bytes(passes, segments: int, generator: torch.Generator) -> dict[str,
 def test_memory_does_not_grow_with_the_segments_on_a_cpu(generator):
     passes = {"forward": cpu.linear_forward, "backward": cpu.linear_backward}
     few, many = (_extra_bytes(passes, segments, generator) for segments in (8, 64))
-    assert few == many
-    assert 0 < max(many.values()) <= 4 * (2 * 3 + 2 * cpu.GROUP + 3) * 16 * 16
+    # Not equal: results that come after the peak are taken off it as well.
+    assert all(0 < many[name] <= few[name] for name in passes)
+    assert max(many.values()) <= 4 * (2 * 3 + 2 * cpu.GROUP + 3) * 16 * 16
 
 
 class _NoKernel:

@@ -112,8 +112,8 @@ def linear_backward(
     num_segments = x.shape[0]
     size = base.numel()
     dx = x.new_empty(x.shape if needs_x else (0,))
-    dbase = torch.zeros(size if needs_base else 0, dtype=torch.float32)
-    ddeltas = torch.zeros(deltas.shape[0], size if needs_deltas else 0, dtype=torch.float32)
+    dbase = torch.zeros(base.shape if needs_base else (0,), dtype=torch.float32)
+    ddeltas = torch.zeros(deltas.shape if needs_deltas else (0,), dtype=torch.float32)
     dgates = gates.new_empty(gates.shape if needs_gates else (0,))
     if needs_x:
         for first, weights in _merged(base, deltas, gates, x.dtype):
@@ -129,15 +129,15 @@ def linear_backward(
                 torch.mm(dy[s].mT.float(), x[s].float(), out=dweight)
             rows = here.view(-1, size)
             if needs_base:
-                dbase += rows.sum(0)
+                dbase += here.sum(0)
             if needs_deltas:
-                ddeltas.addmm_(gates[part].mT, rows)
+                ddeltas.view(-1, size).addmm_(gates[part].mT, rows)
             if needs_gates:
                 dgates[part] = torch.mm(rows, flat.mT)
     return (
         dx,
-        dbase.view(base.shape if needs_base else (0,)).to(base.dtype, copy=True),
-        ddeltas.view(deltas.shape if needs_deltas else (0,)).to(deltas.dtype, copy=True),
+        dbase.to(base.dtype),
+        ddeltas.to(deltas.dtype),
         dgates,
         dy.sum(1, dtype=torch.float32) if needs_bias else gates.new_empty(0),
     )
