@@ -59,7 +59,7 @@ def weights(dtype: torch.dtype, aligned: bool) -> Options:
     A tile of all BLOCK_E experts is held in registers, twice: their deltas and their gradients.
     """
     if dtype == torch.float32:
-        return _linear(16, 32, 16, 4, 2), ()
+        return _linear(16, 32, 16, 4, 3), ()
     if not aligned:
         return _linear(32, 32, 32, 8, 2), ()
     return _linear(64, 64, 32, 8, 3), (_linear(64, 64, 32, 4, 3), _linear(32, 64, 32, 8, 3))

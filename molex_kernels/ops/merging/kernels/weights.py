@@ -74,30 +74,35 @@ def _merging_bwd_weights(
     if HAS_DELTAS:
         ddeltas = tl.zeros((BLOCK_E, BLOCK_N, BLOCK_D), tl.float32)
 
-    for s in range(num_segments):
-        segment = tl.cast(s, tl.int64)
-        dweight = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        for t in range(0, num_tokens, BLOCK_T):
-            mask_t = offs_t < num_tokens - t
-            rows = (t + offs_t).to(tl.int64)
-            dy_ptrs = dy_ptr + segment * stride_ys + rows[None, :] * stride_yt
-            dy_ptrs += offs_n[:, None] * stride_yn
-            dy = tl.load(dy_ptrs, mask=mask_n[:, None] & mask_t[None, :], other=0.0)
-            x_ptrs = x_ptr + segment * stride_xs + rows[:, None] * stride_xt
-            x_ptrs += offs_d[None, :] * stride_xd
-            x = tl.load(x_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0)
-            dweight = tl.dot(dy, x, dweight, input_precision=PRECISION)
-        if HAS_BASE:
-            dbase += dweight
-        if HAS_DELTAS:
-            gate_ptrs = gates_ptr + segment * stride_gs + offs_e * stride_ge
-            gate = tl.load(gate_ptrs, mask=mask_e, other=0.0)
-            ddeltas += gate[:, None, None] * dweight[None, :, :]
-        if HAS_GATES:
-            inner = tl.sum(deltas.to(tl.float32) * dweight[None, :, :], axis=2)
-            partial_ptrs = partial_ptr + segment * stride_ps + offs_e * stride_pe
-            partial_ptrs += tile * stride_pt
-            tl.store(partial_ptrs, tl.sum(inner, axis=1), mask=mask_e)
+    # One loop over segments and their rows, so that a segment's first loads do not wait for the end
+    # of the one before.
+    steps = tl.maximum(tl.cdiv(num_tokens, BLOCK_T), 1)
+    dweight = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for step in range(num_segments * steps):
+        segment = tl.cast(step // steps, tl.int64)
+        rows = (step % steps) * BLOCK_T + offs_t
+        mask_t = rows < num_tokens
+        rows = rows.to(tl.int64)
+        dy_ptrs = dy_ptr + segment * stride_ys + rows[None, :] * stride_yt
+        dy_ptrs += offs_n[:, None] * stride_yn
+        dy = tl.load(dy_ptrs, mask=mask_n[:, None] & mask_t[None, :], other=0.0)
+        x_ptrs = x_ptr + segment * stride_xs + rows[:, None] * stride_xt
+        x_ptrs += offs_d[None, :] * stride_xd
+        x = tl.load(x_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0)
+        dweight = tl.dot(dy, x, dweight, input_precision=PRECISION)
+        if step % steps == steps - 1:
+            if HAS_BASE:
+                dbase += dweight
+            if HAS_DELTAS:
+                gate_ptrs = gates_ptr + segment * stride_gs + offs_e * stride_ge
+                gate = tl.load(gate_ptrs, mask=mask_e, other=0.0)
+                ddeltas += gate[:, None, None] * dweight[None, :, :]
+            if HAS_GATES:
+                inner = tl.sum(deltas.to(tl.float32) * dweight[None, :, :], axis=2)
+                partial_ptrs = partial_ptr + segment * stride_ps + offs_e * stride_pe
+                partial_ptrs += tile * stride_pt
+                tl.store(partial_ptrs, tl.sum(inner, axis=1), mask=mask_e)
+            dweight = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
 
     if HAS_BASE:
         # Every group of experts has the same sum: the first writes it.
