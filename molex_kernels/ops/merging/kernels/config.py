@@ -61,7 +61,7 @@ def weights(dtype: torch.dtype, aligned: bool) -> Options:
     if dtype == torch.float32:
         return _linear(16, 32, 16, 4, 3), ()
     if not aligned:
-        return _linear(32, 32, 32, 8, 2), ()
+        return _linear(32, 32, 32, 4, 2), ()
     return _linear(64, 64, 32, 8, 3), (_linear(64, 64, 32, 4, 3), _linear(32, 64, 32, 8, 3))
 
 
