@@ -120,20 +120,20 @@ def linear_backward(
             for s, weight in enumerate(weights, first):
                 torch.mm(dy[s], weight, out=dx[s])
     if needs_base or needs_deltas or needs_gates:
-        flat = deltas.float().reshape(deltas.shape[0], size)
+        by_row = deltas.float().permute(1, 2, 0)
         dweights = torch.empty(min(GROUP, num_segments), *base.shape)
         for first in range(0, num_segments, GROUP):
             part = slice(first, min(first + GROUP, num_segments))
             here = dweights[: part.stop - first]
             for s, dweight in enumerate(here, first):
                 torch.mm(dy[s].mT.float(), x[s].float(), out=dweight)
-            rows = here.view(-1, size)
             if needs_base:
                 dbase += here.sum(0)
             if needs_deltas:
-                ddeltas.view(-1, size).addmm_(gates[part].mT, rows)
+                ddeltas.view(-1, size).addmm_(gates[part].mT, here.view(-1, size))
             if needs_gates:
-                dgates[part] = torch.mm(rows, flat.mT)
+                # Row by row: shorter sums are more exact, and a product that deep is slow.
+                dgates[part] = torch.bmm(here.transpose(0, 1), by_row).sum(0)
     return (
         dx,
         dbase.to(base.dtype),
