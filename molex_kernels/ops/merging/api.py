@@ -37,8 +37,8 @@ def camex_deltas(
     Without curvature M is the identity: plain task vectors, and with the mask TIES merging.
 
     The deltas depend on parameters alone: they can be kept from one change of them to the next and
-    passed to `camex_linear`. The factors are applied one after the other and the ranks summed as
-    they come, where the published code holds r copies of tau.
+    passed to `camex_linear`. The factors are applied one after the other, where the published code
+    holds r copies of tau.
 
     Args:
         base: [O, D]. fp16, bf16, fp32 (fp64: reference only).
@@ -49,11 +49,12 @@ def camex_deltas(
         impl: "triton", "cpu" or "reference"; None takes the fastest that supports the inputs.
 
     Returns:
-        [E, O, D] in base's dtype, computed in fp32 and rounded once (Triton multiplies in TF32 for
-        16-bit inputs). Autocast is left out: the difference of two weights needs their precision.
+        [E, O, D] in base's dtype, summed in fp32. For 16-bit inputs Triton multiplies tau in TF32
+        and keeps what stands between two factors in base's dtype. Autocast is left out: the
+        difference of two weights needs their precision.
 
     Differentiable in base, experts and the factors, once. Deterministic. Never waits for the
-    device. Extra memory: a fixed number of fp32 tensors [E, O, D].
+    device. Extra memory: a few fp32 tensors [E, O, D], whatever the rank.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or mask, no expert.

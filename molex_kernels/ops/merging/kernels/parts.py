@@ -145,7 +145,7 @@ def launch_linear(
         )
 
     pinned, candidates = config.linear(x.dtype, num_tokens, is_aligned, paired)
-    key = (x.dtype, num_tokens, tuple(deltas.shape), paired)
+    key = (x.dtype, num_tokens, tuple(deltas.shape), is_aligned, paired)
     launch(_tuning.choose("merging_fwd_linear", key, pinned, candidates, launch, on_gpu=x.is_cuda))
 
 
@@ -195,8 +195,9 @@ def launch_weights(
             **chosen.launch_options(),
         )
 
-    pinned, candidates = config.weights(x.dtype, aligned(dy, x, deltas))
-    key = (x.dtype, num_tokens, tuple(deltas.shape))
+    is_aligned = aligned(dy, x, deltas)
+    pinned, candidates = config.weights(x.dtype, is_aligned)
+    key = (x.dtype, num_tokens, tuple(deltas.shape), is_aligned)
     launch(_tuning.choose("merging_bwd_weights", key, pinned, candidates, launch, on_gpu=x.is_cuda))
     return None if partial is None else partial.sum(2)
 
