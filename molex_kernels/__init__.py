@@ -6,6 +6,15 @@ is told to. `python -m molex_kernels.env` prints what will run here, and why not
 
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
 from molex_kernels.ops.dispatch.module import MoEMLP
+from molex_kernels.ops.merging.api import camex_deltas, camex_linear, camex_merge
+from molex_kernels.ops.merging.gates import (
+    cv_squared_loss,
+    noisy_topk_gates,
+    propagate_base,
+    segment_gates,
+)
+from molex_kernels.ops.merging.module import CAMExLinear, CAMExMLP
+from molex_kernels.ops.merging.plan import KroneckerCurvature
 from molex_kernels.ops.momentum.api import moe_mlp_momentum, momentum_update
 from molex_kernels.ops.momentum.module import MomentumMoE, MomentumOutput
 from molex_kernels.ops.momentum.rules import (
@@ -29,7 +38,10 @@ __all__ = [
     "ACRouter",
     "AdEMAMix",
     "Adam",
+    "CAMExLinear",
+    "CAMExMLP",
     "HeavyBall",
+    "KroneckerCurvature",
     "Mars",
     "MoEMLP",
     "MomentumMoE",
@@ -44,12 +56,19 @@ __all__ = [
     "__version__",
     "ac_route",
     "ac_weights",
+    "camex_deltas",
+    "camex_linear",
+    "camex_merge",
+    "cv_squared_loss",
     "grouped_gemm",
     "load_balance_loss",
     "moe_mlp",
     "moe_mlp_momentum",
     "momentum_update",
+    "noisy_topk_gates",
+    "propagate_base",
     "route_plan",
     "router_z_loss",
+    "segment_gates",
     "topk_route",
 ]

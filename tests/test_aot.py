@@ -42,4 +42,6 @@ def test_kernels_compile_for_every_chip(name: str):
 
 def _large(kernel: dict) -> bool:
     """wgmma needs 64 rows: a tile with fewer runs on mma.sync by design."""
-    return kernel["blocks"].get("BLOCK_T", 64) >= 64 and not kernel["blocks"].get("HAS_WEIGHTS")
+    blocks = kernel["blocks"]
+    rows = blocks.get("BLOCK_I", blocks.get("BLOCK_T", 64))
+    return rows >= 64 and not blocks.get("HAS_WEIGHTS")

@@ -50,6 +50,20 @@ def _moe_momentum(x=X, index=INDEX, weight=WEIGHT, state=None, rule=BALL, **opti
     return mk.moe_mlp_momentum(x, index, weight, UP, DOWN, state, rule, **options)
 
 
+BASE, EXPERTS = torch.zeros(6, 4), torch.zeros(3, 6, 4)
+SEGMENTS, GATES = torch.zeros(2, 5, 4), torch.zeros(2, 3)
+CURVATURE = mk.KroneckerCurvature.identity(3, 6, 4, 2)
+WIDE = CURVATURE._replace(in1=torch.zeros(2, 3, 3, 3))
+
+
+def _camex(x=SEGMENTS, base=BASE, experts=EXPERTS, gates=GATES, **options):
+    return mk.camex_linear(x, base, experts, gates, **options)
+
+
+def _deltas(base=BASE, experts=EXPERTS, **options):
+    return mk.camex_deltas(base, experts, **options)
+
+
 TYPE = [
     (lambda: _topk(x=X.long()), "x: expected dtype"),
     (lambda: _topk(x=[1.0]), "x: expected a tensor"),
@@ -89,6 +103,21 @@ TYPE = [
     (lambda: _moe_momentum(dropout_p=0.1, dropout_seed=X[0, 0]), "dropout_seed: expected dtype"),
     (lambda: _moe_momentum(expert_input=X.double()), "expert_input: expected dtype"),
     (lambda: mk.MomentumMoE(4, 4, 3, 2, 0.7), "rule: expected a rule"),
+    (lambda: _camex(x=SEGMENTS.long()), "x: expected dtype"),
+    (lambda: _camex(base=BASE.half()), "base: expected dtype"),
+    (lambda: _camex(gates=GATES.long()), "gates: expected dtype"),
+    (lambda: _camex(experts=None), "experts: expected a tensor"),
+    (lambda: _camex(bias=torch.zeros(3, 6)), r"base_bias: expected a tensor \[O\]"),
+    (lambda: _camex(bias_curvature=CURVATURE[:2]), r"bias: expected a tensor \[E, O\]"),
+    (lambda: _camex(curvature=list(CURVATURE)), "curvature: expected a KroneckerCurvature"),
+    (lambda: _camex(curvature=CURVATURE[:2]), "curvature: expected a KroneckerCurvature"),
+    (lambda: _camex(alpha="1"), "alpha: expected a number"),
+    (lambda: _deltas(curvature=CURVATURE._replace(in2=None)), "curvature.in2: expected a tensor"),
+    (lambda: _deltas(experts=EXPERTS.half()), "experts: expected dtype"),
+    (lambda: mk.noisy_topk_gates(X, GATE.T, top_k=1.0, training=False), "top_k: expected an int"),
+    (lambda: mk.segment_gates(GATES[None].long()), "gates: expected dtype"),
+    (lambda: mk.cv_squared_loss([1.0]), "gates: expected a tensor"),
+    (lambda: mk.propagate_base(BASE, EXPERTS, "1"), "gamma: expected a number"),
 ]
 VALUE = [
     (lambda: _topk(x=X[None]), r"x: expected shape \[T, D\], got \[1, 6, 4\]"),
@@ -133,6 +162,72 @@ VALUE = [
     (lambda: _gemm(weight=UP[0]), "weight: expected shape"),
     (lambda: _gemm(offsets=ENDS[:2]), "offsets: expected shape"),
     (lambda: _gemm(bias=torch.zeros(3, 4)), "bias: expected shape"),
+    (lambda: _camex(x=SEGMENTS[0]), r"x: expected shape \[S, T, D\]"),
+    (lambda: _camex(base=BASE[:, :3]), "base: expected shape .* with D=4"),
+    (lambda: _camex(experts=EXPERTS[:, :5]), "experts: expected shape"),
+    (lambda: _camex(experts=EXPERTS[:0]), "experts: expected shape .* E at least 1"),
+    (lambda: _camex(gates=GATES[:1]), "gates: expected shape .* with S=2, E=3"),
+    (lambda: _camex(gates=GATES[:, :2]), "gates: expected shape .* with S=2, E=3"),
+    (lambda: _camex(gates=GATES[None]), r"gates: expected shape \[S, E\]"),
+    (lambda: _camex(mask="dare"), "mask: expected one of None, 'ties', got 'dare'"),
+    (lambda: _camex(deltas=EXPERTS), "experts: expected None where deltas are given"),
+    (
+        lambda: _camex(experts=None, deltas=EXPERTS, curvature=CURVATURE),
+        "curvature: expected None where deltas",
+    ),
+    (lambda: _camex(experts=None, deltas=BASE), "deltas: expected shape"),
+    (lambda: _camex(alpha=math.nan), "alpha: expected a finite number"),
+    (lambda: _camex(expert_dropout=1.0), "expert_dropout: expected at least 0 and below 1"),
+    (lambda: _camex(expert_dropout=-0.1), "expert_dropout: expected"),
+    (lambda: _camex(base_bias=torch.zeros(5)), "base_bias: expected shape"),
+    (
+        lambda: _camex(bias=torch.zeros(3, 5), base_bias=torch.zeros(6)),
+        "bias: expected shape .* with E=3, O=6",
+    ),
+    (
+        lambda: _camex(
+            bias=torch.zeros(3, 6), base_bias=torch.zeros(6), bias_curvature=CURVATURE[2:]
+        ),
+        "bias_curvature: expected out1 and out2 of sizes whose product is O=6, got 2 and 2",
+    ),
+    (
+        lambda: _deltas(curvature=WIDE),
+        "curvature: expected in1 and in2 of sizes whose product is D=4, got 3 and 2",
+    ),
+    (
+        lambda: _deltas(curvature=mk.KroneckerCurvature.identity(3, 4, 4, 2)),
+        "curvature: expected out1 and out2 of sizes whose product is O=6, got 2 and 2",
+    ),
+    (
+        lambda: _deltas(curvature=mk.KroneckerCurvature.identity(2, 6, 4, 1)),
+        "curvature.out1: expected shape .* with r=1, E=3",
+    ),
+    (lambda: _deltas(curvature=CURVATURE._replace(in1=WIDE.in1[:1])), "curvature.in1: expected"),
+    (
+        lambda: _deltas(curvature=mk.KroneckerCurvature(*(c[:0] for c in CURVATURE))),
+        "curvature: expected a rank of at least 1",
+    ),
+    (lambda: _deltas(mask="sign"), "mask: expected one of"),
+    (lambda: mk.camex_merge(BASE, EXPERTS, GATES[:, :2]), "gates: expected shape"),
+    (lambda: mk.KroneckerCurvature.identity(3, 6, 4, 0), "rank: expected at least 1"),
+    (lambda: mk.KroneckerCurvature.identity(3, 6, 4, 1, "half"), "scale: expected one of"),
+    (lambda: mk.segment_gates(GATES), "gates: expected shape"),
+    (lambda: mk.segment_gates(GATES[:, None][:, :0]), "S at least 1"),
+    (lambda: mk.noisy_topk_gates(X, GATE.T, top_k=4, training=True), "top_k: expected at least 1"),
+    (
+        lambda: mk.noisy_topk_gates(X, GATE.T, GATE, top_k=2, training=True),
+        "w_noise: expected shape",
+    ),
+    (lambda: mk.cv_squared_loss(GATES, GATES[0, :2]), "load: expected shape"),
+    (lambda: mk.propagate_base(BASE, EXPERTS[:, :5], 0.1), "deltas: expected shape"),
+    (lambda: mk.propagate_base(BASE, EXPERTS[:0], 0.1), "deltas: expected shape .* E at least 1"),
+    (lambda: mk.CAMExLinear(4, 6, 3, segment=0), "segment: expected at least 1"),
+    (lambda: mk.CAMExLinear(4, 6, 3, mask="dare"), "mask: expected one of"),
+    (lambda: mk.CAMExLinear(4, 6, 3, top_k=4), "top_k: expected at least 1 and at most 3"),
+    (lambda: mk.CAMExLinear(4, 6, 3, segment=4)(SEGMENTS), "segments of 4 divide, got 5"),
+    (lambda: mk.CAMExLinear(4, 6, 3)(SEGMENTS[:, :0]), "L at least 1, got L=0"),
+    (lambda: mk.CAMExLinear(4, 6, 3)(SEGMENTS[..., :3]), "x: expected shape .* with D=4"),
+    (lambda: mk.CAMExMLP(4, 6, 3, activation="mish"), "activation: expected one of"),
     (lambda: mk.TopKRouter(4, 3, 4), "top_k: expected"),
     (lambda: mk.TopKRouter(0, 3, 2), "d_model: expected at least 1"),
     (lambda: mk.ACRouter(4, 3, 2, cosine=True, bias=True), "bias: expected False"),
@@ -195,7 +290,7 @@ def test_value_errors(call, message):
 
 @pytest.mark.parametrize(
     "function",
-    [_topk, _weights, _ac, _mlp, _gemm, _momentum, _moe_momentum],
+    [_topk, _weights, _ac, _mlp, _gemm, _momentum, _moe_momentum, _camex, _deltas],
     ids=lambda f: f.__name__,
 )
 def test_an_implementation_that_cannot_run(function):

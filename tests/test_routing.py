@@ -10,7 +10,7 @@ from torch import Tensor
 
 import molex_kernels as mk
 
-IMPLS = ["reference", "triton"] if DEVICE.type == "cuda" else ["reference", "triton", "cpu"]
+IMPLS = ["reference", "triton"]
 
 
 def _tokens(generator: torch.Generator, *sizes: int) -> Tensor:

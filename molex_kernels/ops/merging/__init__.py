@@ -1,0 +1,1 @@
+"""Curvature-aware merging of experts (CAMEx): weights merged anew for every segment."""

@@ -1,0 +1,335 @@
+"""Curvature-aware merging: public functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from molex_kernels import _check, _dtypes
+from molex_kernels._dispatch import CPU_ATEN, REFERENCE, TRITON, choose
+from molex_kernels.ops.merging import op, reference
+from molex_kernels.ops.merging.plan import KroneckerCurvature
+
+MASKS = (None, "ties")
+FACTORS = KroneckerCurvature._fields
+BIAS_FACTORS = ("out1", "out2")
+
+_IMPLEMENTATIONS = (TRITON, CPU_ATEN, REFERENCE)
+
+
+def camex_deltas(
+    base: Tensor,
+    experts: Tensor,
+    *,
+    curvature: KroneckerCurvature | None = None,
+    mask: str | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """What every expert adds to the base when its gate is 1 (CAMEx, arXiv 2502.18821).
+
+    tau_e = experts_e - base,   Delta_e = mask_e * M_e tau_e,
+    M_e tau = sum_r (out1_re (x) out2_re) tau (in1_re (x) in2_re)^T.
+
+    `mask="ties"`: mask_e = [sign(tau_e) == sign(sum_j tau_j)] element by element, of tau before the
+    curvature; it is 1 where all experts equal the base. The mask is a constant in the gradient.
+    Without curvature M is the identity: plain task vectors, and with the mask TIES merging.
+
+    The deltas depend on parameters alone: they can be kept from one change of them to the next and
+    passed to `camex_linear`. The factors are applied one after the other, where the published code
+    holds r copies of tau.
+
+    Args:
+        base: [O, D]. fp16, bf16, fp32 (fp64: reference only).
+        experts: [E, O, D], E >= 1, of base's dtype.
+        curvature: `KroneckerCurvature` of base's dtype, any rank r >= 1, any factors with o1 o2 = O
+            and d1 d2 = D; or None.
+        mask: "ties" or None.
+        impl: "triton", "cpu" or "reference"; None takes the fastest that supports the inputs.
+
+    Returns:
+        [E, O, D] in base's dtype, summed in fp32. For 16-bit inputs Triton multiplies tau in TF32
+        and keeps what stands between two factors in base's dtype. Autocast is left out: the
+        difference of two weights needs their precision.
+
+    Differentiable in base, experts and the factors, once. Deterministic. Never waits for the
+    device. Extra memory: a few fp32 tensors [E, O, D], whatever the rank.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or mask, no expert.
+        NotImplementedError: the explicit `impl` cannot run.
+    """
+    _check.floating("base", base, "O, D", (None, None))
+    _check.choice("mask", mask, MASKS)
+    _check_experts(experts, base)
+    factors = _check_factors("curvature", curvature, FACTORS, base, experts.shape[0])
+    chosen = choose("camex_deltas", _IMPLEMENTATIONS, impl, base)
+    return _deltas(base, experts, factors, mask, chosen)
+
+
+def camex_merge(
+    base: Tensor,
+    experts: Tensor,
+    gates: Tensor,
+    *,
+    curvature: KroneckerCurvature | None = None,
+    mask: str | None = None,
+    alpha: float = 1.0,
+    impl: str | None = None,
+) -> Tensor:
+    """The merged weight of every segment: W_s = base + alpha sum_e gates_se Delta_e.
+
+    For a look at the weights, or to export them: `camex_linear` does not write them. The deltas are
+    those of `camex_deltas`, by `impl`; the sum over experts is PyTorch's, in fp32.
+
+    Args:
+        gates: [S, E], fp32 or base's dtype; rows need not sum to one.
+        alpha: the step size of the paper; the published code has 1.
+        base, experts, curvature, mask, impl: as in `camex_deltas`.
+
+    Returns:
+        [S, O, D] in base's dtype. Differentiable in base, experts, gates and the factors, once.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or option.
+        NotImplementedError: the explicit `impl` cannot run.
+    """
+    _check.floating("base", base, "O, D", (None, None))
+    _check_experts(experts, base)
+    _check_gates(gates, base, (None, experts.shape[0]))
+    _check.number("alpha", alpha, -float("inf"))
+    delta = camex_deltas(base, experts, curvature=curvature, mask=mask, impl=impl)
+    return reference.merge(base, delta, _scaled(gates, alpha, base.dtype))
+
+
+def camex_linear(
+    x: Tensor,
+    base: Tensor,
+    experts: Tensor | None,
+    gates: Tensor,
+    *,
+    curvature: KroneckerCurvature | None = None,
+    mask: str | None = None,
+    deltas: Tensor | None = None,
+    alpha: float = 1.0,
+    bias: Tensor | None = None,
+    base_bias: Tensor | None = None,
+    bias_curvature: Sequence[Tensor] | None = None,
+    expert_dropout: float = 0.0,
+    impl: str | None = None,
+) -> Tensor:
+    """A linear layer whose weight is merged anew for every segment (CAMEx, arXiv 2502.18821).
+
+    y_s = x_s W_s^T + b_s,
+    W_s = base + alpha sum_e keep_se gates_se Delta_e,
+    b_s = base_bias + alpha sum_e keep_se gates_se Delta_e(bias).
+
+    Delta is that of `camex_deltas`; of a bias, tau_e = bias_e - base_bias as [o1, o2] with the
+    curvature sum_r (out1_re (x) out2_re) and its own mask. The merged weights are never written:
+    tiles are merged on their way into the product, forward and backward, and the gates' gradient
+    <dW_s, Delta_e> is taken while a tile of dW_s = dy_s^T x_s is at hand. Extra memory does not
+    grow with S, but for a partial sum per segment and tile of the gates' gradient.
+
+    One op for a family: no curvature and no mask is soft merging of task vectors, "ties" TIES,
+    expert_dropout DARE-like dropout of whole experts.
+
+    keep_se is 1 / (1 - p) with probability 1 - p, else 0, drawn once per call from PyTorch's
+    generator; p = `expert_dropout`. The published code draws one for the weight (p = 0.1) and
+    another for the bias; here both share it.
+
+    Args:
+        x: [S, T, D]. fp16, bf16, fp32 (fp64: reference only).
+        base: [O, D] of x's dtype, any strides.
+        experts: [E, O, D]; None when `deltas` are given.
+        gates: [S, E], fp32 or x's dtype; rows need not sum to one.
+        curvature, mask: as in `camex_deltas`.
+        deltas: [E, O, D] from `camex_deltas(base, experts, ...)`, in place of `experts` and
+            `curvature`, which must then be None; `mask` is then that of the biases alone. Their
+            gradient reaches base, experts and curvature through the call that made them.
+        alpha: the step size of the paper; the published code has 1.
+        bias: [E, O] or None; it needs `base_bias`.
+        base_bias: [O] or None; without `bias` it is added as it is.
+        bias_curvature: (out1 [r, E, o1, o1], out2 [r, E, o2, o2]) or None. The published code means
+            this and cannot run it.
+        expert_dropout: p in [0, 1).
+        impl: "triton", "cpu" or "reference"; None takes the fastest that supports the inputs.
+
+    Returns:
+        [S, T, O] in x's dtype. W_s is summed in fp32 and rounded to x's dtype, the product
+        accumulated in fp32. Under autocast x, base and the deltas are cast; the deltas are made
+        before that, in the parameters' dtype.
+
+    Differentiable in x, base, experts, gates, deltas, the biases and all factors, once.
+    Deterministic but for the dropout. Never waits for the device.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or option.
+        NotImplementedError: the explicit `impl` cannot run.
+    """
+    _check.floating("x", x, "S, T, D", (None, None, None))
+    dtypes = _weight_dtypes(x)
+    _check.tensor("base", base, "O, D", (None, x.shape[2]), dtypes, x)
+    _check.choice("mask", mask, MASKS)
+    _check.number("alpha", alpha, -float("inf"))
+    _check_dropout(expert_dropout)
+    stack = _check_stack(base, experts, deltas, curvature, dtypes)
+    num_experts = stack.shape[0]
+    _check_gates(gates, x, (x.shape[0], num_experts))
+    _check_bias(base, num_experts, bias, base_bias, bias_curvature)
+    factors = _check_factors("curvature", curvature, FACTORS, base, num_experts)
+    bias_factors = _check_factors("bias_curvature", bias_curvature, BIAS_FACTORS, base, num_experts)
+
+    (in_autocast,) = _autocast(x)
+    chosen = choose("camex_linear", _IMPLEMENTATIONS, impl, in_autocast)
+    gates = _scaled(gates, alpha, x.dtype)
+    if expert_dropout:
+        keep = torch.rand_like(gates) >= expert_dropout
+        gates = gates * keep.to(gates.dtype) / (1 - expert_dropout)
+    merged_bias = None
+    if base_bias is not None:
+        merged_bias = _merged_bias(bias, base_bias, gates, bias_factors, mask)
+    if deltas is None:
+        deltas = _deltas(base, stack, factors, mask, chosen)
+    x, base, deltas = _autocast(x, base, deltas)
+    if chosen == "reference":
+        return reference.linear(x, base, deltas, gates, merged_bias)
+    return op.linear(x, base, deltas, gates, merged_bias, chosen)
+
+
+def _deltas(
+    base: Tensor, experts: Tensor, factors: op.Factors, mask: str | None, chosen: str
+) -> Tensor:
+    ties = mask == "ties"
+    if chosen == "reference":
+        given = [factor for factor in factors if factor is not None]
+        return reference.deltas(base, experts, given or None, ties)
+    return op.deltas(base, experts, factors, ties, chosen)
+
+
+def _merged_bias(
+    bias: Tensor | None,
+    base_bias: Tensor,
+    gates: Tensor,
+    factors: op.Factors,
+    mask: str | None,
+) -> Tensor:
+    """[S, O] in the gates' dtype. Biases are small: PyTorch's operators do them."""
+    base_bias = base_bias.to(gates.dtype)[:, None]
+    if bias is None:
+        return base_bias.mT.expand(gates.shape[0], -1)
+    bias = bias.to(gates.dtype)[..., None]
+    given = None
+    if factors[0] is not None and factors[1] is not None:
+        out1, out2 = factors[0].to(gates.dtype), factors[1].to(gates.dtype)
+        one = out1.new_ones(*out1.shape[:2], 1, 1)
+        given = (out1, out2, one, one)
+    delta = reference.deltas(base_bias, bias, given, mask == "ties")
+    return reference.merge(base_bias, delta, gates).squeeze(2)
+
+
+def _scaled(gates: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
+    gates = gates.to(_dtypes.accumulate_dtype(dtype))
+    return gates if alpha == 1.0 else gates * alpha
+
+
+def _check_experts(experts: Tensor, base: Tensor, name: str = "experts") -> None:
+    _check.floating(name, experts, "E, O, D", (None, *base.shape), base)
+    if experts.shape[0] < 1:
+        raise ValueError(f"{name}: expected shape [E, O, D] with E at least 1, got E=0")
+
+
+def _check_stack(
+    base: Tensor,
+    experts: Tensor | None,
+    deltas: Tensor | None,
+    curvature: KroneckerCurvature | None,
+    dtypes: Sequence[torch.dtype],
+) -> Tensor:
+    """The experts, or the deltas in their place."""
+    if deltas is None:
+        if experts is None:
+            raise TypeError("experts: expected a tensor [E, O, D] where no deltas are given")
+        _check_experts(experts, base)
+        return experts
+    for name, value in (("experts", experts), ("curvature", curvature)):
+        if value is not None:
+            raise ValueError(f"{name}: expected None where deltas are given")
+    _check.tensor("deltas", deltas, "E, O, D", (None, *base.shape), dtypes, base)
+    if deltas.shape[0] < 1:
+        raise ValueError("deltas: expected shape [E, O, D] with E at least 1, got E=0")
+    return deltas
+
+
+def _check_gates(gates: Tensor, x: Tensor, sizes: Sequence[int | None]) -> None:
+    dtypes = tuple(dict.fromkeys((*_weight_dtypes(x), torch.float32)))
+    _check.tensor("gates", gates, "S, E", sizes, dtypes, x)
+
+
+def _check_bias(
+    base: Tensor,
+    num_experts: int,
+    bias: Tensor | None,
+    base_bias: Tensor | None,
+    bias_curvature: Sequence[Tensor] | None,
+) -> None:
+    if bias is not None:
+        _check.floating("bias", bias, "E, O", (num_experts, base.shape[0]), base)
+        if base_bias is None:
+            raise TypeError("base_bias: expected a tensor [O] where a bias is given")
+    elif bias_curvature is not None:
+        raise TypeError("bias: expected a tensor [E, O] where a bias_curvature is given")
+    if base_bias is not None:
+        _check.floating("base_bias", base_bias, "O", (base.shape[0],), base)
+
+
+def _check_factors(
+    name: str,
+    curvature: Sequence[Tensor] | None,
+    fields: Sequence[str],
+    base: Tensor,
+    num_experts: int,
+) -> op.Factors:
+    """The factors, checked against the base [O, D]; None in the place of missing ones."""
+    if curvature is None:
+        return None, None, None, None
+    if not isinstance(curvature, tuple) or len(curvature) != len(fields):
+        expected = "a KroneckerCurvature" if len(fields) == 4 else f"a tuple ({', '.join(fields)})"
+        raise TypeError(f"{name}: expected {expected}, got {type(curvature).__name__}")
+    rank = curvature[0].shape[0] if isinstance(curvature[0], Tensor) and curvature[0].dim() else 0
+    for field, factor in zip(fields, curvature, strict=True):
+        where = f"{name}.{field}"
+        size = factor.shape[-1] if isinstance(factor, Tensor) and factor.dim() else None
+        _check.floating(where, factor, "r, E, m, m", (rank, num_experts, size, size), base)
+    if rank < 1:
+        raise ValueError(f"{name}: expected a rank of at least 1, got r=0")
+    for letter, first, second, size in (
+        ("O", 0, 1, base.shape[0]),
+        ("D", 2, 3, base.shape[1]),
+    ):
+        if first < len(fields):
+            a, b = curvature[first].shape[3], curvature[second].shape[3]
+            if a * b != size:
+                raise ValueError(
+                    f"{name}: expected {fields[first]} and {fields[second]} of sizes whose product "
+                    f"is {letter}={size}, got {a} and {b}"
+                )
+    return (*curvature, *(None,) * (4 - len(fields)))
+
+
+def _check_dropout(p: float) -> None:
+    _check.number("expert_dropout", p, 0.0)
+    if p >= 1:
+        raise ValueError(f"expert_dropout: expected at least 0 and below 1, got {p}")
+
+
+def _weight_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes weights may have: x's own, or any that autocast will cast."""
+    if x.dtype in _dtypes.KERNEL_DTYPES and torch.is_autocast_enabled(x.device.type):
+        return _dtypes.KERNEL_DTYPES
+    return (x.dtype,)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple:
+    """Untyped on purpose: what was a tensor stays one, what was None stays None."""
+    return _dtypes.autocast(*tensors)

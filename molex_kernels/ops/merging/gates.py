@@ -1,0 +1,175 @@
+"""Gates of the segments, the loss that balances them, and the dynamic base."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from molex_kernels import _check, _dispatch
+from molex_kernels._dtypes import accumulate_dtype
+
+IMPLEMENTATIONS = (_dispatch.REFERENCE,)
+
+NOISE_EPSILON = 1e-2
+CV_EPSILON = 1e-10
+
+
+def segment_gates(gates: Tensor, *, impl: str | None = None) -> Tensor:
+    """Gates for causal segments: segment s takes the gate of s - 1 (CAMEx on GPT-2).
+
+    out_b0 = stopgrad(gates_b0);  out_bs = gates_b,s-1  for s >= 1.
+
+    Segment 0 keeps its own gate, without gradient: as published, its first tokens see the mean of
+    the whole segment. The last segment's gate is used by the balancing loss alone.
+
+    Args:
+        gates: [B, S, E], floating, S >= 1.
+        impl: None or "reference", the only implementation.
+
+    Returns:
+        [B, S, E]. Differentiable (also twice). Deterministic, no host synchronisation.
+
+    Raises:
+        TypeError, ValueError: a bad argument, which the message names.
+        NotImplementedError: another `impl`.
+    """
+    _check.floating("gates", gates, "B, S, E", (None, None, None))
+    if gates.shape[1] < 1:
+        raise ValueError("gates: expected shape [B, S, E] with S at least 1, got S=0")
+    _dispatch.choose("segment_gates", IMPLEMENTATIONS, impl, gates)
+    return torch.cat([gates[:, :1].detach(), gates[:, :-1]], 1)
+
+
+def noisy_topk_gates(
+    x: Tensor,
+    w_gate: Tensor,
+    w_noise: Tensor | None = None,
+    *,
+    top_k: int,
+    training: bool,
+    generator: torch.Generator | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Noisy top-k gates (Shazeer et al., arXiv 1701.06538), as CAMEx uses them.
+
+    z = x w_gate;  in training, with w_noise:  z += n sigma,  n ~ N(0, 1),
+    sigma = softplus(x w_noise) + 0.01.  gates = softmax over the K largest of z, else 0.
+
+    load_e, in training with noise and K < E: the expected number of rows that choose e,
+    sum_s P(expert e would be among the K largest if its noise were drawn anew); else the number of
+    rows that do. K = E is a plain softmax.
+
+    Args:
+        x: [S, D], one row per segment or sequence: the mean over its tokens.
+        w_gate: [D, E]. w_noise: [D, E] or None for no noise.
+        top_k: K, from 1 to E.
+        training: whether to add noise.
+        generator: of the noise; None is PyTorch's own.
+        impl: None or "reference", the only implementation.
+
+    Returns:
+        (gates [S, E], load [E]), fp32 (fp64 for fp64 inputs). Gates are differentiable in x, w_gate
+        and w_noise; load is where it is an expectation. No host synchronisation.
+
+    Raises:
+        TypeError, ValueError: a bad argument, which the message names.
+        NotImplementedError: another `impl`.
+    """
+    _check.floating("x", x, "S, D", (None, None))
+    _check.floating("w_gate", w_gate, "D, E", (x.shape[1], None), x)
+    num_experts = w_gate.shape[1]
+    if w_noise is not None:
+        _check.floating("w_noise", w_noise, "D, E", w_gate.shape, x)
+    _check.integer("top_k", top_k, 1, num_experts, of=" experts")
+    _dispatch.choose("noisy_topk_gates", IMPLEMENTATIONS, impl, x)
+    dtype = accumulate_dtype(x.dtype)
+    x = x.to(dtype)
+    clean = torch.matmul(x, w_gate.to(dtype))
+    noisy, deviation = clean, None
+    if training and w_noise is not None:
+        deviation = F.softplus(torch.matmul(x, w_noise.to(dtype))) + NOISE_EPSILON
+        noise = torch.randn(clean.shape, dtype=dtype, device=x.device, generator=generator)
+        noisy = clean + noise * deviation
+    largest, index = noisy.topk(min(top_k + 1, num_experts), dim=1)
+    chosen = torch.softmax(largest[:, :top_k], 1)
+    gates = torch.zeros_like(noisy).scatter(1, index[:, :top_k], chosen)
+    if deviation is None or top_k == num_experts:
+        return gates, (gates > 0).sum(0).to(dtype)
+    # To stay in, a logit must beat the best one outside; to come in, the last one inside.
+    outside, inside = largest[:, top_k, None], largest[:, top_k - 1, None]
+    threshold = torch.where(noisy > outside, outside, inside)
+    return gates, torch.special.ndtr((clean - threshold) / deviation).sum(0)
+
+
+def cv_squared_loss(
+    gates: Tensor, load: Tensor | None = None, *, impl: str | None = None
+) -> Tensor:
+    """How unevenly experts are used: CV^2(sum_s gates_s) + CV^2(load), without a coefficient.
+
+    CV^2(v) = variance(v) / (mean(v)^2 + 1e-10), the variance unbiased; 0 for one expert. The
+    published coefficient is 1e-2 on T5 and 1e-5 on GPT-2, with the gates before `segment_gates`.
+
+    Args:
+        gates: [..., E], floating. load: [E] or None.
+        impl: None or "reference", the only implementation.
+
+    Returns:
+        A scalar, fp32 (fp64 for fp64 gates). Differentiable (also twice). Deterministic, no host
+        synchronisation.
+
+    Raises:
+        TypeError, ValueError: a bad argument, which the message names.
+        NotImplementedError: another `impl`.
+    """
+    if not isinstance(gates, Tensor):
+        raise TypeError(f"gates: expected a tensor [..., E], got {type(gates).__name__}")
+    _check.floating("gates", gates, "..., E", (None,) * max(gates.dim(), 1))
+    num_experts = gates.shape[-1]
+    _dispatch.choose("cv_squared_loss", IMPLEMENTATIONS, impl, gates)
+    dtype = accumulate_dtype(gates.dtype)
+    loss = _cv_squared(gates.to(dtype).reshape(-1, num_experts).sum(0))
+    if load is not None:
+        _check.floating("load", load, "E", (num_experts,))
+        loss = loss + _cv_squared(load.to(dtype))
+    return loss
+
+
+def propagate_base(
+    base: Tensor, deltas: Tensor, gamma: float, *, impl: str | None = None
+) -> Tensor:
+    """The next layer's base in the paper's dynamic merging: base + gamma / E sum_e Delta_e.
+
+    One base for all layers, moved by every layer's experts, in place of a base per layer. It is not
+    in the published code.
+
+    Args:
+        base: [...], of any shape: a weight [O, D] or a bias [O].
+        deltas: [E, ...] of base's dtype, E >= 1: of a weight, what `camex_deltas` gives.
+        gamma: the step size.
+        impl: None or "reference", the only implementation.
+
+    Returns:
+        Like base, summed in fp32 and rounded once. Differentiable in base and deltas (also twice).
+        Deterministic, no host synchronisation.
+
+    Raises:
+        TypeError, ValueError: a bad argument, which the message names.
+        NotImplementedError: another `impl`.
+    """
+    if not isinstance(base, Tensor):
+        raise TypeError(f"base: expected a tensor, got {type(base).__name__}")
+    _check.floating("base", base, "...", base.shape)
+    _check.floating("deltas", deltas, "E, ...", (None, *base.shape), base)
+    if deltas.shape[0] < 1:
+        raise ValueError("deltas: expected shape [E, ...] with E at least 1, got E=0")
+    _check.number("gamma", gamma, -float("inf"))
+    _dispatch.choose("propagate_base", IMPLEMENTATIONS, impl, base)
+    dtype = accumulate_dtype(base.dtype)
+    return (base.to(dtype) + gamma * deltas.to(dtype).mean(0)).to(base.dtype)
+
+
+def _cv_squared(values: Tensor) -> Tensor:
+    if values.shape[0] == 1:
+        return values.new_zeros(())
+    return values.var() / (values.mean() ** 2 + CV_EPSILON)

@@ -1,0 +1,373 @@
+"""Merged linear layers and their MLP as modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from molex_kernels import _check, _published
+from molex_kernels.ops.merging.api import MASKS, camex_deltas, camex_linear
+from molex_kernels.ops.merging.gates import (
+    cv_squared_loss,
+    noisy_topk_gates,
+    propagate_base,
+    segment_gates,
+)
+from molex_kernels.ops.merging.plan import SCALES, KroneckerCurvature, nearest_factors
+
+INIT_STD = 0.02
+
+# The names in the published checkpoints.
+PUBLISHED = {
+    "w_gate": "w_gate",
+    "w_noise": "w_noise",
+    "experts": "weight",
+    "base": "res_weight",
+    "bias": "bias",
+    "base_bias": "res_bias",
+    "out1": "curve1_out",
+    "out2": "curve2_out",
+    "in1": "curve1_in",
+    "in2": "curve2_in",
+    "bias_out1": "curve1_bias",
+    "bias_out2": "curve2_bias",
+}
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+
+
+class CAMExLinear(nn.Module):
+    """A linear layer merged anew for every sequence, or every causal segment of one (CAMEx,
+    arXiv 2502.18821): a noisy top-k gate on the mean of the tokens, then `camex_linear`.
+
+    Parameters: `w_gate`, `w_noise` [D, E]; `base` [O, D], `experts` [E, O, D]; with bias
+    `base_bias` [O], `bias` [E, O]; with a curvature `out1`, `out2`, `in1`, `in2` and, with bias,
+    `bias_out1`, `bias_out2`, as in `KroneckerCurvature`.
+
+    Args:
+        in_features: D. out_features: O. num_experts: E.
+        rank: of the curvature; 0 is none (the Euclidean baseline).
+        mask: "ties" or None. expert_dropout: p in training, as in `camex_linear`; the published
+            T5 layer has 0.1 where there is no mask.
+        top_k: experts with a gate above 0; None is all of them, as in the published scripts and,
+            on GPT-2, wherever there is a mask. With less than half of them the published code
+            merges the chosen experts without base and curvature; this one does not.
+        segment: None merges once per sequence, by its mean (padding and later tokens included, as
+            published); a number merges every segment of that many tokens with the gate of the one
+            before (published: 256 on GPT-2).
+        bias: whether there are biases. The published layers with a bias cannot run; this is what
+            their code means.
+        alpha: the step size. scale: of the curvature at the start, "published" (Delta = r tau) or
+            "unit" (Delta = tau).
+        loss_coef: of the balancing loss; published 1e-2 (T5), 1e-5 (GPT-2).
+        own_base: False leaves out `base`, which forward then needs: the dynamic merging.
+        impl: passed to the ops at each call.
+        device, dtype: of the parameters.
+
+    Weights start as N(0, 0.02), biases as 0, w_noise as 0 (GPT-2 as published: unset), the
+    curvature as the identity.
+    """
+
+    base: nn.Parameter | None
+    bias: nn.Parameter | None
+    base_bias: nn.Parameter | None
+    bias_out1: nn.Parameter | None
+    bias_out2: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_experts: int,
+        *,
+        rank: int = 1,
+        mask: str | None = "ties",
+        expert_dropout: float = 0.0,
+        top_k: int | None = None,
+        segment: int | None = None,
+        bias: bool = False,
+        alpha: float = 1.0,
+        scale: str = "published",
+        loss_coef: float = 1e-2,
+        own_base: bool = True,
+        impl: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check.integer("in_features", in_features, 1)
+        _check.integer("out_features", out_features, 1)
+        _check.integer("num_experts", num_experts, 1)
+        _check.integer("rank", rank, 0)
+        _check.choice("mask", mask, MASKS)
+        _check.choice("scale", scale, SCALES)
+        if top_k is not None:
+            _check.integer("top_k", top_k, 1, num_experts, of=" experts")
+        if segment is not None:
+            _check.integer("segment", segment, 1)
+        self.top_k = num_experts if top_k is None else top_k
+        self.mask, self.expert_dropout, self.segment = mask, expert_dropout, segment
+        self.alpha, self.scale, self.loss_coef, self.impl = alpha, scale, loss_coef, impl
+
+        def parameter(*sizes: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(sizes, device=device, dtype=dtype))
+
+        self.w_gate = parameter(in_features, num_experts)
+        self.w_noise = parameter(in_features, num_experts)
+        self.experts = parameter(num_experts, out_features, in_features)
+        self.register_parameter("base", parameter(out_features, in_features) if own_base else None)
+        self.register_parameter("bias", parameter(num_experts, out_features) if bias else None)
+        self.register_parameter("base_bias", parameter(out_features) if bias else None)
+        out_sizes, in_sizes = nearest_factors(out_features), nearest_factors(in_features)
+        factors = dict(zip(KroneckerCurvature._fields, (*out_sizes, *in_sizes), strict=True))
+        factors |= dict(zip(("bias_out1", "bias_out2"), out_sizes, strict=True))
+        for name, size in factors.items():
+            is_there = rank > 0 and (bias or not name.startswith("bias"))
+            factor = parameter(rank, num_experts, size, size) if is_there else None
+            self.register_parameter(name, factor)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew."""
+        for name, value in self.named_parameters():
+            if name in ("w_gate", "experts", "base"):
+                nn.init.normal_(value, std=INIT_STD)
+            elif name in ("w_noise", "bias", "base_bias"):
+                nn.init.zeros_(value)
+            else:
+                value.copy_(torch.eye(value.shape[-1], dtype=value.dtype, device=value.device))
+                if self.scale == "unit" and name.endswith("out1"):
+                    value.div_(value.shape[0])
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(
+        cls, linear: Any, num_experts: int, *, transposed: bool = False, **options: Any
+    ) -> CAMExLinear:
+        """As published: every expert a copy of the pretrained layer, and the base of expert 0.
+
+        `linear` has a `weight` [O, D] (`transposed`: [D, O], as GPT-2's Conv1D) and maybe a `bias`.
+        `options` are those of the class; the biases, device and dtype are the layer's.
+        """
+        weight, bias = linear.weight, linear.bias
+        weight = weight.mT if transposed else weight
+        out_features, in_features = weight.shape
+        module = cls(
+            in_features,
+            out_features,
+            num_experts,
+            bias=bias is not None,
+            **{"device": weight.device, "dtype": weight.dtype, **options},
+        )
+        module.experts.copy_(weight)
+        if module.base is not None:
+            module.base.copy_(module.experts[0])
+        if module.bias is not None and module.base_bias is not None:
+            module.bias.copy_(bias)
+            module.base_bias.copy_(module.bias[0])
+        return module
+
+    def curvature(self) -> KroneckerCurvature | None:
+        """The curvature, or None."""
+        factors = [getattr(self, name) for name in KroneckerCurvature._fields]
+        return None if factors[0] is None else KroneckerCurvature(*factors)
+
+    def deltas(self, base: Tensor | None = None) -> Tensor:
+        """`camex_deltas` of the parameters: to be made once and passed to forward while they stay.
+
+        `base` stands in for the module's own.
+        """
+        return camex_deltas(
+            self._base(base),
+            self.experts,
+            curvature=self.curvature(),
+            mask=self.mask,
+            impl=self.impl,
+        )
+
+    def next_base(
+        self, gamma: float, *, base: Tensor | None = None, deltas: Tensor | None = None
+    ) -> Tensor:
+        """The base for the next layer of the dynamic merging: `propagate_base`."""
+        deltas = self.deltas(base) if deltas is None else deltas
+        return propagate_base(self._base(base), deltas, gamma)
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, L, D] -> (gates [B, S, E] of its segments, load [E]); S = 1 for whole sequences."""
+        num_segments = self._num_segments(x)
+        means = x.reshape(-1, x.shape[1] // num_segments, x.shape[2]).mean(1)
+        gates, load = noisy_topk_gates(
+            means, self.w_gate, self.w_noise, top_k=self.top_k, training=self.training
+        )
+        return gates.view(x.shape[0], num_segments, gates.shape[1]), load
+
+    def forward(
+        self, x: Tensor, *, base: Tensor | None = None, deltas: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, L, D] -> (y [B, L, O], balancing loss).
+
+        `base` [O, D] stands in for the module's own; `deltas` are what `deltas(base)` returned.
+        The loss is `loss_coef` (CV^2 of the gates' sum + CV^2 of the load).
+
+        Raises ValueError where `segment` does not divide L, and where there is no base.
+        """
+        gates, load = self.gates(x)
+        loss = self.loss_coef * cv_squared_loss(gates, load)
+        if self.segment is not None:
+            gates = segment_gates(gates)
+        bias_curvature = None
+        if self.bias_out1 is not None and self.bias_out2 is not None:
+            bias_curvature = (self.bias_out1, self.bias_out2)
+        y = camex_linear(
+            x.reshape(-1, x.shape[1] // gates.shape[1], x.shape[2]),
+            self._base(base),
+            self.experts if deltas is None else None,
+            gates.flatten(0, 1),
+            curvature=self.curvature() if deltas is None else None,
+            mask=self.mask,
+            deltas=deltas,
+            alpha=self.alpha,
+            bias=self.bias,
+            base_bias=self.base_bias,
+            bias_curvature=bias_curvature,
+            expert_dropout=self.expert_dropout if self.training else 0.0,
+            impl=self.impl,
+        )
+        return y.view(*x.shape[:2], y.shape[2]), loss
+
+    def load_published(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
+        """Copies the parameters from the published names that start with `prefix`.
+
+        They are `w_gate`, `w_noise` [D, E], `weight` [E, O, D], `res_weight` [O, D], `bias` [E, O],
+        `res_bias` [1, O] or [O], and `curve1_out`, `curve2_out`, `curve1_in`, `curve2_in` (with
+        bias `curve1_bias`, `curve2_bias`) [r, E, m, m]. The published forward is that with
+        scale="published", which only matters for parameters that start anew.
+
+        Raises ValueError for a missing name, a name under two prefixes, or another shape.
+        """
+        given = {
+            key: value.view(-1) if key.endswith("res_bias") else value
+            for key, value in state_dict.items()
+            if key.startswith(prefix)
+        }
+        names = {name: PUBLISHED[name] for name, _ in self.named_parameters()}
+        _published.load(self, given, names)
+
+    def extra_repr(self) -> str:
+        num_experts, out_features, in_features = self.experts.shape
+        curvature = self.curvature()
+        rank = 0 if curvature is None else curvature.out1.shape[0]
+        return (
+            f"in_features={in_features}, out_features={out_features}, num_experts={num_experts}, "
+            f"rank={rank}, mask={self.mask!r}, top_k={self.top_k}, segment={self.segment}, "
+            f"bias={self.bias is not None}"
+        )
+
+    def _base(self, base: Tensor | None) -> Tensor:
+        base = self.base if base is None else base
+        if base is None:
+            raise ValueError("base: expected a tensor [O, D]: the module has no base of its own")
+        return base
+
+    def _num_segments(self, x: Tensor) -> int:
+        _check.floating("x", x, "B, L, D", (None, None, self.w_gate.shape[0]))
+        length = x.shape[1]
+        if length < 1:
+            raise ValueError("x: expected shape [B, L, D] with L at least 1, got L=0")
+        if self.segment is None:
+            return 1
+        if length % self.segment:
+            below = length // self.segment * self.segment
+            nearest = f"{below} or {below + self.segment}" if below else f"{self.segment}"
+            raise ValueError(
+                f"x: expected a length L that segments of {self.segment} divide, got {length}; "
+                f"the nearest are {nearest}"
+            )
+        return length // self.segment
+
+
+class CAMExMLP(nn.Module):
+    """Two merged linear layers with an activation between: D -> I -> D.
+
+    Args:
+        d_model: D. d_hidden: I. num_experts: E.
+        activation: relu, gelu, gelu_tanh or silu.
+        options: as in `CAMExLinear`, for both layers.
+
+    With own_base=False the layers of a model share one pair of bases, moved from layer to layer by
+    `next_bases` (the paper's dynamic merging): forward then takes the pair.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        num_experts: int,
+        *,
+        activation: str = "relu",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        _check.choice("activation", activation, ACTIVATIONS)
+        self.activation = activation
+        self.up = CAMExLinear(d_model, d_hidden, num_experts, **options)
+        self.down = CAMExLinear(d_hidden, d_model, num_experts, **options)
+
+    def deltas(self, bases: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """The deltas of both layers, for forward."""
+        up, down = (None, None) if bases is None else bases
+        return self.up.deltas(up), self.down.deltas(down)
+
+    def next_bases(
+        self,
+        gamma: float,
+        *,
+        bases: tuple[Tensor, Tensor] | None = None,
+        deltas: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The pair of bases for the next layer."""
+        base_up, base_down = (None, None) if bases is None else bases
+        up, down = (None, None) if deltas is None else deltas
+        return (
+            self.up.next_base(gamma, base=base_up, deltas=up),
+            self.down.next_base(gamma, base=base_down, deltas=down),
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        bases: tuple[Tensor, Tensor] | None = None,
+        deltas: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, L, D] -> (y [B, L, D], the sum of both balancing losses)."""
+        base_up, base_down = (None, None) if bases is None else bases
+        up, down = (None, None) if deltas is None else deltas
+        hidden, up_loss = self.up(x, base=base_up, deltas=up)
+        y, down_loss = self.down(self._activate(hidden), base=base_down, deltas=down)
+        return y, up_loss + down_loss
+
+    def load_published(
+        self, state_dict: Mapping[str, Tensor], names: tuple[str, str] = ("wi", "wo")
+    ) -> None:
+        """Copies both layers from T5's names, or those given: ("c_fc", "c_proj") for GPT-2.
+
+        `state_dict` is that of one MLP: `wi.weight`, `wi.res_weight`, ...; other prefixes go into
+        `names`. Raises ValueError as `CAMExLinear.load_published` does.
+        """
+        self.up.load_published(state_dict, names[0] + ".")
+        self.down.load_published(state_dict, names[1] + ".")
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        if self.activation == "relu":
+            return F.relu(hidden)
+        if self.activation == "silu":
+            return F.silu(hidden)
+        return F.gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none")
