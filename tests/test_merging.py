@@ -446,6 +446,13 @@ def test_one_segment_sends_its_gate_no_gradient(generator):
     assert not gradient.any()
 
 
+def test_a_uniform_start_is_one_over_the_experts(generator):
+    gates = draw(generator, 2, 3, E).requires_grad_()
+    out = mk.segment_gates(gates, first="uniform")
+    assert torch.equal(out[:, 0], torch.full_like(gates[:, 0], 1 / E))
+    assert torch.equal(out[:, 1:], gates[:, :-1])
+
+
 def test_all_experts_are_a_plain_softmax(generator):
     x, w_gate, w_noise = (draw(generator, *s) for s in ((6, D), (D, E), (D, E)))
     gates, load = mk.noisy_topk_gates(x, w_gate, w_noise, top_k=E, training=False)
@@ -596,6 +603,15 @@ def test_segments_do_not_see_what_comes_after(generator):
     changed = x.clone()
     changed[:, 8:] += 1
     assert torch.equal(module(changed)[0][:, :8], y[:, :8])
+
+
+def test_a_uniform_start_is_strictly_causal(generator):
+    x = draw(generator, 1, 8, D)
+    changed = x.clone()
+    changed[:, 2:] += 1
+    own, uniform = _module(generator, segment=4), _module(generator, segment=4, first="uniform")
+    assert torch.equal(uniform(changed)[0][:, :2], uniform(x)[0][:, :2])
+    assert not torch.equal(own(changed)[0][:, :2], own(x)[0][:, :2])
 
 
 def test_a_length_that_segments_do_not_divide_is_named(generator):
