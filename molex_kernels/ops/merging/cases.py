@@ -229,6 +229,7 @@ OPINFOS = (
         quick=(
             _layer(16, 128, 1536, 384, 7, 1, mask="ties"),
             _layer(16, 128, 1536, 384, 7, 0, deltas=True),
+            _layer(64, 32, 1536, 384, 7, 0, deltas=True),
         ),
         cost=_cost_linear,
         baselines={"published": published_camex_linear},
