@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 AUTOTUNE = os.environ.get("MOLEX_AUTOTUNE") == "1"
 MAX_CANDIDATES = 8
 
@@ -26,6 +28,16 @@ class Config:
     def launch_options(self) -> dict[str, int]:
         """Keyword arguments of the kernel launch."""
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether rows move 16 elements at a time: one unit stride, the others multiples of 16."""
+    return all(
+        t.data_ptr() % 16 == 0
+        and sorted(t.stride())[0] <= 1
+        and all(stride % 16 == 0 for stride in t.stride() if stride != 1)
+        for t in tensors
+    )
 
 
 _chosen: dict[tuple[str, Hashable], Config] = {}

@@ -97,8 +97,10 @@ def launch_gemm(
             **chosen.launch_options(),
         )
 
-    options = config.gemm(x.dtype, rows.size_class, _aligned(x, weight, out), gated=gated)
-    _launch("dispatch_fwd_gemm", (gathered, activation, layout), options, launch, x, weight, rows)
+    is_aligned = _tuning.aligned(x, weight, out)
+    options = config.gemm(x.dtype, rows.size_class, is_aligned, gated=gated)
+    key = (gathered, activation, layout, is_aligned)
+    _launch("dispatch_fwd_gemm", key, options, launch, x, weight, rows)
 
 
 def launch_hidden(
@@ -155,8 +157,9 @@ def launch_hidden(
             **chosen.launch_options(),
         )
 
-    key = (activation, layout)
-    options = config.hidden(dy.dtype, rows.size_class, _aligned(dy, w_down, hidden))
+    is_aligned = _tuning.aligned(dy, w_down, hidden)
+    key = (activation, layout, is_aligned)
+    options = config.hidden(dy.dtype, rows.size_class, is_aligned)
     _launch("dispatch_bwd_hidden", key, options, launch, dy, w_down, rows)
     return partial
 
@@ -192,8 +195,9 @@ def launch_wgrad(
             **chosen.launch_options(),
         )
 
-    options = config.wgrad(left.dtype, rows.size_class, _aligned(left, right, out))
-    key = (left_gathered, right_gathered)
+    is_aligned = _tuning.aligned(left, right, out)
+    options = config.wgrad(left.dtype, rows.size_class, is_aligned)
+    key = (left_gathered, right_gathered, is_aligned)
     _launch("dispatch_bwd_wgrad", key, options, launch, left, out, rows)
 
 
@@ -272,16 +276,6 @@ def _launch(
     pinned, candidates = options
     shape_class = (*variant, x.dtype, tuple(weight.shape), rows.size_class)
     launch(_tuning.choose(kernel, shape_class, pinned, candidates, launch, on_gpu=x.is_cuda))
-
-
-def _aligned(*tensors: Tensor) -> bool:
-    """Whether rows move 16 elements at a time: one unit stride, the others multiples of 16."""
-    return all(
-        t.data_ptr() % 16 == 0
-        and sorted(t.stride())[0] <= 1
-        and all(stride % 16 == 0 for stride in t.stride() if stride != 1)
-        for t in tensors
-    )
 
 
 def _halves(layout: str, num_columns: int) -> tuple[int, int]:

@@ -117,7 +117,7 @@ def launch_linear(
         return
     num_segments, num_tokens, num_columns = out.shape
     num_experts = deltas.shape[0]
-    is_aligned = aligned(x, base, deltas, out)
+    is_aligned = _tuning.aligned(x, base, deltas, out)
     paired = config.is_paired(x.dtype, num_segments, num_tokens, num_columns, is_aligned)
 
     def launch(chosen: _tuning.Config) -> None:
@@ -195,21 +195,11 @@ def launch_weights(
             **chosen.launch_options(),
         )
 
-    is_aligned = aligned(dy, x, deltas)
+    is_aligned = _tuning.aligned(dy, x, deltas)
     pinned, candidates = config.weights(x.dtype, is_aligned)
     key = (x.dtype, num_tokens, tuple(deltas.shape), is_aligned)
     launch(_tuning.choose("merging_bwd_weights", key, pinned, candidates, launch, on_gpu=x.is_cuda))
     return None if partial is None else partial.sum(2)
-
-
-def aligned(*tensors: Tensor) -> bool:
-    """Whether rows move 16 elements at a time: one unit stride, the others multiples of 16."""
-    return all(
-        t.data_ptr() % 16 == 0
-        and sorted(t.stride())[0] <= 1
-        and all(stride % 16 == 0 for stride in t.stride() if stride != 1)
-        for t in tensors
-    )
 
 
 def _with_strides(x: Tensor | None, dims: int) -> tuple[Any, ...]:
