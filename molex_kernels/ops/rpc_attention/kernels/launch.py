@@ -40,13 +40,13 @@ def forward(
     if k.numel() == 0:
         return out, sparse, lows, stats
     batch, heads, tokens, width = k.shape
-    chosen = config.forward(k.dtype, _padded(width), _aligned(k, v, q))
-    grid = (triton.cdiv(tokens, chosen.blocks["BLOCK_I"]), batch * heads)
     cleans = [k.new_empty(k.shape) for _ in range(min(num_iters - 1, 2))]
     rest = k.new_empty(k.shape, **wide) if num_iters > 1 else None
     for t in range(num_iters):
         last = t == num_iters - 1
-        _rpc_fwd[grid](
+        drops = last and seed is not None
+        chosen = config.forward(k.dtype, _padded(width), _aligned(k, v, q), drops or q is not None)
+        _rpc_fwd[(triton.cdiv(tokens, chosen.blocks["BLOCK_I"]), batch * heads)](
             *_strided(k),
             *_strided(v),
             *_strided(q),
@@ -59,7 +59,7 @@ def forward(
             stats[t] if keeps_state else None,
             threshold.contiguous(),
             None if key_mask is None else key_mask.contiguous(),
-            seed if last else None,
+            seed if drops else None,
             heads,
             tokens,
             width,
@@ -70,7 +70,7 @@ def forward(
             IS_PER_TOKEN=threshold.dim() == 3,
             HAS_Q=q is not None,
             HAS_MASK=key_mask is not None,
-            HAS_DROPOUT=last and seed is not None,
+            HAS_DROPOUT=drops,
             HAS_STATE=keeps_state,
             HAS_SPARSE=returns_sparse and t >= num_iters - 2,
             PRECISION=dot_precision(k.dtype),
@@ -111,7 +111,6 @@ def backward(
     bound = threshold.contiguous()
     mask = None if key_mask is None else key_mask.contiguous()
     by_row = config.rows(_padded(width))
-    tiles = config.backward(k.dtype, _padded(width), _aligned(k, v, q))
     sizes = (heads, tokens, width)
 
     def rows(iteration: int) -> None:
@@ -139,6 +138,8 @@ def backward(
     rows(num_iters)
     for iteration in range(num_iters, 0, -1):
         last = iteration == num_iters
+        drops = last and seed is not None
+        tiles = config.backward(k.dtype, _padded(width), _aligned(k, v, q), drops or q is not None)
         _rpc_bwd_attention[(triton.cdiv(tokens, tiles.blocks["BLOCK_I"]), batch * heads)](
             clean,
             *_strided(v),
@@ -146,14 +147,14 @@ def backward(
             *(dlow, inner, stats[iteration - 1]),
             *(dclean, dv_sum, dq_sum),
             mask,
-            seed if last else None,
+            seed if drops else None,
             *sizes,
             *_scales(scale, dropout_p),
             IS_LAST=last,
             IS_CAUSAL=is_causal,
             HAS_Q=q is not None,
             HAS_MASK=mask is not None,
-            HAS_DROPOUT=last and seed is not None,
+            HAS_DROPOUT=drops,
             PRECISION=dot_precision(k.dtype),
             **tiles.launch_options(),
         )
