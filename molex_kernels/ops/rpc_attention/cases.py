@@ -92,7 +92,7 @@ def _near_kinks(inputs: Inputs) -> Tensor:
         )
     scale = 1 / math.sqrt(k.shape[3])
     near = torch.zeros_like(k, dtype=torch.bool)
-    rows = bound[(..., *(None,) * (4 - bound.dim()))]
+    rows = bound.view(*bound.shape, *(1,) * (4 - bound.dim()))
     low = u = torch.zeros_like(k)
     for t in range(1, inputs["num_iters"] + 1):
         a = k - low + u

@@ -35,12 +35,12 @@ def _forward_fake(
     keeps_state: bool,
     returns_sparse: bool,
 ) -> Tensors:
-    state = {"dtype": torch.float32}
+    wide: Any = {"dtype": torch.float32}
     return (
         k.new_empty(k.shape),
-        k.new_empty(k.shape if returns_sparse else (0,), **state),
-        k.new_empty((num_iters - 1, *k.shape) if keeps_state else (0,), **state),
-        k.new_empty((num_iters, 2, *k.shape[:3]) if keeps_state else (0,), **state),
+        k.new_empty(k.shape if returns_sparse else (0,), **wide),
+        k.new_empty((num_iters - 1, *k.shape) if keeps_state else (0,), **wide),
+        k.new_empty((num_iters, 2, *k.shape[:3]) if keeps_state else (0,), **wide),
     )
 
 

@@ -20,7 +20,7 @@ def forward(dtype: torch.dtype, width: int, aligned: bool, is_heavy: bool) -> Co
         return _tiles(32, 16 if is_heavy else 32, width, 4 if width <= 32 else 8, 2)
     if not aligned:
         return _tiles(32, 32, width, 4 if width <= 32 else 8, 2)
-    return _tiles(64, 32 if is_heavy else 64, width, 4 if width <= 64 else 8, 2)
+    return _tiles(64, 32 if is_heavy or width > 64 else 64, width, 4 if width <= 64 else 8, 2)
 
 
 def backward(dtype: torch.dtype, width: int, aligned: bool, is_heavy: bool) -> Config:

@@ -32,7 +32,7 @@ def forward(
     returns_sparse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """L, S of the last iteration, L of all others, and the rows' largest score and sum."""
-    wide = {"dtype": torch.float32}
+    wide: Any = {"dtype": torch.float32}
     out = k.new_empty(k.shape)
     sparse = k.new_empty(k.shape if returns_sparse else (0,), **wide)
     lows = k.new_empty((num_iters - 1, *k.shape) if keeps_state else (0,), **wide)
@@ -103,7 +103,7 @@ def backward(
         dthreshold = threshold.new_zeros(threshold.shape if needs[3] else (0,))
         return gradients[0], gradients[1], gradients[2], dthreshold
     batch, heads, tokens, width = k.shape
-    wide = {"dtype": torch.float32}
+    wide: Any = {"dtype": torch.float32}
     clean, dlow, dk = (k.new_empty(k.shape) for _ in range(3))
     dclean, dk_sum, du, dv_sum = (k.new_empty(k.shape, **wide) for _ in range(4))
     dq_sum = None if q is None else k.new_empty(k.shape, **wide)
