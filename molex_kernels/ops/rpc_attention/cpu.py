@@ -211,8 +211,9 @@ def _chunks(
             mine = key_mask[torch.arange(own.start, own.stop) // num_heads]
             rows, absent = mine[..., None], ~mine[:, None]
             unseen = absent if later is None else absent | later
-        taken = [None if x is None else _taken(x, own, rows) for x in (k, v, q)]
-        yield _Heads(own, *taken, bounds[own], rows, unseen, scale, k.dtype)  # type: ignore[arg-type]
+        mine_q = None if q is None else _taken(q, own, rows)
+        mine_k, mine_v = _taken(k, own, rows), _taken(v, own, rows)
+        yield _Heads(own, mine_k, mine_v, mine_q, bounds[own], rows, unseen, scale, k.dtype)
 
 
 def _taken(x: Tensor, own: slice, rows: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ def backward(dtype: torch.dtype, width: int, aligned: bool, is_heavy: bool) -> C
         side = 16 if is_heavy and width > 64 else 32
         return _tiles(side, side, width, num_warps, 1)
     if not aligned or is_heavy:
-        return _tiles(32, 32, width, num_warps, 1)
+        return _tiles(32, 32, width, 4 if width <= 32 else 8, 1)
     return _tiles(64, 32, width, num_warps, 2)
 
 
