@@ -146,24 +146,30 @@ def _text(text: dict[str, Any], plots: list[str]) -> Iterator[str]:
     yield "## Training on real text"
     yield ""
     yield (
-        f"A byte-level causal transformer ({text['parameters'] / 1e6:.2f} M parameters: width "
-        f"{plan['dim']}, {plan['layers']} layers, {plan['experts']} experts of width "
-        f"{plan['hidden']}, top {plan['top_k']}) trained on the Python standard library's source: "
+        f"A byte-level causal transformer (width {plan['dim']}, {plan['layers']} layers, "
+        f"{plan['experts']} experts of width {plan['hidden']}, top {plan['top_k']}) trained on the "
+        "Python standard library's source: "
         f"{text['files']} files, {text['train_bytes'] / 1e6:.1f} MB to train on, every tenth file "
         f"held out, {text['validation_bytes']} of its bytes validated. {text['steps']} steps of "
         f"{plan['batch']} x {plan['context']} bytes; all variants see the same bytes in the same "
         "order from the same seed. The first mixture has a plain router in every one, since "
-        "adaptive clustering needs the routing of a previous one. Swapped words: a fifth of the "
+        "adaptive clustering needs the routing of a previous one. Where experts are merged, they "
+        f"are {plan['experts'] - 1} and a base, in causal segments of {plan['segment']} tokens of "
+        "which the first has uniform gates. Swapped words: a fifth of the "
         "words in the validation text is replaced by as many letters A, and the bytes of the "
         "others are counted."
     )
     yield ""
-    yield "| variant | seed | validation bits per byte | standard error | swapped words | error |"
-    yield "|---|---|---|---|---|---|"
+    yield (
+        "| variant | parameters | seed | validation bits per byte | standard error "
+        "| swapped words | error |"
+    )
+    yield "|---|---|---|---|---|---|---|"
     for run in text["runs"]:
         bits = (run[key] for key in ("final", "final_error", "swapped", "swapped_error"))
         label = text["labels"][run["variant"]]
-        yield _cells([label, str(run["seed"]), *(f"{value:.4f}" for value in bits)])
+        size = f"{text['parameters'][run['variant']] / 1e6:.2f} M"
+        yield _cells([label, size, str(run["seed"]), *(f"{value:.4f}" for value in bits)])
     yield ""
     for line in verdict(text):
         yield f"- {line}"

@@ -22,6 +22,7 @@ class TextPlan:
     experts: int = 8
     top_k: int = 2
     hidden: int = 256
+    segment: int = 32  # tokens that share a merged expert
     evaluations: int = 12
     validation_bytes: int = 32768
     step_seconds: float = 10.0

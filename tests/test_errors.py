@@ -240,6 +240,7 @@ VALUE = [
     (lambda: mk.KroneckerCurvature.identity(3, 6, 4, 1, "half"), "scale: expected one of"),
     (lambda: mk.segment_gates(GATES), "gates: expected shape"),
     (lambda: mk.segment_gates(GATES[:, None][:, :0]), "S at least 1"),
+    (lambda: mk.segment_gates(GATES[None], first="last"), "first: expected one of"),
     (lambda: mk.noisy_topk_gates(X, GATE.T, top_k=4, training=True), "top_k: expected at least 1"),
     (
         lambda: mk.noisy_topk_gates(X, GATE.T, GATE, top_k=2, training=True),
