@@ -122,7 +122,7 @@ class _RPCAttention(Function):
         inputs = (k, v, q, threshold, key_mask, seed)
         out, sparse, lows, stats = _forward[impl](*inputs, *options, True, returns_sparse)
         ctx.save_for_backward(*inputs, out, lows, stats)
-        ctx.impl, ctx.options = impl, options
+        ctx.impl, ctx.options, ctx.returns_sparse = impl, options, returns_sparse
         ctx.set_materialize_grads(False)
         return out, sparse
 
@@ -133,6 +133,8 @@ class _RPCAttention(Function):
         saved = ctx.saved_tensors
         if dout is None:  # only the sparse part was used
             dout = torch.zeros_like(saved[0])
+        if not ctx.returns_sparse:  # tracing makes a gradient for the empty tensor
+            dsparse = None
         gradients = _backward[ctx.impl](dout, dsparse, *saved, *ctx.options, needs)
         kept = (g if need else None for g, need in zip(gradients, needs, strict=True))
         return *kept, *(None,) * (4 + len(ctx.options))

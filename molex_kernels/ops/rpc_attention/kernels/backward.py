@@ -164,6 +164,8 @@ def _rpc_bwd_attention(
     keep_scale,
     IS_LAST: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    AS_ROWS: tl.constexpr,
+    AS_KEYS: tl.constexpr,
     HAS_Q: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -176,6 +178,7 @@ def _rpc_bwd_attention(
 
     Without q the scores of both roles are one symmetric product:
     dC_i = scale sum_j (dZ_ij + dZ_ji) C_j,  dv_i = sum_j P_ji dL_j,  dZ = P (dL v^T - <dL, L>).
+    With q the roles share nothing and are a launch each: rows give dq, keys give dC and dv.
     """
     head = tl.program_id(1).to(tl.int64)
     batch = head // num_heads
@@ -191,79 +194,73 @@ def _rpc_bwd_attention(
     offs_d = tl.arange(0, BLOCK_D)
     inside = offs_i < num_tokens
     mask_i = load_present(key_mask_ptr, batch, offs_i, num_tokens, HAS_MASK)
-    clean_i = load_rows(clean_ptr, num_features, 1, offs_i, mask_i, offs_d, num_features)
     v_i = load_rows(v_ptr, stride_vn, stride_vd, offs_i, mask_i, offs_d, num_features)
-    dlow_i = load_rows(dlow_ptr, num_features, 1, offs_i, mask_i, offs_d, num_features)
-    top_i = tl.load(top_ptr + offs_i, mask=inside, other=float("inf"))
-    share_i = 1.0 / tl.load(total_ptr + offs_i, mask=inside, other=1.0)
-    inner_i = tl.load(inner_ptr + offs_i, mask=inside, other=0.0)
     if HAS_Q:
         q_ptr += batch * stride_qb + within * stride_qh
-        q_i = load_rows(q_ptr, stride_qn, stride_qd, offs_i, mask_i, offs_d, num_features)
-        dq = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
+    if AS_ROWS and HAS_Q:
+        own_i = load_rows(q_ptr, stride_qn, stride_qd, offs_i, mask_i, offs_d, num_features)
+    else:
+        own_i = load_rows(clean_ptr, num_features, 1, offs_i, mask_i, offs_d, num_features)
+    if AS_ROWS:
+        dlow_i = load_rows(dlow_ptr, num_features, 1, offs_i, mask_i, offs_d, num_features)
+        top_i = tl.load(top_ptr + offs_i, mask=inside, other=float("inf"))
+        share_i = 1.0 / tl.load(total_ptr + offs_i, mask=inside, other=1.0)
+        inner_i = tl.load(inner_ptr + offs_i, mask=inside, other=0.0)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
-    dclean = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
+    down = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)  # gradient of own_i
     dv = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
     for start in range(0, num_tokens, BLOCK_J):
         offs_j = start + tl.arange(0, BLOCK_J)
         inside_j = offs_j < num_tokens
         mask_j = load_present(key_mask_ptr, batch, offs_j, num_tokens, HAS_MASK)
-        clean_j = load_rows(clean_ptr, num_features, 1, offs_j, mask_j, offs_d, num_features)
-        v_j = load_rows(v_ptr, stride_vn, stride_vd, offs_j, mask_j, offs_d, num_features)
-        dlow_j = load_rows(dlow_ptr, num_features, 1, offs_j, mask_j, offs_d, num_features)
-        top_j = tl.load(top_ptr + offs_j, mask=inside_j, other=float("inf"))
-        share_j = 1.0 / tl.load(total_ptr + offs_j, mask=inside_j, other=1.0)
-        inner_j = tl.load(inner_ptr + offs_j, mask=inside_j, other=0.0)
-
-        # As rows: [i, j] is row i on key j.
-        if HAS_Q:
-            scores = tl.dot(q_i, tl.trans(clean_j), input_precision=PRECISION) * score_scale
+        if AS_KEYS and HAS_Q:
+            other_j = load_rows(q_ptr, stride_qn, stride_qd, offs_j, mask_j, offs_d, num_features)
         else:
-            scores = tl.dot(clean_i, tl.trans(clean_j), input_precision=PRECISION) * score_scale
-        weights = tl.exp2(scores - top_i[:, None]) * share_i[:, None]
-        seen = mask_j[None, :]
-        if IS_CAUSAL:
-            seen = seen & (offs_j[None, :] <= offs_i[:, None])
-        weights = tl.where(seen, weights, 0.0)
-        dweights = tl.dot(dlow_i, tl.trans(v_j), input_precision=PRECISION)
-        if HAS_DROPOUT:
-            position = (head * num_tokens + offs_i)[:, None] * num_tokens + offs_j[None, :]
-            kept = keep_mask(seed, position, drop_threshold)
-            dweights = tl.where(kept, dweights * keep_scale, 0.0)
-        dscores = weights * (dweights - inner_i[:, None])
-        if HAS_Q:
-            dq = tl.dot(dscores.to(clean_j.dtype), clean_j, dq, input_precision=PRECISION)
-            q_j = load_rows(q_ptr, stride_qn, stride_qd, offs_j, mask_j, offs_d, num_features)
-            scores = tl.dot(clean_i, tl.trans(q_j), input_precision=PRECISION) * score_scale
+            other_j = load_rows(clean_ptr, num_features, 1, offs_j, mask_j, offs_d, num_features)
+        scores = tl.dot(own_i, tl.trans(other_j), input_precision=PRECISION) * score_scale
+        dscores = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+        if AS_ROWS:  # [i, j] is row i on key j
+            v_j = load_rows(v_ptr, stride_vn, stride_vd, offs_j, mask_j, offs_d, num_features)
+            weights = tl.exp2(scores - top_i[:, None]) * share_i[:, None]
+            seen = mask_j[None, :]
+            if IS_CAUSAL:
+                seen = seen & (offs_j[None, :] <= offs_i[:, None])
+            weights = tl.where(seen, weights, 0.0)
+            dweights = tl.dot(dlow_i, tl.trans(v_j), input_precision=PRECISION)
+            if HAS_DROPOUT:
+                position = (head * num_tokens + offs_i)[:, None] * num_tokens + offs_j[None, :]
+                kept = keep_mask(seed, position, drop_threshold)
+                dweights = tl.where(kept, dweights * keep_scale, 0.0)
+            dscores += weights * (dweights - inner_i[:, None])
+        if AS_KEYS:  # [i, j] is row j on key i
+            dlow_j = load_rows(dlow_ptr, num_features, 1, offs_j, mask_j, offs_d, num_features)
+            top_j = tl.load(top_ptr + offs_j, mask=inside_j, other=float("inf"))
+            share_j = 1.0 / tl.load(total_ptr + offs_j, mask=inside_j, other=1.0)
+            inner_j = tl.load(inner_ptr + offs_j, mask=inside_j, other=0.0)
+            weights = tl.exp2(scores - top_j[None, :]) * share_j[None, :]
+            seen = mask_i[:, None]
+            if IS_CAUSAL:
+                seen = seen & (offs_i[:, None] <= offs_j[None, :])
+            weights = tl.where(seen, weights, 0.0)
+            dweights = tl.dot(v_i, tl.trans(dlow_j), input_precision=PRECISION)
+            passed = weights
+            if HAS_DROPOUT:
+                position = (head * num_tokens + offs_j)[None, :] * num_tokens + offs_i[:, None]
+                kept = keep_mask(seed, position, drop_threshold)
+                dweights = tl.where(kept, dweights * keep_scale, 0.0)
+                passed = tl.where(kept, weights * keep_scale, 0.0)
+            dv = tl.dot(passed.to(dlow_j.dtype), dlow_j, dv, input_precision=PRECISION)
+            dscores += weights * (dweights - inner_j[None, :])
+        down = tl.dot(dscores.to(other_j.dtype), other_j, down, input_precision=PRECISION)
 
-        # As keys: [i, j] is row j on key i.
-        weights = tl.exp2(scores - top_j[None, :]) * share_j[None, :]
-        seen = mask_i[:, None]
-        if IS_CAUSAL:
-            seen = seen & (offs_i[:, None] <= offs_j[None, :])
-        weights = tl.where(seen, weights, 0.0)
-        dweights = tl.dot(v_i, tl.trans(dlow_j), input_precision=PRECISION)
-        passed = weights
-        if HAS_DROPOUT:
-            position = (head * num_tokens + offs_j)[None, :] * num_tokens + offs_i[:, None]
-            kept = keep_mask(seed, position, drop_threshold)
-            dweights = tl.where(kept, dweights * keep_scale, 0.0)
-            passed = tl.where(kept, weights * keep_scale, 0.0)
-        dv = tl.dot(passed.to(dlow_j.dtype), dlow_j, dv, input_precision=PRECISION)
-        as_key = weights * (dweights - inner_j[None, :])
-        if HAS_Q:
-            dclean = tl.dot(as_key.to(q_j.dtype), q_j, dclean, input_precision=PRECISION)
-        else:
-            dscores = (dscores + as_key).to(clean_j.dtype)
-            dclean = tl.dot(dscores, clean_j, dclean, input_precision=PRECISION)
-
-    store_rows(dclean_ptr + own, dclean * scale, offs_i, inside, offs_d, num_features)
-    if not IS_LAST:
-        dv += load_rows(dv_ptr + own, num_features, 1, offs_i, inside, offs_d, num_features)
-    store_rows(dv_ptr + own, dv, offs_i, inside, offs_d, num_features)
-    if HAS_Q:
-        dq *= scale
+    down *= scale
+    if AS_KEYS:
+        store_rows(dclean_ptr + own, down, offs_i, inside, offs_d, num_features)
         if not IS_LAST:
-            dq += load_rows(dq_ptr + own, num_features, 1, offs_i, inside, offs_d, num_features)
-        store_rows(dq_ptr + own, dq, offs_i, inside, offs_d, num_features)
+            dv += load_rows(dv_ptr + own, num_features, 1, offs_i, inside, offs_d, num_features)
+        store_rows(dv_ptr + own, dv, offs_i, inside, offs_d, num_features)
+    else:
+        if not IS_LAST:
+            down += load_rows(dq_ptr + own, num_features, 1, offs_i, inside, offs_d, num_features)
+        store_rows(dq_ptr + own, down, offs_i, inside, offs_d, num_features)

@@ -11,27 +11,34 @@ def _tiles(rows: int, keys: int, width: int, num_warps: int, num_stages: int) ->
     return Config({"BLOCK_I": rows, "BLOCK_J": keys, "BLOCK_D": width}, num_warps, num_stages)
 
 
-# `is_heavy`: q, or a mask of dropout, takes registers of its own.
-
-
-def forward(dtype: torch.dtype, width: int, aligned: bool, is_heavy: bool) -> Config:
+def forward(dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool) -> Config:
     """Rows that attend, and keys that they pass over at a time."""
     if dtype == torch.float32:
-        return _tiles(32, 16 if is_heavy else 32, width, 4 if width <= 32 else 8, 2)
+        return _tiles(
+            32, 16 if has_dropout or width > 32 else 32, width, 4 if width <= 32 else 8, 2
+        )
     if not aligned:
         return _tiles(32, 32, width, 4 if width <= 32 else 8, 2)
-    return _tiles(64, 32 if is_heavy or width > 64 else 64, width, 4 if width <= 64 else 8, 2)
+    # A mask of dropout takes as many registers as the scores.
+    keys = 32 if has_dropout or width > 64 else 64
+    return _tiles(64, keys, width, 4 if width <= 64 else 8, 2)
 
 
-def backward(dtype: torch.dtype, width: int, aligned: bool, is_heavy: bool) -> Config:
+def backward(dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool) -> Config:
     """Tokens that are rows and keys at once, and tokens that they pass over at a time."""
-    num_warps = 4 if width <= 16 else 8
     if dtype == torch.float32:
-        side = 16 if is_heavy and width > 64 else 32
-        return _tiles(side, side, width, num_warps, 1)
-    if not aligned or is_heavy:
+        if width > 64:
+            return _tiles(16, 16, width, 4, 1)
+        return _tiles(
+            32, 16 if has_dropout and width > 32 else 32, width, 4 if width < 32 else 8, 1
+        )
+    if not aligned:
+        return _tiles(
+            32, 16 if has_dropout and width > 64 else 32, width, 4 if width <= 32 else 8, 1
+        )
+    if has_dropout:
         return _tiles(32, 32, width, 4 if width <= 32 else 8, 1)
-    return _tiles(64, 32, width, num_warps, 2)
+    return _tiles(64, 32, width, 4 if width <= 16 else 8, 2)
 
 
 def rows(width: int) -> Config:

@@ -94,10 +94,10 @@ def _rpc_fwd(
         offs_j = start + tl.arange(0, BLOCK_J)
         mask_j = load_present(key_mask_ptr, batch, offs_j, num_tokens, HAS_MASK)
         if IS_FIRST:
-            raw = load_rows(k_ptr, stride_kn, stride_kd, offs_j, mask_j, offs_d, num_features)
-            wide = raw.to(tl.float32)
+            keys = load_rows(k_ptr, stride_kn, stride_kd, offs_j, mask_j, offs_d, num_features)
             bound_j = load_bound(bound_ptr, head, offs_j, mask_j, num_tokens, IS_PER_TOKEN)
-            clean = (wide - soft(wide, bound_j)).to(raw.dtype)
+            clean = keys.to(tl.float32)
+            clean = (clean - soft(clean, bound_j)).to(keys.dtype)
         else:
             clean = load_rows(
                 clean_ptr + own, num_features, 1, offs_j, mask_j, offs_d, num_features

@@ -45,7 +45,7 @@ def forward(
     for t in range(num_iters):
         last = t == num_iters - 1
         drops = last and seed is not None
-        chosen = config.forward(k.dtype, _padded(width), _aligned(k, v, q), drops or q is not None)
+        chosen = config.forward(k.dtype, _padded(width), _aligned(k, v, q), drops)
         _rpc_fwd[(triton.cdiv(tokens, chosen.blocks["BLOCK_I"]), batch * heads)](
             *_strided(k),
             *_strided(v),
@@ -135,11 +135,11 @@ def backward(
             **by_row.launch_options(),
         )
 
-    rows(num_iters)
-    for iteration in range(num_iters, 0, -1):
+    def attention(iteration: int, as_rows: bool, as_keys: bool) -> None:
+        """Back through one iteration's attention, in one role or in both."""
         last = iteration == num_iters
         drops = last and seed is not None
-        tiles = config.backward(k.dtype, _padded(width), _aligned(k, v, q), drops or q is not None)
+        tiles = config.backward(k.dtype, _padded(width), _aligned(k, v, q), drops)
         _rpc_bwd_attention[(triton.cdiv(tokens, tiles.blocks["BLOCK_I"]), batch * heads)](
             clean,
             *_strided(v),
@@ -152,12 +152,22 @@ def backward(
             *_scales(scale, dropout_p),
             IS_LAST=last,
             IS_CAUSAL=is_causal,
+            AS_ROWS=as_rows,
+            AS_KEYS=as_keys,
             HAS_Q=q is not None,
             HAS_MASK=mask is not None,
             HAS_DROPOUT=drops,
             PRECISION=dot_precision(k.dtype),
             **tiles.launch_options(),
         )
+
+    rows(num_iters)
+    for iteration in range(num_iters, 0, -1):
+        if q is None:
+            attention(iteration, True, True)
+        else:
+            attention(iteration, True, False)
+            attention(iteration, False, True)
         rows(iteration - 1)
     dthreshold = threshold.new_empty(0)
     if needs[3]:
