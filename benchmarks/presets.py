@@ -29,6 +29,20 @@ class TextPlan:
 
 
 @dataclass(frozen=True)
+class ImagesPlan:
+    """The training run on images. `seconds` bounds the training of all variants and seeds."""
+
+    seconds: float
+    max_steps: int = 400
+    seeds: tuple[int, ...] = (0, 1)
+    batch: int = 32
+    dim: int = 32
+    layers: int = 2
+    heads: int = 2
+    patch: int = 2
+
+
+@dataclass(frozen=True)
 class Preset:
     """One choice of cases and limits. All limits are in seconds of wall-clock time.
 
@@ -45,6 +59,7 @@ class Preset:
     compile_seconds: float
     case_seconds: float
     text: TextPlan
+    images: ImagesPlan
     needs_cuda: bool = False
 
 
@@ -60,6 +75,7 @@ PRESETS = {
             compile_seconds=60,
             case_seconds=1.0,
             text=TextPlan(seconds=90, max_steps=600, step_seconds=10),
+            images=ImagesPlan(seconds=36),
         ),
         Preset(
             name="full",
@@ -76,6 +92,15 @@ PRESETS = {
                 layers=4,
                 context=256,
                 step_seconds=40,
+            ),
+            images=ImagesPlan(
+                seconds=400,
+                max_steps=1500,
+                seeds=(0, 1, 2, 3, 4),
+                batch=64,
+                dim=48,
+                layers=3,
+                heads=3,
             ),
         ),
         Preset(
@@ -100,6 +125,7 @@ PRESETS = {
                 validation_bytes=1 << 20,
                 step_seconds=20,
             ),
+            images=ImagesPlan(seconds=30, seeds=(0, 1, 2), dim=64, layers=4, heads=2),
             needs_cuda=True,
         ),
     )
