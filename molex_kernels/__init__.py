@@ -31,6 +31,8 @@ from molex_kernels.ops.routing.api import ac_route, ac_weights, route_plan, topk
 from molex_kernels.ops.routing.losses import load_balance_loss, router_z_loss
 from molex_kernels.ops.routing.module import ACRouter, TopKRouter
 from molex_kernels.ops.routing.plan import RoutePlan, Routing
+from molex_kernels.ops.rpc_attention.api import rpc_attention, scaled_attention
+from molex_kernels.ops.rpc_attention.module import RPCAttention, ScaledAttention
 
 __version__ = "0.1.0"
 
@@ -47,10 +49,12 @@ __all__ = [
     "MomentumMoE",
     "MomentumOutput",
     "Nesterov",
+    "RPCAttention",
     "RobustMomentum",
     "RoutePlan",
     "Routing",
     "Rule",
+    "ScaledAttention",
     "Signum",
     "TopKRouter",
     "__version__",
@@ -69,6 +73,8 @@ __all__ = [
     "propagate_base",
     "route_plan",
     "router_z_loss",
+    "rpc_attention",
+    "scaled_attention",
     "segment_gates",
     "topk_route",
 ]

@@ -1,9 +1,10 @@
 """Picks an implementation, or raises with every reason why not.
 
 Names: `reference` (plain PyTorch, everywhere), `cpu` (native CPU code), `triton` (NVIDIA, AMD, or a
-CPU under Triton's interpreter), `cuda` (compiled CUDA). An explicit `impl=` runs or raises; it
-never falls back. `MOLEX_IMPL`, read at import, takes the place of `impl=None` for the ops that have
-such an implementation; otherwise the first one that supports the inputs is taken.
+CPU under Triton's interpreter), `cuda` (compiled CUDA), `sdpa` (composed from PyTorch's fused
+attention, everywhere). An explicit `impl=` runs or raises; it never falls back. `MOLEX_IMPL`, read
+at import, takes the place of `impl=None` for the ops that have such an implementation; otherwise
+the first one that supports the inputs is taken.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from molex_kernels import _check, _extension
 from molex_kernels._dtypes import FLOAT_DTYPES, KERNEL_DTYPES
 
-NAMES = ("cuda", "triton", "cpu", "reference")
+NAMES = ("cuda", "triton", "sdpa", "cpu", "reference")
 DEFAULT = os.environ.get("MOLEX_IMPL") or None
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -78,6 +79,7 @@ def _cuda_missing() -> str | None:
 
 
 REFERENCE = Implementation("reference", ("cpu", "cuda"), FLOAT_DTYPES, _always)
+SDPA = Implementation("sdpa", ("cpu", "cuda"), KERNEL_DTYPES, _always)
 CPU = Implementation("cpu", ("cpu",), KERNEL_DTYPES, _extension_missing)
 CPU_ATEN = Implementation("cpu", ("cpu",), KERNEL_DTYPES, _always)
 TRITON = Implementation("triton", ("cuda",), KERNEL_DTYPES, _triton_missing)

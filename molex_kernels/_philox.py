@@ -35,9 +35,9 @@ def threshold(p: float) -> int:
     return round(p * 2**32)
 
 
-def words(seed: Tensor, count: int) -> Tensor:
-    """The first word at the positions 0 ... count - 1: [count] int64 in [0, 2^32)."""
-    position = torch.arange(count, device=seed.device)
+def words(seed: Tensor, count: int, first: int = 0) -> Tensor:
+    """The first word at `count` positions from `first`: [count] int64 in [0, 2^32)."""
+    position = torch.arange(first, first + count, device=seed.device)
     c0, c1 = position & _WORD, position >> 32
     c2, c3 = torch.zeros_like(position), torch.zeros_like(position)
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
@@ -51,7 +51,10 @@ def words(seed: Tensor, count: int) -> Tensor:
     return c0
 
 
-def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """x / (1 - p) where the word of the element's position is kept, and 0 elsewhere."""
-    kept = words(seed, x.numel()).view(x.shape) >= threshold(p)
+def dropout(x: Tensor, p: float, seed: Tensor, first: int = 0) -> Tensor:
+    """x / (1 - p) where the word of the element's position is kept, and 0 elsewhere.
+
+    `first`: the position of the first element, where x is a part of something larger.
+    """
+    kept = words(seed, x.numel(), first).view(x.shape) >= threshold(p)
     return torch.where(kept, x / (1 - p), 0)

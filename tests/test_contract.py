@@ -122,7 +122,7 @@ def test_operators_pass_opcheck(info: OpInfo, case: Case, impl: str, generator: 
         upstream = _upstream(info, inputs, impl, generator)
         with recorded() as calls:
             run(info, inputs, impl, upstream)
-        if impl != "reference":
+        if impl not in ("reference", "sdpa"):
             assert calls, "no operator was called"
         for operator, args, kwargs in {call[0]: call for call in calls}.values():
             # Autograd stands outside the operators, so they are never given a tensor that wants it.

@@ -1,0 +1,1 @@
+"""Robust and scaled attention (RPC-Attention)."""
