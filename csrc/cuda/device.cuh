@@ -85,6 +85,13 @@ MOLEX_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// x, which the compiler then cannot compute with ahead of a loop: addresses that are computed again
+// take time, and those that are kept take registers.
+MOLEX_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Four 8x8 matrices of 16-bit elements; lane i names the row i % 8 of the matrix i / 8.
 MOLEX_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

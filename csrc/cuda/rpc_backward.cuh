@@ -185,10 +185,12 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   const Dropout keeps(p, head, t + 1 == p.iterations);
   const float scale2 = p.scale * kLog2e;
   float own_lse[2], own_delta[2];
+  bool real[2];
   MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
     const int mine = row + lane_row() + 8 * i;
     own_lse[i] = mine < p.length ? lse[mine] * kLog2e : device::infinity();
     own_delta[i] = delta[mine];
+    real[i] = sees.exists(mine);
   }
   float grad_left[1][D / 8][4], grad_values[1][D / 8][4];
   clear(grad_left);
@@ -219,7 +221,8 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
           const int j = row + lane_row() + e / 2 * 8, i = other + 8 * n + lane_column() + e % 2;
           const float probability = device::exp2(z[0][n][e] * scale2 - own_lse[e / 2]);
           const float keep = keeps.active ? keeps(j, i) : 1.0f;
-          if (all || sees(j, i)) dz[0][n][e] = probability * (dp[0][n][e] * keep - own_delta[e / 2]);
+          const bool seen = all || (sees.exists(i) && !sees.later(j, i));
+          if (seen) dz[0][n][e] = probability * (dp[0][n][e] * keep - own_delta[e / 2]);
         }
       }
     }
@@ -230,7 +233,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
         MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
           const int j = row + lane_row() + e / 2 * 8, column = 8 * n + lane_column() + e % 2;
           const int i = other + column;
-          const bool seen = sees(i, j);
+          const bool seen = real[e / 2] && !sees.later(i, j);
           const float probability = seen ? device::exp2(z[0][n][e] * scale2 - numbers[column]) : 0.0f;
           const float keep = keeps.active ? keeps(i, j) : 1.0f;
           z[0][n][e] = probability * keep;
@@ -258,19 +261,18 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   };
   MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
     const int mine = row + lane_row() + 8 * i;
-    const bool real = exists(p, head, mine);
     float of_threshold = 0.0f, along = 0.0f;
     MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
       const int column = 8 * n + lane_column();
       const int64_t place = static_cast<int64_t>(mine) * D + column;
       float next[2];
       MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
-        const float product = real ? grad_left[0][n][2 * i + c] * p.scale : 0.0f;
+        const float product = real[i] ? grad_left[0][n][2 * i + c] * p.scale : 0.0f;
         if (!s.as_key) {
           carry(s.q, b.grad_q, mine, column + c, product);
           continue;
         }
-        const bool inside = real && column + c < p.width;
+        const bool inside = real[i] && column + c < p.width;
         const float gu = is_last ? 0.0f : dual[place + c];
         const float extra = is_last && b.grad_sparse.data && inside
                                 ? head_of<float>(p, b.grad_sparse, head)[mine * b.grad_sparse.row + column + c]
@@ -278,7 +280,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
         const int8_t where = sides[place + c];
         const float ga = where == kInside ? 0.0f : extra - gu - product;
         of_threshold -= where == kInside ? 0.0f : where * ga;
-        carry(s.v, b.grad_v, mine, column + c, real ? grad_values[0][n][2 * i + c] : 0.0f);
+        carry(s.v, b.grad_v, mine, column + c, real[i] ? grad_values[0][n][2 * i + c] : 0.0f);
         carry(s.k, b.grad_k, mine, column + c, gu + product + ga);
         if (is_first) continue;
         const float before = gu - product + ga;  // gu of the iteration before, whose gL is -ga

@@ -109,9 +109,8 @@ struct Sight {
         length(p.length),
         causal(p.causal) {}
 
-  MOLEX_DEVICE bool operator()(int row, int key) const {
-    return key < length && (!causal || key <= row) && (!mask || mask[key]);
-  }
+  MOLEX_DEVICE bool exists(int key) const { return key < length && (!mask || mask[key]); }
+  MOLEX_DEVICE bool later(int row, int key) const { return causal && key > row; }
 
   // Whether rows from `row` on see all of `count` keys from `key` on.
   MOLEX_DEVICE bool all(int row, int key, int count) const {
@@ -136,25 +135,19 @@ MOLEX_DEVICE uint32_t philox(uint64_t seed, uint64_t position) {
   return c0;
 }
 
-// Dropout of the attention of one head: 0, or 1 / (1 - p), for a row and a key.
+// Dropout of the attention of one head: 0, or 1 / (1 - p), for a row and a key. Nothing but the
+// parameters is kept: what it needs would take registers from the products of every tile.
 struct Dropout {
+  const Problem& p;
+  int64_t head;
   bool active;
-  uint64_t seed, first;
-  uint32_t dropped;
-  int length;
-  float kept_scale;
 
-  MOLEX_DEVICE Dropout(const Problem& p, int64_t head, bool last_iteration)
-      : active(last_iteration && p.seed),
-        seed(active ? static_cast<uint64_t>(*p.seed) : 0),
-        first(static_cast<uint64_t>(head) * p.length * p.length),
-        dropped(p.dropped),
-        length(p.length),
-        kept_scale(p.kept_scale) {}
+  MOLEX_DEVICE Dropout(const Problem& problem, int64_t index, bool last_iteration)
+      : p(problem), head(index), active(last_iteration && problem.seed) {}
 
   MOLEX_DEVICE float operator()(int row, int key) const {
-    const uint64_t position = first + static_cast<uint64_t>(row) * length + key;
-    return philox(seed, position) >= dropped ? kept_scale : 0.0f;
+    const uint64_t position = (static_cast<uint64_t>(head) * p.length + row) * p.length + key;
+    return philox(static_cast<uint64_t>(*p.seed), position) >= p.dropped ? p.kept_scale : 0.0f;
   }
 };
 
@@ -196,6 +189,18 @@ MOLEX_DEVICE void store_pair(E* to, float first, float second) {
     *reinterpret_cast<uint32_t*>(to) = device::pack<E>(first, second);
   } else {
     *reinterpret_cast<float2*>(to) = {first, second};
+  }
+}
+
+template <class E>
+MOLEX_DEVICE float2 load_pair(const E* from) {
+  if constexpr (sizeof(E) == 2) {
+    struct alignas(4) Pair {
+      E first, second;
+    } const pair = *reinterpret_cast<const Pair*>(from);
+    return {device::to_float(pair.first), device::to_float(pair.second)};
+  } else {
+    return *reinterpret_cast<const float2*>(from);
   }
 }
 

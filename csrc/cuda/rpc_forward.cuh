@@ -1,9 +1,9 @@
 // RPC attention forward: all iterations on chip, or one launch per iteration.
 //
-// Budget. on_chip: 256 threads, at most 255 registers (D = 128, fp32) or 128 (D <= 64 in 16 bits, so
-// that two blocks share a multiprocessor); shared memory (2 P + 16 W (1 + q)) (D + 8) bytes(E) for P
-// padded rows and W warps, up to the device's limit. step: 128 threads, at most 255 registers;
-// shared memory (rows + 4 columns) (D + 8) bytes(E), at most 104,448 bytes. No spills.
+// Budget, without spills. on_chip: in 16 bits 256 threads of 128 registers (D <= 32), or 128 threads of 168
+// (D = 64), so that two or three blocks share a multiprocessor; otherwise 256 threads of 255. Shared memory
+// (2 P + 16 W (1 or, with q, 2)) (D + 8) bytes(E) for P padded rows and W warps, up to the device's limit. step: 128 threads of 255 registers; shared memory (rows + 4 columns) (D + 8) bytes(E), at most
+// 104,448 bytes (fp32, D = 128), so that it runs on sm_80. prepare: 256 threads of 40 registers.
 
 #pragma once
 
@@ -40,11 +40,15 @@ struct Attention {
     clear(z);
     multiply_rows<E, D>(z, rows, keys);
     if (!sees.all(row, key, Columns)) {
-      MOLEX_UNROLL for (int m = 0; m < M; ++m) {
-        MOLEX_UNROLL for (int n = 0; n < Columns / 8; ++n) {
-          MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
-            const int i = row + 16 * m + lane_row() + e / 2 * 8, j = key + 8 * n + lane_column() + e % 2;
-            if (!sees(i, j)) z[m][n][e] = -device::infinity();
+      MOLEX_UNROLL for (int n = 0; n < Columns / 8; ++n) {
+        MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
+          const int j = key + 8 * n + lane_column() + c;
+          const bool exists = sees.exists(j);
+          MOLEX_UNROLL for (int m = 0; m < M; ++m) {
+            MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+              const bool hidden = !exists || sees.later(row + 16 * m + lane_row() + 8 * i, j);
+              if (hidden) z[m][n][2 * i + c] = -device::infinity();
+            }
           }
         }
       }
@@ -86,6 +90,10 @@ struct Attention {
     multiply_columns<E>(sum, z, values);
   }
 
+  MOLEX_DEVICE void clear_row(int m, int i) {
+    MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) sum[m][n][2 * i] = sum[m][n][2 * i + 1] = 0.0f;
+  }
+
   // Makes `sum` the average of the values, and `total` the log of the sum of exp(score * scale).
   MOLEX_DEVICE void finish(float scale) {
     MOLEX_UNROLL for (int m = 0; m < M; ++m) {
@@ -110,15 +118,27 @@ struct Results {
   int iteration;
 
   MOLEX_DEVICE bool last() const { return iteration + 1 == f.problem.iterations; }
-  MOLEX_DEVICE int64_t offset(int row) const { return (head * f.problem.length + row) * f.problem.width; }
-
-  MOLEX_DEVICE void low(int row, int column, float value) const {
+  // This lane's part of a row of a tensor [B, H, N, d]; `value` gives it by tile and column of the pair.
+  template <int D, class T, class Value>
+  MOLEX_DEVICE void store(T* tensor, int row, const Value& value) const {
     const Problem& p = f.problem;
-    if (row >= p.length || column >= p.width) return;
+    if (row >= p.length) return;
+    const int first = lane_column();
+    T* at = tensor + (head * p.length + row) * p.width + first;
+    MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
+      MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
+        if (8 * n + c < p.width - first) at[8 * n + c] = device::from_float<T>(value(n, c));
+      }
+    }
+  }
+
+  template <int D, class Value>
+  MOLEX_DEVICE void low(int row, const Value& value) const {
+    const Problem& p = f.problem;
     if (last()) {
-      static_cast<E*>(f.out)[offset(row) + column] = device::from_float<E>(value);
+      store<D>(static_cast<E*>(f.out), row, value);
     } else if (f.lows) {
-      f.lows[iteration * p.all_heads() * p.length * p.width + offset(row) + column] = value;
+      store<D>(f.lows + iteration * p.all_heads() * p.length * p.width, row, value);
     }
   }
 
@@ -127,20 +147,20 @@ struct Results {
     if (f.lse && row < p.length) f.lse[(iteration * p.all_heads() + head) * p.length + row] = value;
   }
 
-  MOLEX_DEVICE void sparse(int row, int column, float value) const {
-    const Problem& p = f.problem;
-    if (last() && f.sparse && row < p.length && column < p.width) f.sparse[offset(row) + column] = value;
+  template <int D, class Value>
+  MOLEX_DEVICE void sparse(int row, const Value& value) const {
+    if (last() && f.sparse) store<D>(f.sparse, row, value);
   }
 };
 
 // ---- All iterations on chip: a cluster of blocks per head ----
 
-constexpr int kOnChipWarps = 8;
-
 template <class E, int D>
 struct OnChip {
-  static constexpr int kColumns = sizeof(E) == 2 && D <= 64 ? 64 : 32;
-  static constexpr int kBlocks = sizeof(E) == 2 && D <= 64 ? 2 : 1;
+  static constexpr int kColumns = 32;
+  static constexpr int kWarps = sizeof(E) == 2 && D == 64 ? 4 : 8;
+  // Of which so many shall share a multiprocessor; it bounds the registers.
+  static constexpr int kBlocks = sizeof(E) == 2 && D <= 64 ? (D == 64 ? 3 : 2) : 1;
 
   int warps, cluster, rows, shared_bytes;
   bool fits;
@@ -148,7 +168,7 @@ struct OnChip {
   explicit OnChip(const Problem& p) {
     const int tiles = (p.length + 15) / 16;
     cluster = 1;
-    while (cluster * kOnChipWarps < tiles) cluster *= 2;
+    while (cluster * kWarps < tiles) cluster *= 2;
     warps = (tiles + cluster - 1) / cluster;
     const int own = cluster * warps * 16;
     rows = own > p.length ? own : p.length;
@@ -186,7 +206,7 @@ struct OnChipForward {
 };
 
 template <class E, int D>
-MOLEX_KERNEL(kOnChipWarps* kWarp, (OnChip<E, D>::kBlocks))
+MOLEX_KERNEL((OnChip<E, D>::kWarps * kWarp), (OnChip<E, D>::kBlocks))
 void on_chip(MOLEX_PARAMS OnChipForward<E, D> s) {
   constexpr int kColumns = OnChip<E, D>::kColumns;
   const Forward& f = s.f;
@@ -214,24 +234,23 @@ void on_chip(MOLEX_PARAMS OnChipForward<E, D> s) {
   const float scale2 = p.scale * kLog2e;
   float w[D / 8][4];
   Attention<E, D, 1, kColumns> attention;
-  float bound[2];
-  bool real[2];
-  MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-    const int mine = row + lane_row() + 8 * i;
-    bound[i] = bound_of(p, head, mine);
-    real[i] = exists(p, head, mine);
-  }
   const E* own_lane = own + (16 * warp() + lane_row()) * kPitch<D> + lane_column();
 
-  for (int t = 0; t < p.iterations; ++t) {
+  MOLEX_NO_UNROLL for (int t = 0; t < p.iterations; ++t) {
     // From L and w of the iteration before, K~ in the place of L, and the new w.
     const Results<E> results{f, head, t};
+    const int upper = device::opaque(row + lane_row());
+    const auto update = [&](int n, int i, int c) {
+      const float2 k = load_pair(own_lane + 8 * i * kPitch<D> + 8 * n);
+      const float low = t ? attention.sum[0][n][2 * i + c] : 0.0f, u = t ? w[n][2 * i + c] - low : 0.0f;
+      return shrink(c ? k.y : k.x, low, u, bound_of(p, head, upper + 8 * i));
+    };
+    MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+      results.template sparse<D>(upper + 8 * i, [&](int n, int c) { return update(n, i, c).sparse; });
+    }
     MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
       MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
-        const float k = device::to_float(own_lane[e / 2 * 8 * kPitch<D> + 8 * n + e % 2]);
-        const float low = t ? attention.sum[0][n][e] : 0.0f, u = t ? w[n][e] - low : 0.0f;
-        const Step step = shrink(k, low, u, bound[e / 2]);
-        results.sparse(row + lane_row() + e / 2 * 8, 8 * n + lane_column() + e % 2, step.sparse);
+        const Step step = update(n, e / 2, e % 2);
         attention.sum[0][n][e] = step.clean;
         w[n][e] = step.w;
       }
@@ -245,7 +264,7 @@ void on_chip(MOLEX_PARAMS OnChipForward<E, D> s) {
     const Dropout keeps(p, head, results.last());
     const E* rows = p.q.data ? queries + 16 * warp() * kPitch<D> : keys + row * kPitch<D>;
     const int end = p.causal && row + 16 < p.length ? row + 16 : p.length;
-    for (int key = 0; key < end; key += kColumns) {
+    MOLEX_NO_UNROLL for (int key = 0; key < end; key += kColumns) {
       const int at = key * kPitch<D>;
       attention.add(rows, keys + at, values + at, sees, keeps, scale2, row, key);
     }
@@ -253,14 +272,11 @@ void on_chip(MOLEX_PARAMS OnChipForward<E, D> s) {
     attention.finish(p.scale);
 
     MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-      const int mine = row + lane_row() + 8 * i;
-      if (lane_column() == 0) results.log_sum(mine, real[i] ? attention.total[0][i] : device::infinity());
-      MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
-        MOLEX_UNROLL for (int e = 2 * i; e < 2 * i + 2; ++e) {
-          if (!real[i]) attention.sum[0][n][e] = 0.0f;
-          results.low(mine, 8 * n + lane_column() + e % 2, attention.sum[0][n][e]);
-        }
-      }
+      const int mine = upper + 8 * i;
+      const bool real = exists(p, head, mine);
+      if (lane_column() == 0) results.log_sum(mine, real ? attention.total[0][i] : device::infinity());
+      if (!real) attention.clear_row(0, i);
+      results.template low<D>(mine, [&](int n, int c) { return attention.sum[0][n][2 * i + c]; });
     }
   }
 }
@@ -327,7 +343,9 @@ void prepare(MOLEX_PARAMS ForwardStep<E> s) {
   s.values[index] = real ? head_of<E>(p, p.v, head)[row * p.v.row + column] : zero;
   if (p.q.data) s.queries[index] = real ? head_of<E>(p, p.q, head)[row * p.q.row + column] : zero;
   if (p.iterations > 1) s.w[index] = step.w;
-  Results<E>{f, head, 0}.sparse(row, column, step.sparse);
+  if (p.iterations == 1 && f.sparse && row < p.length && column < p.width) {
+    f.sparse[(head * p.length + row) * p.width + column] = step.sparse;
+  }
 }
 
 template <class E, int D>
@@ -395,31 +413,30 @@ void step(MOLEX_PARAMS ForwardStep<E> s) {
   attention.finish(p.scale);
 
   const Results<E> next{f, head, s.iteration + 1};
-  E* clean = s.next_clean + base;
-  const E* k = head_of<E>(p, p.k, head);
   MOLEX_UNROLL for (int m = 0; m < T::kTiles; ++m) {
     MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
       const int mine = row + 16 * m + lane_row() + 8 * i;
       const bool real = exists(p, head, mine);
-      const float bound = bound_of(p, head, mine);
       if (lane_column() == 0) results.log_sum(mine, real ? attention.total[m][i] : device::infinity());
+      if (!real) attention.clear_row(m, i);
+      results.template low<D>(mine, [&](int n, int c) { return attention.sum[m][n][2 * i + c]; });
+      if (results.last()) continue;
+
+      const float bound = bound_of(p, head, mine);
+      const int64_t place = base + static_cast<int64_t>(mine) * D + lane_column();
+      const E* own = head_of<E>(p, p.k, head) + mine * p.k.row + lane_column();
+      float* w = s.w + place;
+      const auto update = [&](int n, int c) {
+        const bool inside = real && 8 * n + c < p.width - lane_column();
+        const float k = inside ? device::to_float(own[8 * n + c]) : 0.0f;
+        const float low = attention.sum[m][n][2 * i + c];
+        return shrink(k, low, w[8 * n + c] - low, bound);
+      };
+      next.template sparse<D>(mine, [&](int n, int c) { return update(n, c).sparse; });
       MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
-        const int column = 8 * n + lane_column();
-        const int64_t place = static_cast<int64_t>(mine) * D + column;
-        float cleaned[2];
-        MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
-          const float low = real ? attention.sum[m][n][2 * i + c] : 0.0f;
-          results.low(mine, column + c, low);
-          if (results.last()) continue;
-          const bool inside = real && column + c < p.width;
-          const float own = inside ? device::to_float(k[mine * p.k.row + column + c]) : 0.0f;
-          const float u = s.w[base + place + c] - low;
-          const Step step = shrink(own, low, u, bound);
-          next.sparse(mine, column + c, step.sparse);
-          cleaned[c] = step.clean;
-          s.w[base + place + c] = step.w;
-        }
-        if (!results.last()) store_pair(clean + place, cleaned[0], cleaned[1]);
+        const Step first = update(n, 0), second = update(n, 1);
+        store_pair(s.next_clean + place + 8 * n, first.clean, second.clean);
+        store_pair(w + 8 * n, first.w, second.w);
       }
     }
   }

@@ -104,6 +104,7 @@ inline uint32_t to_tf32(float x) {
   return std::isfinite(x) ? (word + 0x1000) & 0xffffe000u : word;
 }
 
+inline int opaque(int x) { return x; }
 inline float exp2(float x) { return std::exp2(x); }
 inline float log(float x) { return std::log(x); }
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
