@@ -1,4 +1,4 @@
-"""RPC attention's CUDA kernels on a CPU: compiled by g++ over `cuda_on_cpu`, called through ctypes."""
+"""RPC attention's CUDA kernels on a CPU: built by g++ over `cuda_on_cpu`, called by ctypes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class _Problem(Structure):
 class _Forward(Structure):
     _fields_ = [
         ("problem", _Problem),
-        *((name, c_void_p) for name in ("out", "sparse", "lows", "lse", "scratch")),
+        *((name, c_void_p) for name in ("out", "sparse", "lows", "stats", "scratch")),
     ]
 
 
@@ -63,7 +63,7 @@ class _Backward(Structure):
         *(
             (name, c_void_p)
             for name in (
-                *("out", "lows", "lse", "grad_k", "grad_v", "grad_q", "grad_threshold"),
+                *("out", "lows", "stats", "grad_k", "grad_v", "grad_q", "grad_threshold"),
                 "scratch",
             )
         ),
@@ -91,7 +91,7 @@ class Result:
     out: Tensor
     sparse: Tensor
     lows: Tensor
-    lse: Tensor
+    stats: Tensor
 
 
 class Library:
@@ -114,6 +114,14 @@ class Library:
     def runs_on_chip(self, call: Call, **limits: int) -> bool:
         return self._c.runs_on_chip(byref(_problem(call, **limits)))
 
+    def shared_bytes(self, call: Call) -> dict[str, int]:
+        """What the kernels of fixed tiles ask for."""
+        problem = _problem(call)
+        return {
+            "step": self._c.step_shared_bytes(byref(problem)),
+            "gradient": self._c.gradient_shared_bytes(byref(problem)),
+        }
+
     def forward(self, call: Call, **limits: int) -> Result:
         problem, shape = _problem(call, **limits), call.k.shape
         n = call.num_iters
@@ -121,10 +129,10 @@ class Library:
             _unwritten(shape, call.k.dtype),
             _unwritten(shape, torch.float32),
             _unwritten((n - 1, *shape), torch.float32),
-            _unwritten((n, *shape[:3]), torch.float32),
+            _unwritten((n, 2, *shape[:3]), torch.float32),
         )
         scratch = _scratch(self._c.forward_scratch(byref(problem)))
-        fields = (result.out, result.sparse, result.lows, result.lse, scratch)
+        fields = (result.out, result.sparse, result.lows, result.stats, scratch)
         parameters = _Forward(problem, *(t.data_ptr() for t in fields))
         assert self._c.forward(byref(parameters)) == 0
         _unharmed(scratch)
@@ -141,7 +149,7 @@ class Library:
         gradients["threshold"] = _unwritten(call.threshold.shape, torch.float32)
         scratch = _scratch(self._c.backward_scratch(byref(problem)))
         pointers = [
-            *(t.data_ptr() for t in (result.out, result.lows, result.lse)),
+            *(t.data_ptr() for t in (result.out, result.lows, result.stats)),
             *(gradients[n].data_ptr() if n in gradients else None for n in "kvq"),
             gradients["threshold"].data_ptr(),
             scratch.data_ptr(),

@@ -76,7 +76,6 @@ MOLEX_DEVICE float exp2(float x) {
   return y;
 }
 
-MOLEX_DEVICE float log(float x) { return logf(x); }
 MOLEX_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 MOLEX_DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }

@@ -7,7 +7,7 @@
 // and the recurrences of the dual and the threshold follow for the same rows in the epilogue.
 //
 // Budget. gradient: 128 threads, at most 255 registers; shared memory (3 * 64 + 6 columns) (D + 8)
-// bytes(E) + 16 columns, at most 157,184 bytes (fp32, D = 128), so that it runs on sm_80. No spills.
+// bytes(E) + 24 columns, at most 157,056 bytes (fp32, D = 128), so that it runs on sm_80. No spills.
 
 #pragma once
 
@@ -127,7 +127,7 @@ struct GradientTile {
   static constexpr int kRows = 16 * kWarps;
   static constexpr int kColumns = sizeof(E) == 2 ? (D <= 64 ? 64 : 32) : (D <= 64 ? 32 : 16);
   static constexpr int kStages = 2;
-  static constexpr int kStatistics = 2 * kStages * kColumns;  // floats: log-sum-exp and D
+  static constexpr int kStatistics = 3 * kStages * kColumns;  // floats: largest, 1 / sum, D
   static constexpr int kSharedBytes =
       (3 * kRows + 3 * kStages * kColumns) * kPitch<D> * sizeof(E) + kStatistics * sizeof(float);
   static_assert(kRowsMultiple % kRows == 0 && kRowsMultiple % kColumns == 0);
@@ -150,7 +150,8 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   const E* right = s.as_key ? queries : clean;
   const E* values = s.values + base;
   const E* upstream = s.upstream + base;
-  const float* lse = b.lse + (t * p.all_heads() + head) * p.length;
+  const float* largest = b.stats + (2 * t * p.all_heads() + head) * p.length;
+  const float* total = largest + p.all_heads() * p.length;
   const float* delta = s.delta + head * rows;
 
   E* own_left = reinterpret_cast<E*>(device::shared());
@@ -165,10 +166,11 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
     copy_rows<E, D>(to + kTileSize, values + other * D, T::kColumns);
     copy_rows<E, D>(to + 2 * kTileSize, upstream + other * D, T::kColumns);
     for (int i = device::thread(); i < T::kColumns; i += device::threads()) {
-      float* numbers = statistics + stage * 2 * T::kColumns + i;
-      // A query that does not exist: exp(z - inf) = 0.
-      numbers[0] = other + i < p.length ? lse[other + i] * kLog2e : device::infinity();
-      numbers[T::kColumns] = delta[other + i];
+      float* numbers = statistics + stage * 3 * T::kColumns + i;
+      const bool inside = other + i < p.length;
+      numbers[0] = inside ? largest[other + i] : 0.0f;
+      numbers[T::kColumns] = inside ? 1.0f / total[other + i] : 0.0f;
+      numbers[2 * T::kColumns] = delta[other + i];
     }
   };
   copy_rows<E, D>(own_left, left + first * D, T::kRows);
@@ -184,11 +186,12 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   const Sight sees(p, head);
   const Dropout keeps(p, head, t + 1 == p.iterations);
   const float scale2 = p.scale * kLog2e;
-  float own_lse[2], own_delta[2];
+  float own_largest[2], own_inverse[2], own_delta[2];
   bool real[2];
   MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
     const int mine = row + lane_row() + 8 * i;
-    own_lse[i] = mine < p.length ? lse[mine] * kLog2e : device::infinity();
+    own_largest[i] = mine < p.length ? largest[mine] : 0.0f;
+    own_inverse[i] = mine < p.length ? 1.0f / total[mine] : 0.0f;
     own_delta[i] = delta[mine];
     real[i] = sees.exists(mine);
   }
@@ -203,7 +206,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
     device::sync();
     const int stage = other / T::kColumns % T::kStages;
     const E* tile = stages + stage * 3 * kTileSize;
-    const float* numbers = statistics + stage * 2 * T::kColumns;
+    const float* numbers = statistics + stage * 3 * T::kColumns;
     const int warp_row = 16 * warp() * kPitchD;
     const bool query = s.as_query && (!p.causal || other < row + 16);
     const bool key = s.as_key && (!p.causal || other + T::kColumns > row);
@@ -219,7 +222,8 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
       MOLEX_UNROLL for (int n = 0; n < T::kColumns / 8; ++n) {
         MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
           const int j = row + lane_row() + e / 2 * 8, i = other + 8 * n + lane_column() + e % 2;
-          const float probability = device::exp2(z[0][n][e] * scale2 - own_lse[e / 2]);
+          const float probability =
+              device::exp2((z[0][n][e] - own_largest[e / 2]) * scale2) * own_inverse[e / 2];
           const float keep = keeps.active ? keeps(j, i) : 1.0f;
           const bool seen = all || (sees.exists(i) && !sees.later(j, i));
           if (seen) dz[0][n][e] = probability * (dp[0][n][e] * keep - own_delta[e / 2]);
@@ -234,16 +238,17 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
           const int j = row + lane_row() + e / 2 * 8, column = 8 * n + lane_column() + e % 2;
           const int i = other + column;
           const bool seen = real[e / 2] && !sees.later(i, j);
-          const float probability = seen ? device::exp2(z[0][n][e] * scale2 - numbers[column]) : 0.0f;
+          const float weight = device::exp2((z[0][n][e] - numbers[column]) * scale2);
+          const float probability = seen ? weight * numbers[T::kColumns + column] : 0.0f;
           const float keep = keeps.active ? keeps(i, j) : 1.0f;
           z[0][n][e] = probability * keep;
-          if (seen) dz[0][n][e] += probability * (dp[0][n][e] * keep - numbers[T::kColumns + column]);
+          if (seen) dz[0][n][e] += probability * (dp[0][n][e] * keep - numbers[2 * T::kColumns + column]);
         }
       }
       multiply_columns<E>(grad_values, z, tile + 2 * kTileSize);
     }
     multiply_columns<E>(grad_left, dz, tile);
-    device::sync();  // the next fetch overwrites this stage
+    if (other + T::kStages * T::kColumns < end) device::sync();  // a fetch overwrites this stage
   }
 
   // The recurrences, for this lane's elements of the block's rows.

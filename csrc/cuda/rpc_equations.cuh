@@ -37,7 +37,9 @@ struct Forward {
   void* out;      // [B, H, N, d]
   float* sparse;  // [B, H, N, d], the last iteration's S, or null
   float* lows;    // [n - 1, B, H, N, d], or null
-  float* lse;     // [n, B, H, N], or null
+  // [n, 2, B, H, N], or null: the score of each row's largest scaled score, and the sum of
+  // exp(scale (score - that)). A log of the sum would cost eps times itself in the probabilities.
+  float* stats;
   void* scratch;
 };
 
@@ -46,7 +48,7 @@ struct Backward {
   Tensor4 grad_out, grad_sparse;  // grad_sparse is fp32, its data null where there is none
   const void* out;
   const float* lows;
-  const float* lse;
+  const float* stats;
   void *grad_k, *grad_v, *grad_q;  // [B, H, N, d]; grad_q is null without q
   float* grad_threshold;           // as the threshold, contiguous
   void* scratch;

@@ -39,6 +39,14 @@ struct Attention {
     float z[M][Columns / 8][4];
     clear(z);
     multiply_rows<E, D>(z, rows, keys);
+    if (scale2 < 0.0f) {  // the largest are then the smallest
+      scale2 = -scale2;
+      MOLEX_UNROLL for (int m = 0; m < M; ++m) {
+        MOLEX_UNROLL for (int n = 0; n < Columns / 8; ++n) {
+          MOLEX_UNROLL for (int e = 0; e < 4; ++e) z[m][n][e] = -z[m][n][e];
+        }
+      }
+    }
     if (!sees.all(row, key, Columns)) {
       MOLEX_UNROLL for (int n = 0; n < Columns / 8; ++n) {
         MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
@@ -94,23 +102,22 @@ struct Attention {
     MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) sum[m][n][2 * i] = sum[m][n][2 * i + 1] = 0.0f;
   }
 
-  // Makes `sum` the average of the values, and `total` the log of the sum of exp(score * scale).
-  MOLEX_DEVICE void finish(float scale) {
+  // Makes `sum` the average of the values, and `total` the row's.
+  MOLEX_DEVICE void finish() {
     MOLEX_UNROLL for (int m = 0; m < M; ++m) {
       MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-        const float all = row_sum(total[m][i]);
-        const float inverse = 1.0f / all;
+        total[m][i] = row_sum(total[m][i]);
+        const float inverse = 1.0f / total[m][i];
         MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
           sum[m][n][2 * i] *= inverse;
           sum[m][n][2 * i + 1] *= inverse;
         }
-        total[m][i] = largest[m][i] * scale + device::log(all);
       }
     }
   }
 };
 
-// Writes what an iteration leaves behind for a row: L_t, its log-sum-exp, or the result.
+// Writes what an iteration leaves behind for a row: L_t, the softmax's statistics, or the result.
 template <class E>
 struct Results {
   const Forward& f;
@@ -142,9 +149,14 @@ struct Results {
     }
   }
 
-  MOLEX_DEVICE void log_sum(int row, float value) const {
+  // A row that sees nothing gets an infinite sum, so that its probabilities are 0.
+  MOLEX_DEVICE void statistics(int row, bool real, float largest, float total) const {
     const Problem& p = f.problem;
-    if (f.lse && row < p.length) f.lse[(iteration * p.all_heads() + head) * p.length + row] = value;
+    if (!f.stats || row >= p.length || lane_column() != 0) return;
+    const int64_t rows = p.all_heads() * p.length;
+    float* at = f.stats + 2 * iteration * rows + head * p.length + row;
+    at[0] = !real ? 0.0f : (p.scale < 0.0f ? -largest : largest);
+    at[rows] = real ? total : device::infinity();
   }
 
   template <int D, class Value>
@@ -269,12 +281,12 @@ void on_chip(MOLEX_PARAMS OnChipForward<E, D> s) {
       attention.add(rows, keys + at, values + at, sees, keeps, scale2, row, key);
     }
     if (!results.last()) device::arrive_cluster();
-    attention.finish(p.scale);
+    attention.finish();
 
     MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
       const int mine = upper + 8 * i;
       const bool real = exists(p, head, mine);
-      if (lane_column() == 0) results.log_sum(mine, real ? attention.total[0][i] : device::infinity());
+      results.statistics(mine, real, attention.largest[0][i], attention.total[0][i]);
       if (!real) attention.clear_row(0, i);
       results.template low<D>(mine, [&](int n, int c) { return attention.sum[0][n][2 * i + c]; });
     }
@@ -408,16 +420,16 @@ void step(MOLEX_PARAMS ForwardStep<E> s) {
                   scale2,
                   row,
                   key);
-    device::sync();  // the next fetch overwrites this stage
+    if (key + T::kStages * T::kColumns < end) device::sync();  // a fetch overwrites this stage
   }
-  attention.finish(p.scale);
+  attention.finish();
 
   const Results<E> next{f, head, s.iteration + 1};
   MOLEX_UNROLL for (int m = 0; m < T::kTiles; ++m) {
     MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
       const int mine = row + 16 * m + lane_row() + 8 * i;
       const bool real = exists(p, head, mine);
-      if (lane_column() == 0) results.log_sum(mine, real ? attention.total[m][i] : device::infinity());
+      results.statistics(mine, real, attention.largest[m][i], attention.total[m][i]);
       if (!real) attention.clear_row(m, i);
       results.template low<D>(mine, [&](int n, int c) { return attention.sum[m][n][2 * i + c]; });
       if (results.last()) continue;

@@ -3,8 +3,8 @@
 // A scheduler runs the fibers of a cluster of blocks one at a time, in an order drawn from a seed: it
 // picks a warp and stays with it until all its lanes wait, so that warps are as far apart as barriers
 // allow. Warp-wide instructions wait for the 32 lanes and are computed from their documented register
-// layouts. Shared memory starts as NaN and ends at a guard page. Asynchronous copies take place when
-// they are waited for. A missing barrier or an unwritten read is therefore a wrong number.
+// layouts. Shared memory starts as NaN and ends at a guard page. An asynchronous copy takes place when
+// it is issued or when it is waited for, by chance. A missing barrier or an unwritten read is therefore a wrong number.
 
 #pragma once
 
@@ -106,7 +106,6 @@ inline uint32_t to_tf32(float x) {
 
 inline int opaque(int x) { return x; }
 inline float exp2(float x) { return std::exp2(x); }
-inline float log(float x) { return std::log(x); }
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
 
 struct Grid {
