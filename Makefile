@@ -21,7 +21,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest
 PARALLEL = $(shell $(PY) -c "import xdist; print('-n $(JOBS)')" 2>/dev/null)
 
-.PHONY: bench test gpu build env lint format clean
+.PHONY: bench test gpu sanitize build env lint format clean
 
 bench: $(READY)
 	$(PY) -m benchmarks --preset quick
@@ -37,6 +37,19 @@ gpu: $(READY)
 	$(PYTEST) $(PARALLEL) -q -m gpu 2>&1 | tee "$(GPU_OUT)/tests.txt"
 	$(PY) -m benchmarks --preset gpu --out "$(GPU_OUT)" --save-results
 	tar -C "$(GPU_OUT)" -czf "$(GPU_OUT).tgz" . && mv "$(GPU_OUT).tgz" "$(GPU_OUT)/all.tgz"
+
+# The native CPU code under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree.
+SANITIZED := build/sanitized
+sanitize: $(READY)
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r csrc tests benchmarks setup.py pyproject.toml README.md LICENSE $(SANITIZED)
+	mkdir $(SANITIZED)/molex_kernels
+	tar -C molex_kernels -c --exclude='*.so' --exclude=__pycache__ . | tar -C $(SANITIZED)/molex_kernels -x
+	cd $(SANITIZED) && MOLEX_SANITIZE=1 MOLEX_CUDA=0 MOLEX_EXTENSION=1 \
+		$(abspath $(PY)) setup.py --quiet build_ext --inplace
+	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(abspath $(PY)) -m pytest -q -p no:cacheprovider \
+		tests/test_native.py tests/test_contract.py -k "native or (cpu and (budget or strided))"
 
 env: $(READY)
 	$(PY) -m molex_kernels.env

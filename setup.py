@@ -2,7 +2,8 @@
 
 CUDA sources are built when `torch.version.cuda` and `CUDA_HOME` are both set; no GPU is needed.
 `MOLEX_CUDA=0|1` forbids or demands CUDA, `MOLEX_EXTENSION=1` makes a failed build an error rather
-than a warning; `MAX_JOBS` and `TORCH_CUDA_ARCH_LIST` are honoured.
+than a warning, `MOLEX_SANITIZE=1` builds for AddressSanitizer and UndefinedBehaviorSanitizer;
+`MAX_JOBS` and `TORCH_CUDA_ARCH_LIST` are honoured.
 """
 
 import os
@@ -27,6 +28,7 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 # Nobody reads errno or floating-point traps, and both forbid vectorising a square root or a choice.
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall"]
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
 # wgmma exists on 9.0a only, which automatic detection does not give.
 CUDA_ARCHITECTURES = "8.0;9.0a+PTX"
 
@@ -79,6 +81,11 @@ def extension() -> CppExtension:
         ("MOLEX_OPERATORS", f'"{operators(kernels)}"'),
     ]
     flags = {"cxx": CXX_FLAGS}
+    link = []
+    if os.environ.get("MOLEX_SANITIZE") == "1":
+        macros.append(("MOLEX_SANITIZE", None))
+        flags["cxx"] = [*CXX_FLAGS, *SANITIZE]
+        link = SANITIZE
     if cuda:
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         macros += [
@@ -93,6 +100,7 @@ def extension() -> CppExtension:
         ["csrc/bindings.cpp", *kernels],
         define_macros=macros,
         extra_compile_args=flags,
+        extra_link_args=link,
     )
 
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: the ops, the training run on text, the report.
+"""`python -m benchmarks`: the ops, the training runs on text and images, the report.
 
 Returns non-zero if a result of ours was wrong or anything failed; the report is written in any
 case.
@@ -17,6 +17,8 @@ import torch
 
 from benchmarks import environment, presets, report, results, terminal
 
+PARTS = ("ops", "text", "images")
+
 
 def main() -> int:
     """Command line; the exit status."""
@@ -25,7 +27,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--out", type=Path, help="report folder; default: benchmarks/reports/...")
     parser.add_argument("--save-results", action="store_true", help="keep a JSON in results/")
-    parser.add_argument("--only", choices=("ops", "text"), help="leave the other part out")
+    parser.add_argument("--only", choices=PARTS, help="leave the other parts out")
     parser.add_argument("-k", dest="select", help="which rows, as pytest's -k")
     options = parser.parse_args()
 
@@ -44,12 +46,13 @@ def main() -> int:
     chosen = ["--preset", preset.name, "--device", device.type]
     failed = []
     with tempfile.TemporaryDirectory() as folder:
-        ops, text = Path(folder) / "ops.json", Path(folder) / "text.json"
-        if options.only != "text" and _ops(chosen, ops, options.select):
+        files = {part: Path(folder) / f"{part}.json" for part in PARTS}
+        if options.only in (None, "ops") and _ops(chosen, files["ops"], options.select):
             failed.append("ops")
-        if options.only != "ops" and _text(chosen, text):
-            failed.append("text")
-        found = results.collect(ops, text)
+        for part in ("text", "images"):
+            if options.only in (None, part) and _trained(part, chosen, files[part]):
+                failed.append(part)
+        found = results.collect(*files.values())
     if not found["environment"]:
         console.print("nothing was measured")
         return 1
@@ -80,8 +83,9 @@ def _ops(chosen: list[str], target: Path, select: str | None) -> int:
     return subprocess.run(command, cwd=folder.parent).returncode
 
 
-def _text(chosen: list[str], target: Path) -> int:
-    command = [sys.executable, "-m", "benchmarks.end_to_end.text", *chosen, "--json", str(target)]
+def _trained(part: str, chosen: list[str], target: Path) -> int:
+    command = [sys.executable, "-m", f"benchmarks.end_to_end.{part}", *chosen]
+    command += ["--json", str(target)]
     return subprocess.run(command, cwd=Path(__file__).parents[1]).returncode
 
 

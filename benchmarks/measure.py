@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import ceilings, check, cuda_graph, environment, timing
+from benchmarks import ceilings, check, cuda_graph, environment, memory, timing
 from benchmarks.presets import Preset
 from benchmarks.rows import BASELINE, OURS, Group, Row, rows
 from molex_kernels._opinfo import Case, Inputs
@@ -100,8 +100,11 @@ class Meter:
         )
         for label in passes:
             outcomes[label, mode].samples = samples[label]
+        for label, work in passes.items():
+            peak = memory.peak_bytes(work.call, group.device)
+            outcomes[label, mode].facts["peak_bytes"] = peak
         if group.device.type == "cuda":
-            self._on_gpu(group, passes, outcomes, mode)
+            self._as_graphs(passes, outcomes, mode, group.device)
         for label in passes:
             _rates(group, outcomes[label, mode])
 
@@ -170,14 +173,17 @@ class Meter:
             outcome.status = SKIPPED if row.kind == BASELINE else FAILED
             outcome.reason = f"{type(error).__name__}: {_first_line(error)}"
 
-    def _on_gpu(
-        self, group: Group, passes: dict[str, check.Pass], outcomes: Outcomes, mode: str
+    def _as_graphs(
+        self,
+        passes: dict[str, check.Pass],
+        outcomes: Outcomes,
+        mode: str,
+        device: torch.device,
     ) -> None:
-        """Peak memory of each row, and the time of its CUDA graph where the call is short."""
+        """The time of each row's CUDA graph where the call is short."""
         replays = {}
         for label, work in passes.items():
             facts = outcomes[label, mode].facts
-            facts["peak_bytes"] = _peak_bytes(work, group.device)
             if statistics.median(outcomes[label, mode].samples) > GRAPH_BELOW:
                 continue
             eager = {name: t.clone() for name, t in work.tensors().items()}
@@ -191,7 +197,7 @@ class Meter:
                 outcomes[label, mode].status, outcomes[label, mode].reason = WRONG, wrong
                 continue
             replays[label] = captured.graph.replay
-        clock = timing.clock_for(group.device, launches=False)
+        clock = timing.clock_for(device, launches=False)
         samples = timing.round_robin(
             replays, clock, seconds=self.preset.mode_seconds / 2, min_rounds=self.preset.min_rounds
         )
@@ -269,15 +275,6 @@ def _rates(group: Group, outcome: Outcome) -> None:
     facts["share"] = bound / seconds
     facts["gb_per_s"] = facts["bytes"] / seconds * 1e-9
     facts["gflop_per_s"] = facts["flops"] / seconds * 1e-9
-
-
-def _peak_bytes(work: check.Pass, device: torch.device) -> int:
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    work.call()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _differs(replayed: check.Tensors, eager: check.Tensors) -> str:

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks import results
+from benchmarks.end_to_end import images
 from benchmarks.formats import ratio, seconds
 from benchmarks.results import Results
 from benchmarks.rows import MODES, OURS
@@ -35,6 +36,8 @@ def draw(found: Results, folder: Path) -> list[str]:
     names = [n for op in results.ops(found) if (n := _speedups(found, op, folder))]
     if found["text"]:
         names += [_curves(found["text"], folder), _steps(found["text"], folder)]
+    if found["images"]:
+        names.append(_images(found["images"], folder))
     return names
 
 
@@ -152,6 +155,23 @@ def _steps(text: dict[str, Any], folder: Path) -> str:
     axis.set_axisbelow(True)
     figure.legend(ncols=3, loc="lower center", frameon=False, fontsize=8)
     return _write(figure, folder / "text-steps.png", bottom=0.12)
+
+
+def _images(found: dict[str, Any], folder: Path) -> str:
+    rows = images.summary(found)
+    width = 0.8 / len(rows)
+    figure, axis = plt.subplots(figsize=(7, 3.8))
+    for index, ((label, accuracies), colour) in enumerate(zip(rows, VARIANT_COLOURS, strict=False)):
+        places = [p + (index - (len(rows) - 1) / 2) * width for p in range(len(images.TESTS))]
+        means, errors = zip(*([100 * x for x in pair] for pair in accuracies.values()), strict=True)
+        axis.bar(places, means, 0.9 * width, yerr=errors, capsize=2, color=colour, label=label)
+    axis.set_xticks(range(len(images.TESTS)), images.TESTS)
+    axis.set_ylabel(f"% of {found['test']} held-out digits recognised")
+    axis.set_title("Vision transformer on handwritten digits", fontweight="bold")
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+    figure.legend(ncols=2, loc="lower center", frameon=False, fontsize=8)
+    return _write(figure, folder / "images.png", bottom=0.13)
 
 
 def _colours(text: dict[str, Any]) -> dict[str, str]:

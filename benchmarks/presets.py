@@ -22,9 +22,24 @@ class TextPlan:
     experts: int = 8
     top_k: int = 2
     hidden: int = 256
+    segment: int = 32  # tokens that share a merged expert
     evaluations: int = 12
     validation_bytes: int = 32768
     step_seconds: float = 10.0
+
+
+@dataclass(frozen=True)
+class ImagesPlan:
+    """The training run on images. `seconds` bounds the training of all variants and seeds."""
+
+    seconds: float
+    max_steps: int = 400
+    seeds: tuple[int, ...] = (0, 1, 2)
+    batch: int = 64
+    dim: int = 48
+    layers: int = 3
+    heads: int = 3
+    patch: int = 2
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,7 @@ class Preset:
     compile_seconds: float
     case_seconds: float
     text: TextPlan
+    images: ImagesPlan
     needs_cuda: bool = False
 
 
@@ -59,6 +75,7 @@ PRESETS = {
             compile_seconds=60,
             case_seconds=1.0,
             text=TextPlan(seconds=90, max_steps=600, step_seconds=10),
+            images=ImagesPlan(seconds=36),
         ),
         Preset(
             name="full",
@@ -76,6 +93,7 @@ PRESETS = {
                 context=256,
                 step_seconds=40,
             ),
+            images=ImagesPlan(seconds=400, max_steps=1500, seeds=(0, 1, 2, 3, 4)),
         ),
         Preset(
             name="gpu",
@@ -99,6 +117,7 @@ PRESETS = {
                 validation_bytes=1 << 20,
                 step_seconds=20,
             ),
+            images=ImagesPlan(seconds=30, max_steps=300),
             needs_cuda=True,
         ),
     )

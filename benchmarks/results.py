@@ -1,4 +1,4 @@
-"""Joins what pytest-benchmark and the text run wrote into one set of results."""
+"""Joins what pytest-benchmark and the training runs wrote into one set of results."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ Row = dict[str, Any]
 Results = dict[str, Any]
 
 
-def collect(ops: Path | None, text: Path | None) -> Results:
-    """One dictionary: environment, preset, ceilings, rows, and the text run or None."""
-    results: Results = {"preset": None, "environment": {}, "ceilings": {}, "rows": [], "text": None}
-    if text and text.exists():
-        results["text"] = json.loads(text.read_text())
-        results["environment"] = results["text"]["environment"]
+def collect(ops: Path | None, text: Path | None, images: Path | None) -> Results:
+    """One dictionary: environment, preset, ceilings, rows, and each training run or None."""
+    results: Results = {"preset": None, "environment": {}, "ceilings": {}, "rows": []}
+    for part, path in (("text", text), ("images", images)):
+        results[part] = json.loads(path.read_text()) if path and path.exists() else None
+        if results[part]:
+            results["environment"] = results[part]["environment"]
     if ops and ops.exists():
         found = json.loads(ops.read_text())
         results |= {key: found["molex"][key] for key in ("preset", "environment", "ceilings")}

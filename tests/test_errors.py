@@ -64,6 +64,18 @@ def _deltas(base=BASE, experts=EXPERTS, **options):
     return mk.camex_deltas(base, experts, **options)
 
 
+HEADS = torch.zeros(2, 3, 5, 4)
+BOUND = torch.zeros(2, 3)
+
+
+def _rpc(k=HEADS, v=HEADS, **options):
+    return mk.rpc_attention(k, v, **{"num_iters": 2, "lam": 1.0, **options})
+
+
+def _scaled(q=HEADS, k=HEADS, v=HEADS, s=BOUND[0, 0], **options):
+    return mk.scaled_attention(q, k, v, s, **options)
+
+
 TYPE = [
     (lambda: _topk(x=X.long()), "x: expected dtype"),
     (lambda: _topk(x=[1.0]), "x: expected a tensor"),
@@ -118,6 +130,21 @@ TYPE = [
     (lambda: mk.segment_gates(GATES[None].long()), "gates: expected dtype"),
     (lambda: mk.cv_squared_loss([1.0]), "gates: expected a tensor"),
     (lambda: mk.propagate_base(BASE, EXPERTS, "1"), "gamma: expected a number"),
+    (lambda: _rpc(k=HEADS.long()), "k: expected dtype"),
+    (lambda: _rpc(k=None), r"k: expected a tensor \[B, H, N, d\]"),
+    (lambda: _rpc(v=HEADS.half()), "v: expected dtype float32, got float16"),
+    (lambda: _rpc(q=HEADS.half()), "q: expected dtype float32"),
+    (lambda: _rpc(num_iters=2.0), "num_iters: expected an int"),
+    (lambda: _rpc(lam=None), "lam: expected a number, got NoneType"),
+    (lambda: _rpc(threshold=BOUND.half()), "threshold: expected dtype float32"),
+    (lambda: _rpc(threshold=None), "threshold: expected a number"),
+    (lambda: _rpc(mu_width=2.0), "mu_width: expected an int"),
+    (lambda: _rpc(key_mask=HEADS[:, 0, :, 0]), "key_mask: expected dtype bool"),
+    (lambda: _rpc(scale="1"), "scale: expected a number"),
+    (lambda: _rpc(dropout_p=0.1, dropout_seed=X[0, 0]), "dropout_seed: expected dtype"),
+    (lambda: _scaled(k=HEADS.half()), "k: expected dtype"),
+    (lambda: _scaled(s=0.5), r"s: expected a tensor \[H, N, N\]"),
+    (lambda: _scaled(s=INDEX[0, 0]), "s: expected dtype"),
 ]
 VALUE = [
     (lambda: _topk(x=X[None]), r"x: expected shape \[T, D\], got \[1, 6, 4\]"),
@@ -213,6 +240,7 @@ VALUE = [
     (lambda: mk.KroneckerCurvature.identity(3, 6, 4, 1, "half"), "scale: expected one of"),
     (lambda: mk.segment_gates(GATES), "gates: expected shape"),
     (lambda: mk.segment_gates(GATES[:, None][:, :0]), "S at least 1"),
+    (lambda: mk.segment_gates(GATES[None], first="last"), "first: expected one of"),
     (lambda: mk.noisy_topk_gates(X, GATE.T, top_k=4, training=True), "top_k: expected at least 1"),
     (
         lambda: mk.noisy_topk_gates(X, GATE.T, GATE, top_k=2, training=True),
@@ -273,6 +301,39 @@ VALUE = [
     (lambda: mk.MomentumMoE(4, 4, 3, 2, BALL, wiring="post"), "wiring: expected one of"),
     (lambda: mk.MomentumMoE(4, 4, 3, 2, BALL, sign=0), "sign: expected one of"),
     (lambda: mk.MomentumMoE(4, 4, 3, 2, BALL, dropout=1.0), "dropout: expected"),
+    (lambda: _rpc(k=HEADS[0]), r"k: expected shape \[B, H, N, d\], got \[3, 5, 4\]"),
+    (lambda: _rpc(k=HEADS[..., :0]), "k: expected shape .* d at least 1"),
+    (lambda: _rpc(v=HEADS[:, :, :4]), r"v: expected the shape of k, \[2, 3, 5, 4\], got"),
+    (lambda: _rpc(v=HEADS.to("meta")), "v: expected device cpu, got meta"),
+    (lambda: _rpc(q=HEADS[:1]), "q: expected the shape of k"),
+    (lambda: _rpc(num_iters=0), "num_iters: expected at least 1, got 0"),
+    (lambda: _rpc(lam=-0.1), "lam: expected a finite number at least 0"),
+    (lambda: _rpc(lam=math.nan), "lam: expected a finite number"),
+    (lambda: _rpc(threshold="mu"), "threshold: expected one of"),
+    (lambda: _rpc(threshold=-1.0), "threshold: expected a finite number at least 0"),
+    (lambda: _rpc(threshold=BOUND.T), r"threshold: expected shape \[B, H\] with B=2, H=3, got"),
+    (lambda: _rpc(threshold=HEADS[..., 0, :]), r"threshold: expected shape \[B, H, N\] .* N=5"),
+    (lambda: _rpc(threshold=BOUND.to("meta")), "threshold: expected device cpu, got meta"),
+    (lambda: _rpc(mu_width=0), "mu_width: expected at least 1"),
+    (lambda: _rpc(mu_divisor=0.0), "mu_divisor: expected a finite number above 0"),
+    (lambda: _rpc(causal="yes"), "causal: expected one of False, True, 'prefix', got 'yes'"),
+    (
+        lambda: _rpc(key_mask=torch.ones(2, 4, dtype=torch.bool)),
+        r"key_mask: expected shape \[B, N\] with B=2, N=5",
+    ),
+    (lambda: _rpc(scale=math.nan), "scale: expected a finite number"),
+    (lambda: _rpc(dropout_p=1.0), "dropout_p: expected at least 0 and below 1"),
+    (lambda: _scaled(k=HEADS[:1]), "k: expected the shape of q"),
+    (lambda: _scaled(s=HEADS[0]), r"s: expected shape \[H, N, N\] with H=3, N=5"),
+    (lambda: _scaled(s=BOUND.to("meta")[0, 0]), "s: expected device cpu, got meta"),
+    (lambda: _scaled(scale=math.inf), "scale: expected a finite number"),
+    (lambda: mk.RPCAttention(10, 3), "dim: expected a multiple of num_heads=3, got 10"),
+    (lambda: mk.RPCAttention(8, 2, projection="q"), "projection: expected one of"),
+    (lambda: mk.RPCAttention(8, 2, num_iters=0), "num_iters: expected at least 1"),
+    (lambda: mk.RPCAttention(8, 2, lam=-1.0), "lam: expected"),
+    (lambda: mk.RPCAttention(8, 2, attn_drop=1.0), "attn_drop: expected"),
+    (lambda: mk.ScaledAttention(8, 2, kind="vector"), "kind: expected one of"),
+    (lambda: mk.ScaledAttention(8, 2, 0, kind="matrix"), "num_tokens: expected at least 1"),
 ]
 
 
@@ -290,7 +351,7 @@ def test_value_errors(call, message):
 
 @pytest.mark.parametrize(
     "function",
-    [_topk, _weights, _ac, _mlp, _gemm, _momentum, _moe_momentum, _camex, _deltas],
+    [_topk, _weights, _ac, _mlp, _gemm, _momentum, _moe_momentum, _camex, _deltas, _rpc, _scaled],
     ids=lambda f: f.__name__,
 )
 def test_an_implementation_that_cannot_run(function):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import weakref
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import molex_kernels as mk
-from molex_kernels import KroneckerCurvature
+from benchmarks.memory import peak_bytes
+from molex_kernels import KroneckerCurvature, _extension
 from molex_kernels.ops.merging import cpu
 from molex_kernels.ops.merging.baselines import published_camex_linear
 from molex_kernels.ops.merging.plan import nearest_factors
@@ -308,35 +308,6 @@ def test_autocast_makes_the_deltas_before_it_casts(generator):
     assert (moved.float() - moved_exactly).abs().max() < 0.02 * moved_exactly.abs().max()
 
 
-class _Allocations(TorchDispatchMode):
-    """The bytes alive of what is allocated inside, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, Tensor) and not func.is_view:
-                self._count(t.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage.data_ptr(), storage.nbytes()
-        if not size or key in self.seen:
-            return
-        self.seen.add(key)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.alive -= size
-
-
 def _extra_bytes(passes, segments: int, generator: torch.Generator) -> dict[str, int]:
     """Peak bytes of each pass beyond its results, at this many segments."""
     tokens, width, num_experts = 4, 16, 3
@@ -353,13 +324,20 @@ def _extra_bytes(passes, segments: int, generator: torch.Generator) -> dict[str,
     }
     extra = {}
     for name, function in passes.items():
-        with _Allocations() as allocations:
-            results = function(*arguments[name])
+        peak = peak_bytes(lambda f=function, given=arguments[name]: f(*given), torch.device("cpu"))
+        results = function(*arguments[name])
         results = results if isinstance(results, tuple) else (results,)
-        extra[name] = allocations.peak - sum(r.untyped_storage().nbytes() for r in results)
+        extra[name] = peak - sum(r.untyped_storage().nbytes() for r in results)
     return extra
 
 
+@pytest.fixture
+def native():
+    if reason := _extension.why_not():
+        pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("native")
 def test_memory_does_not_grow_with_the_segments_on_a_cpu(generator):
     passes = {"forward": cpu.linear_forward, "backward": cpu.linear_backward}
     few, many = (_extra_bytes(passes, segments, generator) for segments in (8, 64))
@@ -393,8 +371,9 @@ def test_memory_of_the_kernels_grows_by_the_gates_partial_sums_alone(without_ker
     assert many["backward"] - few["backward"] <= 4 * 56 * 3  # one tile holds this weight
 
 
+@pytest.mark.usefixtures("native", "without_kernels")
 @pytest.mark.parametrize("impl", ["cpu", "triton"])
-def test_memory_of_the_deltas_does_not_grow_with_the_rank(impl, without_kernels, generator):
+def test_memory_of_the_deltas_does_not_grow_with_the_rank(impl, generator):
     from molex_kernels.ops.merging.kernels import launch
 
     module = cpu if impl == "cpu" else launch
@@ -402,17 +381,14 @@ def test_memory_of_the_deltas_does_not_grow_with_the_rank(impl, without_kernels,
     peaks = []
     for rank in (9, 33):
         curvature = KroneckerCurvature.identity(E, OUT, D, rank)
-        with _Allocations() as forward:
-            deltas = module.deltas_forward(base, experts, *curvature, True)
-        with _Allocations() as backward:
-            module.deltas_backward(
-                experts, base, experts, *curvature, True, [True] * 2 + [False] * 4
-            )
-        peaks.append((forward.peak, backward.peak))
-        del deltas
-    assert peaks[1][0] == peaks[0][0]
+        needs = [True] * 2 + [False] * 4
+        calls = (
+            partial(module.deltas_forward, base, experts, *curvature, True),
+            partial(module.deltas_backward, experts, base, experts, *curvature, True, needs),
+        )
+        peaks.append([peak_bytes(call, torch.device("cpu")) for call in calls])
     factors = 4 * 24 * E * (3 * 3 + 4 * 4 + 2 * 2 + 5 * 5)
-    assert peaks[1][1] - peaks[0][1] <= factors
+    assert all(many - few <= factors for few, many in zip(*peaks, strict=True))
 
 
 def test_the_measure_of_memory_sees_merged_weights(generator):
@@ -444,6 +420,13 @@ def test_one_segment_sends_its_gate_no_gradient(generator):
     assert torch.equal(out, gates)
     (gradient,) = torch.autograd.grad(out.sum(), gates)
     assert not gradient.any()
+
+
+def test_a_uniform_start_is_one_over_the_experts(generator):
+    gates = draw(generator, 2, 3, E).requires_grad_()
+    out = mk.segment_gates(gates, first="uniform")
+    assert torch.equal(out[:, 0], torch.full_like(gates[:, 0], 1 / E))
+    assert torch.equal(out[:, 1:], gates[:, :-1])
 
 
 def test_all_experts_are_a_plain_softmax(generator):
@@ -596,6 +579,15 @@ def test_segments_do_not_see_what_comes_after(generator):
     changed = x.clone()
     changed[:, 8:] += 1
     assert torch.equal(module(changed)[0][:, :8], y[:, :8])
+
+
+def test_a_uniform_start_is_strictly_causal(generator):
+    x = draw(generator, 1, 8, D)
+    changed = x.clone()
+    changed[:, 2:] += 1
+    own, uniform = _module(generator, segment=4), _module(generator, segment=4, first="uniform")
+    assert torch.equal(uniform(changed)[0][:, :2], uniform(x)[0][:, :2])
+    assert not torch.equal(own(changed)[0][:, :2], own(x)[0][:, :2])
 
 
 def test_a_length_that_segments_do_not_divide_is_named(generator):

@@ -59,7 +59,10 @@ def run(plan: TextPlan, device: torch.device, console: Console) -> dict[str, Any
             finished, trainers = train(plan, text, steps, seed, device, report)
             runs += finished
     times = step_times(plan, text, trainers, device)
-    parameters = sum(p.numel() for p in trainers[BASE].model.parameters())
+    parameters = {
+        name: sum(p.numel() for p in trainer.model.parameters())
+        for name, trainer in trainers.items()
+    }
     return {
         "plan": dataclasses.asdict(plan),
         "base": BASE,

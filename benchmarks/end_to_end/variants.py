@@ -13,13 +13,15 @@ BASE = "plain"
 class Variant:
     """One model. `adaptive`: adaptive-clustering routers.
 
-    `rules`: momentum, of the first mixture and of the others.
+    `rules`: momentum, of the first mixture and of the others. `merged`: the experts are merged
+    segment by segment, with a curvature of this rank (0: none); None: they are routed to.
     """
 
     name: str
     label: str
     adaptive: bool = False
     rules: tuple[Rule, Rule] | None = None
+    merged: int | None = None
 
 
 def _momentum(name: str, label: str, rule: Rule, first: Rule | None = None) -> Variant:
@@ -38,5 +40,7 @@ VARIANTS = {
         _momentum("nesterov", "Nesterov", Nesterov(0.7)),
         _momentum("adam", "Adam", HeavyBall(0.7), first=Adam(gamma=0.05)),
         _momentum("robust", "robust", RobustMomentum(0.4163, 0.04163, 0.85)),
+        Variant("euclidean", "Euclidean merging", merged=0),
+        Variant("camex", "CAMEx", merged=1),
     )
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from molex_kernels import _check, _dtypes
-from molex_kernels._dispatch import CPU_ATEN, REFERENCE, TRITON, choose
+from molex_kernels._dispatch import CPU, REFERENCE, TRITON, choose
 from molex_kernels.ops.merging import op, reference
 from molex_kernels.ops.merging.plan import KroneckerCurvature
 
@@ -16,7 +16,7 @@ MASKS = (None, "ties")
 FACTORS = KroneckerCurvature._fields
 BIAS_FACTORS = ("out1", "out2")
 
-_IMPLEMENTATIONS = (TRITON, CPU_ATEN, REFERENCE)
+_IMPLEMENTATIONS = (TRITON, CPU, REFERENCE)
 
 
 def camex_deltas(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molex_kernels._dispatch import CPU_ATEN, REFERENCE, TRITON
+from molex_kernels._dispatch import CPU, REFERENCE, TRITON
 from molex_kernels._opinfo import Case, Cost, Inputs, OpInfo
 from molex_kernels.ops.merging.api import camex_deltas, camex_linear, camex_merge
 from molex_kernels.ops.merging.baselines import (
@@ -207,7 +207,7 @@ OPINFOS = (
     OpInfo(
         name="camex_linear",
         function=_linear,
-        declared=(TRITON, CPU_ATEN, REFERENCE),
+        declared=(TRITON, CPU, REFERENCE),
         make=_make_linear,
         results=lambda y: {"y": y},
         differentiable=(
@@ -229,6 +229,7 @@ OPINFOS = (
         quick=(
             _layer(16, 128, 1536, 384, 7, 1, mask="ties"),
             _layer(16, 128, 1536, 384, 7, 0, deltas=True),
+            _layer(64, 32, 1536, 384, 7, 0, deltas=True),
         ),
         cost=_cost_linear,
         baselines={"published": published_camex_linear},
@@ -243,7 +244,7 @@ OPINFOS = (
     OpInfo(
         name="camex_deltas",
         function=_deltas,
-        declared=(TRITON, CPU_ATEN, REFERENCE),
+        declared=(TRITON, CPU, REFERENCE),
         make=_make_deltas,
         results=lambda deltas: {"deltas": deltas},
         differentiable=("base", "experts", *_FACTORS),
@@ -267,7 +268,7 @@ OPINFOS = (
     OpInfo(
         name="camex_merge",
         function=_merge,
-        declared=(TRITON, CPU_ATEN, REFERENCE),
+        declared=(TRITON, CPU, REFERENCE),
         make=_make_merge,
         results=lambda weights: {"weights": weights},
         differentiable=("base", "experts", "gates", *_FACTORS),

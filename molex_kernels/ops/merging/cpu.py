@@ -1,4 +1,4 @@
-"""Merging on a CPU: a few segments' weights at a time, on ATen's matrix products.
+"""Merging on a CPU: native kernels around ATen's matrix products.
 
 Everything the merge needs beside its results is the weights of `GROUP` segments, however many there
 are. The curvature goes expert by expert, so that its intermediate results stay in the cache.
@@ -16,6 +16,8 @@ from molex_kernels.ops.merging.plan import Mode
 
 GROUP = 4  # segments that read the deltas once
 
+molex = torch.ops.molex
+
 
 def deltas_forward(
     base: Tensor,
@@ -26,19 +28,10 @@ def deltas_forward(
     in2: Tensor | None,
     ties: bool,
 ) -> Tensor:
-    factors = _factors(out1, out2, in1, in2)
-    tau = _tau(base, experts)
-    out = torch.empty_like(tau) if factors else tau
-    majority = _majority(tau) if ties else None
-    for e in range(experts.shape[0]):
-        mine = slice(e, e + 1)
-        agrees = None if majority is None else tau[mine].sign().eq_(majority)
-        if factors:
-            mine_of = [factor[:, mine] for factor in factors]
-            plan.transform(tau[mine, None], mine_of, _product, out[mine, None])
-        if agrees is not None:
-            out[mine] *= agrees
-    return out.to(experts.dtype)
+    majority = molex.camex_majority_cpu(base, experts) if ties else None
+    factors: list[Tensor | None] = [None if f is None else f.float() for f in (out1, out2, in1)]
+    factors.append(None if in2 is None else in2.float().mT)
+    return molex.camex_deltas_cpu(base, experts, *factors, majority).to(experts.dtype)
 
 
 def deltas_backward(
@@ -62,7 +55,7 @@ def deltas_backward(
         for f, need in zip(factors or (base,) * 4, needs_factors, strict=True)
     )
     tau = _tau(base, experts) if factors or ties else ddeltas
-    majority = _majority(tau) if ties else None
+    majority = molex.camex_majority_cpu(base, experts) if ties else None
     for e in range(experts.shape[0]):
         mine = slice(e, e + 1)
         upstream = ddeltas[mine].to(torch.float32, memory_format=torch.contiguous_format)
@@ -110,7 +103,6 @@ def linear_backward(
     """Gradients of x, base, deltas, gates and bias; those not needed are empty."""
     needs_x, needs_base, needs_deltas, needs_gates, needs_bias = needs
     num_segments = x.shape[0]
-    size = base.numel()
     dx = x.new_empty(x.shape if needs_x else (0,))
     dbase = torch.zeros(base.shape if needs_base else (0,), dtype=torch.float32)
     ddeltas = torch.zeros(deltas.shape if needs_deltas else (0,), dtype=torch.float32)
@@ -120,20 +112,23 @@ def linear_backward(
             for s, weight in enumerate(weights, first):
                 torch.mm(dy[s], weight, out=dx[s])
     if needs_base or needs_deltas or needs_gates:
-        by_row = deltas.float().permute(1, 2, 0)
+        given, gates = deltas.float().contiguous(), gates.contiguous()
         dweights = torch.empty(min(GROUP, num_segments), *base.shape)
         for first in range(0, num_segments, GROUP):
             part = slice(first, min(first + GROUP, num_segments))
             here = dweights[: part.stop - first]
             for s, dweight in enumerate(here, first):
                 torch.mm(dy[s].mT.float(), x[s].float(), out=dweight)
-            if needs_base:
-                dbase += here.sum(0)
-            if needs_deltas:
-                ddeltas.view(-1, size).addmm_(gates[part].mT, here.view(-1, size))
+            found = molex.camex_merge_bwd_cpu(
+                here,
+                given,
+                gates[part],
+                dbase if needs_base else None,
+                ddeltas if needs_deltas else None,
+                needs_gates,
+            )
             if needs_gates:
-                # Row by row: shorter sums are more exact, and a product that deep is slow.
-                dgates[part] = torch.bmm(here.transpose(0, 1), by_row).sum(0)
+                dgates[part] = found
     return (
         dx,
         dbase.to(base.dtype),
@@ -147,14 +142,13 @@ def _merged(
     base: Tensor, deltas: Tensor, gates: Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[int, Tensor]]:
     """(first segment, weights of up to GROUP segments from it), in one buffer."""
-    flat = deltas.float().reshape(deltas.shape[0], -1)
-    start = base.float().reshape(1, -1)
-    buffer = torch.empty(min(GROUP, gates.shape[0]), start.shape[1])
+    start, given, gates = base.float().contiguous(), deltas.float().contiguous(), gates.contiguous()
+    buffer = torch.empty(min(GROUP, gates.shape[0]), *base.shape)
     for first in range(0, gates.shape[0], GROUP):
         mine = gates[first : first + GROUP]
         weights = buffer[: mine.shape[0]]
-        torch.addmm(start, mine, flat, out=weights)
-        yield first, weights.view(-1, *base.shape).to(dtype)
+        molex.camex_merge_cpu(start, given, mine, weights)
+        yield first, weights.to(dtype)
 
 
 def _factors(*factors: Tensor | None) -> list[Tensor]:
@@ -165,11 +159,6 @@ def _tau(base: Tensor, experts: Tensor) -> Tensor:
     """[E, O, D] contiguous fp32."""
     out = torch.empty(experts.shape, dtype=torch.float32)
     return torch.sub(experts.float(), base.float(), out=out)
-
-
-def _majority(tau: Tensor) -> Tensor:
-    """The sign of the sum over all experts."""
-    return tau.sum(0, keepdim=True).sign_()
 
 
 def _product(

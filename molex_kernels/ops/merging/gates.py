@@ -13,18 +13,21 @@ IMPLEMENTATIONS = (_dispatch.REFERENCE,)
 
 NOISE_EPSILON = 1e-2
 CV_EPSILON = 1e-10
+FIRST = ("own", "uniform")
 
 
-def segment_gates(gates: Tensor, *, impl: str | None = None) -> Tensor:
+def segment_gates(gates: Tensor, *, first: str = "own", impl: str | None = None) -> Tensor:
     """Gates for causal segments: segment s takes the gate of s - 1 (CAMEx on GPT-2).
 
-    out_b0 = stopgrad(gates_b0);  out_bs = gates_b,s-1  for s >= 1.
+    out_bs = gates_b,s-1  for s >= 1;  out_b0 = stopgrad(gates_b0), or 1/E each with "uniform".
 
-    Segment 0 keeps its own gate, without gradient: as published, its first tokens see the mean of
-    the whole segment. The last segment's gate is used by the balancing loss alone.
+    As published, segment 0 keeps its own gate, without gradient: its first tokens see the mean of
+    the whole segment. With first="uniform" no token sees a later one. The last segment's gate is
+    used by the balancing loss alone.
 
     Args:
         gates: [B, S, E], floating, S >= 1.
+        first: the gate of segment 0, "own" (published) or "uniform" (strictly causal).
         impl: None or "reference", the only implementation.
 
     Returns:
@@ -37,8 +40,12 @@ def segment_gates(gates: Tensor, *, impl: str | None = None) -> Tensor:
     _check.floating("gates", gates, "B, S, E", (None, None, None))
     if gates.shape[1] < 1:
         raise ValueError("gates: expected shape [B, S, E] with S at least 1, got S=0")
+    _check.choice("first", first, FIRST)
     _dispatch.choose("segment_gates", IMPLEMENTATIONS, impl, gates)
-    return torch.cat([gates[:, :1].detach(), gates[:, :-1]], 1)
+    start = gates[:, :1].detach()
+    if first == "uniform":
+        start = torch.full_like(start, 1 / max(gates.shape[2], 1))
+    return torch.cat([start, gates[:, :-1]], 1)
 
 
 def noisy_topk_gates(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from molex_kernels import _check, _published
 from molex_kernels.ops.merging.api import MASKS, camex_deltas, camex_linear
 from molex_kernels.ops.merging.gates import (
+    FIRST,
     cv_squared_loss,
     noisy_topk_gates,
     propagate_base,
@@ -58,6 +59,7 @@ class CAMExLinear(nn.Module):
         segment: None merges once per sequence, by its mean (padding and later tokens included, as
             published); a number merges every segment of that many tokens with the gate of the one
             before (published: 256 on GPT-2).
+        first: the gate of a sequence's first segment, as in `segment_gates`.
         bias: whether there are biases. The published layers with a bias cannot run; this is what
             their code means.
         alpha: the step size. scale: of the curvature at the start, "published" (Delta = r tau) or
@@ -88,6 +90,7 @@ class CAMExLinear(nn.Module):
         expert_dropout: float = 0.0,
         top_k: int | None = None,
         segment: int | None = None,
+        first: str = "own",
         bias: bool = False,
         alpha: float = 1.0,
         scale: str = "published",
@@ -104,12 +107,14 @@ class CAMExLinear(nn.Module):
         _check.integer("rank", rank, 0)
         _check.choice("mask", mask, MASKS)
         _check.choice("scale", scale, SCALES)
+        _check.choice("first", first, FIRST)
         if top_k is not None:
             _check.integer("top_k", top_k, 1, num_experts, of=" experts")
         if segment is not None:
             _check.integer("segment", segment, 1)
         self.top_k = num_experts if top_k is None else top_k
-        self.mask, self.expert_dropout, self.segment = mask, expert_dropout, segment
+        self.mask, self.expert_dropout = mask, expert_dropout
+        self.segment, self.first = segment, first
         self.alpha, self.scale, self.loss_coef, self.impl = alpha, scale, loss_coef, impl
 
         def parameter(*sizes: int) -> nn.Parameter:
@@ -218,7 +223,7 @@ class CAMExLinear(nn.Module):
         gates, load = self.gates(x)
         loss = self.loss_coef * cv_squared_loss(gates, load)
         if self.segment is not None:
-            gates = segment_gates(gates)
+            gates = segment_gates(gates, first=self.first)
         bias_curvature = None
         if self.bias_out1 is not None and self.bias_out2 is not None:
             bias_curvature = (self.bias_out1, self.bias_out2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -79,6 +80,22 @@ def _linear_backward_triton(*arguments: Any) -> Tensors:
     return launch.linear_backward(*arguments)
 
 
+def _majority_fake(base: Tensor, experts: Tensor) -> Tensor:
+    return base.new_empty(base.shape, dtype=torch.float32)
+
+
+def _native_deltas_fake(base: Tensor, experts: Tensor, *_: Any) -> Tensor:
+    return experts.new_empty(experts.shape, dtype=torch.float32)
+
+
+def _merge_fake(base: Tensor, deltas: Tensor, gates: Tensor, out: Tensor) -> None:
+    return None
+
+
+def _merge_backward_fake(dweights: Tensor, deltas: Tensor, gates: Tensor, *rest: Any) -> Tensor:
+    return gates.new_empty(gates.shape[0] if rest[-1] else 0, gates.shape[1])
+
+
 _DELTAS_FORWARD = (
     "(Tensor base, Tensor experts, Tensor? out1, Tensor? out2, Tensor? in1, Tensor? in2, "
     "bool ties) -> Tensor"
@@ -93,6 +110,27 @@ _LINEAR_BACKWARD = (
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
+# The native steps of the CPU implementation.
+_register.define(
+    "camex_majority_cpu", "(Tensor base, Tensor experts) -> Tensor", fake=_majority_fake
+)
+_register.define(
+    "camex_deltas_cpu",
+    "(Tensor base, Tensor experts, Tensor? out1, Tensor? out2, Tensor? in1, Tensor? in2, "
+    "Tensor? majority) -> Tensor",
+    fake=_native_deltas_fake,
+)
+_register.define(
+    "camex_merge_cpu",
+    "(Tensor base, Tensor deltas, Tensor gates, Tensor(a!) out) -> ()",
+    fake=_merge_fake,
+)
+_register.define(
+    "camex_merge_bwd_cpu",
+    "(Tensor dweights, Tensor deltas, Tensor gates, Tensor(a!)? dbase, Tensor(b!)? ddeltas, "
+    "bool needs_gates) -> Tensor",
+    fake=_merge_backward_fake,
+)
 _deltas_forward = {
     "triton": _register.define(
         "camex_deltas_fwd_triton",

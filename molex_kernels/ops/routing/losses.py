@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from molex_kernels import _check, _dispatch
 from molex_kernels._dtypes import accumulate_dtype
-from molex_kernels.ops.routing.api import route_plan
 from molex_kernels.ops.routing.plan import Routing
 
 IMPLEMENTATIONS = (_dispatch.REFERENCE,)
@@ -49,12 +49,19 @@ def load_balance_loss(
     _check.number("temperature", temperature, 0.0, exclusive=True)
     _check.choice("kind", kind, _KINDS)
     _dispatch.choose("load_balance_loss", IMPLEMENTATIONS, impl, logits)
-    counts = route_plan(index, experts, impl=impl).counts
+    counts = _counts(index, experts)
     probability = (logits.to(accumulate_dtype(logits.dtype)) / temperature).softmax(1)
     assignments = max(tokens * index.shape[1], 1)
     f = counts.to(probability.dtype) / assignments
     p = probability.sum(0) / (max(tokens, 1) if kind == "switch" else assignments)
     return experts * (f * p).sum()
+
+
+def _counts(index: Tensor, experts: int) -> Tensor:
+    """Assignments to each expert; integers, so that their order does not matter."""
+    inside = (index >= 0) & (index < experts)
+    ids = torch.where(inside, index, experts).flatten().long()
+    return ids.new_zeros(experts + 1).scatter_add(0, ids, torch.ones_like(ids))[:experts]
 
 
 def router_z_loss(logits: Tensor, *, impl: str | None = None) -> Tensor:

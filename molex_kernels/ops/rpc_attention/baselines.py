@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from molex_kernels._dtypes import accumulate_dtype
+
 
 def published_rpc_attention(
     k: Tensor,
@@ -82,12 +84,12 @@ def published_scaled_attention(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Te
     For a scalar s as well as a matrix.
     """
     batch, heads, tokens, width = q.shape
-    scale = width**-0.5
+    scale, wide = width**-0.5, accumulate_dtype(q.dtype)
     if s.dim() == 3:
         corrected = torch.eye(tokens).expand(batch, heads, -1, -1).to(q) - s.to(q.dtype)
         values = corrected @ v
     else:
-        own = ((k @ k.transpose(-2, -1)) * scale).float().softmax(dim=-1)
+        own = ((k @ k.transpose(-2, -1)) * scale).to(wide).softmax(dim=-1)
         values = v - s.to(q.dtype) * (own.to(q.dtype) @ v)
-    weights = ((q @ k.transpose(-2, -1)) * scale).float().softmax(dim=-1)
+    weights = ((q @ k.transpose(-2, -1)) * scale).to(wide).softmax(dim=-1)
     return weights.to(q.dtype) @ values

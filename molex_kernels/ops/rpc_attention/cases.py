@@ -34,7 +34,7 @@ def _make_rpc(
     batch, heads, tokens, _ = sizes
     options = case.options
     inputs: Inputs = {
-        "k": draw.normal(*sizes),
+        "k": draw.normal(*sizes, scale=options.get("k", 1.0)),
         "v": draw.normal(*sizes),
         "num_iters": case.sizes["n"],
         "lam": options.get("lam", 4.0),
@@ -59,18 +59,18 @@ def _make_rpc(
     if options.get("sparse"):
         inputs["return_sparse"] = True
     if 0 < inputs["k"].numel() <= _TESTED:
-        _clear_kinks(inputs, draw)
+        _clear_kinks(inputs, draw, options.get("k", 1.0))
     return inputs
 
 
-def _clear_kinks(inputs: Inputs, draw: Draw) -> None:
+def _clear_kinks(inputs: Inputs, draw: Draw, scale: float) -> None:
     """Draws elements of k anew until no |a| is close to T in any iteration."""
     for _ in range(ROUNDS):
         near = _near_kinks(inputs)
         if not near.any():
             return
         k = inputs["k"]
-        inputs["k"] = torch.where(near, draw.normal(*k.shape), k)
+        inputs["k"] = torch.where(near, draw.normal(*k.shape, scale=scale), k)
     raise AssertionError(f"{int(near.sum())} elements of k stay close to a kink")
 
 
@@ -92,7 +92,7 @@ def _near_kinks(inputs: Inputs) -> Tensor:
         )
     scale = 1 / math.sqrt(k.shape[3])
     near = torch.zeros_like(k, dtype=torch.bool)
-    rows = bound[(..., *(None,) * (4 - bound.dim()))]
+    rows = bound.view(*bound.shape, *(1,) * (4 - bound.dim()))
     low = u = torch.zeros_like(k)
     for t in range(1, inputs["num_iters"] + 1):
         a = k - low + u
@@ -118,7 +118,9 @@ def _make_scaled(
     draw = Draw(dtype, device, generator)
     sizes = tuple(case.sizes[name] for name in "BHNd")
     _, heads, tokens, _ = sizes
-    inputs: Inputs = {name: draw.normal(*sizes) for name in "qkv"}
+    # Milder q and k than unit ones: flash attention's fp32 errors grow with the scores.
+    inputs: Inputs = {name: draw.normal(*sizes, scale=0.35) for name in "qk"}
+    inputs["v"] = draw.normal(*sizes)
     if case.options.get("matrix"):
         inputs["s"] = draw.normal(heads, tokens, tokens, scale=max(tokens, 1) ** -0.5)
     else:
@@ -179,16 +181,16 @@ OPINFOS = (
         results=_results,
         differentiable=("k", "v", "q", "threshold"),
         tests=(
-            _rpc(2, 2, 37, 44, 2, lam=1.0),
-            _rpc(3, 1, 17, 16, 3, lam=2.0, mask=True, dropout=0.3),
-            _rpc(2, 2, 17, 17, 2, lam=1.0, causal="prefix", mask=True, sparse=True),
-            _rpc(1, 2, 17, 58, 1, lam=8.0),
-            _rpc(1, 2, 33, 16, 2, lam=0.0),
-            _rpc(2, 2, 17, 16, 2, given="T", q=True, causal=True),
-            _rpc(1, 2, 17, 16, 1, given="T_per_token", dropout=0.5, causal=True),
+            _rpc(1, 2, 17, 44, 2, lam=1.0),
+            _rpc(2, 1, 17, 16, 2, lam=0.5, k=0.5, mask=True, dropout=0.3),
+            _rpc(2, 1, 17, 17, 2, lam=0.25, k=0.5, causal="prefix", mask=True, sparse=True),
+            _rpc(2, 1, 37, 16, 3, lam=1.0),
+            _rpc(1, 2, 17, 58, 1, lam=8.0, k=0.5),
+            _rpc(1, 1, 33, 16, 2, lam=0.0),
+            _rpc(1, 2, 17, 16, 2, given="T", q=True, causal=True),
+            _rpc(1, 2, 17, 16, 1, k=0.5, given="T_per_token", dropout=0.5, causal=True),
             _rpc(1, 1, 70, 16, 2, lam=0.5, over_mu=True, sparse=True),
             _rpc(2, 2, 0, 16, 2, lam=1.0),
-            _rpc(1, 3, 1, 16, 2, lam=1.0),
         ),
         benchmarks=(
             *(_rpc(*_VISION, iters, lam=4.0) for iters in (1, 2, 4, 6)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def forward(
 
     The backward pass makes each softmax anew, so it has no use for them.
     """
-    wide = {"dtype": torch.float32}
+    wide: Any = {"dtype": torch.float32}
     out = k.new_empty(k.shape)
     sparse_out = k.new_empty(k.shape if returns_sparse else (0,), **wide)
     lows = k.new_empty((num_iters - 1, *k.shape) if keeps_state else (0,), **wide)
@@ -137,8 +138,8 @@ def backward(
     dropped = _Dropout(dropout_p, seed, num_iters - 1)
     for heads in _chunks(k, v, q, threshold, key_mask, scale, is_causal):
         history = _recomputed(heads, [low.flatten(0, 1)[heads.own] for low in lows])
-        dlow = heads.only(_taken(dout, heads.own))
-        dsparse_own = None if dsparse is None else heads.only(_taken(dsparse, heads.own))
+        dlow = _taken(dout, heads.own, heads.rows)
+        dsparse_own = None if dsparse is None else _taken(dsparse, heads.own, heads.rows)
         totals = [torch.zeros_like(heads.k) for _ in range(5)]
         dk_own, dv_own, dq_own, dbound, du = totals
         for t in reversed(range(num_iters)):
@@ -210,13 +211,12 @@ def _chunks(
             mine = key_mask[torch.arange(own.start, own.stop) // num_heads]
             rows, absent = mine[..., None], ~mine[:, None]
             unseen = absent if later is None else absent | later
-        parts = (_taken(x, own) for x in (k, v))
-        heads = _Heads(own, *parts, None, bounds[own], rows, unseen, scale, k.dtype)
-        heads.k, heads.v = heads.only(heads.k), heads.only(heads.v)
-        heads.q = None if q is None else heads.only(_taken(q, own))
-        yield heads
+        mine_q = None if q is None else _taken(q, own, rows)
+        mine_k, mine_v = _taken(k, own, rows), _taken(v, own, rows)
+        yield _Heads(own, mine_k, mine_v, mine_q, bounds[own], rows, unseen, scale, k.dtype)
 
 
-def _taken(x: Tensor, own: slice) -> Tensor:
-    """Heads of x [B, H, N, d] in fp32, [C, N, d]."""
-    return x.reshape(-1, *x.shape[2:])[own].float()
+def _taken(x: Tensor, own: slice, rows: Tensor | None) -> Tensor:
+    """Heads of x [B, H, N, d] in fp32, [C, N, d], with 0 in the place of masked tokens."""
+    mine = x.reshape(-1, *x.shape[2:])[own].float()
+    return mine if rows is None else torch.where(rows, mine, 0)

@@ -192,4 +192,5 @@ class ScaledAttention(_Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
-        return self._out(scaled_attention(*self._heads(x), self.s, impl=self.impl))
+        q, k, v = self._heads(x)
+        return self._out(scaled_attention(q, k, v, self.s, impl=self.impl))

@@ -35,12 +35,12 @@ def _forward_fake(
     keeps_state: bool,
     returns_sparse: bool,
 ) -> Tensors:
-    state = {"dtype": torch.float32}
+    wide: Any = {"dtype": torch.float32}
     return (
         k.new_empty(k.shape),
-        k.new_empty(k.shape if returns_sparse else (0,), **state),
-        k.new_empty((num_iters - 1, *k.shape) if keeps_state else (0,), **state),
-        k.new_empty((num_iters, 2, *k.shape[:3]) if keeps_state else (0,), **state),
+        k.new_empty(k.shape if returns_sparse else (0,), **wide),
+        k.new_empty((num_iters - 1, *k.shape) if keeps_state else (0,), **wide),
+        k.new_empty((num_iters, 2, *k.shape[:3]) if keeps_state else (0,), **wide),
     )
 
 
@@ -122,7 +122,7 @@ class _RPCAttention(Function):
         inputs = (k, v, q, threshold, key_mask, seed)
         out, sparse, lows, stats = _forward[impl](*inputs, *options, True, returns_sparse)
         ctx.save_for_backward(*inputs, out, lows, stats)
-        ctx.impl, ctx.options = impl, options
+        ctx.impl, ctx.options, ctx.returns_sparse = impl, options, returns_sparse
         ctx.set_materialize_grads(False)
         return out, sparse
 
@@ -133,6 +133,8 @@ class _RPCAttention(Function):
         saved = ctx.saved_tensors
         if dout is None:  # only the sparse part was used
             dout = torch.zeros_like(saved[0])
+        if not ctx.returns_sparse:  # tracing makes a gradient for the empty tensor
+            dsparse = None
         gradients = _backward[ctx.impl](dout, dsparse, *saved, *ctx.options, needs)
         kept = (g if need else None for g, need in zip(gradients, needs, strict=True))
         return *kept, *(None,) * (4 + len(ctx.options))

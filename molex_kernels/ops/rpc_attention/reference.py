@@ -62,16 +62,16 @@ def rpc_attention(
     threshold: T in fp32, [B, H] or, for each token its own, [B, H, N].
     """
     dtype = k.dtype
-    k, v, q = (None if t is None else _only(key_mask, t) for t in (k, v, q))
-    k = k.to(accumulate_dtype(dtype))
+    k, v = _only(key_mask, k).to(accumulate_dtype(dtype)), _only(key_mask, v)
+    q = None if q is None else _only(key_mask, q)
     sees = _sees(k, key_mask, is_causal)
-    bound = threshold[(..., *(None,) * (4 - threshold.dim()))]
+    bound = threshold.view(*threshold.shape, *(1,) * (4 - threshold.dim()))
     low, u = torch.zeros_like(k), torch.zeros_like(k)
     for t in range(num_iters):
         sparse = soft(k - low + u, bound)
         clean = (k - sparse - u).to(dtype)
         p = _softmax(clean if q is None else q, clean, scale, sees)
-        if t == num_iters - 1 and dropout_p > 0:
+        if t == num_iters - 1 and seed is not None:
             p = _philox.dropout(p, dropout_p, seed)
         low = _only(key_mask, (p.to(dtype) @ v).to(k.dtype))
         u = u + k - low - sparse

@@ -1,0 +1,266 @@
+"""The backward pass of robust attention, one iteration at a time from the last to the first."""
+
+import triton
+import triton.language as tl
+
+from molex_kernels._tiles import keep_mask
+from molex_kernels.ops.rpc_attention.kernels.parts import (
+    load_bound,
+    load_present,
+    load_rows,
+    sign,
+    soft,
+    store_rows,
+)
+
+
+@triton.jit
+def _rpc_bwd_rows(
+    k_ptr,  # [B, H, N, d]
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    dout_ptr,  # [B, H, N, d], for the last iteration
+    stride_ob,
+    stride_oh,
+    stride_on,
+    stride_od,
+    dsparse_ptr,  # [B, H, N, d] fp32, behind the last iteration, or None
+    stride_sb,
+    stride_sh,
+    stride_sn,
+    stride_sd,
+    out_ptr,  # [B, H, N, d] contiguous
+    lows_ptr,  # [iterations - 1, B, H, N, d] fp32 contiguous
+    dclean_ptr,  # [B, H, N, d] fp32 contiguous: of the iteration behind
+    dk_ptr,  # [B, H, N, d] fp32 contiguous, so far
+    du_ptr,  # [B, H, N, d] fp32 contiguous
+    dbound_ptr,  # [B, H, N] fp32, so far
+    clean_ptr,  # [B, H, N, d] contiguous: of the iteration ahead
+    dlow_ptr,  # [B, H, N, d] contiguous
+    inner_ptr,  # [B, H, N] fp32: <dL, L>
+    out_dk_ptr,  # [B, H, N, d] contiguous
+    bound_ptr,  # [B, H] or [B, H, N] fp32
+    key_mask_ptr,  # [B, N] bool, or None
+    iteration,  # the one ahead, from 1; 0 behind the first
+    num_heads,
+    num_tokens,
+    num_features,
+    IS_LAST: tl.constexpr,  # nothing is behind
+    IS_DONE: tl.constexpr,  # nothing is ahead
+    IS_PER_TOKEN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_DSPARSE: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Goes from one iteration's attention to that of the one before it, row by row.
+
+    L and S are recomputed from the first iteration on, by the forward pass's arithmetic to the last
+    bit: peaked weights come from differences of large scores. Behind iteration t + 1, with its dC:
+    dS = -du - dC, da = [|a| >= T] dS, dk += du + dC + da, dT -= sum sign(a) da, du = du - dC + da,
+    and dL of iteration t is -da - du.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    batch = head // num_heads
+    within = head % num_heads
+    own = head * num_tokens * num_features
+    offs_i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = offs_i < num_tokens
+    mask_i = load_present(key_mask_ptr, batch, offs_i, num_tokens, HAS_MASK)
+    bound = load_bound(bound_ptr, head, offs_i, mask_i, num_tokens, IS_PER_TOKEN)
+    k_ptr += batch * stride_kb + within * stride_kh
+    k = load_rows(k_ptr, stride_kn, stride_kd, offs_i, mask_i, offs_d, num_features)
+    k = k.to(tl.float32)
+
+    low = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
+    u = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
+    a = k
+    if not IS_DONE:
+        lows_ptr += own
+        stride_low = tl.num_programs(1).to(tl.int64) * num_tokens * num_features
+        for _ in range(1, iteration):
+            sparse = soft(a, bound)
+            low = load_rows(lows_ptr, num_features, 1, offs_i, mask_i, offs_d, num_features)
+            u = u + k - sparse - low
+            a = k - low + u
+            lows_ptr += stride_low
+        sparse = soft(a, bound)
+        clean = k - sparse - u
+        store_rows(clean_ptr + own, clean, offs_i, inside, offs_d, num_features)
+        if IS_LAST:
+            low = load_rows(out_ptr + own, num_features, 1, offs_i, mask_i, offs_d, num_features)
+            low = low.to(tl.float32)
+        else:
+            low = load_rows(lows_ptr, num_features, 1, offs_i, mask_i, offs_d, num_features)
+            u = u + k - sparse - low
+            a = k - low + u
+
+    if IS_LAST:
+        dout_ptr += batch * stride_ob + within * stride_oh
+        dlow = load_rows(dout_ptr, stride_on, stride_od, offs_i, mask_i, offs_d, num_features)
+        dlow = dlow.to(tl.float32)
+        zeros = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
+        store_rows(dk_ptr + own, zeros, offs_i, inside, offs_d, num_features)
+        store_rows(du_ptr + own, zeros, offs_i, inside, offs_d, num_features)
+        sums = tl.zeros((BLOCK_I,), tl.float32)
+    else:
+        du = load_rows(du_ptr + own, num_features, 1, offs_i, mask_i, offs_d, num_features)
+        dclean = load_rows(dclean_ptr + own, num_features, 1, offs_i, mask_i, offs_d, num_features)
+        dk = load_rows(dk_ptr + own, num_features, 1, offs_i, mask_i, offs_d, num_features)
+        da = -du - dclean
+        if HAS_DSPARSE:
+            dsparse_ptr += batch * stride_sb + within * stride_sh
+            da += load_rows(dsparse_ptr, stride_sn, stride_sd, offs_i, mask_i, offs_d, num_features)
+        da = tl.where(tl.abs(a) < bound, 0.0, da)
+        dk += du + dclean + da
+        sums = tl.load(dbound_ptr + head * num_tokens + offs_i, mask=inside, other=0.0)
+        sums -= tl.sum(sign(a) * da, axis=1)
+        du = du - dclean + da
+        dlow = -da - du
+        if IS_DONE:
+            store_rows(out_dk_ptr + own, dk, offs_i, inside, offs_d, num_features)
+        else:
+            store_rows(dk_ptr + own, dk, offs_i, inside, offs_d, num_features)
+            store_rows(du_ptr + own, du, offs_i, inside, offs_d, num_features)
+    tl.store(dbound_ptr + head * num_tokens + offs_i, sums, mask=inside)
+    if not IS_DONE:
+        # What the products see: the inner product has to go with it.
+        dlow = dlow.to(dlow_ptr.dtype.element_ty)
+        store_rows(dlow_ptr + own, dlow, offs_i, inside, offs_d, num_features)
+        inner = tl.sum(dlow.to(tl.float32) * low, axis=1)
+        tl.store(inner_ptr + head * num_tokens + offs_i, inner, mask=inside)
+
+
+@triton.jit
+def _rpc_bwd_attention(
+    clean_ptr,  # [B, H, N, d] contiguous
+    v_ptr,  # [B, H, N, d]
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    q_ptr,  # [B, H, N, d] or None
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_qd,
+    dlow_ptr,  # [B, H, N, d] contiguous
+    inner_ptr,  # [B, H, N] fp32
+    stats_ptr,  # [2, B, H, N] fp32
+    dclean_ptr,  # [B, H, N, d] fp32 contiguous
+    dv_ptr,  # [B, H, N, d] fp32 contiguous, so far
+    dq_ptr,  # [B, H, N, d] fp32 contiguous, so far, or None
+    key_mask_ptr,  # [B, N] bool, or None
+    seed_ptr,  # int64 scalar, or None
+    num_heads,
+    num_tokens,
+    num_features,
+    scale,
+    score_scale,  # scale / ln 2
+    drop_threshold,
+    keep_scale,
+    IS_LAST: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    AS_ROWS: tl.constexpr,
+    AS_KEYS: tl.constexpr,
+    HAS_Q: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dC and dv of a block of tokens, as rows that attend and as keys in one go.
+
+    Without q the scores of both roles are one symmetric product:
+    dC_i = scale sum_j (dZ_ij + dZ_ji) C_j,  dv_i = sum_j P_ji dL_j,  dZ = P (dL v^T - <dL, L>).
+    With q the roles share nothing and are a launch each: rows give dq, keys give dC and dv.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    batch = head // num_heads
+    within = head % num_heads
+    own = head * num_tokens * num_features
+    clean_ptr += own
+    dlow_ptr += own
+    v_ptr += batch * stride_vb + within * stride_vh
+    inner_ptr += head * num_tokens
+    top_ptr = stats_ptr + head * num_tokens
+    total_ptr = top_ptr + tl.num_programs(1).to(tl.int64) * num_tokens
+    offs_i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = offs_i < num_tokens
+    mask_i = load_present(key_mask_ptr, batch, offs_i, num_tokens, HAS_MASK)
+    v_i = load_rows(v_ptr, stride_vn, stride_vd, offs_i, mask_i, offs_d, num_features)
+    if HAS_Q:
+        q_ptr += batch * stride_qb + within * stride_qh
+    if AS_ROWS and HAS_Q:
+        own_i = load_rows(q_ptr, stride_qn, stride_qd, offs_i, mask_i, offs_d, num_features)
+    else:
+        own_i = load_rows(clean_ptr, num_features, 1, offs_i, mask_i, offs_d, num_features)
+    if AS_ROWS:
+        dlow_i = load_rows(dlow_ptr, num_features, 1, offs_i, mask_i, offs_d, num_features)
+        top_i = tl.load(top_ptr + offs_i, mask=inside, other=float("inf"))
+        share_i = 1.0 / tl.load(total_ptr + offs_i, mask=inside, other=1.0)
+        inner_i = tl.load(inner_ptr + offs_i, mask=inside, other=0.0)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    down = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)  # gradient of own_i
+    dv = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
+    for start in range(0, num_tokens, BLOCK_J):
+        offs_j = start + tl.arange(0, BLOCK_J)
+        inside_j = offs_j < num_tokens
+        mask_j = load_present(key_mask_ptr, batch, offs_j, num_tokens, HAS_MASK)
+        if AS_KEYS and HAS_Q:
+            other_j = load_rows(q_ptr, stride_qn, stride_qd, offs_j, mask_j, offs_d, num_features)
+        else:
+            other_j = load_rows(clean_ptr, num_features, 1, offs_j, mask_j, offs_d, num_features)
+        scores = tl.dot(own_i, tl.trans(other_j), input_precision=PRECISION) * score_scale
+        dscores = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+        if AS_ROWS:  # [i, j] is row i on key j
+            v_j = load_rows(v_ptr, stride_vn, stride_vd, offs_j, mask_j, offs_d, num_features)
+            weights = tl.exp2(scores - top_i[:, None]) * share_i[:, None]
+            seen = mask_j[None, :]
+            if IS_CAUSAL:
+                seen = seen & (offs_j[None, :] <= offs_i[:, None])
+            weights = tl.where(seen, weights, 0.0)
+            dweights = tl.dot(dlow_i, tl.trans(v_j), input_precision=PRECISION)
+            if HAS_DROPOUT:
+                position = (head * num_tokens + offs_i)[:, None] * num_tokens + offs_j[None, :]
+                kept = keep_mask(seed, position, drop_threshold)
+                dweights = tl.where(kept, dweights * keep_scale, 0.0)
+            dscores += weights * (dweights - inner_i[:, None])
+        if AS_KEYS:  # [i, j] is row j on key i
+            dlow_j = load_rows(dlow_ptr, num_features, 1, offs_j, mask_j, offs_d, num_features)
+            top_j = tl.load(top_ptr + offs_j, mask=inside_j, other=float("inf"))
+            share_j = 1.0 / tl.load(total_ptr + offs_j, mask=inside_j, other=1.0)
+            inner_j = tl.load(inner_ptr + offs_j, mask=inside_j, other=0.0)
+            weights = tl.exp2(scores - top_j[None, :]) * share_j[None, :]
+            seen = mask_i[:, None]
+            if IS_CAUSAL:
+                seen = seen & (offs_i[:, None] <= offs_j[None, :])
+            weights = tl.where(seen, weights, 0.0)
+            dweights = tl.dot(v_i, tl.trans(dlow_j), input_precision=PRECISION)
+            passed = weights
+            if HAS_DROPOUT:
+                position = (head * num_tokens + offs_j)[None, :] * num_tokens + offs_i[:, None]
+                kept = keep_mask(seed, position, drop_threshold)
+                dweights = tl.where(kept, dweights * keep_scale, 0.0)
+                passed = tl.where(kept, weights * keep_scale, 0.0)
+            dv = tl.dot(passed.to(dlow_j.dtype), dlow_j, dv, input_precision=PRECISION)
+            dscores += weights * (dweights - inner_j[None, :])
+        down = tl.dot(dscores.to(other_j.dtype), other_j, down, input_precision=PRECISION)
+
+    down *= scale
+    if AS_KEYS:
+        store_rows(dclean_ptr + own, down, offs_i, inside, offs_d, num_features)
+        if not IS_LAST:
+            dv += load_rows(dv_ptr + own, num_features, 1, offs_i, inside, offs_d, num_features)
+        store_rows(dv_ptr + own, dv, offs_i, inside, offs_d, num_features)
+    else:
+        if not IS_LAST:
+            down += load_rows(dq_ptr + own, num_features, 1, offs_i, inside, offs_d, num_features)
+        store_rows(dq_ptr + own, down, offs_i, inside, offs_d, num_features)

@@ -1,0 +1,152 @@
+"""One iteration of robust attention: attention over the cleaned keys, then the next of them."""
+
+import triton
+import triton.language as tl
+
+from molex_kernels._tiles import keep_mask
+from molex_kernels.ops.rpc_attention.kernels.parts import (
+    load_bound,
+    load_present,
+    load_rows,
+    soft,
+    store_rows,
+)
+
+
+@triton.jit
+def _rpc_fwd(
+    k_ptr,  # [B, H, N, d]
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    v_ptr,  # [B, H, N, d]
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    q_ptr,  # [B, H, N, d] or None
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_qd,
+    clean_ptr,  # [B, H, N, d] contiguous: cleaned keys, from the second iteration on
+    next_clean_ptr,  # of the next one
+    rest_ptr,  # [B, H, N, d] fp32 contiguous: u + k - S of this iteration, then of the next
+    low_ptr,  # [B, H, N, d] fp32 contiguous, or None
+    out_ptr,  # [B, H, N, d] contiguous
+    sparse_ptr,  # [B, H, N, d] fp32 contiguous, or None
+    stats_ptr,  # [2, B, H, N] fp32, or None
+    bound_ptr,  # [B, H] or [B, H, N] fp32
+    key_mask_ptr,  # [B, N] bool, or None
+    seed_ptr,  # int64 scalar, or None
+    num_heads,
+    num_tokens,
+    num_features,
+    score_scale,  # scale / ln 2
+    drop_threshold,
+    keep_scale,
+    IS_FIRST: tl.constexpr,
+    IS_LAST: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    IS_PER_TOKEN: tl.constexpr,
+    HAS_Q: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    HAS_SPARSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """L = softmax(C C^T scale) v; then u = u + k - L - S, S = soft(k - L + u), C = k - S - u."""
+    head = tl.program_id(1).to(tl.int64)
+    batch = head // num_heads
+    within = head % num_heads
+    k_ptr += batch * stride_kb + within * stride_kh
+    v_ptr += batch * stride_vb + within * stride_vh
+    own = head * num_tokens * num_features
+    offs_i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_i = load_present(key_mask_ptr, batch, offs_i, num_tokens, HAS_MASK)
+    bound = load_bound(bound_ptr, head, offs_i, mask_i, num_tokens, IS_PER_TOKEN)
+    if HAS_Q:
+        q_ptr += batch * stride_qb + within * stride_qh
+        q = load_rows(q_ptr, stride_qn, stride_qd, offs_i, mask_i, offs_d, num_features)
+    elif IS_FIRST:
+        raw = load_rows(k_ptr, stride_kn, stride_kd, offs_i, mask_i, offs_d, num_features)
+        wide = raw.to(tl.float32)
+        q = (wide - soft(wide, bound)).to(raw.dtype)
+    else:
+        q = load_rows(clean_ptr + own, num_features, 1, offs_i, mask_i, offs_d, num_features)
+
+    # Finite, so that rows that have seen nothing yet stay finite.
+    top = tl.full((BLOCK_I,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK_I,), tl.float32)
+    low = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
+    end = num_tokens
+    if IS_CAUSAL:
+        end = tl.minimum(num_tokens, (tl.program_id(0) + 1) * BLOCK_I)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    for start in range(0, end, BLOCK_J):
+        offs_j = start + tl.arange(0, BLOCK_J)
+        mask_j = load_present(key_mask_ptr, batch, offs_j, num_tokens, HAS_MASK)
+        if IS_FIRST:
+            keys = load_rows(k_ptr, stride_kn, stride_kd, offs_j, mask_j, offs_d, num_features)
+            bound_j = load_bound(bound_ptr, head, offs_j, mask_j, num_tokens, IS_PER_TOKEN)
+            clean = keys.to(tl.float32)
+            clean = (clean - soft(clean, bound_j)).to(keys.dtype)
+        else:
+            clean = load_rows(
+                clean_ptr + own, num_features, 1, offs_j, mask_j, offs_d, num_features
+            )
+        v = load_rows(v_ptr, stride_vn, stride_vd, offs_j, mask_j, offs_d, num_features)
+        scores = tl.dot(q, tl.trans(clean), input_precision=PRECISION) * score_scale
+        seen = mask_j[None, :]
+        if IS_CAUSAL:
+            seen = seen & (offs_j[None, :] <= offs_i[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+        above = tl.maximum(top, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - above[:, None])
+        shrunk = tl.exp2(top - above)
+        total = total * shrunk + tl.sum(weights, axis=1)
+        top = above
+        if HAS_DROPOUT:
+            position = (head * num_tokens + offs_i)[:, None] * num_tokens + offs_j[None, :]
+            kept = keep_mask(seed, position, drop_threshold)
+            weights = tl.where(kept, weights * keep_scale, 0.0)
+        low = low * shrunk[:, None]
+        low = tl.dot(weights.to(v.dtype), v, low, input_precision=PRECISION)
+
+    total = tl.where(mask_i, total, 1.0)
+    low = tl.where(mask_i[:, None], low / total[:, None], 0.0)
+    inside = offs_i < num_tokens
+    if HAS_STATE:
+        # exp2(score - inf) is 0: a masked row has no weights.
+        stats_ptr += head * num_tokens
+        tl.store(stats_ptr + offs_i, tl.where(mask_i, top, float("inf")), mask=inside)
+        stats_ptr += tl.num_programs(1).to(tl.int64) * num_tokens
+        tl.store(stats_ptr + offs_i, total, mask=inside)
+    if IS_LAST:
+        store_rows(out_ptr + own, low, offs_i, inside, offs_d, num_features)
+        if IS_FIRST and HAS_SPARSE:
+            k = load_rows(k_ptr, stride_kn, stride_kd, offs_i, mask_i, offs_d, num_features)
+            sparse = soft(k.to(tl.float32), bound)
+            store_rows(sparse_ptr + own, sparse, offs_i, inside, offs_d, num_features)
+    else:
+        if HAS_STATE:
+            store_rows(low_ptr + own, low, offs_i, inside, offs_d, num_features)
+        k = load_rows(k_ptr, stride_kn, stride_kd, offs_i, mask_i, offs_d, num_features)
+        k = k.to(tl.float32)
+        if IS_FIRST:
+            rest = k - soft(k, bound)
+        else:
+            rest = load_rows(rest_ptr + own, num_features, 1, offs_i, mask_i, offs_d, num_features)
+        u = rest - low
+        sparse = soft(k - low + u, bound)
+        store_rows(next_clean_ptr + own, k - sparse - u, offs_i, inside, offs_d, num_features)
+        store_rows(rest_ptr + own, u + k - sparse, offs_i, inside, offs_d, num_features)
+        if HAS_SPARSE:
+            store_rows(sparse_ptr + own, sparse, offs_i, inside, offs_d, num_features)

@@ -1,0 +1,200 @@
+"""The passes of robust attention as launches. Nothing on the device is ever read here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from molex_kernels import _philox
+from molex_kernels._dtypes import dot_precision
+from molex_kernels.ops.rpc_attention.kernels import config
+from molex_kernels.ops.rpc_attention.kernels.backward import _rpc_bwd_attention, _rpc_bwd_rows
+from molex_kernels.ops.rpc_attention.kernels.forward import _rpc_fwd
+
+
+def forward(
+    k: Tensor,
+    v: Tensor,
+    q: Tensor | None,
+    threshold: Tensor,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    num_iters: int,
+    scale: float,
+    is_causal: bool,
+    dropout_p: float,
+    keeps_state: bool,
+    returns_sparse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """L, S of the last iteration, L of all others, and the rows' largest score and sum."""
+    wide: Any = {"dtype": torch.float32}
+    out = k.new_empty(k.shape)
+    sparse = k.new_empty(k.shape if returns_sparse else (0,), **wide)
+    lows = k.new_empty((num_iters - 1, *k.shape) if keeps_state else (0,), **wide)
+    stats = k.new_empty((num_iters, 2, *k.shape[:3]) if keeps_state else (0,), **wide)
+    if k.numel() == 0:
+        return out, sparse, lows, stats
+    batch, heads, tokens, width = k.shape
+    cleans = [k.new_empty(k.shape) for _ in range(min(num_iters - 1, 2))]
+    rest = k.new_empty(k.shape, **wide) if num_iters > 1 else None
+    for t in range(num_iters):
+        last = t == num_iters - 1
+        drops = last and seed is not None
+        chosen = config.forward(k.dtype, _padded(width), _aligned(k, v, q), drops)
+        _rpc_fwd[(triton.cdiv(tokens, chosen.blocks["BLOCK_I"]), batch * heads)](
+            *_strided(k),
+            *_strided(v),
+            *_strided(q),
+            None if t == 0 else cleans[(t - 1) % 2],
+            None if last else cleans[t % 2],
+            rest,
+            lows[t] if keeps_state and not last else None,
+            out,
+            sparse if returns_sparse else None,
+            stats[t] if keeps_state else None,
+            threshold.contiguous(),
+            None if key_mask is None else key_mask.contiguous(),
+            seed if drops else None,
+            heads,
+            tokens,
+            width,
+            *_scales(scale, dropout_p)[1:],
+            IS_FIRST=t == 0,
+            IS_LAST=last,
+            IS_CAUSAL=is_causal,
+            IS_PER_TOKEN=threshold.dim() == 3,
+            HAS_Q=q is not None,
+            HAS_MASK=key_mask is not None,
+            HAS_DROPOUT=drops,
+            HAS_STATE=keeps_state,
+            HAS_SPARSE=returns_sparse and t >= num_iters - 2,
+            PRECISION=dot_precision(k.dtype),
+            **chosen.launch_options(),
+        )
+    return out, sparse, lows, stats
+
+
+def backward(
+    dout: Tensor,
+    dsparse: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    q: Tensor | None,
+    threshold: Tensor,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lows: Tensor,
+    stats: Tensor,
+    num_iters: int,
+    scale: float,
+    is_causal: bool,
+    dropout_p: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of k, v, q and the threshold; those not needed are empty."""
+    if k.numel() == 0:
+        gradients = [k.new_empty(k.shape if need else (0,)) for need in needs[:3]]
+        dthreshold = threshold.new_zeros(threshold.shape if needs[3] else (0,))
+        return gradients[0], gradients[1], gradients[2], dthreshold
+    batch, heads, tokens, width = k.shape
+    wide: Any = {"dtype": torch.float32}
+    clean, dlow, dk = (k.new_empty(k.shape) for _ in range(3))
+    dclean, dk_sum, du, dv_sum = (k.new_empty(k.shape, **wide) for _ in range(4))
+    dq_sum = None if q is None else k.new_empty(k.shape, **wide)
+    inner, dbound = (k.new_empty(k.shape[:3], **wide) for _ in range(2))
+    bound = threshold.contiguous()
+    mask = None if key_mask is None else key_mask.contiguous()
+    by_row = config.rows(_padded(width))
+    sizes = (heads, tokens, width)
+
+    def rows(iteration: int) -> None:
+        """From behind the iteration after this one to before this one's attention."""
+        _rpc_bwd_rows[(triton.cdiv(tokens, by_row.blocks["BLOCK_I"]), batch * heads)](
+            *_strided(k),
+            *_strided(dout),
+            *_strided(dsparse),
+            out,
+            lows,
+            *(dclean, dk_sum, du, dbound),
+            *(clean, dlow, inner, dk),
+            bound,
+            mask,
+            iteration,
+            *sizes,
+            IS_LAST=iteration == num_iters,
+            IS_DONE=iteration == 0,
+            IS_PER_TOKEN=bound.dim() == 3,
+            HAS_MASK=mask is not None,
+            HAS_DSPARSE=dsparse is not None and iteration == num_iters - 1,
+            **by_row.launch_options(),
+        )
+
+    def attention(iteration: int, as_rows: bool, as_keys: bool) -> None:
+        """Back through one iteration's attention, in one role or in both."""
+        last = iteration == num_iters
+        drops = last and seed is not None
+        tiles = config.backward(k.dtype, _padded(width), _aligned(k, v, q), drops)
+        _rpc_bwd_attention[(triton.cdiv(tokens, tiles.blocks["BLOCK_I"]), batch * heads)](
+            clean,
+            *_strided(v),
+            *_strided(q),
+            *(dlow, inner, stats[iteration - 1]),
+            *(dclean, dv_sum, dq_sum),
+            mask,
+            seed if drops else None,
+            *sizes,
+            *_scales(scale, dropout_p),
+            IS_LAST=last,
+            IS_CAUSAL=is_causal,
+            AS_ROWS=as_rows,
+            AS_KEYS=as_keys,
+            HAS_Q=q is not None,
+            HAS_MASK=mask is not None,
+            HAS_DROPOUT=drops,
+            PRECISION=dot_precision(k.dtype),
+            **tiles.launch_options(),
+        )
+
+    rows(num_iters)
+    for iteration in range(num_iters, 0, -1):
+        if q is None:
+            attention(iteration, True, True)
+        else:
+            attention(iteration, True, False)
+            attention(iteration, False, True)
+        rows(iteration - 1)
+    dthreshold = threshold.new_empty(0)
+    if needs[3]:
+        dthreshold = dbound if bound.dim() == 3 else dbound.sum(-1)
+    return (
+        dk if needs[0] else k.new_empty(0),
+        dv_sum.to(k.dtype) if needs[1] else k.new_empty(0),
+        dq_sum.to(k.dtype) if dq_sum is not None and needs[2] else k.new_empty(0),
+        dthreshold,
+    )
+
+
+def _scales(scale: float, dropout_p: float) -> tuple[float, float, int, float]:
+    """In the kernels' order: of the gradients, of the scores in powers of 2, of dropout."""
+    kept = 1.0 / (1.0 - dropout_p)
+    return scale, scale / math.log(2), _philox.threshold(dropout_p), kept
+
+
+def _padded(width: int) -> int:
+    return max(triton.next_power_of_2(width), 16)
+
+
+def _aligned(*tensors: Tensor | None) -> bool:
+    """Whether rows can be moved 16 bytes at a time."""
+    given = [t for t in tensors if t is not None]
+    return all(t.stride(-1) == 1 and t.shape[-1] * t.element_size() % 16 == 0 for t in given)
+
+
+def _strided(x: Tensor | None) -> tuple[Any, ...]:
+    return (None, 0, 0, 0, 0) if x is None else (x, *x.stride())

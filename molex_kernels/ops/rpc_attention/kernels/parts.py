@@ -1,0 +1,53 @@
+"""What the forward and the backward kernels share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sign(a):
+    """-1, 0 or 1; 0 for NaN."""
+    return (a > 0).to(tl.float32) - (a < 0).to(tl.float32)
+
+
+@triton.jit
+def soft(a, bound):
+    """sign(a) max(|a| - T, 0); NaN where either is."""
+    return tl.where(tl.abs(a) < bound, 0.0, a - sign(a) * bound)
+
+
+@triton.jit
+def load_rows(ptr, stride_n, stride_d, offs_n, mask_n, offs_d, num_features):
+    """Rows of one head, 0 where there is no token: [N, D] in their own dtype."""
+    mask = mask_n[:, None] & (offs_d < num_features)[None, :]
+    ptrs = ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :] * stride_d
+    return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, values, offs_n, mask_n, offs_d, num_features):
+    """Into rows of one head of a contiguous tensor."""
+    mask = mask_n[:, None] & (offs_d < num_features)[None, :]
+    ptrs = ptr + offs_n.to(tl.int64)[:, None] * num_features + offs_d[None, :]
+    tl.store(ptrs, values.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_bound(bound_ptr, head, offs_n, mask_n, num_tokens, IS_PER_TOKEN: tl.constexpr):
+    """T of the rows, to be broadcast over the features: [N, 1] or a scalar."""
+    if IS_PER_TOKEN:
+        bound = tl.load(bound_ptr + head * num_tokens + offs_n, mask=mask_n, other=0.0)
+        bound = bound[:, None]
+    else:
+        bound = tl.load(bound_ptr + head)
+    return bound
+
+
+@triton.jit
+def load_present(key_mask_ptr, batch, offs_n, num_tokens, HAS_MASK: tl.constexpr):
+    """Which of these tokens there are."""
+    present = offs_n < num_tokens
+    if HAS_MASK:
+        there = tl.load(key_mask_ptr + batch * num_tokens + offs_n, mask=present, other=0)
+        present = present & (there != 0)
+    return present

@@ -1,0 +1,69 @@
+"""The native CPU kernels by themselves: at sizes that several threads share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DEVICE
+
+import molex_kernels as mk
+from molex_kernels import _extension
+
+pytestmark = pytest.mark.skipif(
+    DEVICE.type == "cuda" or _extension.why_not() is not None, reason="native CPU code"
+)
+
+molex = torch.ops.molex
+
+
+def _routing(generator):
+    tokens, width, experts = 3000, 150, 12
+    x = torch.randn(tokens, width, generator=generator)
+    cluster = torch.randint(experts + 1, (tokens,), generator=generator)
+    logits = torch.randn(tokens, experts, generator=generator)
+    upstream = torch.randn(tokens, 2, generator=generator)
+    for stat in ("mad", "variance", "pairwise"):
+        yield from molex.cluster_statistics_cpu(x, cluster, None, None, experts, stat)
+        yield mk.ac_weights(x, cluster, experts, stat=stat, impl="cpu")
+    index, weight = molex.select_experts_cpu(logits, None, 2, "softmax_topk")
+    yield index
+    yield weight
+    yield molex.router_logits_bwd_cpu(logits, index, weight, upstream, logits, "softmax_topk")
+    out = torch.empty_like(x)
+    table = torch.rand(experts + 1, width, generator=generator)
+    molex.weigh_tokens_cpu(x, table, cluster[:, None], None, out)
+    yield out
+    yield from mk.route_plan(index, experts, impl="cpu")
+
+
+def _merging(generator):
+    experts, rows, width, segments = 5, 120, 101 * 4, 7
+    base = torch.randn(rows, width, generator=generator)
+    stack = torch.randn(experts, rows, width, generator=generator)
+    factors = [torch.randn(2, experts, m, m, generator=generator) for m in (10, 12, 4, 101)]
+    gates = torch.rand(segments, experts, generator=generator)
+    majority = molex.camex_majority_cpu(base, stack)
+    yield majority
+    yield molex.camex_deltas_cpu(base, stack, None, None, None, None, majority)
+    yield molex.camex_deltas_cpu(base, stack, *factors, majority)
+    weights = torch.empty(segments, rows, width)
+    molex.camex_merge_cpu(base, stack, gates, weights)
+    yield weights
+    dbase, ddeltas = torch.zeros_like(base), torch.zeros_like(stack)
+    yield molex.camex_merge_bwd_cpu(weights, stack, gates, dbase, ddeltas, True)
+    yield from (dbase, ddeltas)
+
+
+@pytest.mark.parametrize("kernels", [_routing, _merging])
+def test_the_thread_count_changes_nothing(kernels):
+    outcomes = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            outcomes.append(list(kernels(torch.Generator().manual_seed(0))))
+    finally:
+        torch.set_num_threads(before)
+    for other in outcomes[1:]:
+        for a, b in zip(outcomes[0], other, strict=True):
+            assert torch.equal(a, b)
