@@ -53,7 +53,9 @@ inline int64_t backward_scratch(const Problem& p) {
 
 inline int64_t blocks_for(int64_t count, int64_t each) { return (count + each - 1) / each; }
 
-inline device::Status run_forward(const Forward& f, device::Stream stream) {
+// Templates, so that a translation unit compiles the kernels of the pass that it calls and no others.
+template <class Stream>
+device::Status run_forward(const Forward& f, Stream stream) {
   const Problem& p = f.problem;
   return with_types(p, [&]<class E, int D>() {
     if (const OnChip<E, D> plan(p); plan.fits) {
@@ -77,7 +79,8 @@ inline device::Status run_forward(const Forward& f, device::Stream stream) {
   });
 }
 
-inline device::Status run_backward(const Backward& b, device::Stream stream) {
+template <class Stream>
+device::Status run_backward(const Backward& b, Stream stream) {
   const Problem& p = b.problem;
   return with_types(p, [&]<class E, int D>() {
     const int64_t rows = p.all_heads() * padded_rows(p);

@@ -252,19 +252,16 @@ void on_chip(MOLEX_PARAMS OnChipForward<E, D> s) {
     // From L and w of the iteration before, K~ in the place of L, and the new w.
     const Results<E> results{f, head, t};
     const int upper = device::opaque(row + lane_row());
-    const auto update = [&](int n, int i, int c) {
-      const float2 k = load_pair(own_lane + 8 * i * kPitch<D> + 8 * n);
-      const float low = t ? attention.sum[0][n][2 * i + c] : 0.0f, u = t ? w[n][2 * i + c] - low : 0.0f;
-      return shrink(c ? k.y : k.x, low, u, bound_of(p, head, upper + 8 * i));
-    };
-    MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-      results.template sparse<D>(upper + 8 * i, [&](int n, int c) { return update(n, i, c).sparse; });
-    }
     MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
-      MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
-        const Step step = update(n, e / 2, e % 2);
-        attention.sum[0][n][e] = step.clean;
-        w[n][e] = step.w;
+      MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+        const float2 k = load_pair(own_lane + 8 * i * kPitch<D> + 8 * n);
+        MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
+          float &low = attention.sum[0][n][2 * i + c], &kept = w[n][2 * i + c];
+          const float before = t ? low : 0.0f, u = t ? kept - before : 0.0f;
+          const Step step = shrink(c ? k.y : k.x, before, u, bound_of(p, head, upper + 8 * i));
+          low = step.clean;
+          kept = results.last() ? step.sparse : step.w;  // nothing comes after the last w
+        }
       }
     }
     if (t) device::wait_cluster();  // until every block has read the keys of the iteration before
@@ -289,6 +286,7 @@ void on_chip(MOLEX_PARAMS OnChipForward<E, D> s) {
       results.statistics(mine, real, attention.largest[0][i], attention.total[0][i]);
       if (!real) attention.clear_row(0, i);
       results.template low<D>(mine, [&](int n, int c) { return attention.sum[0][n][2 * i + c]; });
+      results.template sparse<D>(mine, [&](int n, int c) { return w[n][2 * i + c]; });
     }
   }
 }

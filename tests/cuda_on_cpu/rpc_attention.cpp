@@ -20,6 +20,6 @@ int gradient_shared_bytes(const rpc::Problem* problem) {
 }
 int64_t forward_scratch(const rpc::Problem* problem) { return rpc::forward_scratch(*problem); }
 int64_t backward_scratch(const rpc::Problem* problem) { return rpc::backward_scratch(*problem); }
-int forward(const rpc::Forward* parameters) { return rpc::run_forward(*parameters, {}); }
-int backward(const rpc::Backward* parameters) { return rpc::run_backward(*parameters, {}); }
+int forward(const rpc::Forward* parameters) { return rpc::run_forward(*parameters, device::Stream{}); }
+int backward(const rpc::Backward* parameters) { return rpc::run_backward(*parameters, device::Stream{}); }
 }
