@@ -34,8 +34,8 @@ def _make_rpc(
     batch, heads, tokens, _ = sizes
     options = case.options
     inputs: Inputs = {
-        "k": draw.normal(*sizes, scale=options.get("k", 1.0)),
-        "v": draw.normal(*sizes),
+        "k": draw.normal(*sizes, scale=options.get("std", 1.0)),
+        "v": draw.normal(*sizes, scale=options.get("std", 1.0)),
         "num_iters": case.sizes["n"],
         "lam": options.get("lam", 4.0),
     }
@@ -59,7 +59,7 @@ def _make_rpc(
     if options.get("sparse"):
         inputs["return_sparse"] = True
     if 0 < inputs["k"].numel() <= _TESTED:
-        _clear_kinks(inputs, draw, options.get("k", 1.0))
+        _clear_kinks(inputs, draw, options.get("std", 1.0))
     return inputs
 
 
@@ -181,14 +181,14 @@ OPINFOS = (
         results=_results,
         differentiable=("k", "v", "q", "threshold"),
         tests=(
-            _rpc(1, 2, 17, 44, 2, lam=1.0),
-            _rpc(2, 1, 17, 16, 2, lam=0.5, k=0.5, mask=True, dropout=0.3),
-            _rpc(2, 1, 17, 17, 2, lam=0.25, k=0.5, causal="prefix", mask=True, sparse=True),
+            _rpc(1, 2, 17, 44, 2, lam=0.5, std=0.5),
+            _rpc(2, 1, 17, 16, 2, lam=0.5, std=0.5, mask=True, dropout=0.3),
+            _rpc(2, 1, 17, 17, 2, lam=1.0, std=0.5, causal="prefix", mask=True, sparse=True),
             _rpc(2, 1, 37, 16, 3, lam=1.0),
-            _rpc(1, 2, 17, 58, 1, lam=8.0, k=0.5),
+            _rpc(1, 2, 17, 58, 1, lam=8.0, std=0.5),
             _rpc(1, 1, 33, 16, 2, lam=0.0),
-            _rpc(1, 2, 17, 16, 2, given="T", q=True, causal=True),
-            _rpc(1, 2, 17, 16, 1, k=0.5, given="T_per_token", dropout=0.5, causal=True),
+            _rpc(1, 2, 17, 16, 2, std=0.5, given="T", q=True, causal=True),
+            _rpc(1, 2, 17, 16, 1, std=0.5, given="T_per_token", dropout=0.5, causal=True),
             _rpc(1, 1, 70, 16, 2, lam=0.5, over_mu=True, sparse=True),
             _rpc(2, 2, 0, 16, 2, lam=1.0),
         ),

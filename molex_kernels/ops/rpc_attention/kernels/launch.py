@@ -135,7 +135,9 @@ def backward(
             **by_row.launch_options(),
         )
 
-    def attention(iteration: int, as_rows: bool, as_keys: bool) -> None:
+    def attention(
+        iteration: int, *, as_rows: bool = False, as_keys: bool = False, sums: bool = False
+    ) -> None:
         """Back through one iteration's attention, in one role or in both."""
         last = iteration == num_iters
         drops = last and seed is not None
@@ -152,6 +154,7 @@ def backward(
             *_scales(scale, dropout_p),
             IS_LAST=last,
             IS_CAUSAL=is_causal,
+            IS_SUM=sums,
             AS_ROWS=as_rows,
             AS_KEYS=as_keys,
             HAS_Q=q is not None,
@@ -163,11 +166,14 @@ def backward(
 
     rows(num_iters)
     for iteration in range(num_iters, 0, -1):
+        if k.dtype == torch.float32:
+            # Of peaked weights, fp32's precision is lost if this sum comes from L.
+            attention(iteration, as_rows=True, sums=True)
         if q is None:
-            attention(iteration, True, True)
+            attention(iteration, as_rows=True, as_keys=True)
         else:
-            attention(iteration, True, False)
-            attention(iteration, False, True)
+            attention(iteration, as_rows=True)
+            attention(iteration, as_keys=True)
         rows(iteration - 1)
     dthreshold = threshold.new_empty(0)
     if needs[3]:
