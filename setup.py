@@ -29,8 +29,8 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall"]
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
-# wgmma exists on 9.0a only, which automatic detection does not give.
-CUDA_ARCHITECTURES = "8.0;9.0a+PTX"
+# PTX of 9.0a would run on no later chip, and clusters of blocks come with 9.0.
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
 class OptionalBuild(BuildExtension):
@@ -93,7 +93,7 @@ def extension() -> CppExtension:
             ("MOLEX_CUDA_VERSION", f'"{torch.version.cuda}"'),
             ("MOLEX_CUDA_ARCHITECTURES", f'"{architectures}"'),
         ]
-        flags["nvcc"] = ["-O3", "-std=c++20", "-lineinfo"]
+        flags["nvcc"] = ["-O3", "-std=c++20", "-lineinfo", "--threads=2"]
     build = CUDAExtension if cuda else CppExtension
     return build(
         "molex_kernels._C",

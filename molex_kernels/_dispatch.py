@@ -78,6 +78,13 @@ def _cuda_missing() -> str | None:
     return reason
 
 
+@_constant
+def block_memory(device: int) -> int:
+    """Bytes of shared memory that a block may have on this CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0)
+
+
 REFERENCE = Implementation("reference", ("cpu", "cuda"), FLOAT_DTYPES, _always)
 SDPA = Implementation("sdpa", ("cpu", "cuda"), KERNEL_DTYPES, _always)
 CPU = Implementation("cpu", ("cpu",), KERNEL_DTYPES, _extension_missing)

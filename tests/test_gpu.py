@@ -7,16 +7,18 @@ import torch
 from conftest import DEVICE
 from contract import run, upstream_for
 
+from molex_kernels._dispatch import CUDA
 from molex_kernels._opinfo import Case, OpInfo
 from molex_kernels.ops import load_ops
 
 pytestmark = pytest.mark.gpu
 
 CASES = [
-    pytest.param(info, case, id=f"{info.name}-{case.id}")
+    pytest.param(info, case, impl, id=f"{info.name}-{case.id}-{impl}")
     for info in load_ops().values()
     for case in info.tests
-    if "triton" in info.implementations
+    for impl in ("triton", "cuda")
+    if impl in info.implementations and (impl != "cuda" or CUDA.why_not() is None)
 ]
 
 
@@ -35,26 +37,26 @@ def no_sync():
     return Guard()
 
 
-@pytest.mark.parametrize(("info", "case"), CASES)
-def test_never_waits_for_the_device(info: OpInfo, case: Case, generator, no_sync):
+@pytest.mark.parametrize(("info", "case", "impl"), CASES)
+def test_never_waits_for_the_device(info: OpInfo, case: Case, impl: str, generator, no_sync):
     inputs = info.make(case, torch.bfloat16, DEVICE, generator)
-    upstream = upstream_for(run(info, inputs, "triton", None).results, generator)
-    run(info, inputs, "triton", upstream)
+    upstream = upstream_for(run(info, inputs, impl, None).results, generator)
+    run(info, inputs, impl, upstream)
     with no_sync:
-        run(info, inputs, "triton", upstream)
+        run(info, inputs, impl, upstream)
 
 
-@pytest.mark.parametrize(("info", "case"), CASES)
-def test_replays_as_a_graph(info: OpInfo, case: Case, generator):
+@pytest.mark.parametrize(("info", "case", "impl"), CASES)
+def test_replays_as_a_graph(info: OpInfo, case: Case, impl: str, generator):
     inputs = info.make(case, torch.bfloat16, DEVICE, generator)
-    expected = run(info, inputs, "triton", None).results
+    expected = run(info, inputs, impl, None).results
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        run(info, inputs, "triton", None)
+        run(info, inputs, impl, None)
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run(info, inputs, "triton", None).results
+        captured = run(info, inputs, impl, None).results
     for result in captured.values():
         result.zero_()
     graph.replay()
@@ -62,14 +64,14 @@ def test_replays_as_a_graph(info: OpInfo, case: Case, generator):
         assert torch.equal(result, expected[name]), name
 
 
-@pytest.mark.parametrize(("info", "case"), CASES)
-def test_runs_on_the_current_stream(info: OpInfo, case: Case, generator):
+@pytest.mark.parametrize(("info", "case", "impl"), CASES)
+def test_runs_on_the_current_stream(info: OpInfo, case: Case, impl: str, generator):
     inputs = info.make(case, torch.bfloat16, DEVICE, generator)
-    expected = run(info, inputs, "triton", None).results
+    expected = run(info, inputs, impl, None).results
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
-        got = run(info, inputs, "triton", None).results
+        got = run(info, inputs, impl, None).results
     stream.synchronize()
     for name, result in got.items():
         assert torch.equal(result, expected[name]), name

@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molex_kernels import _check, _dtypes, _philox
-from molex_kernels._dispatch import CPU_ATEN, REFERENCE, SDPA, TRITON, choose
+from molex_kernels import _check, _dispatch, _dtypes, _philox
+from molex_kernels._dispatch import CPU_ATEN, CUDA, REFERENCE, SDPA, TRITON, choose
 from molex_kernels.ops.rpc_attention import op, reference
 
 THRESHOLDS = ("lam_times_mu", "lam_over_mu")
 CAUSAL = (False, True, "prefix")
 MAX_WIDTH = 128  # of a head, in the kernels
+BLOCK_MEMORY = 157_056  # bytes that the largest block of the CUDA kernels needs on every device
 
-_IMPLEMENTATIONS = (TRITON, CPU_ATEN, REFERENCE)
+_IMPLEMENTATIONS = (CUDA, TRITON, CPU_ATEN, REFERENCE)
 
 
 def rpc_attention(
@@ -75,8 +76,8 @@ def rpc_attention(
         dropout_seed: int64 scalar on k's device; the same seed drops the same elements, whatever
             the implementation. None draws one from torch's generator. Ignored when dropout_p is 0.
         return_sparse: whether S of the last iteration is returned, too.
-        impl: "triton" (d <= 128), "cpu" or "reference"; None takes the fastest that supports
-            the inputs. The reference makes N x N tensors, the others do not.
+        impl: "cuda" or "triton" (d <= 128), "cpu" or "reference"; None takes the first of them
+            that supports the inputs. The reference makes N x N tensors, the others do not.
 
     Returns:
         [B, H, N, d] in k's dtype; with `return_sparse` also S [B, H, N, d] in fp32.
@@ -103,7 +104,8 @@ def rpc_attention(
     k, v, q = _dtypes.autocast(k, v, q)  # type: ignore[assignment]
     width = k.shape[3]
     too_wide = f"d = {width} is above {MAX_WIDTH}" if width > MAX_WIDTH else None
-    chosen = choose("rpc_attention", _IMPLEMENTATIONS, impl, k, triton=too_wide)
+    limits = {"triton": too_wide, "cuda": too_wide or _too_small(k.device)}
+    chosen = choose("rpc_attention", _IMPLEMENTATIONS, impl, k, **limits)
     if given:
         bound = _threshold_tensor(threshold, k)
     else:
@@ -175,6 +177,14 @@ def scaled_attention(
     else:
         part = s * F.scaled_dot_product_attention(k, k, v, scale=scale)
     return F.scaled_dot_product_attention(q, k, v - part, scale=scale)
+
+
+def _too_small(device: torch.device) -> str | None:
+    """Why the CUDA kernels do not run on a GPU, such as those of gaming cards."""
+    memory = _dispatch.block_memory(device.index) if device.type == "cuda" else BLOCK_MEMORY
+    if memory >= BLOCK_MEMORY:
+        return None
+    return f"blocks need {BLOCK_MEMORY} bytes of shared memory, the device gives them {memory}"
 
 
 def _check_heads(name: str, x: Any) -> None:

@@ -93,12 +93,14 @@ _forward = {
     "triton": _register.define(
         "rpc_attention_fwd_triton", _FORWARD, fake=_forward_fake, run=_forward_triton
     ),
+    "cuda": _register.define("rpc_attention_fwd_cuda", _FORWARD, fake=_forward_fake),
     "cpu": _register.define("rpc_attention_fwd_cpu", _FORWARD, fake=_forward_fake, run=cpu.forward),
 }
 _backward = {
     "triton": _register.define(
         "rpc_attention_bwd_triton", _BACKWARD, fake=_backward_fake, run=_backward_triton
     ),
+    "cuda": _register.define("rpc_attention_bwd_cuda", _BACKWARD, fake=_backward_fake),
     "cpu": _register.define(
         "rpc_attention_bwd_cpu", _BACKWARD, fake=_backward_fake, run=cpu.backward
     ),

@@ -1,0 +1,184 @@
+// Products of small matrices by one warp, from shared memory and registers, on tensor cores.
+//
+// An accumulator is [rows / 16][columns / 8][4]: of a 16x8 tile, lane l holds the rows l / 4 and l / 4 + 8
+// at the columns 2 (l % 4) and the next one, in the order (row, column), (row, column + 1),
+// (row + 8, column), (row + 8, column + 1).
+//
+// fp16 and bf16 use m16n8k16. fp32 uses m16n8k8 three times: x = high + low, each of TF32's 11 bits,
+// and high high + high low + low high keeps about 22 bits of a product.
+
+#pragma once
+
+#include <type_traits>
+
+#include "device.cuh"
+
+namespace molex {
+
+constexpr int kWarp = 32;
+
+MOLEX_DEVICE int lane() { return device::thread() % kWarp; }
+MOLEX_DEVICE int warp() { return device::thread() / kWarp; }
+// Where a lane's elements stand in a 16x8 tile.
+MOLEX_DEVICE int lane_row() { return lane() / 4; }
+MOLEX_DEVICE int lane_column() { return lane() % 4 * 2; }
+
+// A row of D elements in shared memory takes D + 8: eight rows then start in different banks.
+template <int D>
+constexpr int kPitch = D + 8;
+
+template <class E>
+struct Fragments {
+  static_assert(sizeof(E) == 2);
+  static constexpr int kDepth = 16;
+  struct Left {
+    uint32_t r[4];
+  };
+  struct Right {  // 16 columns
+    uint32_t r[4];
+  };
+
+  // 16 rows of a row-major matrix, `kDepth` columns from `at` on.
+  MOLEX_DEVICE static void load(Left& a, const E* at, int pitch) {
+    device::load_matrices(a.r, at + lane() % 16 * pitch + lane() / 16 * 8);
+  }
+
+  // The transpose of 16 rows of a row-major matrix: its rows are the product's columns.
+  MOLEX_DEVICE static void load_rows(Right& b, const E* at, int pitch) {
+    device::load_matrices(b.r, at + (lane() / 16 * 8 + lane() % 8) * pitch + lane() / 8 % 2 * 8);
+  }
+
+  // `kDepth` rows and 16 columns of a row-major matrix, as they stand.
+  MOLEX_DEVICE static void load_columns(Right& b, const E* at, int pitch) {
+    device::load_matrices_transposed(b.r, at + lane() % 16 * pitch + lane() / 16 * 8);
+  }
+
+  // Columns [kDepth * step, kDepth * (step + 1)) of an accumulator, rounded to E.
+  MOLEX_DEVICE static void convert(Left& a, const float (*c)[4], int step) {
+    const float* c0 = c[2 * step];
+    const float* c1 = c[2 * step + 1];
+    a.r[0] = device::pack<E>(c0[0], c0[1]);
+    a.r[1] = device::pack<E>(c0[2], c0[3]);
+    a.r[2] = device::pack<E>(c1[0], c1[1]);
+    a.r[3] = device::pack<E>(c1[2], c1[3]);
+  }
+
+  MOLEX_DEVICE static void multiply(float (&c)[4], const Left& a, const Right& b, int half) {
+    const uint32_t columns[2] = {b.r[2 * half], b.r[2 * half + 1]};
+    device::mma_16<E>(c, a.r, columns);
+  }
+};
+
+// In the sum over k the order is free: k = t and t + 4 of the instruction are the neighbours 2 t and
+// 2 t + 1 of the matrices, so that an accumulator is a left operand as it stands.
+template <>
+struct Fragments<float> {
+  static constexpr int kDepth = 8;
+  struct Left {
+    uint32_t high[4], low[4];
+  };
+  struct Right {
+    uint32_t high[2][2], low[2][2];
+  };
+
+  MOLEX_DEVICE static void load(Left& a, const float* at, int pitch) {
+    MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+      const float* row = at + (lane_row() + 8 * i) * pitch + lane_column();
+      split(row[0], a.high[i], a.low[i]);
+      split(row[1], a.high[i + 2], a.low[i + 2]);
+    }
+  }
+
+  MOLEX_DEVICE static void load_rows(Right& b, const float* at, int pitch) {
+    MOLEX_UNROLL for (int half = 0; half < 2; ++half) {
+      const float* row = at + (lane_row() + 8 * half) * pitch + lane_column();
+      MOLEX_UNROLL for (int i = 0; i < 2; ++i) split(row[i], b.high[half][i], b.low[half][i]);
+    }
+  }
+
+  MOLEX_DEVICE static void load_columns(Right& b, const float* at, int pitch) {
+    const float* first = at + lane_column() * pitch + lane_row();
+    MOLEX_UNROLL for (int half = 0; half < 2; ++half) {
+      MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+        split(first[i * pitch + 8 * half], b.high[half][i], b.low[half][i]);
+      }
+    }
+  }
+
+  MOLEX_DEVICE static void convert(Left& a, const float (*c)[4], int step) {
+    constexpr int kOrder[4] = {0, 2, 1, 3};
+    MOLEX_UNROLL for (int i = 0; i < 4; ++i) split(c[step][kOrder[i]], a.high[i], a.low[i]);
+  }
+
+  MOLEX_DEVICE static void multiply(float (&c)[4], const Left& a, const Right& b, int half) {
+    device::mma_tf32(c, a.low, b.high[half]);
+    device::mma_tf32(c, a.high, b.low[half]);
+    device::mma_tf32(c, a.high, b.high[half]);
+  }
+
+ private:
+  MOLEX_DEVICE static void split(float x, uint32_t& high, uint32_t& low) {
+    high = device::to_tf32(x);
+    low = device::to_tf32(x - device::as_float(high));
+  }
+};
+
+template <int M, int N>
+MOLEX_DEVICE void clear(float (&c)[M][N][4]) {
+  MOLEX_UNROLL for (int m = 0; m < M; ++m) {
+    MOLEX_UNROLL for (int n = 0; n < N; ++n) {
+      MOLEX_UNROLL for (int e = 0; e < 4; ++e) c[m][n][e] = 0.0f;
+    }
+  }
+}
+
+// c += a b^T: a of 16 M rows and b of 8 N rows, both of `Depth` columns in shared memory.
+template <class E, int Depth, int M, int N>
+MOLEX_DEVICE void multiply_rows(float (&c)[M][N][4], const E* a, const E* b) {
+  using F = Fragments<E>;
+  constexpr int kLength = kPitch<Depth>;
+  MOLEX_UNROLL for (int k = 0; k < Depth; k += F::kDepth) {
+    typename F::Left left[M];
+    MOLEX_UNROLL for (int m = 0; m < M; ++m) F::load(left[m], a + 16 * m * kLength + k, kLength);
+    MOLEX_UNROLL for (int n = 0; n < N; n += 2) {
+      typename F::Right right;
+      F::load_rows(right, b + 8 * n * kLength + k, kLength);
+      MOLEX_UNROLL for (int m = 0; m < M; ++m) {
+        F::multiply(c[m][n], left[m], right, 0);
+        F::multiply(c[m][n + 1], left[m], right, 1);
+      }
+    }
+  }
+}
+
+// c += p b: p an accumulator of 8 K columns, b of 8 K rows and 8 N columns in shared memory.
+template <class E, int M, int N, int K>
+MOLEX_DEVICE void multiply_columns(float (&c)[M][N][4], const float (&p)[M][K][4], const E* b) {
+  using F = Fragments<E>;
+  constexpr int kLength = kPitch<8 * N>;
+  MOLEX_UNROLL for (int step = 0; step < 8 * K / F::kDepth; ++step) {
+    typename F::Left left[M];
+    MOLEX_UNROLL for (int m = 0; m < M; ++m) F::convert(left[m], p[m], step);
+    MOLEX_UNROLL for (int n = 0; n < N; n += 2) {
+      typename F::Right right;
+      F::load_columns(right, b + F::kDepth * step * kLength + 8 * n, kLength);
+      MOLEX_UNROLL for (int m = 0; m < M; ++m) {
+        F::multiply(c[m][n], left[m], right, 0);
+        F::multiply(c[m][n + 1], left[m], right, 1);
+      }
+    }
+  }
+}
+
+// The sum, or the largest, over the four lanes that share a row.
+MOLEX_DEVICE float row_sum(float x) {
+  x += device::shuffle_xor(x, 1);
+  return x + device::shuffle_xor(x, 2);
+}
+MOLEX_DEVICE float larger(float x, float y) { return x > y ? x : y; }
+MOLEX_DEVICE float row_max(float x) {
+  x = larger(x, device::shuffle_xor(x, 1));
+  return larger(x, device::shuffle_xor(x, 2));
+}
+
+}  // namespace molex

@@ -1,0 +1,340 @@
+// RPC attention backward: the iterations from last to first, one launch each (two where q is given).
+//
+// A block owns 64 rows j of a head in every role, so nothing is added across blocks and the result
+// does not depend on the order in which they run. With Z = K~ K~^T, which is symmetric, one product
+// serves row j as a query of all keys i and as a key of all queries i:
+//   gK~_j = scale sum_i (dZ_ji + dZ_ij) K~_i ,   gV_j += sum_i P_ij G_i ,   G = gL - gu
+// and the recurrences of the dual and the threshold follow for the same rows in the epilogue.
+//
+// Budget. gradient: 128 threads, at most 255 registers; shared memory (3 * 64 + 6 columns) (D + 8)
+// bytes(E) + 24 columns, at most 157,056 bytes (fp32, D = 128), so that it runs on sm_80. No spills.
+
+#pragma once
+
+#include "rpc_equations.cuh"
+
+namespace molex::rpc {
+
+template <class E>
+struct BackwardScratch {
+  E* clean;            // K~_1 ... K~_n, packed
+  int8_t* sides;       // side(a_t), likewise
+  E *values, *queries;
+  E* upstream[2];      // G of this iteration, and of the one before, which this one writes
+  float* delta[2];     // their rows' inner products with L
+  float *dual, *k, *v, *q;  // gu, and what the gradients have come to
+  float* threshold;    // a row's gradient of its threshold
+  int64_t bytes;
+
+  BackwardScratch(const Problem& p, void* base, int columns) {
+    const int64_t rows = p.all_heads() * padded_rows(p), count = rows * columns;
+    const int64_t carried = p.iterations > 1 ? count : 0;
+    Arena arena{static_cast<char*>(base)};
+    clean = arena.take<E>(p.iterations * count);
+    sides = arena.take<int8_t>(p.iterations * count);
+    values = arena.take<E>(count);
+    queries = arena.take<E>(p.q.data ? count : 0);
+    upstream[0] = arena.take<E>(count);
+    upstream[1] = arena.take<E>(carried);
+    delta[0] = arena.take<float>(rows);
+    delta[1] = arena.take<float>(p.iterations > 1 ? rows : 0);
+    dual = arena.take<float>(carried);
+    k = arena.take<float>(carried);
+    v = arena.take<float>(carried);
+    q = arena.take<float>(p.q.data ? carried : 0);
+    threshold = arena.take<float>(rows);
+    bytes = arena.used;
+  }
+};
+
+// One launch: `iteration` counts from 0; rebuilding comes before the last, as it were.
+template <class E>
+struct BackwardStep {
+  Backward b;
+  int32_t iteration;
+  bool as_query = false, as_key = false;  // the roles of a block's rows; both at once only without q
+  E* clean;                               // of this iteration; of all of them to rebuild
+  int8_t* sides;
+  E *values, *queries, *upstream, *next_upstream;
+  float *delta, *next_delta, *dual, *k, *v, *q, *threshold;
+
+  BackwardStep(const Backward& backward, const BackwardScratch<E>& scratch, int t, int columns)
+      : b(backward),
+        iteration(t),
+        values(scratch.values),
+        queries(scratch.queries),
+        upstream(scratch.upstream[t & 1]),
+        next_upstream(scratch.upstream[(t + 1) & 1]),
+        delta(scratch.delta[t & 1]),
+        next_delta(scratch.delta[(t + 1) & 1]),
+        dual(scratch.dual),
+        k(scratch.k),
+        v(scratch.v),
+        q(scratch.q),
+        threshold(scratch.threshold) {
+    const Problem& p = b.problem;
+    const int64_t before = t == p.iterations ? 0 : t * p.all_heads() * padded_rows(p) * columns;
+    clean = scratch.clean + before;
+    sides = scratch.sides + before;
+  }
+};
+
+constexpr int kRebuildThreads = 256;
+
+// K~_t and the sides of the threshold for every t, from L_1 ... L_{n-1}; packed copies of v, q and the
+// upstream gradient; D of the last iteration. A warp takes a row.
+template <class E, int D>
+MOLEX_KERNEL(kRebuildThreads, 1)
+void rebuild(MOLEX_PARAMS BackwardStep<E> s) {
+  const Backward& b = s.b;
+  const Problem& p = b.problem;
+  const int64_t rows = padded_rows(p), all_rows = p.all_heads() * rows;
+  const int64_t packed = device::block() * (kRebuildThreads / kWarp) + warp();
+  if (packed >= all_rows) return;
+  const int64_t head = packed / rows;
+  const int row = static_cast<int>(packed % rows);
+  const bool real = exists(p, head, row);
+  const float bound = bound_of(p, head, row);
+  const int64_t plain = (head * p.length + row) * p.width;
+  const E zero = device::from_float<E>(0.0f);
+  float along = 0.0f;
+  for (int column = lane(); column < D; column += kWarp) {
+    const bool inside = real && column < p.width;
+    const int64_t place = packed * D + column;
+    const float k = inside ? device::to_float(head_of<E>(p, p.k, head)[row * p.k.row + column]) : 0.0f;
+    float low = 0.0f, u = 0.0f;
+    for (int t = 0; t < p.iterations; ++t) {
+      const Step step = shrink(k, low, u, bound);
+      s.clean[t * all_rows * D + place] = device::from_float<E>(step.clean);
+      s.sides[t * all_rows * D + place] = side(k - low + u, bound);
+      if (t + 1 == p.iterations) break;
+      low = inside ? b.lows[t * p.all_heads() * p.length * p.width + plain + column] : 0.0f;
+      u = step.w - low;
+    }
+    s.values[place] = inside ? head_of<E>(p, p.v, head)[row * p.v.row + column] : zero;
+    if (p.q.data) s.queries[place] = inside ? head_of<E>(p, p.q, head)[row * p.q.row + column] : zero;
+    const E g = inside ? head_of<E>(p, b.grad_out, head)[row * b.grad_out.row + column] : zero;
+    s.next_upstream[place] = g;
+    if (inside) along += device::to_float(g) * device::to_float(static_cast<const E*>(b.out)[plain + column]);
+  }
+  MOLEX_UNROLL for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) along += device::shuffle_xor(along, lanes);
+  if (lane() == 0) s.next_delta[packed] = along;
+}
+
+template <class E, int D>
+struct GradientTile {
+  static constexpr int kWarps = 4;
+  static constexpr int kRows = 16 * kWarps;
+  static constexpr int kColumns = sizeof(E) == 2 ? (D <= 64 ? 64 : 32) : (D <= 64 ? 32 : 16);
+  static constexpr int kStages = 2;
+  static constexpr int kStatistics = 3 * kStages * kColumns;  // floats: largest, 1 / sum, D
+  static constexpr int kSharedBytes =
+      (3 * kRows + 3 * kStages * kColumns) * kPitch<D> * sizeof(E) + kStatistics * sizeof(float);
+  static_assert(kRowsMultiple % kRows == 0 && kRowsMultiple % kColumns == 0);
+};
+
+template <class E, int D>
+MOLEX_KERNEL((GradientTile<E, D>::kWarps * kWarp), 1)
+void gradient(MOLEX_PARAMS BackwardStep<E> s) {
+  using T = GradientTile<E, D>;
+  constexpr int kPitchD = kPitch<D>, kTileSize = T::kColumns * kPitchD;
+  const Backward& b = s.b;
+  const Problem& p = b.problem;
+  const int tiles = (p.length + T::kRows - 1) / T::kRows, t = s.iteration;
+  const int64_t head = device::block() / tiles, rows = padded_rows(p), base = head * rows * D;
+  const int first = static_cast<int>(device::block() % tiles) * T::kRows, row = first + 16 * warp();
+  const E* clean = s.clean + base;
+  const E* queries = p.q.data ? s.queries + base : clean;
+  // This block's rows of the product, and the rows that run past them.
+  const E* left = s.as_key ? clean : queries;
+  const E* right = s.as_key ? queries : clean;
+  const E* values = s.values + base;
+  const E* upstream = s.upstream + base;
+  const float* largest = b.stats + (2 * t * p.all_heads() + head) * p.length;
+  const float* total = largest + p.all_heads() * p.length;
+  const float* delta = s.delta + head * rows;
+
+  E* own_left = reinterpret_cast<E*>(device::shared());
+  E* own_values = own_left + T::kRows * kPitchD;
+  E* own_upstream = own_values + T::kRows * kPitchD;
+  E* stages = own_upstream + T::kRows * kPitchD;
+  float* statistics = reinterpret_cast<float*>(stages + 3 * T::kStages * kTileSize);
+  const auto fetch = [&](int other) {
+    const int stage = other / T::kColumns % T::kStages;
+    E* to = stages + stage * 3 * kTileSize;
+    copy_rows<E, D>(to, right + other * D, T::kColumns);
+    copy_rows<E, D>(to + kTileSize, values + other * D, T::kColumns);
+    copy_rows<E, D>(to + 2 * kTileSize, upstream + other * D, T::kColumns);
+    for (int i = device::thread(); i < T::kColumns; i += device::threads()) {
+      float* numbers = statistics + stage * 3 * T::kColumns + i;
+      const bool inside = other + i < p.length;
+      numbers[0] = inside ? largest[other + i] : 0.0f;
+      numbers[T::kColumns] = inside ? 1.0f / total[other + i] : 0.0f;
+      numbers[2 * T::kColumns] = delta[other + i];
+    }
+  };
+  copy_rows<E, D>(own_left, left + first * D, T::kRows);
+  copy_rows<E, D>(own_values, values + first * D, T::kRows);
+  copy_rows<E, D>(own_upstream, upstream + first * D, T::kRows);
+
+  // Under a causal mask queries are behind their keys.
+  const int begin = p.causal && !s.as_query ? first / T::kColumns * T::kColumns : 0;
+  const int end = p.causal && !s.as_key && first + T::kRows < p.length ? first + T::kRows : p.length;
+  fetch(begin);
+  device::commit_copies();
+
+  const Sight sees(p, head);
+  const Dropout keeps(p, head, t + 1 == p.iterations);
+  const float scale2 = p.scale * kLog2e;
+  float own_largest[2], own_inverse[2], own_delta[2];
+  bool real[2];
+  MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+    const int mine = row + lane_row() + 8 * i;
+    own_largest[i] = mine < p.length ? largest[mine] : 0.0f;
+    own_inverse[i] = mine < p.length ? 1.0f / total[mine] : 0.0f;
+    own_delta[i] = delta[mine];
+    real[i] = sees.exists(mine);
+  }
+  float grad_left[1][D / 8][4], grad_values[1][D / 8][4];
+  clear(grad_left);
+  clear(grad_values);
+
+  for (int other = begin; other < end; other += T::kColumns) {
+    if (other + T::kColumns < end) fetch(other + T::kColumns);
+    device::commit_copies();
+    device::wait_copies<1>();
+    device::sync();
+    const int stage = other / T::kColumns % T::kStages;
+    const E* tile = stages + stage * 3 * kTileSize;
+    const float* numbers = statistics + stage * 3 * T::kColumns;
+    const int warp_row = 16 * warp() * kPitchD;
+    const bool query = s.as_query && (!p.causal || other < row + 16);
+    const bool key = s.as_key && (!p.causal || other + T::kColumns > row);
+
+    float z[1][T::kColumns / 8][4], dz[1][T::kColumns / 8][4], dp[1][T::kColumns / 8][4];
+    clear(z);
+    clear(dz);
+    multiply_rows<E, D>(z, own_left + warp_row, tile);
+    if (query) {  // row j sees key i
+      clear(dp);
+      multiply_rows<E, D>(dp, own_upstream + warp_row, tile + kTileSize);
+      const bool all = sees.all(row, other, T::kColumns);
+      MOLEX_UNROLL for (int n = 0; n < T::kColumns / 8; ++n) {
+        MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
+          const int j = row + lane_row() + e / 2 * 8, i = other + 8 * n + lane_column() + e % 2;
+          const float probability =
+              device::exp2((z[0][n][e] - own_largest[e / 2]) * scale2) * own_inverse[e / 2];
+          const float keep = keeps.active ? keeps(j, i) : 1.0f;
+          const bool seen = all || (sees.exists(i) && !sees.later(j, i));
+          if (seen) dz[0][n][e] = probability * (dp[0][n][e] * keep - own_delta[e / 2]);
+        }
+      }
+    }
+    if (key) {  // row j is seen by query i
+      clear(dp);
+      multiply_rows<E, D>(dp, own_values + warp_row, tile + 2 * kTileSize);
+      MOLEX_UNROLL for (int n = 0; n < T::kColumns / 8; ++n) {
+        MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
+          const int j = row + lane_row() + e / 2 * 8, column = 8 * n + lane_column() + e % 2;
+          const int i = other + column;
+          const bool seen = real[e / 2] && !sees.later(i, j);
+          const float weight = device::exp2((z[0][n][e] - numbers[column]) * scale2);
+          const float probability = seen ? weight * numbers[T::kColumns + column] : 0.0f;
+          const float keep = keeps.active ? keeps(i, j) : 1.0f;
+          z[0][n][e] = probability * keep;
+          if (seen) dz[0][n][e] += probability * (dp[0][n][e] * keep - numbers[2 * T::kColumns + column]);
+        }
+      }
+      multiply_columns<E>(grad_values, z, tile + 2 * kTileSize);
+    }
+    multiply_columns<E>(grad_left, dz, tile);
+    if (other + T::kStages * T::kColumns < end) device::sync();  // a fetch overwrites this stage
+  }
+
+  // The recurrences, for this lane's elements of the block's rows.
+  const bool is_first = t == 0, is_last = t + 1 == p.iterations;
+  float* dual = s.dual + base;
+  const int8_t* sides = s.sides + base;
+  const auto carry = [&](float* sums, void* result, int mine, int column, float value) {
+    const int64_t place = static_cast<int64_t>(mine) * D + column;
+    if (!is_last) value += sums[base + place];
+    if (!is_first) {
+      sums[base + place] = value;
+    } else if (mine < p.length && column < p.width && result) {
+      static_cast<E*>(result)[(head * p.length + mine) * p.width + column] = device::from_float<E>(value);
+    }
+  };
+  MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+    const int mine = row + lane_row() + 8 * i;
+    float of_threshold = 0.0f, along = 0.0f;
+    MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
+      const int column = 8 * n + lane_column();
+      const int64_t place = static_cast<int64_t>(mine) * D + column;
+      float next[2];
+      MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
+        const float product = real[i] ? grad_left[0][n][2 * i + c] * p.scale : 0.0f;
+        if (!s.as_key) {
+          carry(s.q, b.grad_q, mine, column + c, product);
+          continue;
+        }
+        const bool inside = real[i] && column + c < p.width;
+        const float gu = is_last ? 0.0f : dual[place + c];
+        const float extra = is_last && b.grad_sparse.data && inside
+                                ? head_of<float>(p, b.grad_sparse, head)[mine * b.grad_sparse.row + column + c]
+                                : 0.0f;
+        const int8_t where = sides[place + c];
+        const float ga = where == kInside ? 0.0f : extra - gu - product;
+        of_threshold -= where == kInside ? 0.0f : where * ga;
+        carry(s.v, b.grad_v, mine, column + c, real[i] ? grad_values[0][n][2 * i + c] : 0.0f);
+        carry(s.k, b.grad_k, mine, column + c, gu + product + ga);
+        if (is_first) continue;
+        const float before = gu - product + ga;  // gu of the iteration before, whose gL is -ga
+        dual[place + c] = before;
+        next[c] = -ga - before;
+        const E rounded = device::from_float<E>(next[c]);
+        const int64_t plain = ((t - 1) * p.all_heads() + head) * p.length + mine;
+        if (inside) along += device::to_float(rounded) * b.lows[plain * p.width + column + c];
+      }
+      if (s.as_key && !is_first) store_pair(s.next_upstream + base + place, next[0], next[1]);
+    }
+    if (!s.as_key) continue;
+    along = row_sum(along);
+    of_threshold = row_sum(of_threshold);
+    if (lane_column() != 0) continue;
+    if (!is_first) s.next_delta[head * rows + mine] = along;
+    float* sum = s.threshold + head * rows + mine;
+    *sum = is_last ? of_threshold : *sum + of_threshold;
+  }
+}
+
+constexpr int kSumThreads = 128;
+
+// The threshold's gradient from its rows': a copy, or their sum in a fixed order.
+template <class E>
+MOLEX_KERNEL(kSumThreads, 1)
+void sum_threshold(MOLEX_PARAMS BackwardStep<E> s) {
+  const Backward& b = s.b;
+  const Problem& p = b.problem;
+  const int64_t head = device::block();
+  const float* rows = s.threshold + head * padded_rows(p);
+  float sum = 0.0f;
+  for (int row = device::thread(); row < p.length; row += kSumThreads) {
+    if (p.threshold_row) {
+      b.grad_threshold[head * p.length + row] = rows[row];
+    } else {
+      sum += rows[row];
+    }
+  }
+  if (p.threshold_row) return;
+  float* parts = reinterpret_cast<float*>(device::shared());
+  MOLEX_UNROLL for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += device::shuffle_xor(sum, lanes);
+  if (lane() == 0) parts[warp()] = sum;
+  device::sync();
+  if (device::thread() == 0) {
+    float total = 0.0f;
+    for (int i = 0; i < kSumThreads / kWarp; ++i) total += parts[i];
+    b.grad_threshold[head] = total;
+  }
+}
+
+}  // namespace molex::rpc

@@ -1,0 +1,135 @@
+// The primitives of csrc/cuda/device.cuh for a CPU: every CUDA thread is a fiber.
+//
+// A scheduler runs the fibers of a cluster of blocks one at a time, in an order drawn from a seed: it
+// picks a warp and stays with it until all its lanes wait, so that warps are as far apart as barriers
+// allow. Warp-wide instructions wait for the 32 lanes and are computed from their documented register
+// layouts. Shared memory starts as NaN and ends at a guard page. An asynchronous copy takes place when
+// it is issued or when it is waited for, by chance. A missing barrier or an unwritten read is therefore a wrong number.
+
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#define MOLEX_DEVICE inline
+#define MOLEX_HOST_DEVICE inline
+#define MOLEX_KERNEL(threads, blocks) inline
+#define MOLEX_PARAMS const
+#define MOLEX_UNROLL
+#define MOLEX_NO_UNROLL
+
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+
+namespace molex::device {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+struct Stream {};
+using Status = int;
+constexpr Status kSuccess = 0;
+
+int thread();
+int threads();
+int64_t block();
+char* shared();
+
+void sync();
+void sync_warp();
+void arrive_cluster();
+void wait_cluster();
+void store_remote(void* mine, int rank, uint4 value);
+
+void copy_async(void* to, const void* from);
+void commit_copies();
+void wait_copies_but(int pending);
+template <int Pending>
+inline void wait_copies() {
+  wait_copies_but(Pending);
+}
+
+float shuffle_xor(float x, int lanes);
+void load_matrices(uint32_t (&r)[4], const void* row);
+void load_matrices_transposed(uint32_t (&r)[4], const void* row);
+void multiply_half(float* c, const uint32_t* a, const uint32_t* b);
+void multiply_bfloat(float* c, const uint32_t* a, const uint32_t* b);
+void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+inline float as_float(uint32_t word) { return std::bit_cast<float>(word); }
+inline float to_float(float x) { return x; }
+inline float to_float(Half x) { return static_cast<float>(std::bit_cast<_Float16>(x.bits)); }
+inline float to_float(BFloat x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
+
+template <class E>
+inline E from_float(float x) {
+  if constexpr (std::is_same_v<E, Half>) {
+    return {std::bit_cast<uint16_t>(static_cast<_Float16>(x))};
+  } else if constexpr (std::is_same_v<E, BFloat>) {
+    if (x != x) return {0x7fff};
+    const uint32_t word = std::bit_cast<uint32_t>(x);
+    return {static_cast<uint16_t>((word + 0x7fff + (word >> 16 & 1)) >> 16)};
+  } else {
+    return x;
+  }
+}
+
+template <class E>
+inline uint32_t pack(float low, float high) {
+  return from_float<E>(low).bits | static_cast<uint32_t>(from_float<E>(high).bits) << 16;
+}
+
+template <class E>
+inline void mma_16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<E, Half>) {
+    multiply_half(c, a, b);
+  } else {
+    multiply_bfloat(c, a, b);
+  }
+}
+
+// To the nearest of 11 significant bits, halves away from zero.
+inline uint32_t to_tf32(float x) {
+  const uint32_t word = std::bit_cast<uint32_t>(x);
+  return std::isfinite(x) ? (word + 0x1000) & 0xffffe000u : word;
+}
+
+inline int opaque(int x) { return x; }
+inline float exp2(float x) { return std::exp2(x); }
+inline float infinity() { return std::numeric_limits<float>::infinity(); }
+
+struct Grid {
+  int64_t blocks;
+  int threads;
+  int shared_bytes = 0;
+  int cluster = 1;
+};
+
+Status run(void (*kernel)(const void*), const void* params, const Grid& grid);
+
+template <class Params>
+Status launch(void (*kernel)(const Params), const Grid& grid, const Params& params, Stream) {
+  struct Call {
+    void (*kernel)(const Params);
+    const Params& params;
+  } call{kernel, params};
+  return run(
+      [](const void* pointer) {
+        const Call& c = *static_cast<const Call*>(pointer);
+        c.kernel(c.params);
+      },
+      &call,
+      grid);
+}
+
+}  // namespace molex::device

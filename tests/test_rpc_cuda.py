@@ -1,0 +1,421 @@
+"""RPC attention's CUDA kernels, run on a CPU and compiled for the chips they are written for."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from rpc_cuda import ROOT, Call, Library, build
+from tolerance import within_budget
+from torch import Tensor
+
+import molex_kernels as mk
+from molex_kernels._dispatch import CUDA
+from molex_kernels.ops.rpc_attention import reference
+from molex_kernels.ops.rpc_attention.api import BLOCK_MEMORY
+
+ITERATED = {"shared_limit": 0}  # no block has the memory to hold a head
+HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return build(tmp_path_factory.mktemp("rpc_cuda"))
+
+
+def _make(
+    tokens: int,
+    width: int,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    *,
+    sparse: float = 0.3,
+    n: int = 2,
+    heads: tuple[int, int] = (1, 1),
+    causal: bool = False,
+    mask: bool = False,
+    has_q: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> Call:
+    """Elements of k stand clear of the threshold, a share of `sparse` of them above it.
+
+    v is small, so that they stay there in the first three iterations: what a gradient does at the
+    threshold is a matter of rounding. With more than one iteration a row has a threshold of its own:
+    the direct terms of its gradient then cancel, and one number's error would be a matter of luck.
+    """
+    shape = (*heads, tokens, width)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(shape, generator=generator)
+
+    above = torch.rand(shape, generator=generator) < sparse
+    magnitude = torch.where(above, uniform(1.5, 2.0), uniform(0.05, 0.2))
+    k = magnitude * torch.randn(shape, generator=generator).sign()
+    threshold = 1.1 + 0.1 * torch.rand(shape[: 3 if n > 1 else 2], generator=generator)
+    key_mask = None
+    if mask:
+        key_mask = torch.rand((heads[0], tokens), generator=generator) < 0.7
+        key_mask[0] = heads[0] == 1  # one of the batch has no token at all
+        key_mask[-1, 0] = True
+    seed = torch.randint(2**62, (), generator=generator) if dropout_p else None
+    v = 0.15 * torch.randn(shape, generator=generator)
+    q = torch.randn(shape, generator=generator) if has_q else None
+    return Call(
+        *(k.to(dtype), v.to(dtype), None if q is None else q.to(dtype), threshold),
+        *(key_mask, n, width**-0.5 if scale is None else scale, causal, dropout_p, seed),
+    )
+
+
+def _reference(
+    call: Call, dtype: torch.dtype, grad_out: Tensor, grad_sparse: Tensor
+) -> dict[str, Tensor]:
+    """Outputs and gradients by name."""
+    leaves = {"k": call.k, "v": call.v, "q": call.q}
+    leaves = {n: t.to(dtype).requires_grad_() for n, t in leaves.items() if t is not None}
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves["threshold"] = call.threshold.to(wide).requires_grad_()
+    out, sparse = reference.rpc_attention(
+        *(leaves["k"], leaves["v"], leaves.get("q"), leaves["threshold"], call.key_mask),
+        *(call.num_iters, call.scale, call.is_causal, call.dropout_p, call.seed),
+    )
+    upstream = [grad_out.to(out.dtype), grad_sparse.to(sparse.dtype)]
+    gradients = torch.autograd.grad([out, sparse], list(leaves.values()), upstream)
+    return {
+        "out": out.detach(),
+        "sparse": sparse.detach(),
+        **{f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)},
+    }
+
+
+def _upstream(call: Call, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    shape = call.k.shape
+    grad_out = torch.randn(shape, generator=generator).to(call.k.dtype)
+    # S has the sign of k, so that a threshold's gradient is no sum of terms that cancel.
+    return grad_out, call.k.sign().float() * (0.5 + torch.rand(shape, generator=generator))
+
+
+def _check(library: Library, call: Call, generator: torch.Generator, **limits: int) -> None:
+    grad_out, grad_sparse = _upstream(call, generator)
+    library.schedule(int(torch.randint(2**31, (), generator=generator)))
+    result = library.forward(call, **limits)
+    gradients = library.backward(call, result, grad_out, grad_sparse)
+    got = {"out": result.out, "sparse": result.sparse}
+    got |= {f"gradient of {n}": g for n, g in gradients.items()}
+    expected = _reference(call, torch.float64, grad_out, grad_sparse)
+    own = _reference(call, call.k.dtype, grad_out, grad_sparse)
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        within_budget(name, value, expected[name], own[name], call.k.dtype)
+
+
+# Of one token and two iterations gradients are exactly 0, which rounding is not.
+CASES = {
+    "N1-d16": (1, 16, FLOAT, {"n": 1}),
+    "N1-d44-causal": (1, 44, HALF, {"causal": True, "n": 1}),
+    "N1-d128": (1, 128, BFLOAT, {"n": 1, "sparse": 0.95}),
+    "N16-d16": (16, 16, BFLOAT, {"heads": (2, 3)}),
+    "N16-d58-q": (16, 58, FLOAT, {"has_q": True, "heads": (2, 2)}),
+    "N16-d64-dropout": (16, 64, HALF, {"dropout_p": 0.3, "n": 1}),
+    "N37-d16-mask": (37, 16, HALF, {"mask": True, "heads": (2, 2), "causal": True}),
+    "N37-d17": (37, 17, FLOAT, {"sparse": 0.0, "n": 3}),
+    "N37-d44-q": (37, 44, BFLOAT, {"has_q": True, "n": 3}),
+    "N37-d58-negative": (37, 58, HALF, {"scale": -0.2, "mask": True}),
+    "N37-d64-dense": (37, 64, FLOAT, {"sparse": 0.95, "causal": True, "n": 3}),
+    "N37-d128-everything": (
+        *(37, 128, FLOAT),
+        {"causal": True, "mask": True, "has_q": True, "dropout_p": 0.2},
+    ),
+    "N197-d16-causal": (197, 16, BFLOAT, {"causal": True, "n": 3}),
+    "N197-d44-dropout": (197, 44, HALF, {"dropout_p": 0.2, "mask": True, "causal": True}),
+    "N197-d58": (197, 58, FLOAT, {}),
+    "N197-d64-empty": (197, 64, BFLOAT, {"sparse": 0.0, "n": 3}),
+    "N197-d64-dense": (197, 64, HALF, {"sparse": 0.95}),
+    "N197-d128-causal-q": (197, 128, BFLOAT, {"causal": True, "has_q": True}),
+    "N600-d16": (600, 16, FLOAT, {"mask": True}),
+    "N600-d58-causal": (600, 58, BFLOAT, {"causal": True}),
+    "N600-d64-dropout": (600, 64, HALF, {"dropout_p": 0.1, "n": 1}),
+    "N600-d128": (600, 128, BFLOAT, {"n": 1}),
+}
+
+
+@pytest.mark.parametrize("form", ["on_chip", "iterated"])
+@pytest.mark.parametrize("name", CASES)
+def test_within_budget(library: Library, name: str, form: str, generator: torch.Generator):
+    tokens, width, dtype, options = CASES[name]
+    call = _make(tokens, width, dtype, generator, **options)
+    limits = ITERATED if form == "iterated" else {}
+    if library.runs_on_chip(call, **limits) != (form == "on_chip"):
+        pytest.skip("does not fit on the chip")
+    _check(library, call, generator, **limits)
+
+
+def test_what_fits_on_the_chip(library: Library, generator: torch.Generator):
+    """The shapes of the published vision models do, on an H200; without clusters, one block's."""
+    for tokens, width, dtype in ((197, 64, HALF), (197, 64, FLOAT), (512, 64, BFLOAT)):
+        assert library.runs_on_chip(_make(tokens, width, dtype, generator))
+    assert not library.runs_on_chip(_make(513, 64, BFLOAT, generator))
+    assert not library.runs_on_chip(_make(197, 64, HALF, generator), cluster_limit=1)
+    assert library.runs_on_chip(_make(128, 128, HALF, generator), cluster_limit=1)
+
+
+@pytest.mark.parametrize("form", [{}, ITERATED])
+def test_strides_and_expanded_gradients(library: Library, form, generator: torch.Generator):
+    """Heads inside tokens, odd offsets, one row of gradients for all."""
+    call = _make(37, 24, HALF, generator, heads=(2, 3), has_q=True)
+
+    def spread(t: Tensor) -> Tensor:
+        wide = torch.full((2, 37, 4, 27), float("nan"), dtype=t.dtype)
+        return wide[:, :, 1:, 2:26].permute(0, 2, 1, 3).copy_(t)
+
+    moved = Call(**{**vars(call), **{n: spread(getattr(call, n)) for n in "kvq"}})
+    grad_out, grad_sparse = _upstream(call, generator)
+    grad_out, grad_sparse = (t[:, :1, :1].expand(call.k.shape) for t in (grad_out, grad_sparse))
+    plain, strided = library.forward(call, **form), library.forward(moved, **form)
+    assert torch.equal(plain.out, strided.out)
+    expected = library.backward(call, plain, grad_out.contiguous(), grad_sparse.contiguous())
+    for name, value in library.backward(moved, strided, grad_out, grad_sparse).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_threshold_for_a_head_is_one_for_each_row(library: Library, generator: torch.Generator):
+    rows = _make(197, 16, FLOAT, generator, heads=(2, 2))
+    rows.threshold.copy_(rows.threshold[..., :1].expand(rows.threshold.shape))
+    head = Call(**{**vars(rows), "threshold": rows.threshold[..., 0].contiguous()})
+    results = [library.forward(call) for call in (rows, head)]
+    assert torch.equal(results[0].out, results[1].out)
+    upstream = _upstream(rows, generator)
+    of_rows, of_head = (
+        library.backward(call, result, *upstream)
+        for call, result in zip((rows, head), results, strict=True)
+    )
+    assert torch.equal(of_rows["k"], of_head["k"])
+    sums, terms = of_rows["threshold"].double().sum(-1), of_rows["threshold"].abs().sum(-1)
+    assert ((of_head["threshold"] - sums).abs() <= 1e-6 * terms).all()
+
+
+@pytest.mark.parametrize("form", [{}, ITERATED])
+def test_masked_tokens_do_not_exist(library: Library, form, generator: torch.Generator):
+    """Whatever stands in their place; a NaN elsewhere reaches the rows that see it."""
+    call = _make(37, 16, FLOAT, generator, heads=(2, 1), mask=True)
+    assert call.key_mask is not None
+    grad_out, grad_sparse = _upstream(call, generator)
+    clean = library.forward(call, **form)
+    expected = library.backward(call, clean, grad_out, grad_sparse)
+    gone = ~call.key_mask[:, None, :, None]
+    for t in (call.k, call.v, grad_out, grad_sparse):
+        t.masked_fill_(gone, float("nan"))
+    result = library.forward(call, **form)
+    assert torch.equal(result.out, clean.out)
+    assert (result.out.masked_select(gone) == 0).all()
+    for name, value in library.backward(call, result, grad_out, grad_sparse).items():
+        assert torch.equal(value, expected[name]), name
+
+    call = _make(37, 16, FLOAT, generator, causal=True)
+    call.k[0, 0, 20, 3] = float("nan")
+    missing = library.forward(call, **form).out.isnan().any(-1)[0, 0]
+    assert missing.equal(torch.arange(37) >= 20)
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT, FLOAT])
+@pytest.mark.parametrize("part", ["on_chip", "iterated", "backward"])
+def test_order_does_not_matter_and_every_barrier_does(
+    library: Library, part: str, dtype: torch.dtype, generator: torch.Generator
+):
+    """Bit for bit the same in every order of threads; a barrier left out is seen."""
+    call = _make(200, 16, dtype, generator)
+    grad_out, grad_sparse = _upstream(call, generator)
+    state = library.forward(call)
+
+    def run(seed: int, left_out: int = -1) -> list[Tensor]:
+        library.schedule(seed, left_out)
+        if part == "backward":
+            return list(library.backward(call, state, grad_out, grad_sparse).values())
+        result = library.forward(call, **(ITERATED if part == "iterated" else {}))
+        return [result.out, result.sparse, result.lows, result.stats]
+
+    def same(got: list[Tensor]) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+    expected = run(0)
+    barriers = library.most_barriers()
+    assert barriers >= 6
+    for seed in range(1, 4):
+        assert same(run(seed)), f"differs in the order {seed}"
+    for number in range(barriers):
+        seen = any(not same(run(seed, number)) for seed in range(1, 6))
+        assert seen, f"nothing shows that barrier {number} of {barriers} is needed"
+
+
+# ---- Compiled for the chips ----
+
+PARAMETERS = {
+    "on_chip": "OnChipForward<E, D>",
+    "step": "ForwardStep<E>",
+    "prepare": "ForwardStep<E>",
+    "rebuild": "BackwardStep<E>",
+    "gradient": "BackwardStep<E>",
+}
+WIDTHS = (16, 32, 64, 128)
+# fp16 has the kernels of bf16, but for the names of two instructions.
+ELEMENTS = ("device::BFloat", "float")
+CHIPS = ("sm_80", "sm_90a")
+SM_80_MEMORY = 163 * 1024  # bytes of shared memory that a block may have there
+
+
+def _most_registers(kernel: str, element: str, width: int) -> int:
+    if kernel == "on_chip" and element != "float" and width <= 64:
+        return 168 if width == 64 else 128
+    return {"prepare": 40, "rebuild": 64}.get(kernel, 255)
+
+
+@pytest.fixture(scope="module")
+def resources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple]]:
+    """By chip: kernel, element, width, registers and spilled bytes of every instance."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc on PATH")
+    folder = tmp_path_factory.mktemp("nvcc")
+    instances = [
+        f"template __global__ void {kernel}<{element}, {width}>(MOLEX_PARAMS "
+        + parameters.replace("E", element).replace("D", str(width))
+        + ");"
+        for kernel, parameters in PARAMETERS.items()
+        for element in ELEMENTS
+        for width in WIDTHS
+    ]
+    source = folder / "instances.cu"
+    head = ['#include "rpc_backward.cuh"', '#include "rpc_forward.cuh"', "using namespace molex;"]
+    source.write_text("\n".join([*head, "namespace molex::rpc {", *instances, "}\n"]))
+    command = ["nvcc", "-std=c++20", "-O3", f"-I{ROOT / 'csrc/cuda'}", "--resource-usage", "-cubin"]
+    runs = {
+        chip: subprocess.Popen(
+            [*command, f"-arch={chip}", source, "-o", folder / f"{chip}.cubin"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for chip in CHIPS
+    }
+    found = {}
+    for chip, run in runs.items():
+        report = run.communicate()[1]
+        assert run.returncode == 0, report[-3000:]
+        found[chip] = [_read(part) for part in report.split("Compiling entry function")[1:]]
+        assert len(found[chip]) == len(instances)
+    return found
+
+
+def _read(report: str) -> tuple:
+    mangled = re.search(r"'(\w+)'", report).group(1)
+    kernel, arguments = re.search(r"3rpc\d+([a-z_]+)I(.*?)E", mangled).groups()
+    element = ELEMENTS[arguments[0] == "f"]
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    registers = re.search(r"Used (\d+) registers", report).group(1)
+    width = int(re.search(r"Li(\d+)", arguments).group(1))
+    return kernel, element, width, int(registers), sum(map(int, spills.groups()))
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles_without_spills(resources: dict[str, list[tuple]], chip: str):
+    for kernel, element, width, registers, spills in resources[chip]:
+        name = f"{kernel}<{element}, {width}>"
+        assert spills == 0, f"{name}: {spills} bytes spilled"
+        assert registers <= _most_registers(kernel, element, width), (
+            f"{name}: {registers} registers"
+        )
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_shared_memory_fits_every_chip(library: Library, width: int, generator: torch.Generator):
+    for dtype in (BFLOAT, FLOAT):
+        sizes = library.shared_bytes(_make(1, width, dtype, generator))
+        for kernel, size in sizes.items():
+            assert 0 < size <= SM_80_MEMORY, f"{kernel}: {size} bytes"
+    if width == 128:  # as the files state
+        assert sizes == {"step": 104_448, "gradient": BLOCK_MEMORY}
+
+
+# ---- On a GPU ----
+
+
+def _on_a_gpu(call: Call, grad_out: Tensor, grad_sparse: Tensor) -> dict[str, Tensor]:
+    """Outputs and gradients of the compiled operator, by name."""
+    tensors = {n: getattr(call, n) for n in ("k", "v", "q", "threshold")}
+    leaves = {n: t.cuda().requires_grad_() for n, t in tensors.items() if t is not None}
+    key_mask, seed = (None if t is None else t.cuda() for t in (call.key_mask, call.seed))
+    out, sparse = mk.rpc_attention(
+        **leaves,
+        num_iters=call.num_iters,
+        causal=call.is_causal,
+        key_mask=key_mask,
+        scale=call.scale,
+        dropout_p=call.dropout_p,
+        dropout_seed=seed,
+        return_sparse=True,
+        impl="cuda",
+    )
+    gradients = torch.autograd.grad(
+        [out, sparse], list(leaves.values()), [grad_out.cuda(), grad_sparse.cuda()]
+    )
+    return {
+        "out": out.detach().cpu(),
+        "sparse": sparse.detach().cpu(),
+        **{f"gradient of {n}": g.cpu() for n, g in zip(leaves, gradients, strict=True)},
+    }
+
+
+@pytest.fixture
+def with_cuda() -> None:
+    reason = CUDA.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_within_budget_on_a_gpu(name: str, with_cuda: None, generator: torch.Generator):
+    tokens, width, dtype, options = CASES[name]
+    call = _make(tokens, width, dtype, generator, **options)
+    upstream = _upstream(call, generator)
+    got, again = _on_a_gpu(call, *upstream), _on_a_gpu(call, *upstream)
+    expected = _reference(call, torch.float64, *upstream)
+    own = _reference(call, dtype, *upstream)
+    for name, value in got.items():
+        within_budget(name, value, expected[name], own[name], dtype)
+        assert torch.equal(value, again[name]), f"{name} differs when repeated"
+
+
+SANITIZED = """
+import torch
+import molex_kernels as mk
+for tokens, width, dtype in ((37, 44, "bfloat16"), (197, 64, "float16"), (600, 16, "float32")):
+    x = torch.randn(2, 1, 2, tokens, width, device="cuda", dtype=getattr(torch, dtype))
+    for options in ({}, {"q": x[0], "causal": True, "dropout_p": 0.1}):
+        k, v = x.clone().requires_grad_()
+        mk.rpc_attention(k, v, num_iters=2, lam=4.0, impl="cuda", **options).sum().backward()
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_sanitized(tool: str, with_cuda: None):
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("needs compute-sanitizer on PATH")
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c"]
+    # Only this package's kernels: PyTorch's random numbers and sums are not the matter.
+    command[1:1] = ["--kernel-name", "kernel_substring=molex"]
+    run = subprocess.run(
+        [*command, SANITIZED],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        timeout=300,
+    )
+    assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
