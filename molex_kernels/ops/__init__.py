@@ -6,7 +6,7 @@ import importlib
 
 from molex_kernels._opinfo import OpInfo
 
-_FOLDERS = ("routing", "dispatch", "momentum", "merging")
+_FOLDERS = ("routing", "dispatch", "momentum", "merging", "layer_mixing")
 
 
 def load_ops() -> dict[str, OpInfo]:
