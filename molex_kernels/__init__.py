@@ -12,6 +12,7 @@ from molex_kernels.ops.layer_mixing.api import (
     layer_mix,
     layer_vote,
 )
+from molex_kernels.ops.layer_mixing.module import LayerExpertOutput, LayerExpertStack
 from molex_kernels.ops.layer_mixing.plan import LoRA
 from molex_kernels.ops.merging.api import camex_deltas, camex_linear, camex_merge
 from molex_kernels.ops.merging.gates import (
@@ -49,6 +50,8 @@ __all__ = [
     "CAMExMLP",
     "HeavyBall",
     "KroneckerCurvature",
+    "LayerExpertOutput",
+    "LayerExpertStack",
     "LoRA",
     "Mars",
     "MoEMLP",

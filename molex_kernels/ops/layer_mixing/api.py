@@ -79,8 +79,8 @@ def layer_linear(
 
     y_g = x_g W_l^T + bias_l + scaling (x_g A_l^T) B_l^T,  l = index_g.
 
-    The index is never read by the host: the kernels look up the weights. The adapter's first product
-    is accumulated beside the weight's, in the same launch.
+    The index is never read by the host: the kernels look up the weights. The adapter's first
+    product is accumulated beside the weight's, in the same launch.
 
     An index outside [0, L) is clamped on the device, so nothing outside the weights is ever read;
     Triton and the CPU kernels record it for `check_layer_index`. With MOLEX_DEBUG=1 in the
@@ -140,13 +140,7 @@ def layer_linear(
     (cast,) = _dtypes.autocast(x)
     assert cast is not None
     chosen = choose("layer_linear", _IMPLEMENTATIONS, impl, cast)
-    flat = (
-        cast.reshape(-1, x.shape[-1])
-        if shared
-        else cast.flatten(1, -2)
-        if x.dim() > 2
-        else cast[:, None]
-    )
+    flat = _rows(cast, shared)
     groups = (weight, bias, a, b)
     if chosen == "reference":
         flat = flat.expand(index.shape[0], -1, -1) if shared else flat
@@ -231,12 +225,13 @@ def layer_mix(
         found = reference.mix(flat, mixture, moved, None if eps is None else (weight, bias, eps))
     else:
         found = op.mix(flat, mixture, moved, weight, bias, eps, chosen)
-    y = found[0].view(outputs.shape[1:])
-    return y if eps is None else (y, found[1].view(outputs.shape[1:]))
+    shape = outputs.shape[1:]
+    y, normed = found
+    return y.view(shape) if normed is None or eps is None else (y.view(shape), normed.view(shape))
 
 
 def check_layer_index() -> None:
-    """Raises ValueError if `layer_linear` was given an index outside its layers since the last call.
+    """Raises ValueError if `layer_linear` was given a layer that is not there since the last call.
 
     Waits for the devices: call it now and then, never between the layers of a model. Records of
     Triton and the CPU kernels; the reference only clamps.
@@ -248,6 +243,13 @@ def check_layer_index() -> None:
             f"index: expected layers in [0, L), got one outside in layer_linear on {where} since "
             "the last check; it was clamped"
         )
+
+
+def _rows(x: Tensor, shared: bool) -> Tensor:
+    """[T, D] where shared, else [G, T, D]."""
+    if shared:
+        return x[None] if x.dim() == 1 else x.flatten(0, -2)
+    return x[:, None] if x.dim() == 2 else x.flatten(1, -2)
 
 
 def _check_index(index: Tensor, num_layers: int) -> None:

@@ -38,9 +38,9 @@ def linear(dtype: torch.dtype, num_tokens: int, aligned: bool, rank: int) -> Opt
     )
 
 
-def rank_block(rank: int) -> int:
+def rank_block(rank: int, aligned: bool) -> int:
     """Ranks that are accumulated beside the product."""
-    return min(max(triton.next_power_of_2(rank), 16), 32)
+    return min(max(triton.next_power_of_2(rank), 16), 32 if aligned else 16)
 
 
 def wgrad(dtype: torch.dtype, aligned: bool) -> Options:
@@ -52,14 +52,18 @@ def wgrad(dtype: torch.dtype, aligned: bool) -> Options:
     return _product(64, 128, 64, 8, 3), (_product(64, 128, 128, 8, 3), _product(64, 64, 64, 4, 3))
 
 
-def mix(num_features: int, has_norm: bool) -> Config:
-    """Whole rows to a program for a norm, else pieces of rows; 8 elements to a thread."""
+def mix(num_features: int, has_norm: bool, *, backward: bool) -> Config:
+    """Whole rows to a program for a norm, else pieces of rows.
+
+    8 elements to a thread; 4 backwards through a norm, which holds more of them.
+    """
     if not has_norm:
         width = 512 if num_features >= 1024 else 128
         return Config({"BLOCK_T": 1024 // width, "BLOCK_D": width}, 4, 1)
-    width = max(triton.next_power_of_2(num_features), 16)
-    warps = min(max(width // 256, 4), 32)
-    return Config({"BLOCK_T": max(256 * warps // width, 1), "BLOCK_D": width}, warps, 1)
+    width = max(triton.next_power_of_2(num_features), 128)
+    each = 32 * (4 if backward else 8)
+    warps = min(max(width // each, 4), 32)
+    return Config({"BLOCK_T": max(each * warps // width, 1), "BLOCK_D": width}, warps, 1)
 
 
 def vote(num_tokens: int, num_layers: int) -> Config:

@@ -57,7 +57,7 @@ def linear_forward(
 ) -> Tensor:
     weights, biases, a, b = map(_alike, (weights, biases, a, b))
     out = x.new_empty(*x.shape[:2], weights[0].shape[-2])
-    groups = [_table(group, dims) for group, dims in zip((weights, biases, a, b), (3, 2, 3, 3))]
+    groups = (_table(weights, 3), _table(biases, 2), _table(a, 3), _table(b, 3))
     _linear(x, index, *groups, plan.num_layers(weights, 3), scaling, out)
     return out
 
@@ -122,7 +122,7 @@ def mix_forward(
     branches, tokens, features = outputs.shape
     y = outputs.new_empty(tokens, features)
     normed = outputs.new_empty((0,) if eps is None else (tokens, features))
-    chosen = config.mix(features, eps is not None)
+    chosen = config.mix(features, eps is not None, backward=False)
     if y.numel() > 0:
         _layer_mixing_fwd_mix[(_tiles(tokens, features, chosen),)](
             *(outputs, *outputs.stride()),
@@ -155,7 +155,7 @@ def mix_backward(
     needs_outputs, needs_coeff, needs_norm = needs
     branches, tokens, features = outputs.shape
     doutputs = outputs.new_empty(outputs.shape if needs_outputs else (0,))
-    chosen = config.mix(features, dnormed is not None)
+    chosen = config.mix(features, dnormed is not None, backward=True)
     tiles = _tiles(tokens, features, chosen)
     programs = min(tiles, config.MAX_PROGRAMS)
     single = {"dtype": torch.float32, "device": outputs.device}
@@ -226,7 +226,7 @@ def _linear(
             rank,
             IS_ALIGNED=is_aligned,
             PRECISION=dot_precision(x.dtype),
-            BLOCK_R=config.rank_block(rank),
+            BLOCK_R=config.rank_block(rank, is_aligned),
             **chosen.launch_options(),
         )
 
