@@ -6,6 +6,14 @@ is told to. `python -m molex_kernels.env` prints what will run here, and why not
 
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
 from molex_kernels.ops.dispatch.module import MoEMLP
+from molex_kernels.ops.layer_mixing.api import (
+    check_layer_index,
+    layer_linear,
+    layer_mix,
+    layer_vote,
+)
+from molex_kernels.ops.layer_mixing.module import LayerExpertOutput, LayerExpertStack
+from molex_kernels.ops.layer_mixing.plan import LoRA
 from molex_kernels.ops.merging.api import camex_deltas, camex_linear, camex_merge
 from molex_kernels.ops.merging.gates import (
     cv_squared_loss,
@@ -44,6 +52,9 @@ __all__ = [
     "CAMExMLP",
     "HeavyBall",
     "KroneckerCurvature",
+    "LayerExpertOutput",
+    "LayerExpertStack",
+    "LoRA",
     "Mars",
     "MoEMLP",
     "MomentumMoE",
@@ -63,8 +74,12 @@ __all__ = [
     "camex_deltas",
     "camex_linear",
     "camex_merge",
+    "check_layer_index",
     "cv_squared_loss",
     "grouped_gemm",
+    "layer_linear",
+    "layer_mix",
+    "layer_vote",
     "load_balance_loss",
     "moe_mlp",
     "moe_mlp_momentum",

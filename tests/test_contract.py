@@ -133,6 +133,8 @@ def test_operators_pass_opcheck(info: OpInfo, case: Case, impl: str, generator: 
 
 
 def _detached(value):
+    if isinstance(value, (list, tuple)):
+        return [_detached(v) for v in value]
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 

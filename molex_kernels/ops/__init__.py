@@ -6,7 +6,7 @@ import importlib
 
 from molex_kernels._opinfo import OpInfo
 
-_FOLDERS = ("routing", "dispatch", "momentum", "merging", "rpc_attention")
+_FOLDERS = ("routing", "dispatch", "momentum", "merging", "layer_mixing", "rpc_attention")
 
 
 def load_ops() -> dict[str, OpInfo]:

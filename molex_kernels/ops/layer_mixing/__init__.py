@@ -1,0 +1,1 @@
+"""Mixing of layers chosen on the device (MoLEx)."""

@@ -1,0 +1,195 @@
+"""Layer mixing on a CPU: ATen's products on the chosen layers alone.
+
+On a CPU reading the index waits for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from molex_kernels.ops.layer_mixing import plan
+
+Tensors = tuple[Tensor, ...]
+
+
+def vote(logits: Tensor, mask: Tensor | None, mode: str) -> Tensor:
+    if mask is not None:
+        logits = logits[mask]
+    logits = logits.float()
+    if mode == "mode":
+        scores = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
+    elif mode == "mean_softmax":
+        scores = torch.softmax(logits, 1).sum(0)
+    else:
+        scores = torch.sigmoid(logits).sum(0)
+    return scores.argmax(0)
+
+
+def linear_forward(
+    x: Tensor,
+    index: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scaling: float,
+) -> Tensor:
+    out = x.new_empty(*x.shape[:2], weights[0].shape[-2])
+    for g, layer in enumerate(_layers(index, weights)):
+        weight = _one(weights, layer, 3).to(x.dtype)
+        torch.mm(x[g], weight.mT, out=out[g])
+        if biases:
+            out[g] += _one(biases, layer, 2).to(x.dtype)
+        if a:
+            down = x[g] @ _one(a, layer, 3).to(x.dtype).mT
+            out[g].addmm_(down, _one(b, layer, 3).to(x.dtype).mT, alpha=scaling)
+    return out
+
+
+def linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    index: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scaling: float,
+    shared: bool,
+    needs: Sequence[bool],
+) -> Tensors:
+    """Gradients of x, weights, biases, a and b, stacked; those not needed are empty."""
+    needs_x, needs_weight, needs_bias, needs_a, needs_b = needs
+    size = (x.shape[1:] if shared else x.shape) if needs_x else (0,)
+    dx = torch.zeros(size, dtype=torch.float32 if shared else x.dtype)
+    dweight = _zeros(weights, 3, x, needs_weight)
+    dbias = _zeros(biases, 2, x, needs_bias)
+    da = _zeros(a, 3, x, needs_a)
+    db = _zeros(b, 3, x, needs_b)
+    for g, layer in enumerate(_layers(index, weights)):
+        if needs_x:
+            part = dy[g] @ _one(weights, layer, 3).to(x.dtype)
+        if needs_weight:
+            dweight[layer] += dy[g].mT.float() @ x[g].float()
+        if needs_bias:
+            dbias[layer] += dy[g].sum(0, dtype=torch.float32)
+        if a and (needs_x or needs_a):
+            up = dy[g] @ _one(b, layer, 3).to(x.dtype)
+            if needs_x:
+                part.addmm_(up, _one(a, layer, 3).to(x.dtype), alpha=scaling)
+            if needs_a:
+                da[layer] += scaling * (up.mT.float() @ x[g].float())
+        if needs_b:
+            down = x[g] @ _one(a, layer, 3).to(x.dtype).mT
+            db[layer] += scaling * (dy[g].mT.float() @ down.float())
+        if needs_x:
+            if shared:
+                dx += part
+            else:
+                dx[g] = part
+    return (
+        dx.to(x.dtype),
+        *(
+            gradient.to(owner[0].dtype if owner else x.dtype)
+            for gradient, owner in zip(
+                (dweight, dbias, da, db), (weights, biases, a, b), strict=True
+            )
+        ),
+    )
+
+
+def mix_forward(
+    outputs: Tensor,
+    coeff: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+) -> tuple[Tensor, Tensor]:
+    mixed = _mixed(outputs, coeff, residual)
+    y = mixed.to(outputs.dtype, copy=True)
+    if eps is None:
+        return y, outputs.new_empty(0)
+    normed = torch.nn.functional.layer_norm(mixed, mixed.shape[-1:], eps=eps)
+    if weight is not None:
+        normed *= weight
+    if bias is not None:
+        normed += bias
+    return y, normed.to(outputs.dtype)
+
+
+def mix_backward(
+    dy: Tensor | None,
+    dnormed: Tensor | None,
+    outputs: Tensor,
+    coeff: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float | None,
+    needs: Sequence[bool],
+) -> Tensors:
+    """Gradients of outputs (the residual's is the same), coeff, and the norm's pair [2, D]."""
+    needs_outputs, needs_coeff, needs_norm = needs
+    upstream = torch.zeros(outputs.shape[1:], dtype=torch.float32) if dy is None else dy.float()
+    dnorm = torch.empty(0)
+    if dnormed is not None and eps is not None:
+        mixed = _mixed(outputs, coeff, residual)
+        centred = mixed - mixed.mean(1, keepdim=True)
+        inverse = torch.rsqrt(centred.square().mean(1, keepdim=True) + eps)
+        normed = centred * inverse
+        along = dnormed.float()
+        if needs_norm:
+            dnorm = torch.stack([(along * normed).sum(0), along.sum(0)])
+        if weight is not None:
+            along = along * weight.float()
+        inner = (along * normed).mean(1, keepdim=True)
+        upstream = upstream + inverse * (along - normed * inner - along.mean(1, keepdim=True))
+    elif needs_norm:
+        dnorm = torch.zeros(2, outputs.shape[2])
+    doutputs, dcoeff = outputs.new_empty(0), torch.empty(0)
+    if needs_outputs:
+        doutputs = (coeff[:, None, None] * upstream).to(outputs.dtype)
+    if needs_coeff:
+        dcoeff = torch.stack(
+            [
+                (
+                    upstream
+                    * (out.float() if residual is None else out.float() + residual[g].float())
+                )
+                .sum(1)
+                .sum()
+                for g, out in enumerate(outputs)
+            ]
+        )
+    return doutputs, dcoeff, dnorm
+
+
+def _mixed(outputs: Tensor, coeff: Tensor, residual: Tensor | None) -> Tensor:
+    """sum_g coeff_g (outputs_g + residual_g) in fp32."""
+    mixed = torch.zeros(outputs.shape[1:], dtype=torch.float32)
+    for g in range(outputs.shape[0]):
+        moved = outputs[g].float() if residual is None else outputs[g].float() + residual[g].float()
+        mixed += coeff[g] * moved
+    return mixed
+
+
+def _layers(index: Tensor, weights: Sequence[Tensor]) -> list[int]:
+    last = plan.num_layers(weights, 3) - 1
+    layers = index.tolist()
+    clamped = [min(max(layer, 0), last) for layer in layers]
+    if clamped != layers:
+        plan.flag(index.device).fill_(1)
+    return clamped
+
+
+def _one(tensors: Sequence[Tensor], layer: int, dims: int) -> Tensor:
+    """The tensor of one layer, a view."""
+    return tensors[0][layer] if tensors[0].dim() == dims else tensors[layer]
+
+
+def _zeros(tensors: Sequence[Tensor], dims: int, x: Tensor, needed: bool) -> Tensor:
+    size = plan.gradient_size(tensors, dims) if needed else (0,)
+    return torch.zeros(size, dtype=torch.float32)

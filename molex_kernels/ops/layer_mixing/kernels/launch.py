@@ -1,0 +1,334 @@
+"""The passes of layer mixing as launches. Nothing on the device is ever read here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from molex_kernels import _tuning
+from molex_kernels._dtypes import dot_precision
+from molex_kernels.ops.layer_mixing import plan
+from molex_kernels.ops.layer_mixing.kernels import config
+from molex_kernels.ops.layer_mixing.kernels.layers import _layer_mixing_fwd_table
+from molex_kernels.ops.layer_mixing.kernels.linear import _layer_mixing_fwd_linear
+from molex_kernels.ops.layer_mixing.kernels.mix import _layer_mixing_bwd_mix, _layer_mixing_fwd_mix
+from molex_kernels.ops.layer_mixing.kernels.vote import _layer_mixing_fwd_vote
+from molex_kernels.ops.layer_mixing.kernels.wgrad import (
+    _layer_mixing_bwd_bias,
+    _layer_mixing_bwd_wgrad,
+)
+
+ADDRESSES = 16  # to a launch of the table's kernel
+
+
+class Group(NamedTuple):
+    """The stack, or the first layer's tensor with the table of all addresses."""
+
+    tensor: Tensor
+    table: Tensor | None
+    is_aligned: bool  # whether every layer starts at a multiple of 16 bytes
+
+
+def vote(logits: Tensor, mask: Tensor | None, mode: str) -> Tensor:
+    out = logits.new_empty((), dtype=torch.int64)
+    _layer_mixing_fwd_vote[(1,)](
+        *(logits, *logits.stride()),
+        *((None, 0) if mask is None else (mask, mask.stride(0))),
+        out,
+        *logits.shape,
+        MODE=mode,
+        **config.vote(*logits.shape).launch_options(),
+    )
+    return out
+
+
+def linear_forward(
+    x: Tensor,
+    index: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scaling: float,
+) -> Tensor:
+    weights, biases, a, b = map(_alike, (weights, biases, a, b))
+    out = x.new_empty(*x.shape[:2], weights[0].shape[-2])
+    groups = (_table(weights, 3), _table(biases, 2), _table(a, 3), _table(b, 3))
+    _linear(x, index, *groups, plan.num_layers(weights, 3), scaling, out)
+    return out
+
+
+def linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    index: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scaling: float,
+    shared: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of x, weights, biases, a and b, stacked; those not needed are empty."""
+    needs_x, needs_weight, needs_bias, needs_a, needs_b = needs
+    weights, biases, a, b = map(_alike, (weights, biases, a, b))
+    num_layers = plan.num_layers(weights, 3)
+    size = (x.shape[1:] if shared else x.shape) if needs_x else (0,)
+    dx = x.new_empty(size)
+    groups = ((weights, 3, needs_weight), (biases, 2, needs_bias), (a, 3, needs_a), (b, 3, needs_b))
+    dweight, dbias, da, db = (
+        torch.zeros(
+            plan.gradient_size(group, dims) if need else (0,),
+            dtype=group[0].dtype if group else x.dtype,
+            device=x.device,
+        )
+        for group, dims, need in groups
+    )
+    a_group, b_group = _table(a, 3), _table(b, 3)
+    if needs_x:
+        weight = _transposed(_table(weights, 3))
+        out = dx[None] if shared else dx
+        adapters = (_transposed(b_group), _transposed(a_group))
+        _linear(dy, index, weight, None, *adapters, num_layers, scaling, out)
+    if needs_weight:
+        _wgrad(dy, x, index, dweight, 1.0)
+    if needs_bias:
+        _bias(dy, index, dbias)
+    rank = a[0].shape[-2] if a else 0
+    if needs_a:
+        up = dy.new_empty(*dy.shape[:2], rank)
+        _linear(dy, index, _transposed(b_group), None, None, None, num_layers, 1.0, up)
+        _wgrad(up, x, index, da, scaling)
+    if needs_b:
+        down = dy.new_empty(*dy.shape[:2], rank)
+        _linear(x, index, a_group, None, None, None, num_layers, 1.0, down)
+        _wgrad(dy, down, index, db, scaling)
+    return dx, dweight, dbias, da, db
+
+
+def mix_forward(
+    outputs: Tensor,
+    coeff: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+) -> tuple[Tensor, Tensor]:
+    branches, tokens, features = outputs.shape
+    y = outputs.new_empty(tokens, features)
+    normed = outputs.new_empty((0,) if eps is None else (tokens, features))
+    chosen = config.mix(features, eps is not None, backward=False)
+    if y.numel() > 0:
+        _layer_mixing_fwd_mix[(_tiles(tokens, features, chosen),)](
+            *(outputs, *outputs.stride()),
+            *_with_strides(residual, 3),
+            coeff.contiguous(),
+            None if weight is None else weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            y,
+            None if eps is None else normed,
+            float(eps or 0.0),
+            branches,
+            tokens,
+            features,
+            **chosen.launch_options(),
+        )
+    return y, normed
+
+
+def mix_backward(
+    dy: Tensor | None,
+    dnormed: Tensor | None,
+    outputs: Tensor,
+    coeff: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of outputs (the residual's is the same), coeff, and the norm's pair [2, D]."""
+    needs_outputs, needs_coeff, needs_norm = needs
+    branches, tokens, features = outputs.shape
+    doutputs = outputs.new_empty(outputs.shape if needs_outputs else (0,))
+    chosen = config.mix(features, dnormed is not None, backward=True)
+    tiles = _tiles(tokens, features, chosen)
+    programs = min(tiles, config.MAX_PROGRAMS)
+    single = {"dtype": torch.float32, "device": outputs.device}
+    coeff_parts = torch.empty(programs, branches, **single) if needs_coeff else None
+    norm_parts = torch.empty(2, programs, features, **single) if needs_norm else None
+    if outputs.numel() > 0:
+        _layer_mixing_bwd_mix[(programs,)](
+            *_with_strides(dy, 2),
+            *_with_strides(dnormed, 2),
+            *(outputs, *outputs.stride()),
+            *_with_strides(residual, 3),
+            coeff.contiguous(),
+            None if weight is None else weight.contiguous(),
+            doutputs if needs_outputs else None,
+            coeff_parts,
+            norm_parts,
+            float(eps or 0.0),
+            branches,
+            tokens,
+            features,
+            tiles,
+            BLOCK_G=triton.next_power_of_2(branches),
+            **chosen.launch_options(),
+        )
+    dcoeff = torch.empty(0, **single) if coeff_parts is None else coeff_parts.sum(0)
+    dnorm = torch.empty(0, **single) if norm_parts is None else norm_parts.sum(1)
+    return doutputs, dcoeff, dnorm
+
+
+def _linear(
+    x: Tensor,
+    index: Tensor,
+    weight: Group | None,
+    bias: Group | None,
+    a: Group | None,
+    b: Group | None,
+    num_layers: int,
+    scaling: float,
+    out: Tensor,
+) -> None:
+    """out [G, T, N], or the sum over branches [1, T, N]."""
+    if out.numel() == 0:
+        return
+    assert weight is not None
+    num_tokens, num_columns = out.shape[1:]
+    rank = 0 if a is None else a.tensor.shape[-2]
+    groups = [g for g in (weight, a, b) if g is not None]
+    is_aligned = _aligned(x, out, *(g.tensor for g in groups)) and all(g.is_aligned for g in groups)
+
+    def launch(chosen: _tuning.Config) -> None:
+        tiles = triton.cdiv(num_tokens, chosen.blocks["BLOCK_T"])
+        tiles *= triton.cdiv(num_columns, chosen.blocks["BLOCK_N"])
+        _layer_mixing_fwd_linear[(out.shape[0] * tiles,)](
+            *(x, *x.stride()),
+            *(index, *index.stride()),
+            *_of_layers(weight, 3),
+            *_of_layers(bias, 2),
+            *_of_layers(a, 3),
+            *_of_layers(b, 3),
+            *(out, *out.stride()),
+            plan.flag(x.device),
+            float(scaling),
+            num_layers,
+            x.shape[0] // out.shape[0],
+            num_tokens,
+            num_columns,
+            x.shape[2],
+            rank,
+            IS_ALIGNED=is_aligned,
+            PRECISION=dot_precision(x.dtype),
+            BLOCK_R=config.rank_block(rank, is_aligned),
+            **chosen.launch_options(),
+        )
+
+    pinned, candidates = config.linear(x.dtype, num_tokens, is_aligned, rank)
+    key = (x.dtype, tuple(out.shape), x.shape[2], is_aligned, rank)
+    launch(
+        _tuning.choose("layer_mixing_fwd_linear", key, pinned, candidates, launch, on_gpu=x.is_cuda)
+    )
+
+
+def _wgrad(left: Tensor, right: Tensor, index: Tensor, out: Tensor, scaling: float) -> None:
+    if out.numel() == 0:
+        return
+
+    def launch(chosen: _tuning.Config) -> None:
+        tiles = triton.cdiv(out.shape[1], chosen.blocks["BLOCK_N"])
+        tiles *= triton.cdiv(out.shape[2], chosen.blocks["BLOCK_D"])
+        _layer_mixing_bwd_wgrad[(index.shape[0] * tiles,)](
+            *(left, *left.stride()),
+            *(right, *right.stride()),
+            *(index, *index.stride()),
+            *(out, *out.stride()),
+            float(scaling),
+            out.shape[0],
+            index.shape[0],
+            left.shape[1],
+            *out.shape[1:],
+            PRECISION=dot_precision(left.dtype),
+            **chosen.launch_options(),
+        )
+
+    is_aligned = _aligned(left, right, out)
+    pinned, candidates = config.wgrad(left.dtype, is_aligned)
+    key = (left.dtype, tuple(out.shape), is_aligned)
+    chosen = _tuning.choose(
+        "layer_mixing_bwd_wgrad", key, pinned, candidates, launch, on_gpu=left.is_cuda
+    )
+    launch(chosen)
+
+
+def _bias(dy: Tensor, index: Tensor, out: Tensor) -> None:
+    if out.numel() == 0:
+        return
+    tiles = triton.cdiv(out.shape[1], config.BIAS.blocks["BLOCK_N"])
+    _layer_mixing_bwd_bias[(index.shape[0] * tiles,)](
+        *(dy, *dy.stride()),
+        *(index, *index.stride()),
+        *(out, *out.stride()),
+        out.shape[0],
+        index.shape[0],
+        *dy.shape[1:],
+        **config.BIAS.launch_options(),
+    )
+
+
+def _alike(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The layers' tensors with the same strides: a kernel has one set of them."""
+    if any(t.stride() != tensors[0].stride() for t in tensors):
+        return [t.contiguous() for t in tensors]
+    return tensors
+
+
+def _table(tensors: Sequence[Tensor], dims: int) -> Group | None:
+    if not tensors:
+        return None
+    if tensors[0].dim() == dims:
+        return Group(tensors[0], None, tensors[0].data_ptr() % 16 == 0)
+    count = triton.cdiv(len(tensors), ADDRESSES) * ADDRESSES
+    table = tensors[0].new_empty(count, dtype=torch.int64)
+    padded = [*tensors, *[tensors[0]] * (count - len(tensors))]
+    for first in range(0, count, ADDRESSES):
+        _layer_mixing_fwd_table[(1,)](table[first:], *padded[first : first + ADDRESSES])
+    return Group(tensors[0], table, all(t.data_ptr() % 16 == 0 for t in tensors))
+
+
+def _transposed(group: Group | None) -> Group | None:
+    return None if group is None else group._replace(tensor=group.tensor.mT)
+
+
+def _of_layers(group: Group | None, dims: int) -> tuple[Any, ...]:
+    """Pointer, strides over layers and inside them, table."""
+    if group is None:
+        return (None, *(0,) * dims, None)
+    strides = group.tensor.stride()
+    strides = strides if group.table is None else (0, *strides)
+    return group.tensor, *strides, group.table
+
+
+def _tiles(tokens: int, features: int, chosen: _tuning.Config) -> int:
+    tiles = triton.cdiv(tokens, chosen.blocks["BLOCK_T"])
+    return tiles * triton.cdiv(features, chosen.blocks["BLOCK_D"])
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether rows move 16 elements at a time: one unit stride, the others multiples of 16."""
+    return all(
+        t.data_ptr() % 16 == 0
+        and sorted(t.stride())[0] <= 1
+        and all(stride % 16 == 0 for stride in t.stride() if stride != 1)
+        for t in tensors
+    )
+
+
+def _with_strides(x: Tensor | None, dims: int) -> tuple[Any, ...]:
+    return (None, *(0,) * dims) if x is None else (x, *x.stride())

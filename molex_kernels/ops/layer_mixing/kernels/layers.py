@@ -1,0 +1,48 @@
+"""Where a chosen layer's tensors are."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def chosen_layer(index_ptr, stride_ig, g, num_layers):
+    """The layer of branch g, clamped into range, and whether it had to be."""
+    given = tl.load(index_ptr + g * stride_ig).to(tl.int64)
+    layer = tl.minimum(tl.maximum(given, 0), num_layers - 1)
+    return layer, layer != given
+
+
+@triton.jit
+def layer_start(ptr, stride_l, table_ptr, layer, IS_ALIGNED: tl.constexpr):
+    """Elements from ptr, the first layer's start, to that of `layer`."""
+    if table_ptr is None:
+        return layer * stride_l
+    start = tl.load(table_ptr + layer) - ptr.to(tl.int64)
+    start = start // (ptr.dtype.element_ty.primitive_bitwidth // 8)
+    if IS_ALIGNED:
+        start = tl.multiple_of(start, 16)
+    return start
+
+
+@triton.jit
+def _layer_mixing_fwd_table(
+    table_ptr,  # int64, contiguous
+    p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15,
+):  # fmt: skip
+    """Sixteen addresses: they travel as arguments, so nothing waits and graphs can capture it."""
+    tl.store(table_ptr + 0, p0.to(tl.int64))
+    tl.store(table_ptr + 1, p1.to(tl.int64))
+    tl.store(table_ptr + 2, p2.to(tl.int64))
+    tl.store(table_ptr + 3, p3.to(tl.int64))
+    tl.store(table_ptr + 4, p4.to(tl.int64))
+    tl.store(table_ptr + 5, p5.to(tl.int64))
+    tl.store(table_ptr + 6, p6.to(tl.int64))
+    tl.store(table_ptr + 7, p7.to(tl.int64))
+    tl.store(table_ptr + 8, p8.to(tl.int64))
+    tl.store(table_ptr + 9, p9.to(tl.int64))
+    tl.store(table_ptr + 10, p10.to(tl.int64))
+    tl.store(table_ptr + 11, p11.to(tl.int64))
+    tl.store(table_ptr + 12, p12.to(tl.int64))
+    tl.store(table_ptr + 13, p13.to(tl.int64))
+    tl.store(table_ptr + 14, p14.to(tl.int64))
+    tl.store(table_ptr + 15, p15.to(tl.int64))

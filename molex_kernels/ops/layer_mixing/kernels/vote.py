@@ -1,0 +1,48 @@
+"""The vote of all tokens for a layer."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _layer_mixing_fwd_vote(
+    logits_ptr,  # [T, L]
+    stride_lt,
+    stride_ll,
+    mask_ptr,  # [T] bool
+    stride_mt,
+    out_ptr,  # [] int64
+    num_tokens,
+    num_layers,
+    MODE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """argmax_l of the tokens' summed scores, in one program: it is read once and has no order."""
+    offs_l = tl.arange(0, BLOCK_L)
+    mask_l = offs_l < num_layers
+    scores = tl.zeros((BLOCK_L,), tl.float32)
+    for t in range(0, num_tokens, BLOCK_T):
+        offs_t = t + tl.arange(0, BLOCK_T)
+        counted = offs_t < num_tokens
+        ptrs = logits_ptr + offs_t.to(tl.int64)[:, None] * stride_lt + offs_l[None, :] * stride_ll
+        mask = counted[:, None] & mask_l[None, :]
+        logits = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        if mask_ptr is not None:
+            given = tl.load(mask_ptr + offs_t.to(tl.int64) * stride_mt, mask=counted, other=0)
+            counted = counted & (given != 0)
+        logits = tl.where(mask_l[None, :], logits, float("-inf"))
+        if MODE == "mode":
+            top = tl.max(logits, axis=1)
+            # The lowest of the largest, whatever the reduction's order.
+            best = tl.min(tl.where(logits == top[:, None], offs_l[None, :], BLOCK_L), axis=1)
+            score = (offs_l[None, :] == best[:, None]).to(tl.float32)
+        elif MODE == "mean_softmax":
+            score = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+            score = score / tl.sum(score, axis=1)[:, None]
+        else:
+            score = 1.0 / (1.0 + tl.exp(-logits))
+        scores += tl.sum(tl.where(counted[:, None], score, 0.0), axis=0)
+    scores = tl.where(mask_l, scores, -1.0)
+    winner = tl.min(tl.where(scores == tl.max(scores, axis=0), offs_l, BLOCK_L), axis=0)
+    tl.store(out_ptr, winner.to(tl.int64))
