@@ -34,11 +34,11 @@ class ImagesPlan:
 
     seconds: float
     max_steps: int = 400
-    seeds: tuple[int, ...] = (0, 1, 2)
-    batch: int = 64
-    dim: int = 48
-    layers: int = 3
-    heads: int = 3
+    seeds: tuple[int, ...] = (0, 1)
+    batch: int = 32
+    dim: int = 32
+    layers: int = 2
+    heads: int = 2
     patch: int = 2
 
 
@@ -93,7 +93,15 @@ PRESETS = {
                 context=256,
                 step_seconds=40,
             ),
-            images=ImagesPlan(seconds=400, max_steps=1500, seeds=(0, 1, 2, 3, 4)),
+            images=ImagesPlan(
+                seconds=400,
+                max_steps=1500,
+                seeds=(0, 1, 2, 3, 4),
+                batch=64,
+                dim=48,
+                layers=3,
+                heads=3,
+            ),
         ),
         Preset(
             name="gpu",
@@ -117,7 +125,7 @@ PRESETS = {
                 validation_bytes=1 << 20,
                 step_seconds=20,
             ),
-            images=ImagesPlan(seconds=30, max_steps=300),
+            images=ImagesPlan(seconds=30, seeds=(0, 1, 2), dim=64, layers=4, heads=2),
             needs_cuda=True,
         ),
     )

@@ -47,8 +47,7 @@ class _Heads:
 
     def weights(self, clean: Tensor) -> Tensor:
         """The softmax over the scores of the cleaned keys."""
-        z = (clean if self.q is None else self.q) @ clean.mT
-        z *= self.scale
+        z = ((clean if self.q is None else self.q) * self.scale) @ clean.mT
         if self.unseen is not None:
             z.masked_fill_(self.unseen, _NEVER)
         return torch.softmax(z, -1, out=z)
@@ -150,13 +149,12 @@ def backward(
             dv_own += dropped(weights, t, heads).mT @ dtotal
             dweights = dropped(dtotal @ heads.v.mT, t, heads)
             dscores = torch._softmax_backward_data(dweights, weights, -1, torch.float32)
-            dscores *= heads.scale
             if heads.q is None:
-                dclean = dscores @ clean
-                dclean += dscores.mT @ clean
+                dclean = torch.baddbmm(dscores @ clean, dscores.mT, clean)
             else:
-                dq_own += dscores @ clean
+                dq_own.add_(dscores @ clean, alpha=heads.scale)
                 dclean = dscores.mT @ heads.q
+            dclean *= heads.scale
             da = -du - dclean
             if dsparse_own is not None and t == num_iters - 1:
                 da += dsparse_own

@@ -14,9 +14,7 @@ def _tiles(rows: int, keys: int, width: int, num_warps: int, num_stages: int) ->
 def forward(dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool) -> Config:
     """Rows that attend, and keys that they pass over at a time."""
     if dtype == torch.float32:
-        return _tiles(
-            32, 16 if has_dropout or width > 32 else 32, width, 4 if width <= 32 else 8, 2
-        )
+        return _tiles(32, 16, width, 4 if width <= 32 else 8, 2)
     if not aligned:
         return _tiles(32, 32, width, 4 if width <= 32 else 8, 2)
     # A mask of dropout takes as many registers as the scores.
@@ -27,18 +25,13 @@ def forward(dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool) ->
 def backward(dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool) -> Config:
     """Tokens that are rows and keys at once, and tokens that they pass over at a time."""
     if dtype == torch.float32:
-        if width > 64:
-            return _tiles(16, 16, width, 4, 1)
-        return _tiles(
-            32, 16 if has_dropout and width > 32 else 32, width, 4 if width < 32 else 8, 1
-        )
-    if not aligned:
-        return _tiles(
-            32, 16 if has_dropout and width > 64 else 32, width, 4 if width <= 32 else 8, 1
-        )
-    if has_dropout:
-        return _tiles(32, 32, width, 4 if width <= 32 else 8, 1)
-    return _tiles(64, 32, width, 4 if width <= 16 else 8, 2)
+        if width > 64 or (has_dropout and width > 32):
+            return _tiles(16, 16, width, 8 if has_dropout else 4, 1)
+        return _tiles(32, 32, width, 4, 1) if width == 16 else _tiles(32, 16, width, 8, 1)
+    if not aligned or has_dropout:
+        keys = 16 if has_dropout and width > 64 else 32
+        return _tiles(32, keys, width, 4 if width <= 32 else 8, 1)
+    return _tiles(64, 32, width, 4 if width == 16 else 8, 1 if width > 64 else 2)
 
 
 def rows(width: int) -> Config:
