@@ -128,7 +128,7 @@ CASES = {
     "N37-d17": (37, 17, FLOAT, {"sparse": 0.0, "n": 3}),
     "N37-d44-q": (37, 44, BFLOAT, {"has_q": True, "n": 3}),
     "N37-d58-negative": (37, 58, HALF, {"scale": -0.2, "mask": True}),
-    "N37-d64-half": (37, 64, FLOAT, {"sparse": 0.5, "causal": True}),
+    "N37-d64-causal": (37, 64, HALF, {"sparse": 0.5, "causal": True}),
     "N37-d128-everything": (
         *(37, 128, FLOAT),
         {"causal": True, "mask": True, "has_q": True, "dropout_p": 0.2},
