@@ -48,8 +48,8 @@ def _make(
     """Elements of k stand clear of the threshold, a share of `sparse` of them above it.
 
     v is small, so that they stay there in the first three iterations: what a gradient does at the
-    threshold is a matter of rounding. With more than one iteration a row has a threshold of its own:
-    the direct terms of its gradient then cancel, and one number's error would be a matter of luck.
+    threshold is a matter of rounding. With more than one iteration each row has its threshold: the
+    direct terms of the gradient then cancel, and one number's error would be a matter of luck.
     """
     shape = (*heads, tokens, width)
 
@@ -128,7 +128,7 @@ CASES = {
     "N37-d17": (37, 17, FLOAT, {"sparse": 0.0, "n": 3}),
     "N37-d44-q": (37, 44, BFLOAT, {"has_q": True, "n": 3}),
     "N37-d58-negative": (37, 58, HALF, {"scale": -0.2, "mask": True}),
-    "N37-d64-dense": (37, 64, FLOAT, {"sparse": 0.95, "causal": True, "n": 3}),
+    "N37-d64-causal": (37, 64, HALF, {"sparse": 0.5, "causal": True}),
     "N37-d128-everything": (
         *(37, 128, FLOAT),
         {"causal": True, "mask": True, "has_q": True, "dropout_p": 0.2},
@@ -139,7 +139,7 @@ CASES = {
     "N197-d64-empty": (197, 64, BFLOAT, {"sparse": 0.0, "n": 3}),
     "N197-d64-dense": (197, 64, HALF, {"sparse": 0.95}),
     "N197-d128-causal-q": (197, 128, BFLOAT, {"causal": True, "has_q": True}),
-    "N600-d16": (600, 16, FLOAT, {"mask": True}),
+    "N600-d16": (600, 16, HALF, {"mask": True}),
     "N600-d58-causal": (600, 58, BFLOAT, {"causal": True}),
     "N600-d64-dropout": (600, 64, HALF, {"dropout_p": 0.1, "n": 1}),
     "N600-d128": (600, 128, BFLOAT, {"n": 1}),
