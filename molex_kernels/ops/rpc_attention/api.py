@@ -18,7 +18,7 @@ CAUSAL = (False, True, "prefix")
 MAX_WIDTH = 128  # of a head, in the kernels
 BLOCK_MEMORY = 157_056  # bytes that the largest block of the CUDA kernels needs on every device
 
-_IMPLEMENTATIONS = (CUDA, TRITON, CPU_ATEN, REFERENCE)
+_IMPLEMENTATIONS = (TRITON, CUDA, CPU_ATEN, REFERENCE)
 
 
 def rpc_attention(

@@ -176,7 +176,7 @@ OPINFOS = (
     OpInfo(
         name="rpc_attention",
         function=rpc_attention,
-        declared=(CUDA, TRITON, CPU_ATEN, REFERENCE),
+        declared=(TRITON, CUDA, CPU_ATEN, REFERENCE),
         make=_make_rpc,
         results=_results,
         differentiable=("k", "v", "q", "threshold"),
