@@ -17,7 +17,7 @@ BASELINES = ("published", "reference", "compiled", "library")
 MODES = ("forward", "step")
 
 # `triton` on a CPU would be Triton's interpreter, which is for tests.
-DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
+DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "sdpa": ("cpu", "cuda")}
 
 
 @dataclass(frozen=True)
