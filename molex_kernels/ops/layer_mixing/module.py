@@ -171,7 +171,7 @@ class LayerExpertStack(nn.Module):
             if stack.lora_a:
                 raise ValueError("lora_rank: expected 0 where the model has adapters")
             stack._new_adapters(lora_rank, lora_alpha / lora_rank, lora_dropout, lora_targets)
-        return stack
+        return stack.train(model.training)
 
     def forward(
         self,

@@ -1,0 +1,89 @@
+"""What the layer-mixing ops mean: bad indices, equal layers, ties, and no read of the index."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DEVICE
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import molex_kernels as mk
+
+IMPLS = ("triton",) if DEVICE.type == "cuda" else ("triton", "cpu")
+
+
+def normal(generator, *sizes):
+    return torch.randn(sizes, generator=generator).to(DEVICE)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_index_outside_is_clamped_and_reported_once(impl, generator):
+    x, weights = normal(generator, 2, 5, 4), normal(generator, 3, 6, 4)
+    mk.check_layer_index()
+    y = mk.layer_linear(x, weights, torch.tensor([-4, 9], device=DEVICE), impl=impl)
+    want = torch.stack([x[0] @ weights[0].T, x[1] @ weights[2].T])
+    torch.testing.assert_close(y, want)
+    with pytest.raises(ValueError, match=r"index: expected layers in \[0, L\)"):
+        mk.check_layer_index()
+    mk.check_layer_index()
+    mk.layer_linear(x, weights, torch.tensor([0, 2], device=DEVICE), impl=impl)
+    mk.check_layer_index()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_layers_with_other_strides_give_the_same(impl, generator):
+    x = normal(generator, 2, 5, 4)
+    weights = [normal(generator, 6, 4), normal(generator, 4, 6).T, normal(generator, 6, 4)]
+    index = torch.tensor([1, 2], device=DEVICE)
+    y = mk.layer_linear(x, weights, index, impl=impl)
+    torch.testing.assert_close(y, torch.stack([x[0] @ weights[1].T, x[1] @ weights[2].T]))
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_ties_go_to_the_lower_layer(impl):
+    logits = torch.eye(4, device=DEVICE)[[3, 1, 1, 3, 2]]
+    assert mk.layer_vote(logits, impl=impl).item() == 1
+    nothing = torch.zeros(5, dtype=torch.bool, device=DEVICE)
+    assert mk.layer_vote(logits, mask=nothing, impl=impl).item() == 0
+
+
+def test_the_index_is_never_read():
+    """A fake tensor has no values, so whatever read one would raise."""
+    with FakeTensorMode():
+        logits = torch.zeros(2, 5, 3, device=DEVICE)
+        j = mk.layer_vote(logits)
+        index = torch.stack((torch.zeros_like(j), j))
+        x = torch.zeros(2, 5, 4, device=DEVICE, requires_grad=True)
+        y = mk.layer_linear(x, torch.zeros(3, 6, 4, device=DEVICE), index)
+        mk.layer_mix(y, torch.zeros(2, device=DEVICE)).sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
+
+
+X, W, INDEX = torch.zeros(2, 5, 4), torch.zeros(3, 6, 4), torch.zeros(2, dtype=torch.int64)
+LORA = mk.LoRA(torch.zeros(3, 2, 4), torch.zeros(3, 6, 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: mk.layer_linear(X, W, INDEX.float()), TypeError, "index: expected dtype"),
+        (lambda: mk.layer_linear(X, W.half(), INDEX), TypeError, "weights: expected dtype"),
+        (lambda: mk.layer_linear(X, W, INDEX, lora=(W, W)), TypeError, "lora: expected a LoRA"),
+        (lambda: mk.layer_linear(X, W, INDEX[:1]), ValueError, "index: expected shape"),
+        (lambda: mk.layer_linear(X, [W[0], W[0, :5]], INDEX), ValueError, r"weights\[1\]: expect"),
+        (
+            lambda: mk.layer_linear(X, W, INDEX, lora=LORA._replace(b=torch.zeros(3, 6, 3))),
+            ValueError,
+            r"lora\.b: expected shape",
+        ),
+        (lambda: mk.layer_linear(X, W, INDEX, biases=X[0]), ValueError, "biases: expected shape"),
+        (lambda: mk.layer_mix(X, torch.zeros(3)), ValueError, "coeff: expected shape"),
+        (lambda: mk.layer_mix(X), ValueError, "coeff: expected either coeff or logits"),
+        (lambda: mk.layer_vote(X, mode="max"), ValueError, "mode: expected one of"),
+        (lambda: mk.layer_vote(X, mask=X[..., 0]), TypeError, "mask: expected dtype"),
+    ],
+)
+def test_bad_input_names_the_argument(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
