@@ -75,7 +75,7 @@ PRESETS = {
             compile_seconds=60,
             case_seconds=1.0,
             text=TextPlan(seconds=90, max_steps=600, step_seconds=10),
-            images=ImagesPlan(seconds=36),
+            images=ImagesPlan(seconds=30),
         ),
         Preset(
             name="full",
