@@ -16,18 +16,22 @@ LAYERS, WIDTH = 3, 16
 
 
 def _model(kind, generator):
+    sizes = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
     if kind == "gpt2":
         config = transformers.GPT2Config(n_embd=WIDTH, n_layer=LAYERS, n_head=2, vocab_size=20)
         model = transformers.GPT2Model(config)
+    elif kind == "bert":
+        model = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=20))
+    elif kind == "roberta":
+        model = transformers.RobertaModel(transformers.RobertaConfig(**sizes, vocab_size=20))
     else:
-        config = transformers.BertConfig(
-            hidden_size=WIDTH,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=2,
-            intermediate_size=24,
-            vocab_size=20,
-        )
-        model = transformers.BertModel(config)
+        config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4)
+        model = transformers.ViTModel(config)
     model = model.to(DEVICE, torch.float64).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -37,37 +41,54 @@ def _model(kind, generator):
 
 
 def _layers(model):
-    return model.h if hasattr(model, "h") else model.encoder.layer
+    lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    return next(layers for layers in lists if len(layers) == LAYERS)
 
 
-def _run(layer, z):
-    if not hasattr(layer, "ln_1"):
-        return layer(z)
+def _run(layer, z, there=None):
+    """One of transformers' layers; `there` [B, N]: which tokens are keys."""
     length = z.shape[1]
-    mask = torch.full((length, length), -torch.inf, dtype=z.dtype, device=z.device).triu(1)
-    return layer(z, None, mask.expand(z.shape[0], 1, -1, -1))
+    mask = torch.zeros(z.shape[0], 1, length, length, dtype=z.dtype, device=z.device)
+    if there is not None:
+        mask = mask.masked_fill(~there[:, None, None], -torch.inf)
+    if hasattr(layer, "ln_1"):
+        later = torch.ones(length, length, dtype=torch.bool, device=z.device).triu(1)
+        return layer(z, None, mask.masked_fill(later, -torch.inf))
+    return layer(z) if there is None else layer(z, mask)
 
 
-def _published(layers, gates, mixing, z, limit, vote):
+def _published(layers, gates, mixing, z, options, there=None):
     """Two whole blocks in sequence, the choice read by the host."""
     balance = 0.0
     chosen = []
+    forward = options.get("forward_only", False)
+    votes = there if not options.get("published") else None
+    votes = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if votes is None else votes
     for t, layer in enumerate(layers):
-        if t >= limit:
-            z = _run(layer, z)
+        if t >= options.get("layers_to_use", LAYERS) or (forward and t == LAYERS - 1):
+            z = _run(layer, z, there)
             chosen.append(t)
             continue
-        logits = gates[t if len(gates) > 1 else 0](z)
-        scores = torch.softmax(logits, -1)
-        if vote == "mode":
-            j = torch.mode(logits.argmax(-1).flatten()).values.item()
-        elif vote == "mean_softmax":
-            j = scores.mean((0, 1)).argmax().item()
-        else:
-            j = torch.sigmoid(logits).mean((0, 1)).argmax().item()
-        balance = balance + LAYERS * scores.mean((0, 1))[j]
         c = mixing(t)
-        z = c[0] * _run(layer, z) + c[1] * _run(layers[j], z)
+        if forward and t == LAYERS - 2:
+            j = t + 1
+        else:
+            logits = gates[t if len(gates) > 1 else 0](z)[votes]
+            scores = torch.softmax(logits, -1)
+            vote = options.get("vote", "mode")
+            if vote == "mode":
+                j = torch.mode(logits.argmax(-1)).values.item()
+            elif vote == "mean_softmax":
+                j = scores.mean(0).argmax().item()
+            else:
+                j = torch.sigmoid(logits).mean(0).argmax().item()
+            chance = scores.mean(0)[j]
+            balance = balance + logits.shape[1] * chance
+            if options.get("straight_through"):
+                c = (c[0], c[1] * (1 + chance - chance.detach()))
+            if forward and not options.get("published"):
+                j += t
+        z = c[0] * _run(layer, z, there) + c[1] * _run(layers[j], z, there)
         chosen.append(j)
     return z, balance, chosen
 
@@ -76,7 +97,7 @@ def _close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "roberta", "vit"])
 def test_a_single_branch_is_the_model_itself(kind, generator):
     model = _model(kind, generator)
     z = torch.randn(2, 7, WIDTH, generator=generator, dtype=torch.float64).to(DEVICE)
@@ -89,7 +110,7 @@ def test_a_single_branch_is_the_model_itself(kind, generator):
     assert got.chosen.tolist() == list(range(LAYERS))
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "roberta", "vit"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -98,28 +119,38 @@ def test_a_single_branch_is_the_model_itself(kind, generator):
         {"vote": "mean_sigmoid", "individual_gates": True, "mixing": (0.5, 0.5)},
         {"learn_mixing": True},
         {"learn_mixing": True, "individual_mixing": True, "individual_gates": True},
+        {"learn_mixing": True, "published": True},
+        {"cosine_dim": 5},
+        {"cosine_dim": 5, "published": True, "individual_gates": True},
+        {"forward_only": True, "individual_gates": True},
+        {"forward_only": True, "individual_gates": True, "published": True},
+        {"straight_through": True},
     ],
     ids=lambda o: "-".join(map(str, o)) or "default",
 )
-def test_agrees_with_two_blocks_in_sequence(kind, options, generator):
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_agrees_with_two_blocks_in_sequence(kind, options, masked, generator):
+    if masked and kind == "vit":
+        pytest.skip("images have no padding")
     model = _model(kind, generator)
     plain = copy.deepcopy(model)
     stack = mk.LayerExpertStack.from_transformers(model, freeze=False, **options)
     z = torch.randn(2, 7, WIDTH, generator=generator, dtype=torch.float64).to(DEVICE)
     ours, theirs = z.clone().requires_grad_(), z.clone().requires_grad_()
+    there = None
+    if masked:
+        there = torch.ones(z.shape[:2], dtype=torch.bool, device=DEVICE)
+        there[0, 4:] = False
     gates = copy.deepcopy(stack.gates)
+    raw = options.get("published") and kind == "gpt2"
     start = stack.mixing.detach().clone().requires_grad_(options.get("learn_mixing", False))
 
     def mixing(t):
         row = start[t if start.shape[0] > 1 else 0]
-        return torch.softmax(row, 0) if start.requires_grad else row
+        return torch.softmax(row, 0) if start.requires_grad and not raw else row
 
-    want, balance, chosen = _published(
-        *(_layers(plain), gates, mixing, theirs),
-        options.get("layers_to_use", LAYERS),
-        options.get("vote", "mode"),
-    )
-    got = stack(ours)
+    want, balance, chosen = _published(_layers(plain), gates, mixing, theirs, options, there)
+    got = stack(ours, there)
     _close(got.hidden, want)
     _close(got.balance_loss, balance)
     assert got.chosen.tolist() == chosen
@@ -129,7 +160,9 @@ def test_agrees_with_two_blocks_in_sequence(kind, options, generator):
     ((want * upstream).sum() + balance).backward()
     _close(ours.grad, theirs.grad)
     for one, other in zip(stack.gates.parameters(), gates.parameters(), strict=True):
-        _close(one.grad, other.grad)
+        assert (one.grad is None) == (other.grad is None)
+        if one.grad is not None:
+            _close(one.grad, other.grad)
     if start.requires_grad:
         _close(stack.mixing.grad, start.grad)
     kind_of = stack.facts.layout
@@ -152,3 +185,90 @@ def test_the_model_shares_the_stack_and_a_cache_is_refused(generator):
     assert query.weight.data_ptr() == stack.weights["q"][1].data_ptr()
     with pytest.raises(NotImplementedError, match="cache: expected None"):
         stack(torch.zeros(1, 2, WIDTH, dtype=torch.float64, device=DEVICE), cache=object())
+
+
+def test_a_cosine_gate_is_the_cosine_with_learned_directions(generator):
+    stack = mk.LayerExpertStack.from_transformers(_model("bert", generator), cosine_dim=5)
+    (gate,) = stack.gates
+    z = torch.randn(2, 7, WIDTH, generator=generator, dtype=torch.float64).to(DEVICE)
+    p = z @ gate.projection.weight.T + gate.projection.bias
+    cosines = torch.cosine_similarity(p[..., None], gate.directions, dim=2)
+    _close(gate(z), 2 * cosines)
+    published = mk.LayerExpertStack.from_transformers(
+        _model("bert", generator), cosine_dim=5, published=True
+    )
+    published.gates.load_state_dict(stack.gates.state_dict())
+    over = p / p.norm(dim=1, keepdim=True)
+    directions = gate.directions / gate.directions.norm(dim=0)
+    _close(published.gates[0](z), 2 * over @ directions)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_adapters_of_peft_are_taken_over(kind, generator):
+    peft = pytest.importorskip("peft", exc_type=ImportError)
+    targets = ["c_attn"] if kind == "gpt2" else ["query", "value"]
+    config = peft.LoraConfig(
+        r=2, lora_alpha=6, target_modules=targets, fan_in_fan_out=kind == "gpt2"
+    )
+    model = peft.get_peft_model(_model(kind, generator), config).to(torch.float64).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(0.3 * drawn)
+    plain = copy.deepcopy(model)
+    stack = mk.LayerExpertStack.from_transformers(model)
+    z = torch.randn(2, 7, WIDTH, generator=generator, dtype=torch.float64).to(DEVICE)
+    mixing = stack.mixing.detach()[0]
+    gates = copy.deepcopy(stack.gates)
+    want, _, chosen = _published(_layers(plain), gates, lambda t: mixing, z, {})
+    got = stack(z)
+    _close(got.hidden, want)
+    assert got.chosen.tolist() == chosen
+    upstream = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(DEVICE)
+    (got.hidden * upstream).sum().backward()
+    (want * upstream).sum().backward()
+    for name, a in stack.lora_a.items():
+        path = stack.facts.layout.linears[name]
+        for t, layer in enumerate(_layers(plain)):
+            part = layer.get_submodule(path)
+            _close(a.grad[t], part.lora_A["default"].weight.grad)
+            _close(stack.lora_b[name].grad[t], part.lora_B["default"].weight.grad)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_new_adapters_add_their_product_to_the_weights(kind, generator):
+    model = _model(kind, generator)
+    plain = copy.deepcopy(model)
+    options = {"lora_rank": 3, "lora_alpha": 6.0, "lora_targets": ("q", "v", "up")}
+    stack = mk.LayerExpertStack.from_transformers(model, **options)
+    assert not any(parameter.requires_grad for parameter in stack.weights.values())
+    layout = stack.facts.layout
+    with torch.no_grad():
+        for name, b in stack.lora_b.items():
+            b.copy_(torch.randn(b.shape, generator=generator, dtype=torch.float64))
+            moved = 2.0 * b @ stack.lora_a[name]
+            for t, layer in enumerate(_layers(plain)):
+                fused = name not in layout.linears
+                weight = layer.get_submodule(layout.linears["qkv" if fused else name]).weight
+                rows = weight.T if layout.transposed else weight
+                start = {"q": 0, "v": 2 * WIDTH}[name] if fused else 0
+                rows[start : start + moved.shape[1]] += moved[t]
+    z = torch.randn(2, 7, WIDTH, generator=generator, dtype=torch.float64).to(DEVICE)
+    mixing = stack.mixing.detach()[0]
+    want, _, _ = _published(_layers(plain), copy.deepcopy(stack.gates), lambda t: mixing, z, {})
+    _close(stack(z).hidden, want)
+
+
+def test_dropout_on_adapters_is_drawn_for_each_branch(generator):
+    options = {"lora_rank": 2, "lora_dropout": 0.5, "layers_to_use": 0}
+    stack = mk.LayerExpertStack.from_transformers(_model("bert", generator), **options)
+    with torch.no_grad():
+        for b in stack.lora_b.values():
+            b.fill_(0.5)
+    z = torch.randn(2, 7, WIDTH, generator=generator, dtype=torch.float64).to(DEVICE)
+    assert torch.equal(stack(z).hidden, stack(z).hidden)
+    stack.train()
+    for name in ("hidden_dropout", "attention_dropout"):
+        object.__setattr__(stack.facts, name, 0.0)
+    assert not torch.equal(stack(z).hidden, stack(z).hidden)

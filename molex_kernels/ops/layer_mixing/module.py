@@ -325,7 +325,7 @@ class LayerExpertStack(nn.Module):
         weight, bias = self._weight_of(name)
         weight = self._slice(weight, name)
         bias = None if bias is None else self._slice(bias, name)
-        key = name if name in self.lora_a else "qkv"
+        key = "qkv" if name in _THIRDS and name not in self.lora_a else name
         if key not in self.lora_a:
             return layer_linear(x, weight, index, biases=bias, shared=shared, impl=self.impl)
         scaling, p = self.lora_scaling[key], self.lora_dropout[key]
