@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: the ops, the training runs on text and images, the report.
+"""`python -m benchmarks`: the ops, the training runs on text and images, the fine-tune, the report.
 
 Returns non-zero if a result of ours was wrong or anything failed; the report is written in any
 case.
@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import environment, presets, report, results, terminal
 
-PARTS = ("ops", "text", "images")
+PARTS = ("ops", "text", "images", "finetune")
 
 
 def main() -> int:
@@ -49,7 +49,7 @@ def main() -> int:
         files = {part: Path(folder) / f"{part}.json" for part in PARTS}
         if options.only in (None, "ops") and _ops(chosen, files["ops"], options.select):
             failed.append("ops")
-        for part in ("text", "images"):
+        for part in PARTS[1:]:
             if options.only in (None, part) and _trained(part, chosen, files[part]):
                 failed.append(part)
         found = results.collect(*files.values())

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import results
-from benchmarks.end_to_end import images
+from benchmarks.end_to_end import finetune, images
 from benchmarks.end_to_end.verdict import verdict
 from benchmarks.formats import percent, rate, ratio, seconds
 from benchmarks.results import Results, Row
@@ -30,6 +30,8 @@ def report(found: Results, plots: list[str]) -> str:
         lines += _text(found["text"], plots)
     if found["images"]:
         lines += _images(found["images"], plots)
+    if found["finetune"]:
+        lines += _finetune(found["finetune"])
     return "\n".join(lines) + "\n"
 
 
@@ -222,6 +224,24 @@ def _images(found: dict[str, Any], plots: list[str]) -> Iterator[str]:
     if "images.png" in plots:
         yield "![Accuracy by attention](images.png)"
         yield ""
+
+
+def _finetune(found: dict[str, Any]) -> Iterator[str]:
+    plan = found["plan"]
+    yield "## Fine-tuning a pretrained encoder"
+    yield ""
+    yield (
+        "all-MiniLM-L6-v2, a six-layer BERT of width 384, learns which package of the Python "
+        f"standard library a docstring comes from ({', '.join(found['packages'])}): "
+        f"{found['train']} to train on, {found['test']} held out, {found['steps']} steps of "
+        f"{plan['batch']} x {plan['length']} tokens. Trained are adapters of rank "
+        f"{plan['rank']} on queries and values, the head and, with MoLEx, the gate; the mixture is fixed at "
+        f"{plan['mixing'][0]} and {plan['mixing'][1]}."
+    )
+    yield ""
+    for line in finetune.verdict(found):
+        yield f"- {line}"
+    yield ""
 
 
 def _cells(values: list[str]) -> str:

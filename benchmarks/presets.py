@@ -43,6 +43,21 @@ class ImagesPlan:
 
 
 @dataclass(frozen=True)
+class FinetunePlan:
+    """The fine-tune. `seconds` bounds the training of both variants and all seeds."""
+
+    seconds: float
+    max_steps: int = 300
+    seeds: tuple[int, ...] = (0,)
+    batch: int = 16
+    length: int = 32
+    packages: int = 6
+    per_package: int = 100
+    rank: int = 8
+    mixing: tuple[float, float] = (0.95, 0.05)
+
+
+@dataclass(frozen=True)
 class Preset:
     """One choice of cases and limits. All limits are in seconds of wall-clock time.
 
@@ -60,6 +75,7 @@ class Preset:
     case_seconds: float
     text: TextPlan
     images: ImagesPlan
+    finetune: FinetunePlan
     needs_cuda: bool = False
 
 
@@ -76,6 +92,7 @@ PRESETS = {
             case_seconds=1.0,
             text=TextPlan(seconds=90, max_steps=600, step_seconds=10),
             images=ImagesPlan(seconds=30),
+            finetune=FinetunePlan(seconds=30),
         ),
         Preset(
             name="full",
@@ -102,6 +119,7 @@ PRESETS = {
                 layers=3,
                 heads=3,
             ),
+            finetune=FinetunePlan(seconds=400, seeds=(0, 1, 2), length=64, per_package=400),
         ),
         Preset(
             name="gpu",
@@ -126,6 +144,7 @@ PRESETS = {
                 step_seconds=20,
             ),
             images=ImagesPlan(seconds=30, seeds=(0, 1, 2), dim=64, layers=4, heads=2),
+            finetune=FinetunePlan(seconds=30, seeds=(0, 1), length=128, per_package=400),
             needs_cuda=True,
         ),
     )

@@ -1,7 +1,7 @@
 """Writes the report folder and prints the summary table.
 
-`python -m benchmarks.report --ops pytest.json --text text.json --images images.json --out FOLDER`
-joins existing files.
+`python -m benchmarks.report --ops pytest.json --text text.json --images images.json
+--finetune finetune.json --out FOLDER` joins existing files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import environment, markdown, plots, results, terminal
-from benchmarks.end_to_end import images
+from benchmarks.end_to_end import finetune, images
 from benchmarks.end_to_end.verdict import verdict
 from benchmarks.formats import percent, ratio, seconds
 from benchmarks.results import Results
@@ -74,6 +74,9 @@ def show(found: Results, console: Console) -> None:
     if found["images"]:
         for line in images.verdict(found["images"]):
             console.print(f"images, {line}")
+    if found["finetune"]:
+        for line in finetune.verdict(found["finetune"]):
+            console.print(f"finetune, {line}")
 
 
 def _summary(found: Results, op: str, mode: str, shape: str, names: list[str]) -> list[str]:
@@ -110,11 +113,12 @@ def main() -> None:
     parser.add_argument("--ops", type=Path, help="pytest-benchmark's JSON")
     parser.add_argument("--text", type=Path, help="the text run's JSON")
     parser.add_argument("--images", type=Path, help="the images run's JSON")
+    parser.add_argument("--finetune", type=Path, help="the fine-tune's JSON")
     parser.add_argument("--out", type=Path, help="the report folder")
     options = parser.parse_args()
-    found = results.collect(options.ops, options.text, options.images)
+    found = results.collect(options.ops, options.text, options.images, options.finetune)
     if not found["environment"]:
-        parser.error("give --ops, --text or --images, an existing file")
+        parser.error("give --ops, --text, --images or --finetune, an existing file")
     console = terminal.console()
     show(found, console)
     console.print(f"report: {write(found, options.out) / 'report.md'}")

@@ -19,10 +19,12 @@ Row = dict[str, Any]
 Results = dict[str, Any]
 
 
-def collect(ops: Path | None, text: Path | None, images: Path | None) -> Results:
+def collect(
+    ops: Path | None, text: Path | None, images: Path | None, finetune: Path | None
+) -> Results:
     """One dictionary: environment, preset, ceilings, rows, and each training run or None."""
     results: Results = {"preset": None, "environment": {}, "ceilings": {}, "rows": []}
-    for part, path in (("text", text), ("images", images)):
+    for part, path in (("text", text), ("images", images), ("finetune", finetune)):
         results[part] = json.loads(path.read_text()) if path and path.exists() else None
         if results[part]:
             results["environment"] = results[part]["environment"]
