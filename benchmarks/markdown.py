@@ -235,8 +235,8 @@ def _finetune(found: dict[str, Any]) -> Iterator[str]:
         f"standard library a docstring comes from ({', '.join(found['packages'])}): "
         f"{found['train']} to train on, {found['test']} held out, {found['steps']} steps of "
         f"{plan['batch']} x {plan['length']} tokens. Trained are adapters of rank "
-        f"{plan['rank']} on queries and values, the head and, with MoLEx, the gate; the mixture is fixed at "
-        f"{plan['mixing'][0]} and {plan['mixing'][1]}."
+        f"{plan['rank']} on queries and values, the head and, with MoLEx, the gate; the mixture "
+        f"is fixed at {plan['mixing'][0]} and {plan['mixing'][1]}."
     )
     yield ""
     for line in finetune.verdict(found):
