@@ -141,13 +141,13 @@ def backward(
         """Back through one iteration's attention, in one role or in both."""
         last = iteration == num_iters
         drops = last and seed is not None
-        tiles = config.backward(k.dtype, _padded(width), _aligned(k, v, q), drops)
+        tiles = config.backward(k.dtype, _padded(width), _aligned(k, v, q), drops, sums)
         _rpc_bwd_attention[(triton.cdiv(tokens, tiles.blocks["BLOCK_I"]), batch * heads)](
             clean,
             *_strided(v),
             *_strided(q),
             *(dlow, inner, stats[iteration - 1]),
-            *(dclean, dv_sum, dq_sum),
+            *((None, None, None) if sums else (dclean, dv_sum, dq_sum)),
             mask,
             seed if drops else None,
             *sizes,
