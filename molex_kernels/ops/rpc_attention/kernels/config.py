@@ -22,19 +22,21 @@ def forward(dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool) ->
     return _tiles(64, keys, width, 4, 2) if width <= 64 else _tiles(64, keys, width, 8, 1)
 
 
-def backward(
-    dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool, is_sum: bool
-) -> Config:
+def backward(dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool) -> Config:
     """Tokens that are rows and keys at once, and tokens that they pass over at a time."""
     if dtype == torch.float32:
         if width > 32:
-            # Fewer warps hold the wide products, more of them the sums and the masks.
-            return _tiles(16, 16, width, 8 if width <= 64 or has_dropout or is_sum else 4, 1)
+            return _tiles(16, 16, width, 8, 1)
         return _tiles(32, 32, width, 4, 1) if width == 16 else _tiles(32, 16, width, 8, 1)
     if not aligned or has_dropout:
         keys = 16 if has_dropout and width > 64 else 32
         return _tiles(32, keys, width, 4 if width <= 32 else 8, 1)
     return _tiles(64, 32, width, 4 if width == 16 else 8, 1 if width > 64 else 2)
+
+
+def one_role(dtype: torch.dtype, width: int) -> bool:
+    """Whether the registers of a backward pass hold one role of the tokens at a time."""
+    return dtype == torch.float32 and width > 64
 
 
 def rows(width: int) -> Config:
