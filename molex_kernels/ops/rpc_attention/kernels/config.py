@@ -25,13 +25,18 @@ def forward(dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool) ->
 def backward(dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool) -> Config:
     """Tokens that are rows and keys at once, and tokens that they pass over at a time."""
     if dtype == torch.float32:
-        if width > 64 or (has_dropout and width > 32):
+        if width > 32:
             return _tiles(16, 16, width, 8, 1)
         return _tiles(32, 32, width, 4, 1) if width == 16 else _tiles(32, 16, width, 8, 1)
     if not aligned or has_dropout:
         keys = 16 if has_dropout and width > 64 else 32
         return _tiles(32, keys, width, 4 if width <= 32 else 8, 1)
     return _tiles(64, 32, width, 4 if width == 16 else 8, 1 if width > 64 else 2)
+
+
+def one_role(dtype: torch.dtype, width: int) -> bool:
+    """Whether the registers of a backward pass hold one role of the tokens at a time."""
+    return dtype == torch.float32 and width > 64
 
 
 def rows(width: int) -> Config:

@@ -106,7 +106,9 @@ def backward(
     wide: Any = {"dtype": torch.float32}
     clean, dlow, dk = (k.new_empty(k.shape) for _ in range(3))
     dclean, dk_sum, du, dv_sum = (k.new_empty(k.shape, **wide) for _ in range(4))
-    dq_sum = None if q is None else k.new_empty(k.shape, **wide)
+    # What attends, where that is a launch of its own: q, or the cleaned keys once more.
+    other = clean if q is None and config.one_role(k.dtype, _padded(width)) else q
+    dq_sum = None if other is None else k.new_empty(k.shape, **wide)
     inner, dbound = (k.new_empty(k.shape[:3], **wide) for _ in range(2))
     bound = threshold.contiguous()
     mask = None if key_mask is None else key_mask.contiguous()
@@ -145,19 +147,19 @@ def backward(
         _rpc_bwd_attention[(triton.cdiv(tokens, tiles.blocks["BLOCK_I"]), batch * heads)](
             clean,
             *_strided(v),
-            *_strided(q),
+            *_strided(other),
             *(dlow, inner, stats[iteration - 1]),
-            *(dclean, dv_sum, dq_sum),
+            *((None, None, None) if sums else (dclean, dv_sum, dq_sum)),
             mask,
             seed if drops else None,
             *sizes,
             *_scales(scale, dropout_p),
-            IS_LAST=last,
+            IS_LAST=last or (as_rows and not as_keys and q is None),
             IS_CAUSAL=is_causal,
             IS_SUM=sums,
             AS_ROWS=as_rows,
             AS_KEYS=as_keys,
-            HAS_Q=q is not None,
+            HAS_Q=other is not None,
             HAS_MASK=mask is not None,
             HAS_DROPOUT=drops,
             PRECISION=dot_precision(k.dtype),
@@ -169,11 +171,13 @@ def backward(
         if k.dtype == torch.float32:
             # Of peaked weights, fp32's precision is lost if this sum comes from L.
             attention(iteration, as_rows=True, sums=True)
-        if q is None:
+        if other is None:
             attention(iteration, as_rows=True, as_keys=True)
         else:
             attention(iteration, as_rows=True)
             attention(iteration, as_keys=True)
+            if q is None:
+                dclean += dq_sum
         rows(iteration - 1)
     dthreshold = threshold.new_empty(0)
     if needs[3]:
