@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from benchmarks import environment, presets, terminal
@@ -146,14 +145,7 @@ def run(plan: FinetunePlan, device: torch.device, console: Console) -> dict[str,
         f"{len(data.test)} held out, {steps} steps"
     )
     runs: list[dict[str, Any]] = []
-    with Progress(
-        TextColumn("[bold]finetune"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-        console=console,
-    ) as bar:
+    with terminal.training_bar("finetune", console) as bar:
         task = bar.add_task("", total=steps * len(plan.seeds))
         for seed in plan.seeds:
             trainers = {name: Trainer(plan, name, classes, seed, device) for name in LABELS}

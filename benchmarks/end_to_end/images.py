@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from benchmarks import environment, presets, terminal
@@ -83,14 +82,7 @@ def run(plan: ImagesPlan, device: torch.device, console: Console) -> dict[str, A
         f"images: {len(data.train)} digits to train on, {len(data.test)} held out, {steps} steps"
     )
     runs: list[dict[str, Any]] = []
-    with Progress(
-        TextColumn("[bold]images"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-        console=console,
-    ) as bar:
+    with terminal.training_bar("images", console) as bar:
         task = bar.add_task("", total=steps * len(plan.seeds))
         for seed in plan.seeds:
             trainers = {

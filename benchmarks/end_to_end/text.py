@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import environment, presets, terminal
 from benchmarks.end_to_end import data
@@ -39,14 +38,7 @@ def run(plan: TextPlan, device: torch.device, console: Console) -> dict[str, Any
     )
     steps = affordable_steps(plan, text, device)
     runs: list[Run] = []
-    with Progress(
-        TextColumn("[bold]text"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-        console=console,
-    ) as bar:
+    with terminal.training_bar("text", console) as bar:
         task = bar.add_task("", total=steps * len(plan.seeds))
         for number, seed in enumerate(plan.seeds):
 

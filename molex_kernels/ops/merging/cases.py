@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from molex_kernels._dispatch import CPU, REFERENCE, TRITON
-from molex_kernels._opinfo import Case, Cost, Inputs, OpInfo
+from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo
 from molex_kernels.ops.merging.api import camex_deltas, camex_linear, camex_merge
 from molex_kernels.ops.merging.baselines import (
     published_camex_deltas,
@@ -55,17 +55,8 @@ def _linear(
     )
 
 
-class _Draw:
-    """Random tensors whose values the dtype holds exactly, drawn alike for every dtype."""
-
-    def __init__(
-        self, dtype: torch.dtype, device: torch.device, generator: torch.Generator
-    ) -> None:
-        self.dtype, self.device, self.generator = dtype, device, generator
-
-    def normal(self, *sizes: int, scale: float = 1.0) -> Tensor:
-        drawn = torch.randn(sizes, generator=self.generator, device=self.generator.device)
-        return (drawn * scale).to(self.device, self.dtype)
+class _Draw(Draw):
+    """Draws factors and weights as well."""
 
     def factor(self, rank: int, num_experts: int, size: int) -> Tensor:
         """Near the identity, as in training."""

@@ -203,7 +203,9 @@ def _linear(
     num_tokens, num_columns = out.shape[1:]
     rank = 0 if a is None else a.tensor.shape[-2]
     groups = [g for g in (weight, a, b) if g is not None]
-    is_aligned = _aligned(x, out, *(g.tensor for g in groups)) and all(g.is_aligned for g in groups)
+    is_aligned = _tuning.aligned(x, out, *(g.tensor for g in groups)) and all(
+        g.is_aligned for g in groups
+    )
 
     def launch(chosen: _tuning.Config) -> None:
         tiles = triton.cdiv(num_tokens, chosen.blocks["BLOCK_T"])
@@ -258,7 +260,7 @@ def _wgrad(left: Tensor, right: Tensor, index: Tensor, out: Tensor, scaling: flo
             **chosen.launch_options(),
         )
 
-    is_aligned = _aligned(left, right, out)
+    is_aligned = _tuning.aligned(left, right, out)
     pinned, candidates = config.wgrad(left.dtype, is_aligned)
     key = (left.dtype, tuple(out.shape), is_aligned)
     chosen = _tuning.choose(
@@ -318,16 +320,6 @@ def _of_layers(group: Group | None, dims: int) -> tuple[Any, ...]:
 def _tiles(tokens: int, features: int, chosen: _tuning.Config) -> int:
     tiles = triton.cdiv(tokens, chosen.blocks["BLOCK_T"])
     return tiles * triton.cdiv(features, chosen.blocks["BLOCK_D"])
-
-
-def _aligned(*tensors: Tensor) -> bool:
-    """Whether rows move 16 elements at a time: one unit stride, the others multiples of 16."""
-    return all(
-        t.data_ptr() % 16 == 0
-        and sorted(t.stride())[0] <= 1
-        and all(stride % 16 == 0 for stride in t.stride() if stride != 1)
-        for t in tensors
-    )
 
 
 def _with_strides(x: Tensor | None, dims: int) -> tuple[Any, ...]:
