@@ -5,7 +5,8 @@
 // (row + 8, column), (row + 8, column + 1).
 //
 // fp16 and bf16 use m16n8k16. fp32 uses m16n8k8 three times: x = high + low, each of TF32's 11 bits,
-// and high high + high low + low high keeps about 22 bits of a product.
+// and high high + high low + low high keeps about 22 bits of a product. Tensor cores cut sums off where
+// fp32 rounds them: a long sum would drift, so each of 8 products is added by an fp32 addition.
 
 #pragma once
 
@@ -111,9 +112,11 @@ struct Fragments<float> {
   }
 
   MOLEX_DEVICE static void multiply(float (&c)[4], const Left& a, const Right& b, int half) {
-    device::mma_tf32(c, a.low, b.high[half]);
-    device::mma_tf32(c, a.high, b.low[half]);
-    device::mma_tf32(c, a.high, b.high[half]);
+    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    device::mma_tf32(part, a.low, b.high[half]);
+    device::mma_tf32(part, a.high, b.low[half]);
+    device::mma_tf32(part, a.high, b.high[half]);
+    MOLEX_UNROLL for (int i = 0; i < 4; ++i) c[i] += part[i];
   }
 
  private:
@@ -151,20 +154,49 @@ MOLEX_DEVICE void multiply_rows(float (&c)[M][N][4], const E* a, const E* b) {
   }
 }
 
-// c += p b: p an accumulator of 8 K columns, b of 8 K rows and 8 N columns in shared memory.
+// c += p b: p an accumulator of 8 K columns, b of 8 K rows and 8 N columns in shared memory. In fp32 the
+// product is summed before it is added: c is a sum of many.
 template <class E, int M, int N, int K>
 MOLEX_DEVICE void multiply_columns(float (&c)[M][N][4], const float (&p)[M][K][4], const E* b) {
   using F = Fragments<E>;
-  constexpr int kLength = kPitch<8 * N>;
-  MOLEX_UNROLL for (int step = 0; step < 8 * K / F::kDepth; ++step) {
-    typename F::Left left[M];
-    MOLEX_UNROLL for (int m = 0; m < M; ++m) F::convert(left[m], p[m], step);
+  constexpr int kLength = kPitch<8 * N>, kSteps = 8 * K / F::kDepth;
+  const auto load = [&](int step, int n) {
+    typename F::Right right;
+    F::load_columns(right, b + F::kDepth * step * kLength + 8 * n, kLength);
+    return right;
+  };
+  if constexpr (sizeof(E) == 2) {
+    MOLEX_UNROLL for (int step = 0; step < kSteps; ++step) {
+      typename F::Left left[M];
+      MOLEX_UNROLL for (int m = 0; m < M; ++m) F::convert(left[m], p[m], step);
+      MOLEX_UNROLL for (int n = 0; n < N; n += 2) {
+        const typename F::Right right = load(step, n);
+        MOLEX_UNROLL for (int m = 0; m < M; ++m) {
+          F::multiply(c[m][n], left[m], right, 0);
+          F::multiply(c[m][n + 1], left[m], right, 1);
+        }
+      }
+    }
+  } else {
+    typename F::Left left[M][kSteps];
+    MOLEX_UNROLL for (int m = 0; m < M; ++m) {
+      MOLEX_UNROLL for (int step = 0; step < kSteps; ++step) F::convert(left[m][step], p[m], step);
+    }
     MOLEX_UNROLL for (int n = 0; n < N; n += 2) {
-      typename F::Right right;
-      F::load_columns(right, b + F::kDepth * step * kLength + 8 * n, kLength);
+      float sum[M][2][4];
+      clear(sum);
+      MOLEX_UNROLL for (int step = 0; step < kSteps; ++step) {
+        const typename F::Right right = load(step, n);
+        MOLEX_UNROLL for (int m = 0; m < M; ++m) {
+          F::multiply(sum[m][0], left[m][step], right, 0);
+          F::multiply(sum[m][1], left[m][step], right, 1);
+        }
+      }
       MOLEX_UNROLL for (int m = 0; m < M; ++m) {
-        F::multiply(c[m][n], left[m], right, 0);
-        F::multiply(c[m][n + 1], left[m], right, 1);
+        MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
+          c[m][n][e] += sum[m][0][e];
+          c[m][n + 1][e] += sum[m][1][e];
+        }
       }
     }
   }

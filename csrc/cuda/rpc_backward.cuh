@@ -6,6 +6,9 @@
 //   gK~_j = scale sum_i (dZ_ji + dZ_ij) K~_i ,   gV_j += sum_i P_ij G_i ,   G = gL - gu
 // and the recurrences of the dual and the threshold follow for the same rows in the epilogue.
 //
+// dZ_ji = P_ji (dP_ji - D_j), dP = G V^T, where D_j is <G_j, L_j>. Of peaked attention the difference is
+// small, so in fp32 a launch before takes D_j = sum_i P_ji dP_ji from the very numbers that it meets.
+//
 // Budget. gradient: 128 threads, at most 255 registers; shared memory (3 * 64 + 6 columns) (D + 8)
 // bytes(E) + 24 columns, at most 157,056 bytes (fp32, D = 128), so that it runs on sm_80. No spills.
 
@@ -15,14 +18,18 @@
 
 namespace molex::rpc {
 
+// Whether D is a launch of its own.
+template <class E>
+constexpr bool kSumsInner = sizeof(E) == 4;
+
 template <class E>
 struct BackwardScratch {
   E* clean;            // K~_1 ... K~_n, packed
   int8_t* sides;       // side(a_t), likewise
   E *values, *queries;
   E* upstream[2];      // G of this iteration, and of the one before, which this one writes
-  float* delta[2];     // their rows' inner products with L
-  float *dual, *k, *v, *q;  // gu, and what the gradients have come to
+  float* delta[2];     // D, their rows' inner products with L
+  float *dual, *k, *v, *q;  // gu, gu + gk, and what the other gradients have come to
   float* threshold;    // a row's gradient of its threshold
   int64_t bytes;
 
@@ -115,8 +122,11 @@ void rebuild(MOLEX_PARAMS BackwardStep<E> s) {
     if (p.q.data) s.queries[place] = inside ? head_of<E>(p, p.q, head)[row * p.q.row + column] : zero;
     const E g = inside ? head_of<E>(p, b.grad_out, head)[row * b.grad_out.row + column] : zero;
     s.next_upstream[place] = g;
-    if (inside) along += device::to_float(g) * device::to_float(static_cast<const E*>(b.out)[plain + column]);
+    if (!kSumsInner<E> && inside) {
+      along += device::to_float(g) * device::to_float(static_cast<const E*>(b.out)[plain + column]);
+    }
   }
+  if (kSumsInner<E>) return;
   MOLEX_UNROLL for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) along += device::shuffle_xor(along, lanes);
   if (lane() == 0) s.next_delta[packed] = along;
 }
@@ -133,7 +143,8 @@ struct GradientTile {
   static_assert(kRowsMultiple % kRows == 0 && kRowsMultiple % kColumns == 0);
 };
 
-template <class E, int D>
+// With `Sums` only D of a block's rows, as queries.
+template <class E, int D, bool Sums>
 MOLEX_KERNEL((GradientTile<E, D>::kWarps * kWarp), 1)
 void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   using T = GradientTile<E, D>;
@@ -152,7 +163,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   const E* upstream = s.upstream + base;
   const float* largest = b.stats + (2 * t * p.all_heads() + head) * p.length;
   const float* total = largest + p.all_heads() * p.length;
-  const float* delta = s.delta + head * rows;
+  float* delta = s.delta + head * rows;
 
   E* own_left = reinterpret_cast<E*>(device::shared());
   E* own_values = own_left + T::kRows * kPitchD;
@@ -164,6 +175,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
     E* to = stages + stage * 3 * kTileSize;
     copy_rows<E, D>(to, right + other * D, T::kColumns);
     copy_rows<E, D>(to + kTileSize, values + other * D, T::kColumns);
+    if constexpr (Sums) return;
     copy_rows<E, D>(to + 2 * kTileSize, upstream + other * D, T::kColumns);
     for (int i = device::thread(); i < T::kColumns; i += device::threads()) {
       float* numbers = statistics + stage * 3 * T::kColumns + i;
@@ -174,7 +186,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
     }
   };
   copy_rows<E, D>(own_left, left + first * D, T::kRows);
-  copy_rows<E, D>(own_values, values + first * D, T::kRows);
+  if constexpr (!Sums) copy_rows<E, D>(own_values, values + first * D, T::kRows);
   copy_rows<E, D>(own_upstream, upstream + first * D, T::kRows);
 
   // Under a causal mask queries are behind their keys.
@@ -192,9 +204,10 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
     const int mine = row + lane_row() + 8 * i;
     own_largest[i] = mine < p.length ? largest[mine] : 0.0f;
     own_inverse[i] = mine < p.length ? 1.0f / total[mine] : 0.0f;
-    own_delta[i] = delta[mine];
+    own_delta[i] = Sums ? 0.0f : delta[mine];
     real[i] = sees.exists(mine);
   }
+  float inner[2] = {0.0f, 0.0f};
   float grad_left[1][D / 8][4], grad_values[1][D / 8][4];
   clear(grad_left);
   clear(grad_values);
@@ -230,7 +243,14 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
         }
       }
     }
-    if (key) {  // row j is seen by query i
+    if constexpr (Sums) {
+      MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+        float part = 0.0f;
+        MOLEX_UNROLL for (int n = 0; n < T::kColumns / 8; ++n) part += dz[0][n][2 * i] + dz[0][n][2 * i + 1];
+        inner[i] += part;
+      }
+    }
+    if (!Sums && key) {  // row j is seen by query i
       clear(dp);
       multiply_rows<E, D>(dp, own_values + warp_row, tile + 2 * kTileSize);
       MOLEX_UNROLL for (int n = 0; n < T::kColumns / 8; ++n) {
@@ -247,8 +267,16 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
       }
       multiply_columns<E>(grad_values, z, tile + 2 * kTileSize);
     }
-    multiply_columns<E>(grad_left, dz, tile);
+    if constexpr (!Sums) multiply_columns<E>(grad_left, dz, tile);
     if (other + T::kStages * T::kColumns < end) device::sync();  // a fetch overwrites this stage
+  }
+
+  if constexpr (Sums) {
+    MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+      const float sum = row_sum(inner[i]);
+      if (lane_column() == 0) delta[row + lane_row() + 8 * i] = sum;
+    }
+    return;
   }
 
   // The recurrences, for this lane's elements of the block's rows.
@@ -286,22 +314,23 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
         const float ga = where == kInside ? 0.0f : extra - gu - product;
         of_threshold -= where == kInside ? 0.0f : where * ga;
         carry(s.v, b.grad_v, mine, column + c, real[i] ? grad_values[0][n][2 * i + c] : 0.0f);
-        carry(s.k, b.grad_k, mine, column + c, gu + product + ga);
+        // Carried is gk + gu: gu holds -product of the iteration behind, which gk would have to lose again.
+        carry(s.k, b.grad_k, mine, column + c, is_first ? product + ga : gu + 2.0f * ga);
         if (is_first) continue;
         const float before = gu - product + ga;  // gu of the iteration before, whose gL is -ga
         dual[place + c] = before;
         next[c] = -ga - before;
-        const E rounded = device::from_float<E>(next[c]);
+        if (kSumsInner<E> || !inside) continue;
         const int64_t plain = ((t - 1) * p.all_heads() + head) * p.length + mine;
-        if (inside) along += device::to_float(rounded) * b.lows[plain * p.width + column + c];
+        along += device::to_float(device::from_float<E>(next[c])) * b.lows[plain * p.width + column + c];
       }
       if (s.as_key && !is_first) store_pair(s.next_upstream + base + place, next[0], next[1]);
     }
     if (!s.as_key) continue;
-    along = row_sum(along);
+    if (!kSumsInner<E>) along = row_sum(along);
     of_threshold = row_sum(of_threshold);
     if (lane_column() != 0) continue;
-    if (!is_first) s.next_delta[head * rows + mine] = along;
+    if (!kSumsInner<E> && !is_first) s.next_delta[head * rows + mine] = along;
     float* sum = s.threshold + head * rows + mine;
     *sum = is_last ? of_threshold : *sum + of_threshold;
   }

@@ -14,15 +14,19 @@ namespace molex::rpc {
 // softmax(rows keys^T) values of 16 M rows per warp, summed over tiles of keys.
 template <class E, int D, int M, int Columns>
 struct Attention {
+  // Of like terms, such as those of flat attention, every rounding of a long sum goes the same way.
+  static constexpr bool kCompensated = sizeof(E) == 4;
+
   float sum[M][D / 8][4];
   float largest[M][2], total[M][2];  // of scores, and of this lane's exp(score - largest)
+  float lost[M][2];                  // what roundings took from `total`, if compensated
 
   MOLEX_DEVICE void start() {
     clear(sum);
     MOLEX_UNROLL for (int m = 0; m < M; ++m) {
       MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
         largest[m][i] = -device::infinity();
-        total[m][i] = 0.0f;
+        total[m][i] = lost[m][i] = 0.0f;
       }
     }
   }
@@ -72,14 +76,16 @@ struct Attention {
         const float origin = top == -device::infinity() ? 0.0f : top;
         const float shrunk = device::exp2((largest[m][i] - origin) * scale2);
         largest[m][i] = top;
-        float part = total[m][i] * shrunk;
+        const float before = total[m][i] * shrunk;
+        float part = kCompensated ? lost[m][i] * shrunk : before;
         MOLEX_UNROLL for (int n = 0; n < Columns / 8; ++n) {
           MOLEX_UNROLL for (int e = 2 * i; e < 2 * i + 2; ++e) {
             z[m][n][e] = device::exp2((z[m][n][e] - origin) * scale2);
             part += z[m][n][e];
           }
         }
-        total[m][i] = part;
+        total[m][i] = kCompensated ? before + part : part;
+        if (kCompensated) lost[m][i] = part - (total[m][i] - before);
         MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
           sum[m][n][2 * i] *= shrunk;
           sum[m][n][2 * i + 1] *= shrunk;
@@ -107,6 +113,7 @@ struct Attention {
     MOLEX_UNROLL for (int m = 0; m < M; ++m) {
       MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
         total[m][i] = row_sum(total[m][i]);
+        if (kCompensated) total[m][i] += row_sum(lost[m][i]);
         const float inverse = 1.0f / total[m][i];
         MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
           sum[m][n][2 * i] *= inverse;
