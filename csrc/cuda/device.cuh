@@ -90,6 +90,10 @@ MOLEX_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+MOLEX_DEVICE int64_t opaque(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
 
 // Four 8x8 matrices of 16-bit elements; lane i names the row i % 8 of the matrix i / 8.
 MOLEX_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {

@@ -178,24 +178,27 @@ MOLEX_DEVICE void multiply_columns(float (&c)[M][N][4], const float (&p)[M][K][4
       }
     }
   } else {
-    typename F::Left left[M][kSteps];
-    MOLEX_UNROLL for (int m = 0; m < M; ++m) {
-      MOLEX_UNROLL for (int step = 0; step < kSteps; ++step) F::convert(left[m][step], p[m], step);
-    }
-    MOLEX_UNROLL for (int n = 0; n < N; n += 2) {
-      float sum[M][2][4];
-      clear(sum);
-      MOLEX_UNROLL for (int step = 0; step < kSteps; ++step) {
-        const typename F::Right right = load(step, n);
-        MOLEX_UNROLL for (int m = 0; m < M; ++m) {
-          F::multiply(sum[m][0], left[m][step], right, 0);
-          F::multiply(sum[m][1], left[m][step], right, 1);
-        }
-      }
+    constexpr int kAtOnce = kSteps < 2 ? kSteps : 2;
+    MOLEX_UNROLL for (int first = 0; first < kSteps; first += kAtOnce) {
+      typename F::Left left[M][kAtOnce];
       MOLEX_UNROLL for (int m = 0; m < M; ++m) {
-        MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
-          c[m][n][e] += sum[m][0][e];
-          c[m][n + 1][e] += sum[m][1][e];
+        MOLEX_UNROLL for (int i = 0; i < kAtOnce; ++i) F::convert(left[m][i], p[m], first + i);
+      }
+      MOLEX_UNROLL for (int n = 0; n < N; n += 2) {
+        float sum[M][2][4];
+        clear(sum);
+        MOLEX_UNROLL for (int i = 0; i < kAtOnce; ++i) {
+          const typename F::Right right = load(first + i, n);
+          MOLEX_UNROLL for (int m = 0; m < M; ++m) {
+            F::multiply(sum[m][0], left[m][i], right, 0);
+            F::multiply(sum[m][1], left[m][i], right, 1);
+          }
+        }
+        MOLEX_UNROLL for (int m = 0; m < M; ++m) {
+          MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
+            c[m][n][e] += sum[m][0][e];
+            c[m][n + 1][e] += sum[m][1][e];
+          }
         }
       }
     }

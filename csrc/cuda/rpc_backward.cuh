@@ -137,6 +137,7 @@ struct GradientTile {
   static constexpr int kRows = 16 * kWarps;
   static constexpr int kColumns = sizeof(E) == 2 ? (D <= 64 ? 64 : 32) : (D <= 64 ? 32 : 16);
   static constexpr int kStages = 2;
+  static constexpr bool kReloads = sizeof(E) == 4 && D > 32;  // what else the loop would spill
   static constexpr int kStatistics = 3 * kStages * kColumns;  // floats: largest, 1 / sum, D
   static constexpr int kSharedBytes =
       (3 * kRows + 3 * kStages * kColumns) * kPitch<D> * sizeof(E) + kStatistics * sizeof(float);
@@ -154,16 +155,26 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   const int tiles = (p.length + T::kRows - 1) / T::kRows, t = s.iteration;
   const int64_t head = device::block() / tiles, rows = padded_rows(p), base = head * rows * D;
   const int first = static_cast<int>(device::block() % tiles) * T::kRows, row = first + 16 * warp();
-  const E* clean = s.clean + base;
-  const E* queries = p.q.data ? s.queries + base : clean;
-  // This block's rows of the product, and the rows that run past them.
-  const E* left = s.as_key ? clean : queries;
-  const E* right = s.as_key ? queries : clean;
-  const E* values = s.values + base;
-  const E* upstream = s.upstream + base;
-  const float* largest = b.stats + (2 * t * p.all_heads() + head) * p.length;
-  const float* total = largest + p.all_heads() * p.length;
-  float* delta = s.delta + head * rows;
+  // A head's matrices: this block's rows of the product, the rows that run past them, and so on.
+  struct Matrices {
+    const E *left, *right, *values, *upstream;
+    const float *largest, *total;
+    float* delta;
+  };
+  const auto matrices = [&] {
+    const int64_t at = T::kReloads ? device::opaque(head) : head, place = at * rows * D;
+    const E* clean = s.clean + place;
+    const E* queries = p.q.data ? s.queries + place : clean;
+    const float* largest = b.stats + (2 * t * p.all_heads() + at) * p.length;
+    return Matrices{s.as_key ? clean : queries,
+                    s.as_key ? queries : clean,
+                    s.values + place,
+                    s.upstream + place,
+                    largest,
+                    largest + p.all_heads() * p.length,
+                    s.delta + at * rows};
+  };
+  const Matrices kept_matrices = matrices();
 
   E* own_left = reinterpret_cast<E*>(device::shared());
   E* own_values = own_left + T::kRows * kPitchD;
@@ -172,22 +183,23 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   float* statistics = reinterpret_cast<float*>(stages + 3 * T::kStages * kTileSize);
   const auto fetch = [&](int other) {
     const int stage = other / T::kColumns % T::kStages;
+    const Matrices of = T::kReloads ? matrices() : kept_matrices;
     E* to = stages + stage * 3 * kTileSize;
-    copy_rows<E, D>(to, right + other * D, T::kColumns);
-    copy_rows<E, D>(to + kTileSize, values + other * D, T::kColumns);
+    copy_rows<E, D>(to, of.right + other * D, T::kColumns);
+    copy_rows<E, D>(to + kTileSize, of.values + other * D, T::kColumns);
     if constexpr (Sums) return;
-    copy_rows<E, D>(to + 2 * kTileSize, upstream + other * D, T::kColumns);
+    copy_rows<E, D>(to + 2 * kTileSize, of.upstream + other * D, T::kColumns);
     for (int i = device::thread(); i < T::kColumns; i += device::threads()) {
       float* numbers = statistics + stage * 3 * T::kColumns + i;
       const bool inside = other + i < p.length;
-      numbers[0] = inside ? largest[other + i] : 0.0f;
-      numbers[T::kColumns] = inside ? 1.0f / total[other + i] : 0.0f;
-      numbers[2 * T::kColumns] = delta[other + i];
+      numbers[0] = inside ? of.largest[other + i] : 0.0f;
+      numbers[T::kColumns] = inside ? 1.0f / of.total[other + i] : 0.0f;
+      numbers[2 * T::kColumns] = of.delta[other + i];
     }
   };
-  copy_rows<E, D>(own_left, left + first * D, T::kRows);
-  if constexpr (!Sums) copy_rows<E, D>(own_values, values + first * D, T::kRows);
-  copy_rows<E, D>(own_upstream, upstream + first * D, T::kRows);
+  copy_rows<E, D>(own_left, kept_matrices.left + first * D, T::kRows);
+  if constexpr (!Sums) copy_rows<E, D>(own_values, kept_matrices.values + first * D, T::kRows);
+  copy_rows<E, D>(own_upstream, kept_matrices.upstream + first * D, T::kRows);
 
   // Under a causal mask queries are behind their keys.
   const int begin = p.causal && !s.as_query ? first / T::kColumns * T::kColumns : 0;
@@ -198,15 +210,23 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   const Sight sees(p, head);
   const Dropout keeps(p, head, t + 1 == p.iterations);
   const float scale2 = p.scale * kLog2e;
-  float own_largest[2], own_inverse[2], own_delta[2];
-  bool real[2];
-  MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-    const int mine = row + lane_row() + 8 * i;
-    own_largest[i] = mine < p.length ? largest[mine] : 0.0f;
-    own_inverse[i] = mine < p.length ? 1.0f / total[mine] : 0.0f;
-    own_delta[i] = Sums ? 0.0f : delta[mine];
-    real[i] = sees.exists(mine);
-  }
+  struct Own {
+    float largest[2], inverse[2], delta[2];
+    bool real[2];
+  };
+  const auto load_own = [&] {
+    const Matrices of = T::kReloads ? matrices() : kept_matrices;
+    Own own;
+    MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+      const int mine = row + lane_row() + 8 * i;
+      own.largest[i] = mine < p.length ? of.largest[mine] : 0.0f;
+      own.inverse[i] = mine < p.length ? 1.0f / of.total[mine] : 0.0f;
+      own.delta[i] = Sums ? 0.0f : of.delta[mine];
+      own.real[i] = sees.exists(mine);
+    }
+    return own;
+  };
+  const Own kept_own = load_own();
   float inner[2] = {0.0f, 0.0f};
   float grad_left[1][D / 8][4], grad_values[1][D / 8][4];
   clear(grad_left);
@@ -232,14 +252,15 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
       clear(dp);
       multiply_rows<E, D>(dp, own_upstream + warp_row, tile + kTileSize);
       const bool all = sees.all(row, other, T::kColumns);
+      const Own own = T::kReloads ? load_own() : kept_own;
       MOLEX_UNROLL for (int n = 0; n < T::kColumns / 8; ++n) {
         MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
           const int j = row + lane_row() + e / 2 * 8, i = other + 8 * n + lane_column() + e % 2;
           const float probability =
-              device::exp2((z[0][n][e] - own_largest[e / 2]) * scale2) * own_inverse[e / 2];
+              device::exp2((z[0][n][e] - own.largest[e / 2]) * scale2) * own.inverse[e / 2];
           const float keep = keeps.active ? keeps(j, i) : 1.0f;
           const bool seen = all || (sees.exists(i) && !sees.later(j, i));
-          if (seen) dz[0][n][e] = probability * (dp[0][n][e] * keep - own_delta[e / 2]);
+          if (seen) dz[0][n][e] = probability * (dp[0][n][e] * keep - own.delta[e / 2]);
         }
       }
     }
@@ -253,11 +274,12 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
     if (!Sums && key) {  // row j is seen by query i
       clear(dp);
       multiply_rows<E, D>(dp, own_values + warp_row, tile + 2 * kTileSize);
+      const Own own = T::kReloads ? load_own() : kept_own;
       MOLEX_UNROLL for (int n = 0; n < T::kColumns / 8; ++n) {
         MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
           const int j = row + lane_row() + e / 2 * 8, column = 8 * n + lane_column() + e % 2;
           const int i = other + column;
-          const bool seen = real[e / 2] && !sees.later(i, j);
+          const bool seen = own.real[e / 2] && !sees.later(i, j);
           const float weight = device::exp2((z[0][n][e] - numbers[column]) * scale2);
           const float probability = seen ? weight * numbers[T::kColumns + column] : 0.0f;
           const float keep = keeps.active ? keeps(i, j) : 1.0f;
@@ -274,13 +296,14 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   if constexpr (Sums) {
     MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
       const float sum = row_sum(inner[i]);
-      if (lane_column() == 0) delta[row + lane_row() + 8 * i] = sum;
+      if (lane_column() == 0) s.delta[head * rows + row + lane_row() + 8 * i] = sum;
     }
     return;
   }
 
   // The recurrences, for this lane's elements of the block's rows.
   const bool is_first = t == 0, is_last = t + 1 == p.iterations;
+  const Own own = T::kReloads ? load_own() : kept_own;
   float* dual = s.dual + base;
   const int8_t* sides = s.sides + base;
   const auto carry = [&](float* sums, void* result, int mine, int column, float value) {
@@ -300,12 +323,12 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
       const int64_t place = static_cast<int64_t>(mine) * D + column;
       float next[2];
       MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
-        const float product = real[i] ? grad_left[0][n][2 * i + c] * p.scale : 0.0f;
+        const float product = own.real[i] ? grad_left[0][n][2 * i + c] * p.scale : 0.0f;
         if (!s.as_key) {
           carry(s.q, b.grad_q, mine, column + c, product);
           continue;
         }
-        const bool inside = real[i] && column + c < p.width;
+        const bool inside = own.real[i] && column + c < p.width;
         const float gu = is_last ? 0.0f : dual[place + c];
         const float extra = is_last && b.grad_sparse.data && inside
                                 ? head_of<float>(p, b.grad_sparse, head)[mine * b.grad_sparse.row + column + c]
@@ -313,7 +336,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
         const int8_t where = sides[place + c];
         const float ga = where == kInside ? 0.0f : extra - gu - product;
         of_threshold -= where == kInside ? 0.0f : where * ga;
-        carry(s.v, b.grad_v, mine, column + c, real[i] ? grad_values[0][n][2 * i + c] : 0.0f);
+        carry(s.v, b.grad_v, mine, column + c, own.real[i] ? grad_values[0][n][2 * i + c] : 0.0f);
         // Carried is gk + gu: gu holds -product of the iteration behind, which gk would have to lose again.
         carry(s.k, b.grad_k, mine, column + c, is_first ? product + ga : gu + 2.0f * ga);
         if (is_first) continue;
