@@ -20,7 +20,9 @@
 #define MOLEX_KERNEL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
 #define MOLEX_PARAMS const __grid_constant__
 #define MOLEX_UNROLL _Pragma("unroll")
-#define MOLEX_NO_UNROLL _Pragma("unroll 1")
+#define MOLEX_PRAGMA(text) _Pragma(#text)
+#define MOLEX_UNROLL_BY(times) MOLEX_PRAGMA(unroll(times))
+#define MOLEX_NO_UNROLL MOLEX_UNROLL_BY(1)
 
 namespace molex::device {
 

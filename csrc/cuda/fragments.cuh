@@ -135,12 +135,13 @@ MOLEX_DEVICE void clear(float (&c)[M][N][4]) {
   }
 }
 
-// c += a b^T: a of 16 M rows and b of 8 N rows, both of `Depth` columns in shared memory.
-template <class E, int Depth, int M, int N>
+// c += a b^T: a of 16 M rows and b of 8 N rows, both of `Depth` columns in shared memory. `Ahead` columns
+// are one round of the loop, which bounds the registers of operands loaded ahead.
+template <class E, int Depth, int Ahead = Depth, int M, int N>
 MOLEX_DEVICE void multiply_rows(float (&c)[M][N][4], const E* a, const E* b) {
   using F = Fragments<E>;
   constexpr int kLength = kPitch<Depth>;
-  MOLEX_UNROLL for (int k = 0; k < Depth; k += F::kDepth) {
+  MOLEX_UNROLL_BY(Ahead / F::kDepth) for (int k = 0; k < Depth; k += F::kDepth) {
     typename F::Left left[M];
     MOLEX_UNROLL for (int m = 0; m < M; ++m) F::load(left[m], a + 16 * m * kLength + k, kLength);
     MOLEX_UNROLL for (int n = 0; n < N; n += 2) {

@@ -42,7 +42,7 @@ struct Attention {
                         int key) {
     float z[M][Columns / 8][4];
     clear(z);
-    multiply_rows<E, D>(z, rows, keys);
+    multiply_rows<E, D, sizeof(E) == 4 ? 16 : D>(z, rows, keys);
     if (scale2 < 0.0f) {  // the largest are then the smallest
       scale2 = -scale2;
       MOLEX_UNROLL for (int m = 0; m < M; ++m) {
@@ -176,7 +176,7 @@ struct Results {
 
 template <class E, int D>
 struct OnChip {
-  static constexpr int kColumns = 32;
+  static constexpr int kColumns = sizeof(E) == 4 && D > 64 ? 16 : 32;
   static constexpr int kWarps = sizeof(E) == 2 && D == 64 ? 4 : 8;
   // Of which so many shall share a multiprocessor; it bounds the registers.
   static constexpr int kBlocks = sizeof(E) == 2 && D <= 64 ? (D == 64 ? 3 : 2) : 1;

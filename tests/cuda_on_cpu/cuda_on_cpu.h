@@ -19,6 +19,7 @@
 #define MOLEX_KERNEL(threads, blocks) inline
 #define MOLEX_PARAMS const
 #define MOLEX_UNROLL
+#define MOLEX_UNROLL_BY(times)
 #define MOLEX_NO_UNROLL
 
 struct uint4 {
