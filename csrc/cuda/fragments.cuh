@@ -4,9 +4,10 @@
 // at the columns 2 (l % 4) and the next one, in the order (row, column), (row, column + 1),
 // (row + 8, column), (row + 8, column + 1).
 //
-// fp16 and bf16 use m16n8k16. fp32 uses m16n8k8 three times: x = high + low, each of TF32's 11 bits,
-// and high high + high low + low high keeps about 22 bits of a product. Tensor cores cut sums off where
-// fp32 rounds them: a long sum would drift, so each of 8 products is added by an fp32 addition.
+// fp16 and bf16 use m16n8k16. fp32 uses m16n8k8 three times: x = high + low, each of TF32's 11 bits, and
+// high high + high low + low high keeps about 23 bits of a product; `Exact` adds low low, as scores need it,
+// whose absolute error an exponential makes a relative one. Tensor cores cut sums off where fp32 rounds
+// them: a long sum would drift, so each of 8 products is added by an fp32 addition.
 
 #pragma once
 
@@ -64,6 +65,7 @@ struct Fragments {
     a.r[3] = device::pack<E>(c1[2], c1[3]);
   }
 
+  template <bool Exact = false>
   MOLEX_DEVICE static void multiply(float (&c)[4], const Left& a, const Right& b, int half) {
     const uint32_t columns[2] = {b.r[2 * half], b.r[2 * half + 1]};
     device::mma_16<E>(c, a.r, columns);
@@ -111,12 +113,14 @@ struct Fragments<float> {
     MOLEX_UNROLL for (int i = 0; i < 4; ++i) split(c[step][kOrder[i]], a.high[i], a.low[i]);
   }
 
+  template <bool Exact = false>
   MOLEX_DEVICE static void multiply(float (&c)[4], const Left& a, const Right& b, int half) {
-    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    device::mma_tf32(part, a.low, b.high[half]);
-    device::mma_tf32(part, a.high, b.low[half]);
-    device::mma_tf32(part, a.high, b.high[half]);
-    MOLEX_UNROLL for (int i = 0; i < 4; ++i) c[i] += part[i];
+    float rest[4] = {0.0f, 0.0f, 0.0f, 0.0f}, whole[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if constexpr (Exact) device::mma_tf32(rest, a.low, b.low[half]);
+    device::mma_tf32(rest, a.low, b.high[half]);
+    device::mma_tf32(rest, a.high, b.low[half]);
+    device::mma_tf32(whole, a.high, b.high[half]);
+    MOLEX_UNROLL for (int i = 0; i < 4; ++i) c[i] += whole[i] + rest[i];
   }
 
  private:
@@ -148,8 +152,8 @@ MOLEX_DEVICE void multiply_rows(float (&c)[M][N][4], const E* a, const E* b) {
       typename F::Right right;
       F::load_rows(right, b + 8 * n * kLength + k, kLength);
       MOLEX_UNROLL for (int m = 0; m < M; ++m) {
-        F::multiply(c[m][n], left[m], right, 0);
-        F::multiply(c[m][n + 1], left[m], right, 1);
+        F::template multiply<true>(c[m][n], left[m], right, 0);
+        F::template multiply<true>(c[m][n + 1], left[m], right, 1);
       }
     }
   }

@@ -138,6 +138,7 @@ struct GradientTile {
   static constexpr int kColumns = sizeof(E) == 2 ? (D <= 64 ? 64 : 32) : (D <= 64 ? 32 : 16);
   static constexpr int kStages = 2;
   static constexpr bool kReloads = sizeof(E) == 4 && D > 32;  // what else the loop would spill
+  static constexpr int kAhead = sizeof(E) == 4 ? (D > 64 ? 8 : 16) : D;
   static constexpr int kStatistics = 3 * kStages * kColumns;  // floats: largest, 1 / sum, D
   static constexpr int kSharedBytes =
       (3 * kRows + 3 * kStages * kColumns) * kPitch<D> * sizeof(E) + kStatistics * sizeof(float);
@@ -207,7 +208,8 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   fetch(begin);
   device::commit_copies();
 
-  const Sight sees(p, head);
+  const auto sight = [&] { return Sight(p, T::kReloads ? device::opaque(head) : head); };
+  const Sight kept_sight = sight();
   const Dropout keeps(p, head, t + 1 == p.iterations);
   const float scale2 = p.scale * kLog2e;
   struct Own {
@@ -222,7 +224,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
       own.largest[i] = mine < p.length ? of.largest[mine] : 0.0f;
       own.inverse[i] = mine < p.length ? 1.0f / of.total[mine] : 0.0f;
       own.delta[i] = Sums ? 0.0f : of.delta[mine];
-      own.real[i] = sees.exists(mine);
+      own.real[i] = (T::kReloads ? sight() : kept_sight).exists(mine);
     }
     return own;
   };
@@ -241,16 +243,17 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
     const E* tile = stages + stage * 3 * kTileSize;
     const float* numbers = statistics + stage * 3 * T::kColumns;
     const int warp_row = 16 * warp() * kPitchD;
+    const Sight sees = T::kReloads ? sight() : kept_sight;
     const bool query = s.as_query && (!p.causal || other < row + 16);
     const bool key = s.as_key && (!p.causal || other + T::kColumns > row);
 
     float z[1][T::kColumns / 8][4], dz[1][T::kColumns / 8][4], dp[1][T::kColumns / 8][4];
     clear(z);
     clear(dz);
-    multiply_rows<E, D>(z, own_left + warp_row, tile);
+    multiply_rows<E, D, T::kAhead>(z, own_left + warp_row, tile);
     if (query) {  // row j sees key i
       clear(dp);
-      multiply_rows<E, D>(dp, own_upstream + warp_row, tile + kTileSize);
+      multiply_rows<E, D, T::kAhead>(dp, own_upstream + warp_row, tile + kTileSize);
       const bool all = sees.all(row, other, T::kColumns);
       const Own own = T::kReloads ? load_own() : kept_own;
       MOLEX_UNROLL for (int n = 0; n < T::kColumns / 8; ++n) {
@@ -273,7 +276,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
     }
     if (!Sums && key) {  // row j is seen by query i
       clear(dp);
-      multiply_rows<E, D>(dp, own_values + warp_row, tile + 2 * kTileSize);
+      multiply_rows<E, D, T::kAhead>(dp, own_values + warp_row, tile + 2 * kTileSize);
       const Own own = T::kReloads ? load_own() : kept_own;
       MOLEX_UNROLL for (int n = 0; n < T::kColumns / 8; ++n) {
         MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
@@ -316,9 +319,10 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
     }
   };
   MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-    const int mine = row + lane_row() + 8 * i;
+    const int own_row = row + lane_row() + 8 * i;
     float of_threshold = 0.0f, along = 0.0f;
     MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
+      const int mine = T::kReloads ? device::opaque(own_row) : own_row;
       const int column = 8 * n + lane_column();
       const int64_t place = static_cast<int64_t>(mine) * D + column;
       float next[2];
@@ -353,8 +357,8 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
     if (!kSumsInner<E>) along = row_sum(along);
     of_threshold = row_sum(of_threshold);
     if (lane_column() != 0) continue;
-    if (!kSumsInner<E> && !is_first) s.next_delta[head * rows + mine] = along;
-    float* sum = s.threshold + head * rows + mine;
+    if (!kSumsInner<E> && !is_first) s.next_delta[head * rows + own_row] = along;
+    float* sum = s.threshold + head * rows + own_row;
     *sum = is_last ? of_threshold : *sum + of_threshold;
   }
 }
