@@ -183,7 +183,7 @@ MOLEX_DEVICE void multiply_columns(float (&c)[M][N][4], const float (&p)[M][K][4
       }
     }
   } else {
-    constexpr int kAtOnce = kSteps < 2 ? kSteps : 2;
+    constexpr int kAtOnce = N < 16 && kSteps > 1 ? 2 : 1;  // what the registers hold
     MOLEX_UNROLL for (int first = 0; first < kSteps; first += kAtOnce) {
       typename F::Left left[M][kAtOnce];
       MOLEX_UNROLL for (int m = 0; m < M; ++m) {

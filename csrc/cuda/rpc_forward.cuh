@@ -248,17 +248,15 @@ void on_chip(MOLEX_PARAMS OnChipForward<E, D> s) {
     keys[(published + i / D) * kPitch<D> + i % D] = device::from_float<E>(0.0f);
   }
   device::sync();
+  device::arrive_cluster();
 
-  const Sight sees(p, head);
-  const float scale2 = p.scale * kLog2e;
   float w[D / 8][4];
   Attention<E, D, 1, kColumns> attention;
-  const E* own_lane = own + (16 * warp() + lane_row()) * kPitch<D> + lane_column();
-
   MOLEX_NO_UNROLL for (int t = 0; t < p.iterations; ++t) {
     // From L and w of the iteration before, K~ in the place of L, and the new w.
     const Results<E> results{f, head, t};
     const int upper = device::opaque(row + lane_row());
+    const E* own_lane = own + (upper - first) * kPitch<D> + lane_column();
     MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
       MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
         const float2 k = load_pair(own_lane + 8 * i * kPitch<D> + 8 * n);
@@ -271,13 +269,15 @@ void on_chip(MOLEX_PARAMS OnChipForward<E, D> s) {
         }
       }
     }
-    if (t) device::wait_cluster();  // until every block has read the keys of the iteration before
+    device::wait_cluster();  // until every block has started, and read the keys of the iteration before
     publish<E, D>(keys, attention.sum, row, rank, plan.cluster);
     device::arrive_cluster();
     device::wait_cluster();
 
     attention.start();
+    const Sight sees(p, head);
     const Dropout keeps(p, head, results.last());
+    const float scale2 = p.scale * kLog2e;
     const E* rows = p.q.data ? queries + 16 * warp() * kPitch<D> : keys + row * kPitch<D>;
     const int end = p.causal && row + 16 < p.length ? row + 16 : p.length;
     MOLEX_NO_UNROLL for (int key = 0; key < end; key += kColumns) {
