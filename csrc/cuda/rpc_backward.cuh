@@ -137,7 +137,7 @@ struct GradientTile {
   static constexpr int kRows = 16 * kWarps;
   static constexpr int kColumns = sizeof(E) == 2 ? (D <= 64 ? 64 : 32) : (D <= 64 ? 32 : 16);
   static constexpr int kStages = 2;
-  static constexpr bool kReloads = sizeof(E) == 4 && D > 32;  // what else the loop would spill
+  static constexpr bool kReloads = sizeof(E) == 4 && D > 64;  // what else the loop would spill
   static constexpr int kAhead = sizeof(E) == 4 ? (D > 64 ? 8 : 16) : D;
   static constexpr int kStatistics = 3 * kStages * kColumns;  // floats: largest, 1 / sum, D
   static constexpr int kSharedBytes =
@@ -208,8 +208,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   fetch(begin);
   device::commit_copies();
 
-  const auto sight = [&] { return Sight(p, T::kReloads ? device::opaque(head) : head); };
-  const Sight kept_sight = sight();
+  const Sight sees(p, head);
   const Dropout keeps(p, head, t + 1 == p.iterations);
   const float scale2 = p.scale * kLog2e;
   struct Own {
@@ -224,7 +223,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
       own.largest[i] = mine < p.length ? of.largest[mine] : 0.0f;
       own.inverse[i] = mine < p.length ? 1.0f / of.total[mine] : 0.0f;
       own.delta[i] = Sums ? 0.0f : of.delta[mine];
-      own.real[i] = (T::kReloads ? sight() : kept_sight).exists(mine);
+      own.real[i] = sees.exists(mine);
     }
     return own;
   };
@@ -243,7 +242,6 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
     const E* tile = stages + stage * 3 * kTileSize;
     const float* numbers = statistics + stage * 3 * T::kColumns;
     const int warp_row = 16 * warp() * kPitchD;
-    const Sight sees = T::kReloads ? sight() : kept_sight;
     const bool query = s.as_query && (!p.causal || other < row + 16);
     const bool key = s.as_key && (!p.causal || other + T::kColumns > row);
 

@@ -3,8 +3,10 @@
 // A scheduler runs the fibers of a cluster of blocks one at a time, in an order drawn from a seed: it
 // picks a warp and stays with it until all its lanes wait, so that warps are as far apart as barriers
 // allow. Warp-wide instructions wait for the 32 lanes and are computed from their documented register
-// layouts. Shared memory starts as NaN and ends at a guard page. An asynchronous copy takes place when
-// it is issued or when it is waited for, by chance. A missing barrier or an unwritten read is therefore a wrong number.
+// layouts, with the accuracy that tensor cores and ex2.approx have. Shared memory starts as NaN, at the
+// start of its block, and ends at a guard page. A block of a cluster may start late. An asynchronous copy
+// takes place when it is issued or when it is waited for, by chance. A missing barrier or an unwritten read
+// is therefore a wrong number.
 
 #pragma once
 

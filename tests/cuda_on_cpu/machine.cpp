@@ -6,11 +6,13 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "cuda_on_cpu.h"
@@ -61,7 +63,9 @@ struct Block {
   int64_t index = 0;
   int threads = 0;
   int waiting = 0, phase = 0;  // of the block's barrier
+  bool started = false;
   char* shared = nullptr;
+  int shared_bytes = 0;
   std::vector<Warp> warps;
   std::vector<Fiber> fibers;
 };
@@ -160,9 +164,9 @@ void set_up(Block& block, int64_t index, int rank, const Grid& grid) {
   block.threads = grid.threads;
   block.waiting = block.phase = 0;
   while (static_cast<int>(machine.memories.size()) <= rank) machine.memories.push_back(guarded_memory());
-  const int bytes = (grid.shared_bytes + 15) / 16 * 16;
-  block.shared = machine.memories[rank] + kSharedLimit - bytes;
-  std::memset(block.shared, 0xff, bytes);  // NaN in every floating type
+  block.shared_bytes = (grid.shared_bytes + 15) / 16 * 16;
+  block.shared = machine.memories[rank] + kSharedLimit - block.shared_bytes;
+  block.started = false;
   block.warps.assign(grid.threads / kLanes, Warp{});
   block.fibers.resize(grid.threads);
   for (int i = 0; i < grid.threads; ++i) {
@@ -197,14 +201,24 @@ void run_cluster(int64_t first, const Grid& grid) {
     for (Warp& warp : machine.blocks[rank].warps) warps.push_back(&warp);
   }
   fresh.assign(warps.size(), ~0u);
+  // One block, or none, starts when the others can do no more.
+  Block* late = machine.draw(2) ? &machine.blocks[machine.draw(static_cast<uint32_t>(grid.cluster))] : nullptr;
   for (;;) {
     std::vector<size_t> runnable;
     for (size_t i = 0; i < warps.size(); ++i) {
-      if (warps[i]->ready) runnable.push_back(i);
+      if (warps[i]->ready && warps[i]->block != late) runnable.push_back(i);
     }
-    if (runnable.empty()) break;
+    if (runnable.empty()) {
+      if (!std::exchange(late, nullptr)) break;
+      continue;
+    }
     const size_t chosen = runnable[machine.draw(static_cast<uint32_t>(runnable.size()))];
     Warp& warp = *warps[chosen];
+    if (!warp.block->started) {
+      // NaN in every floating type, whatever another block has written before.
+      std::memset(warp.block->shared, 0xff, warp.block->shared_bytes);
+      warp.block->started = true;
+    }
     while (warp.ready) {
       const int turn = static_cast<int>(machine.draw(kLanes));
       const int lane = (std::countr_zero(std::rotr(warp.ready, turn)) + turn) % kLanes;
@@ -368,7 +382,12 @@ void wait_cluster() {
 
 void store_remote(void* mine, int rank, uint4 value) {
   if (rank < 0 || rank >= static_cast<int>(machine.blocks.size())) fail("no such block in the cluster");
-  char* other = machine.blocks[rank].shared + (static_cast<char*>(mine) - shared());
+  const Block& block = machine.blocks[rank];
+  if (block.started && std::all_of(block.fibers.begin(), block.fibers.end(), [](const Fiber& f) { return f.done; })) {
+    if (machine.options.left_out_barrier >= 0) return;
+    fail("a store to the shared memory of a block that has ended");
+  }
+  char* other = block.shared + (static_cast<char*>(mine) - shared());
   if (reinterpret_cast<uintptr_t>(other) % 16) fail("a remote store is not aligned to 16 bytes");
   std::memcpy(other, &value, sizeof value);
 }
