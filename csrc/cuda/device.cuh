@@ -193,6 +193,7 @@ struct Grid {
 // Enqueues the kernel; nothing waits, and a stream that is being captured records it.
 template <class Params>
 Status launch(void (*kernel)(const Params), const Grid& grid, const Params& params, Stream stream) {
+  if (grid.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   constexpr int kWithoutAsking = 48 * 1024;
   if (grid.shared_bytes > kWithoutAsking) {
     const Status status =

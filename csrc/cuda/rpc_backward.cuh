@@ -1,4 +1,5 @@
-// RPC attention backward: the iterations from last to first, one launch each (two where q is given).
+// RPC attention backward: the iterations from last to first, one launch each (two where q is given, and
+// in fp32 one more).
 //
 // A block owns 64 rows j of a head in every role, so nothing is added across blocks and the result
 // does not depend on the order in which they run. With Z = K~ K~^T, which is symmetric, one product
@@ -126,9 +127,10 @@ void rebuild(MOLEX_PARAMS BackwardStep<E> s) {
       along += device::to_float(g) * device::to_float(static_cast<const E*>(b.out)[plain + column]);
     }
   }
-  if (kSumsInner<E>) return;
-  MOLEX_UNROLL for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) along += device::shuffle_xor(along, lanes);
-  if (lane() == 0) s.next_delta[packed] = along;
+  if constexpr (!kSumsInner<E>) {
+    MOLEX_UNROLL for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) along += device::shuffle_xor(along, lanes);
+    if (lane() == 0) s.next_delta[packed] = along;
+  }
 }
 
 template <class E, int D>

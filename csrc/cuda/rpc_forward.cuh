@@ -2,8 +2,9 @@
 //
 // Budget, without spills. on_chip: in 16 bits 256 threads of 128 registers (D <= 32), or 128 threads of 168
 // (D = 64), so that two or three blocks share a multiprocessor; otherwise 256 threads of 255. Shared memory
-// (2 P + 16 W (1 or, with q, 2)) (D + 8) bytes(E) for P padded rows and W warps, up to the device's limit. step: 128 threads of 255 registers; shared memory (rows + 4 columns) (D + 8) bytes(E), at most
-// 104,448 bytes (fp32, D = 128), so that it runs on sm_80. prepare: 256 threads of 40 registers.
+// (2 P + 16 W (1 or, with q, 2)) (D + 8) bytes(E) for P padded rows and W warps, up to the device's limit.
+// step: 128 threads of 255 registers; shared memory (rows + 4 columns) (D + 8) bytes(E), at most 104,448
+// bytes (fp32, D = 128), so that it runs on sm_80. prepare: 256 threads of 40 registers.
 
 #pragma once
 

@@ -469,7 +469,7 @@ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 
 Status run(void (*kernel)(const void*), const void* params, const Grid& grid) {
   if (grid.blocks == 0) return kSuccess;
-  if (grid.threads % kLanes || grid.blocks % grid.cluster || grid.shared_bytes > kSharedLimit) return 1;
+  if (grid.blocks > INT32_MAX || grid.threads % kLanes || grid.blocks % grid.cluster || grid.shared_bytes > kSharedLimit) return 1;
   machine.kernel = kernel;
   machine.params = params;
   // Clusters run in a random order too: one may not wait for another.
