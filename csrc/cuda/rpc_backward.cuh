@@ -339,7 +339,15 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
                                 : 0.0f;
         const int8_t where = sides[place + c];
         const float ga = where == kInside ? 0.0f : extra - gu - product;
-        of_threshold -= where == kInside ? 0.0f : where * ga;
+        float term = ga;
+        if constexpr (kSumsInner<E>) {
+          // The last two iterations' ga add up to the difference of their products where they share a side:
+          // what is large cancels there, and is not added in the first place.
+          const int64_t step = p.all_heads() * rows * D;
+          if (is_last && !is_first && s.sides[base + place + c - step] == where) term = product;
+          if (t + 2 == p.iterations && s.sides[base + place + c + step] == where) term = -product;
+        }
+        of_threshold -= where == kInside ? 0.0f : where * term;
         carry(s.v, b.grad_v, mine, column + c, own.real[i] ? grad_values[0][n][2 * i + c] : 0.0f);
         // Carried is gk + gu: gu holds -product of the iteration behind, which gk would have to lose again.
         carry(s.k, b.grad_k, mine, column + c, is_first ? product + ga : gu + 2.0f * ga);
