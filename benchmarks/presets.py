@@ -101,7 +101,7 @@ PRESETS = {
             sweep_seconds=40,
             compile_seconds=60,
             case_seconds=1.0,
-            call_seconds=1.0,
+            call_seconds=2.0,
             check_seconds=0.5,
             text=TextPlan(seconds=75, max_steps=600, step_seconds=10),
             images=ImagesPlan(seconds=30),
