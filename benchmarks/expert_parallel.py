@@ -91,7 +91,7 @@ def layers(found: Results) -> Iterator[Layer]:
         for r in found["rows"]
         if r["op"] == "moe_mlp" and r["kind"] == OURS and r["mode"] == "forward" and "median_s" in r
     ]
-    named = [r for r in timed if r["shape"].endswith(("-qwen3", "-olmoe"))]
+    named = [r for r in timed if r["shape"].endswith(("-swiglu-qwen3", "-swiglu-olmoe"))]
     fastest = max(timed, key=lambda r: r["gflop_per_s"], default=None)
     chosen = ([fastest] if fastest else []) + [r for r in named if r["sizes"]["T"] >= 32768]
     for row in {r["shape"]: r for r in chosen}.values():

@@ -22,6 +22,10 @@ COLOURS = {
 }
 OURS_COLOUR = "#222222"
 OTHER = "#888888"
+# For more things than there are colours.
+MANY_COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#ccbb44")
+MANY_MARKERS = "os^DvPX*"
+
 MARKERS = {"published": "s", "reference": "v", "compiled": "D", "library": "^", "liger": "P"}
 
 # The same data gives the same bytes, and text stays text.
@@ -45,5 +49,6 @@ def times_axis(axis: Axes, values: list[float]) -> None:
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axis.xaxis.set_minor_locator(mpl.ticker.NullLocator())
     axis.axvline(1.0, color="black", linewidth=0.8)
+    axis.axvspan(axis.get_xlim()[0], 1.0, color="#eeeeee", zorder=0)
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)

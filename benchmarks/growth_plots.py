@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,7 +89,8 @@ def _value(row: Row, key: str) -> float:
 
 def _scales(axis: Axes, fits: list[Fit], key: str, show: Show) -> None:
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
+    base = 10 if key == "median_s" else 2
+    axis.set_yscale("log", base=base)
     sizes = sorted({fit.size(row) for fit in fits for row in fit.points})
     axis.set_xticks(sizes, [str(s) for s in sizes], fontsize=8)
     axis.xaxis.set_minor_locator(mpl.ticker.NullLocator())
@@ -98,7 +100,11 @@ def _scales(axis: Axes, fits: list[Fit], key: str, show: Show) -> None:
     middle = math.sqrt(low * high)
     span = max(math.sqrt(high / low), math.sqrt(10.0))
     axis.set_ylim(middle / span / 1.3, middle * span * 1.3 * 3.5 ** (len(fits) / 2))
-    axis.yaxis.set_major_formatter(lambda value, _: show(value))
+    ticks = mpl.ticker.LogLocator(base=10) if base == 10 else mpl.ticker.LogLocator(4, numticks=6)
+    axis.yaxis.set_major_locator(ticks)
+    axis.yaxis.set_major_formatter(lambda value, _: re.sub(r"\.0+ ", " ", show(value)))
+    if base == 2:
+        axis.yaxis.set_minor_locator(mpl.ticker.NullLocator())
     axis.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
     axis.tick_params(axis="y", labelsize=8)
     axis.grid(alpha=0.3)

@@ -81,7 +81,7 @@ def goals_table(found: Results) -> Iterator[str]:
     yield cells(["what", "figure", "goal", "pass", "measured", "status"])
     yield f"|{'---|' * 6}"
     for standing in standings:
-        *shown, status = standing.cells
+        *shown, status = standing.cells(worst=True)
         yield cells([*shown, f"**{status}**" if status == goals.MET else status])
     yield ""
 

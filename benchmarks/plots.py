@@ -10,13 +10,25 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks import growth_plots, results, training_plots
-from benchmarks.figure import COLOURS, MARKERS, OTHER, OURS_COLOUR, times_axis, write
-from benchmarks.formats import ratio
+from benchmarks.figure import (
+    COLOURS,
+    MANY_COLOURS,
+    MANY_MARKERS,
+    MARKERS,
+    OTHER,
+    OURS_COLOUR,
+    times_axis,
+    write,
+)
+from benchmarks.formats import percent, ratio
 from benchmarks.results import Results
 from benchmarks.rows import BASELINE, MODES
 from benchmarks.spread import Ratio
 
 Gains = dict[str, Ratio]
+Means = dict[str, float]
+
+MANY = 6  # shapes, from which on bars would be too many
 
 
 def draw(found: Results, folder: Path) -> list[str]:
@@ -55,41 +67,44 @@ def _gains(found: Results, op: str, mode: str) -> list[tuple[str, Gains]]:
 
 def _overview(found: Results, path: Path) -> str:
     """A line per op, a mark per baseline: the geometric mean over shapes, forward and step."""
-    panels = {
-        mode: [
-            (op, _mean(gains)) for op in results.ops(found) if (gains := _gains(found, op, mode))
-        ]
+    lines = {
+        mode: {op: _mean(gains) for op in results.ops(found) if (gains := _gains(found, op, mode))}
         for mode in MODES
     }
-    panels = {mode: lines for mode, lines in panels.items() if lines}
-    if not panels:
+    return _marks(found, lines, "Speed-up against each baseline", path)
+
+
+def _marks(found: Results, lines: dict[str, dict[str, Means]], title: str, path: Path) -> str:
+    """A panel per mode; a line per name, a mark per baseline."""
+    lines = {mode: of_mode for mode, of_mode in lines.items() if of_mode}
+    if not lines:
         return ""
-    ops = [op for op in results.ops(found) if any(op == o for p in panels.values() for o, _ in p)]
-    height = 1.6 + 0.3 * len(ops)
+    names = list(dict.fromkeys(name for of_mode in lines.values() for name in of_mode))
+    height = 1.6 + 0.3 * len(names)
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.5 + 3 * len(panels), height), squeeze=False, sharey=True
+        1, len(lines), figsize=(4.5 + 3 * len(lines), height), squeeze=False, sharey=True
     )
-    labels = results.baselines(found["rows"])
-    for axis, (mode, lines) in zip(axes[0], panels.items(), strict=True):
-        for name in labels:
-            pairs = [(means[name], ops.index(op)) for op, means in lines if name in means]
-            colour, marker = COLOURS.get(name, OTHER), MARKERS.get(name, "o")
-            axis.plot(*zip(*pairs, strict=True) if pairs else ((), ()), marker, color=colour,
-                      markersize=7, label=f"vs {name}", markeredgecolor="white")  # fmt: skip
-        times_axis(axis, [v for _, means in lines for v in means.values()])
-        for place in range(len(ops)):
-            axis.axhline(place, color="#dddddd", linewidth=0.8, zorder=0)
+    for axis, (mode, of_mode) in zip(axes[0], lines.items(), strict=True):
+        for baseline in results.baselines(found["rows"]):
+            points = [(m[baseline], names.index(n)) for n, m in of_mode.items() if baseline in m]
+            axis.plot(
+                [x for x, _ in points], [y for _, y in points], MARKERS.get(baseline, "o"),
+                color=COLOURS.get(baseline, OTHER), markersize=7, label=f"vs {baseline}",
+                markeredgecolor="white",
+            )  # fmt: skip
+        times_axis(axis, [value for means in of_mode.values() for value in means.values()])
+        axis.hlines(range(len(names)), *axis.get_xlim(), color="#dddddd", linewidth=0.8, zorder=0)
         axis.set_title("forward" if mode == MODES[0] else "forward and backward")
         axis.set_xlabel("times faster (right of 1x: ours)")
-    axes[0][0].set_yticks(range(len(ops)), ops)
-    axes[0][0].invert_yaxis()
+    axes[0][0].set_yticks(range(len(names)), names)
+    axes[0][0].set_ylim(len(names) - 0.4, -0.6)
     handles, texts = axes[0][0].get_legend_handles_labels()
-    figure.suptitle("Speed-up against each baseline", fontweight="bold")
+    figure.suptitle(title, fontweight="bold")
     figure.legend(handles, texts, ncols=len(texts), loc="lower center", frameon=False)
     return write(figure, path, bottom=0.3 / height)
 
 
-def _mean(gains: list[tuple[str, Gains]]) -> dict[str, float]:
+def _mean(gains: list[tuple[str, Gains]]) -> Means:
     names = dict.fromkeys(name for _, of_shape in gains for name in of_shape)
     found = {}
     for name in names:
@@ -99,45 +114,40 @@ def _mean(gains: list[tuple[str, Gains]]) -> dict[str, float]:
 
 
 def _roofline(found: Results, path: Path) -> str:
-    """Each op's largest shape under the two ceilings measured in the same run."""
+    """Each op's first shape under the two ceilings measured in the same run."""
     dtype, ceiling = next(iter(found["ceilings"].items()), ("", {}))
     points = []
     for op in results.ops(found):
         for shape in results.shapes(found, op, MODES[0])[:1]:
             row = results.best(results.members(found, op, MODES[0], shape))
             if row and row["flops"] and row["dtype"] == dtype:
-                points.append((row["flops"] / row["bytes"], row["gflop_per_s"] * 1e9, op))
+                label = f"{op}: {percent(row['share'])} of {row['ceiling']}"
+                points.append((row["flops"] / row["bytes"], row["gflop_per_s"] * 1e9, label))
     if not points:
         return ""
-    figure, axis = plt.subplots(figsize=(8, 5))
+    figure, axis = plt.subplots(figsize=(9.5, 5))
     knee = ceiling["matmul"] / ceiling["copy"]
-    left, right = min(0.5 * min(p[0] for p in points), 0.1), 4 * max(*(p[0] for p in points), knee)
-    axis.plot([left, knee, right], [left * ceiling["copy"], *[ceiling["matmul"]] * 2],
-              color=OURS_COLOUR, linewidth=1.5)  # fmt: skip
+    left, right = min(0.5 * min(p[0] for p in points), 0.1), 3 * max(*(p[0] for p in points), knee)
+    heights = [left * ceiling["copy"], *[ceiling["matmul"]] * 2]
+    axis.plot([left, knee, right], heights, color=OURS_COLOUR, linewidth=1.5)
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.text(left * 1.2, left * 1.6 * ceiling["copy"], "copy", rotation=38, va="bottom")
-    axis.text(right, ceiling["matmul"] * 1.1, f"matmul, {dtype}", ha="right", va="bottom")
-    axis.plot([p[0] for p in points], [p[1] for p in points], "o", color="#4477aa")
-    taken: list[tuple[float, float]] = []
-    for x, y, op in sorted(points, key=lambda p: (p[0], p[1])):
-        axis.annotate(op, (x, y), _free_place(taken, math.log10(x), math.log10(y)), fontsize=8,
-                      textcoords="offset points", va="center")  # fmt: skip
+    place = math.sqrt(left * knee)
+    axis.annotate("copy", (place, place * ceiling["copy"]), (-8, 4),
+                  textcoords="offset points", ha="right")  # fmt: skip
+    axis.annotate(f"matmul, {dtype}", (right, ceiling["matmul"]), (0, 4),
+                  textcoords="offset points", ha="right")  # fmt: skip
+    for number, (x, y, label) in enumerate(points):
+        colour = MANY_COLOURS[number % len(MANY_COLOURS)]
+        marker = MANY_MARKERS[number // len(MANY_COLOURS) % len(MANY_MARKERS)]
+        axis.plot([x], [y], marker, color=colour, markersize=8, label=label, linestyle="none",
+                  markeredgecolor="white")  # fmt: skip
     axis.set_xlabel("FLOPs for each byte that has to cross memory")
-    axis.set_ylabel("FLOP/s, forward")
+    axis.set_ylabel("FLOP/s, forward, the first shape of each op")
     axis.set_title("How close each op is to the machine's ceilings", fontweight="bold")
     axis.grid(alpha=0.3, which="major")
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return write(figure, path)
-
-
-def _free_place(taken: list[tuple[float, float]], x: float, y: float) -> tuple[int, int]:
-    """An offset in points for a label; labels that would lie on each other go up or down."""
-    for shift in (0, 10, -10, 20, -20, 30):
-        place = (x, y + shift / 70)
-        if all(abs(place[0] - a) > 0.9 or abs(place[1] - b) > 0.12 for a, b in taken):
-            break
-    taken.append(place)
-    return 6, shift
 
 
 def _speedups(found: Results, op: str, folder: Path) -> str:
@@ -145,6 +155,13 @@ def _speedups(found: Results, op: str, folder: Path) -> str:
     panels = [(mode, bars) for mode in MODES if (bars := _gains(found, op, mode))]
     if not panels:
         return ""
+    title, path = f"{op}: speed-up against each baseline", folder / f"speedup-{op}.png"
+    if max(len(bars) for _, bars in panels) > MANY:
+        lines = {
+            mode: {label.split("\n")[0]: _mean([(label, gains)]) for label, gains in bars}
+            for mode, bars in panels
+        }
+        return _marks(found, lines, title, path)
     known = results.baselines(found["rows"])
     labels = [n for n in known if any(n in g for _, b in panels for _, g in b)]
     tallest = max(len(bars) for _, bars in panels)
@@ -156,11 +173,11 @@ def _speedups(found: Results, op: str, folder: Path) -> str:
         _bars(axis, bars, labels)
         axis.set_title(mode)
     handles, texts = axes[0][0].get_legend_handles_labels()
-    figure.suptitle(f"{op}: speed-up against each baseline", fontweight="bold")
+    figure.suptitle(title, fontweight="bold")
     figure.legend(
         handles, [f"vs {t}" for t in texts], ncols=len(labels), loc="lower center", frameon=False
     )
-    return write(figure, folder / f"speedup-{op}.png", bottom=0.35 / height)
+    return write(figure, path, bottom=0.35 / height)
 
 
 def _bars(axis: Axes, bars: list[tuple[str, Gains]], labels: list[str]) -> None:

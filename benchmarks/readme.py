@@ -41,7 +41,12 @@ def latest(stored: Path = STORED) -> list[tuple[Path, Results]]:
 
 def section(runs: list[tuple[Path, Results]], root: Path = ROOT) -> str:
     """What stands between the markers."""
-    return "\n".join(line for path, found in runs for line in _machine(path, found, root))
+    lines = [line for path, found in runs for line in _machine(path, found, root)]
+    if not any(found["environment"]["device"] == "cuda" for _, found in runs):
+        count = len({goal.subject for goal in goals.GOALS if goal.device == "cuda"})
+        unmeasured = f"No run on a GPU is stored: the goals for {count} things there"
+        lines += [f"{unmeasured} ([goals.py](benchmarks/goals.py)) are not measured.", ""]
+    return "\n".join(lines)
 
 
 def report(path: Path, found: Results) -> str:

@@ -80,16 +80,17 @@ def show(found: Results, console: Console) -> None:
 def _speedups(found: Results) -> Table:
     names = results.baselines(found["rows"])
     table = Table(title="Fastest implementation: times as fast as each baseline")
-    table.add_column("shape", overflow="fold", min_width=28)
+    table.add_column("shape", overflow="fold", min_width=32)
     for column in ("pass", "ours", "time", *names, "of ceiling"):
         table.add_column(column, justify="right", no_wrap=True)
     for op in results.ops(found):
         table.add_section()
         table.add_row(f"[bold]{op}[/bold]")
-        for mode in MODES:
-            for shape in results.shapes(found, op, mode):
-                cells = _summary(results.members(found, op, mode, shape), names)
-                table.add_row(shape.split("/")[0], mode, *cells)
+        for shape in results.shapes(found, op, MODES[0]):
+            for mode in MODES:
+                if group := results.members(found, op, mode, shape):
+                    name = shape.split("/")[0] if mode == MODES[0] else ""
+                    table.add_row(name, mode, *_summary(group, names))
     return table
 
 
@@ -121,7 +122,7 @@ def _goals(standings: list[goals.Standing]) -> Table:
         table.add_column(column, overflow="fold")
     colours = {goals.MET: "green", goals.MISSED: "red"}
     for standing in standings:
-        *shown, status = standing.cells
+        *shown, status = standing.cells(worst=False)
         colour = colours.get(status, "yellow")
         table.add_row(*shown, f"[{colour}]{status}[/{colour}]")
     return table

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -95,7 +96,7 @@ def groups(
     """Every op's first shape, then every op's second, ...: a time limit cuts all ops alike.
 
     Ops that have kernels of their own for this device come before those that have not. The sweeps
-    follow, each from its smallest case to its largest.
+    follow in the same way, so that a time limit cuts the largest sizes of all.
     """
 
     def has_kernels(name: str) -> bool:
@@ -103,20 +104,22 @@ def groups(
         return any(device.type in DEVICES.get(implementation, ()) for implementation in found)
 
     names = sorted(ops, key=lambda name: not has_kernels(name))
-    cases = {name: getattr(info, preset.cases) for name, info in ops.items()}
-    longest = max((len(c) for c in cases.values()), default=0)
-    shapes = [
-        Group(ops[name], cases[name][rank], dtype, device)
-        for rank in range(longest)
+    shapes = _by_rank(
+        [Group(ops[name], case, dtype, device) for case in getattr(ops[name], preset.cases)]
         for name in names
-        if rank < len(cases[name])
-    ]
-    return shapes + [
-        Group(ops[name], case, dtype, device, sweep.letter)
+    )
+    sweeps = _by_rank(
+        [Group(ops[name], case, dtype, device, sweep.letter) for case in sweep.cases]
         for name in names
         for sweep in getattr(ops[name], preset.sweeps)
-        for case in sweep.cases
-    ]
+    )
+    return shapes + sweeps
+
+
+def _by_rank(series: Iterable[list[Group]]) -> list[Group]:
+    """The first of every series, then the second of every series, ..."""
+    ranks = itertools.zip_longest(*series)
+    return [group for rank in ranks for group in rank if group is not None]
 
 
 def rows(group: Group) -> list[Row]:
