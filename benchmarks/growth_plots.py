@@ -32,11 +32,11 @@ def draw(found: Results, folder: Path, suffix: str) -> list[str]:
     }
     names = [
         _panels(found, chosen, "median_s", seconds, folder / f"time-{name}.{suffix}",
-                "Time as the " + (f"number of {name}" if name != "others" else "rest") + " grows")
+                f"Time over {'other sizes' if name == 'others' else name}")
         for name, chosen in by_name.items()
     ]  # fmt: skip
     chosen = [s for s in every if s[1] in "TNS"]
-    title = "Peak memory of a call as the size grows"
+    title = "Peak memory of a call over its size"
     names.append(_panels(found, chosen, "peak_bytes", size, folder / f"memory.{suffix}", title))
     return [name for name in names if name]
 
