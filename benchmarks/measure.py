@@ -8,6 +8,7 @@ import statistics
 import time
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ from molex_kernels._opinfo import Case, Inputs
 
 GRAPH_BELOW = 5e-3  # seconds; in longer calls the launches do not show
 LATE = "the preset's time is spent"
+TUNED = ("compiled", "liger")  # what compiles or tunes itself for every shape
 OK, WRONG, SKIPPED, FAILED = "ok", "wrong", "skipped", "failed"
 
 
@@ -55,7 +57,7 @@ class Meter:
     timed: bool = True
     started: float = field(default_factory=time.monotonic)
     sweeping: float = 0.0  # when the first sweep began
-    compiling: float = 0.0
+    tuning: Counter[str] = field(default_factory=Counter)  # seconds, by label
 
     def group(self, group: Group) -> Outcomes:
         """Every row of the group."""
@@ -137,7 +139,8 @@ class Meter:
             outcome.facts["peak_bytes"] = memory.peak_bytes(work.call, group.device)
             if mode == "step" and not isinstance(work, check.Yardstick):
                 outcome.facts["saved_bytes"] = work.saved_bytes()
-            if group.device.type == "cuda" and not group.sweep:
+            ours = any(row.label == label and row.kind == OURS for row in members)
+            if group.device.type == "cuda" and (ours or label == "library"):
                 outcome.facts["launches"] = launches.launches(work.call)
                 outcome.facts["waits"] = launches.waits(work.call)
         if group.device.type == "cuda" and not group.sweep:
@@ -163,7 +166,7 @@ class Meter:
             outcome.reason = f"would take about {dense.call:.2g} s a call"
             return
         compiled = row.label == "compiled"
-        if compiled and self.compiling > self.preset.compile_seconds:
+        if row.label in TUNED and self.tuning[row.label] > self.preset.compile_seconds:
             outcome.status, outcome.reason = SKIPPED, "the preset's compile time is spent"
             return
         if known.note:
@@ -189,8 +192,8 @@ class Meter:
                 outcome.status, outcome.reason = WRONG, wrong
             else:
                 outcome.facts["error"] = known.truth.accuracy(found)
-        if compiled:
-            self.compiling += time.monotonic() - start
+        if row.label in TUNED:
+            self.tuning[row.label] += time.monotonic() - start
 
     def _longest(self, row: Row) -> float:
         """Seconds that one call may take. Compiled code may be a few times faster than eager."""

@@ -63,10 +63,10 @@ class Preset:
 
     `mode_seconds`: for timing the implementations of one shape, forward or step. `ops_seconds`:
     after it no further shape is started; likewise `sweep_mode_seconds` and `sweep_seconds`.
-    `compile_seconds`: after it nothing more is compiled. `case_seconds`: a shape whose step would
-    take longer at the machine's matmul rate is left out. `call_seconds`: a reference that would
-    take longer is left out. `check_seconds`: where it would take longer to check with, something
-    else stands in for it.
+    `compile_seconds`: after it nothing more is compiled or tuned, each baseline for itself.
+    `case_seconds`: a shape whose step would take longer at the machine's matmul rate is left out.
+    `call_seconds`: a reference that would take longer is left out. `check_seconds`: where it would
+    take longer to check with, something else stands in for it.
     """
 
     name: str
@@ -143,19 +143,18 @@ PRESETS = {
             name="gpu",
             cases="benchmarks",
             sweeps="sweeps",
-            mode_seconds=0.25,
+            mode_seconds=0.15,
             min_rounds=5,
-            ops_seconds=250,
+            ops_seconds=290,
             sweep_mode_seconds=0.05,
-            sweep_seconds=30,
-            compile_seconds=60,
+            sweep_seconds=25,
+            compile_seconds=45,
             case_seconds=0.5,
             call_seconds=0.2,
             check_seconds=0.5,
             text=TextPlan(
-                seconds=90,
+                seconds=45,
                 max_steps=1000,
-                seeds=(0, 1),
                 batch=64,
                 context=256,
                 dim=256,
@@ -163,11 +162,11 @@ PRESETS = {
                 heads=8,
                 experts=16,
                 hidden=512,
-                validation_bytes=1 << 20,
-                step_seconds=20,
+                validation_bytes=1 << 18,
+                step_seconds=10,
             ),
-            images=ImagesPlan(seconds=30, seeds=(0, 1, 2), dim=64, layers=4, heads=2),
-            finetune=FinetunePlan(seconds=30, seeds=(0, 1), length=128, per_package=400),
+            images=ImagesPlan(seconds=15, dim=64, layers=4, heads=2),
+            finetune=FinetunePlan(seconds=20, length=128, per_package=400),
             needs_cuda=True,
         ),
     )

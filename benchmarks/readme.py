@@ -86,7 +86,7 @@ def _machine(path: Path, found: Results, root: Path) -> Iterator[str]:
     standings = goals.standings(found)
     if standings:
         met = sum(standing.status == goals.MET for standing in standings)
-        yield f"Goals set before anything was measured, {met} of {len(standings)} met:"
+        yield f"Goals, {met} of {len(standings)} met:"
         yield ""
         yield from markdown.goals_table(found)
     if found["text"]:

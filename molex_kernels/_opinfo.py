@@ -43,6 +43,11 @@ class Draw:
         drawn = torch.randn(sizes, generator=self.generator, device=self.generator.device)
         return (drawn * scale).to(self.device, dtype or self.dtype)
 
+    def integers(self, below: int, *sizes: int) -> Tensor:
+        """Integers from 0 to `below`, which is not one of them."""
+        place = self.generator.device
+        return torch.randint(below, sizes, generator=self.generator, device=place).to(self.device)
+
 
 @dataclass(frozen=True)
 class Cost:

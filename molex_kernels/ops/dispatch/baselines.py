@@ -108,13 +108,19 @@ _liger_tuned_for = 0
 
 
 def _tune_liger_for(tokens: int, kernels: ModuleType) -> None:
-    """Liger tunes by width and not by tokens: it is to be tuned for what it is measured at."""
+    """Liger tunes by width and not by tokens: it is to be tuned for what it is measured at.
+
+    Over its configurations of three stages where there are such: all of them would take minutes.
+    """
     global _liger_tuned_for
-    if tokens != _liger_tuned_for:
-        for kernel in vars(kernels).values():
-            if hasattr(kernel, "configs") and hasattr(kernel, "cache"):
-                kernel.cache.clear()
-        _liger_tuned_for = tokens
+    if tokens == _liger_tuned_for:
+        return
+    for kernel in vars(kernels).values():
+        if hasattr(kernel, "configs") and hasattr(kernel, "cache"):
+            three = [config for config in kernel.configs if config.num_stages == 3]
+            kernel.configs = three or kernel.configs
+            kernel.cache.clear()
+    _liger_tuned_for = tokens
 
 
 def batched_gemm(

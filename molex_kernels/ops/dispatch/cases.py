@@ -104,7 +104,7 @@ def _make_grouped_gemm(
         ends[-1] = tokens
     else:
         # Rows past the last end, and an expert without rows.
-        ends = torch.randint(0, tokens + 1, (num_experts,), generator=generator).sort().values
+        ends = draw.integers(tokens + 1, num_experts).cpu().sort().values
         ends[1] = ends[0]
     inputs: Inputs = {
         "x": draw.normal(tokens, width),
@@ -180,10 +180,10 @@ _FIELD_SIZES = (
 )
 _QWEN3_TOKENS = (128, 1024, 4096, 32768)
 _FIELD = (
-    *(_moe(*sizes, activation="swiglu") for sizes in _FIELD_SIZES),
-    _moe(*_FIELD_SIZES[0], activation="swiglu", routing="zipf"),
     *(_moe(t, 2048, 768, 128, 8, "qwen3", activation="swiglu") for t in _QWEN3_TOKENS),
     _moe(32768, 2048, 768, 128, 8, "qwen3", activation="swiglu", routing="zipf"),
+    *(_moe(*sizes, activation="swiglu") for sizes in _FIELD_SIZES),
+    _moe(*_FIELD_SIZES[0], activation="swiglu", routing="zipf"),
     _moe(32768, 2048, 1024, 64, 8, "olmoe", activation="swiglu"),
 )
 _LARGE_T = (512, 2048, 8192, 32768)

@@ -60,11 +60,11 @@ def _make_vote(
     tokens, layers = case.sizes["T"], case.sizes["L"]
     logits = draw.normal(tokens, layers)
     # One layer ahead of the others, so that no rounding of the sums decides.
-    favourite = int(torch.randint(layers, (), generator=generator, device=generator.device))
+    favourite = int(draw.integers(layers))
     logits[:, favourite] += 1.0
     inputs: Inputs = {"logits": logits, "mode": case.options["mode"]}
     if case.options.get("mask"):
-        inputs["mask"] = (torch.rand(tokens, generator=generator) < 0.8).to(device)
+        inputs["mask"] = draw.normal(tokens, dtype=torch.float32) < 0.8  # four in five
     return inputs
 
 
@@ -74,11 +74,11 @@ def _make_linear(
     draw = Draw(dtype, device, generator)
     branches, tokens, features, columns, layers, rank = (case.sizes[n] for n in "GTDNLr")
     shared, same = case.options.get("shared", False), case.options.get("same", False)
-    index = torch.randint(layers, (branches,), generator=generator, device=generator.device)
+    index = draw.integers(layers, branches)
     inputs: Inputs = {
         "x": draw.normal(*(() if shared else (branches,)), tokens, features),
         "weights": draw.normal(layers, columns, features, scale=features**-0.5),
-        "index": (index[:1].expand(branches).clone() if same else index).to(device),
+        "index": index[:1].expand(branches).clone() if same else index,
         "shared": shared,
         "table": case.options.get("table", False),
     }

@@ -142,8 +142,7 @@ def _make_moe(
         inputs["x"] = draw.normal(tokens, width, dtype=accumulate_dtype(dtype))
     if case.options.get("dropout"):
         inputs["dropout_p"] = case.options["dropout"]
-        seed = torch.randint(2**62, (), generator=generator)
-        inputs["dropout_seed"] = seed.to(device)
+        inputs["dropout_seed"] = draw.integers(2**62)
     return {**inputs, **_rule_inputs(case, draw, inputs["x"])}
 
 

@@ -51,12 +51,12 @@ def _make_rpc(
         wide = accumulate_dtype(dtype)
         inputs["threshold"] = draw.normal(batch, heads, *rows, dtype=wide).abs() + 0.5
     if options.get("mask"):
-        there = torch.rand(batch, tokens, generator=generator) < 0.7
+        there = draw.normal(batch, tokens, dtype=torch.float32) < 0.5  # two in three
         there[:1] = False  # nothing at all, for one of the batch
-        inputs["key_mask"] = there.to(device)
+        inputs["key_mask"] = there
     if options.get("dropout"):
         inputs["dropout_p"] = options["dropout"]
-        inputs["dropout_seed"] = torch.randint(2**62, (), generator=generator).to(device)
+        inputs["dropout_seed"] = draw.integers(2**62)
     if options.get("sparse"):
         inputs["return_sparse"] = True
     if 0 < inputs["k"].numel() <= _TESTED:
