@@ -126,13 +126,11 @@ class Meter:
         """Times the passes side by side and adds everything else that a pass can tell."""
         mode = members[0].mode
         calls = {label: work.call for label, work in passes.items()}
-        seconds = self.preset.sweep_mode_seconds if group.sweep else self.preset.mode_seconds
-        samples = timing.round_robin(
-            calls,
-            timing.clock_for(group.device),
-            seconds=seconds,
-            min_rounds=self.preset.min_rounds,
-        )
+        seconds, rounds = self.preset.mode_seconds, self.preset.min_rounds
+        if group.sweep:
+            seconds, rounds = self.preset.sweep_mode_seconds, timing.FEWEST_ROUNDS
+        clock = timing.clock_for(group.device)
+        samples = timing.round_robin(calls, clock, seconds=seconds, min_rounds=rounds)
         for label, work in passes.items():
             outcome = outcomes[label, mode]
             outcome.samples = samples[label]

@@ -32,7 +32,7 @@ SHOWN = (
 def latest(stored: Path = STORED) -> list[tuple[Path, Results]]:
     """The latest run of each machine, GPUs first."""
     found = []
-    for machine in sorted(p for p in stored.iterdir() if p.is_dir()):
+    for machine in sorted(p for p in stored.glob("*") if p.is_dir()):
         runs = [(path, json.loads(path.read_text())) for path in machine.glob("*.json")]
         if runs:
             found.append(max(runs, key=lambda run: run[1]["environment"]["date"]))
@@ -42,6 +42,7 @@ def latest(stored: Path = STORED) -> list[tuple[Path, Results]]:
 def section(runs: list[tuple[Path, Results]], root: Path = ROOT) -> str:
     """What stands between the markers."""
     lines = [line for path, found in runs for line in _machine(path, found, root)]
+    lines = lines or ["No run is stored.", ""]
     if not any(found["environment"]["device"] == "cuda" for _, found in runs):
         count = len({goal.subject for goal in goals.GOALS if goal.device == "cuda"})
         unmeasured = f"No run on a GPU is stored: the goals for {count} things there"

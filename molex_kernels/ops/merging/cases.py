@@ -188,7 +188,7 @@ _PAPER = tuple(
     for segments in ((16, 128), (32, 256))
     for features in ((3072, 768), (768, 3072))
 )
-_LARGE, _SMALL = (3072, 768), (768, 192)
+_LARGE, _SMALL = (3072, 768), (384, 192)
 _KEPT = tuple(
     _layer(*segments, *features, 7, 0, deltas=True)
     for segments in ((16, 128), (32, 256))

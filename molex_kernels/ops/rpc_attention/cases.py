@@ -210,8 +210,8 @@ OPINFOS = (
             Sweep("n", tuple(_rpc(64, 3, 197, 64, iters) for iters in (1, 2, 4, 8))),
         ),
         quick_sweeps=(
-            Sweep("N", tuple(_rpc(4, 3, n, 64, 4) for n in (64, 128, 256, 512))),
-            Sweep("n", tuple(_rpc(4, 3, 197, 64, iters) for iters in (1, 2, 4, 8))),
+            Sweep("N", tuple(_rpc(2, 3, n, 64, 4) for n in (64, 128, 256, 512))),
+            Sweep("n", tuple(_rpc(2, 3, 197, 64, iters) for iters in (1, 2, 4, 8))),
         ),
         # fp32 with dropout and d > 64 is left out: it spills up to 12 bytes, in the one dtype whose
         # products hold whole rows in registers. It is right, and rare.
