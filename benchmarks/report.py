@@ -58,8 +58,9 @@ def show(found: Results, console: Console) -> None:
         )
     if standings := goals.standings(found):
         console.print(_goals(standings))
-    if found["sweeps"]:
-        console.print(_growth(found))
+    growth = _growth(found)
+    if growth.row_count:
+        console.print(growth)
     if text := found["text"]:
         for run in text["runs"]:
             console.print(

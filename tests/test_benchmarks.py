@@ -90,9 +90,9 @@ def _pair(published: float, width: float = 0.02, **more: Any) -> list[dict[str, 
 
 def test_a_ratio_is_paired_by_round():
     """The machine slows down tenfold half way: pairs do not see it, medians of times do."""
-    slow = {r: 10.0 if r > 4 else 1.0 for r in range(1, 11)}
+    slow = {r: 10.0 if r > 5 else 1.0 for r in range(1, 11)}
     ours = {r: 2.0 * s for r, s in slow.items()}
-    others = {r: 6.0 * s for r, s in slow.items() if r % 3 == 0}
+    others = {r: 6.0 * slow[r] for r in (4, 6, 8, 10)}
     assert spread.ratio(others, ours) == (3.0, 3.0, 3.0)
     assert spread.ratio(ours, others) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
     assert spread.ratio({}, ours) is None
@@ -254,8 +254,8 @@ def test_a_smaller_case_is_checked_where_memory_does_not_suffice(monkeypatch: An
 def test_what_is_kept_for_backward_is_counted():
     info = _op()
     x = torch.randn(16, 8, requires_grad=True)
-    work = check.Pass(info, lambda x: (x.exp() * 2).relu(), {"x": x})
-    # exp keeps its result, relu keeps its own.
+    work = check.Pass(info, lambda x: (x * x).exp().relu(), {"x": x})
+    # exp keeps its result and relu keeps its own; the product keeps x, which is there anyway.
     assert work.saved_bytes() == 2 * x.nbytes
 
 
@@ -310,9 +310,15 @@ def test_goals_speak_of_shapes_that_are_measured(device: str):
     for standing in found:
         assert standing.status == goals.UNMEASURED
         assert standing.expected >= 1, standing.goal
-    field = [s for s in found if s.goal.subject == "expert MLP, the field's 12 shapes"]
-    assert all(s.expected == 12 for s in field)
-    assert len(field) == (4 if device == "cuda" else 0)
+    counts = {s.goal.subject: s.expected for s in found}
+    if device == "cuda":
+        assert counts["expert MLP, the field's 12 shapes"] == 12
+        assert counts["expert MLP, Qwen3-30B"] == 5
+        assert counts["bare grouped GEMM, uniform"] == counts["RPC attention, N >= 1024"] == 2
+        assert counts["momentum update"] == 9
+        assert counts["adaptive-clustering router"] == 3
+    else:
+        assert counts["RPC attention"] == 2
     for name in ("library", "published", "liger"):
         assert ("moe_mlp", name) in known
     assert ("grouped_gemm", "bmm") in known
