@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
+from tolerance import Errors, judge, measure
 from torch import Tensor, nn
 
 import molex_kernels as mk
@@ -134,6 +135,35 @@ def test_with_an_empty_sparse_part(impl: str, generator: torch.Generator):
     )
     assert (sparse == 0).all()
     same(twice, F.scaled_dot_product_attention(once, once, v), 1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS[:-1])
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_what_cancels_in_the_gradient_of_k_leaves_no_rounding_error(
+    share: float, impl: str, generator: torch.Generator
+):
+    """Small elements get through two iterations what one adds and the other takes; large ones 0."""
+    tokens, width = 50, 16
+
+    def gradients(dtype: torch.dtype, impl: str) -> Tensor:
+        leaf = k.to(dtype).requires_grad_()
+        out = mk.rpc_attention(leaf, v.to(dtype), num_iters=2, threshold=1.1, impl=impl)
+        return torch.autograd.grad(out, leaf, upstream.to(dtype))[0]
+
+    def measured() -> dict[str, Errors]:
+        nonlocal k, v, upstream
+        spread = torch.rand(1, 2, tokens, width, generator=generator)
+        is_large = torch.rand(spread.shape, generator=generator) < share
+        sign = torch.randn(spread.shape, generator=generator).sign()
+        k = (sign * torch.where(is_large, 1.5 + spread / 2, 0.05 + spread / 6)).to(DEVICE)
+        v, upstream = (draw(generator, *k.shape, dtype=torch.float32) / s for s in (7, 1))
+        got = gradients(torch.float32, impl)
+        assert (got[is_large.to(DEVICE)] == 0).all()
+        truth, own = (gradients(d, "reference") for d in (torch.float64, torch.float32))
+        return {"gradient of k": measure("gradient of k", got, truth, own, torch.float32)}
+
+    k = v = upstream = torch.empty(0)
+    judge(measured)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

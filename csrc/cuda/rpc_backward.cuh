@@ -338,7 +338,8 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
                                 ? head_of<float>(p, b.grad_sparse, head)[mine * b.grad_sparse.row + column + c]
                                 : 0.0f;
         const int8_t where = sides[place + c];
-        const float ga = where == kInside ? 0.0f : extra - gu - product;
+        const bool outside = where != kInside;
+        const float ga = outside ? extra - gu - product : 0.0f;
         float term = ga;
         if constexpr (kSumsInner<E>) {
           // The last two iterations' ga add up to the difference of their products where they share a side:
@@ -347,12 +348,18 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
           if (is_last && !is_first && s.sides[base + place + c - step] == where) term = product;
           if (t + 2 == p.iterations && s.sides[base + place + c + step] == where) term = -product;
         }
-        of_threshold -= where == kInside ? 0.0f : where * term;
+        of_threshold -= outside ? where * term : 0.0f;
         carry(s.v, b.grad_v, mine, column + c, own.real[i] ? grad_values[0][n][2 * i + c] : 0.0f);
         // Carried is gk + gu: gu holds -product of the iteration behind, which gk would have to lose again.
-        carry(s.k, b.grad_k, mine, column + c, is_first ? product + ga : gu + 2.0f * ga);
+        // Outside the threshold ga takes product back: the sums are written without what cancels.
+        carry(s.k,
+              b.grad_k,
+              mine,
+              column + c,
+              is_first ? (outside ? extra - gu : product) : (outside ? 2.0f * (extra - product) - gu : gu));
         if (is_first) continue;
-        const float before = gu - product + ga;  // gu of the iteration before, whose gL is -ga
+        // gu of the iteration before, whose gL is -ga.
+        const float before = outside ? extra - 2.0f * product : gu - product;
         dual[place + c] = before;
         next[c] = -ga - before;
         if (kSumsInner<E> || !inside) continue;

@@ -60,7 +60,9 @@ def _rpc_bwd_rows(
     L and S are recomputed from the first iteration on, by the forward pass's arithmetic to the last
     bit: peaked weights come from differences of large scores. Behind iteration t + 1, with its dC:
     dS = -du - dC, da = [|a| >= T] dS, dk += du + dC + da, dT -= sum sign(a) da, du = du - dC + da,
-    and dL of iteration t is -da - du.
+    and dL of iteration t is -da - du. Carried is dk + du: du holds -dC of the iteration behind,
+    which dk alone would have to lose again, and fp32 with it. Where |a| >= T, da takes dC back: the
+    sums are written without what cancels.
     """
     head = tl.program_id(1).to(tl.int64)
     batch = head // num_heads
@@ -110,15 +112,19 @@ def _rpc_bwd_rows(
         du = load_rows(du_ptr + own, num_features, 1, offs_i, mask_i, offs_d, num_features)
         dclean = load_rows(dclean_ptr + own, num_features, 1, offs_i, mask_i, offs_d, num_features)
         dk = load_rows(dk_ptr + own, num_features, 1, offs_i, mask_i, offs_d, num_features)
-        da = -du - dclean
+        ds = -du
         if HAS_DSPARSE:
             dsparse_ptr += batch * stride_sb + within * stride_sh
-            da += load_rows(dsparse_ptr, stride_sn, stride_sd, offs_i, mask_i, offs_d, num_features)
-        da = tl.where(tl.abs(a) < bound, 0.0, da)
-        dk += du + dclean + da
+            ds += load_rows(dsparse_ptr, stride_sn, stride_sd, offs_i, mask_i, offs_d, num_features)
+        is_inside = tl.abs(a) < bound
+        da = tl.where(is_inside, 0.0, ds - dclean)
+        if IS_DONE:
+            dk += tl.where(is_inside, dclean, ds)
+        else:
+            dk += tl.where(is_inside, du, du + 2.0 * (ds - dclean))
         sums = tl.load(dbound_ptr + head * num_tokens + offs_i, mask=inside, other=0.0)
         sums -= tl.sum(sign(a) * da, axis=1)
-        du = du - dclean + da
+        du = tl.where(is_inside, du - dclean, du + ds - 2.0 * dclean)
         dlow = -da - du
         if IS_DONE:
             store_rows(out_dk_ptr + own, dk, offs_i, inside, offs_d, num_features)
