@@ -16,12 +16,7 @@ MOLEX_INLINE void product_tile(const float* a,
                                int64_t ldc,
                                int64_t depth,
                                bool add) {
-  Floats<LANES> sum[ROWS][VECTORS];
-  for (int r = 0; r < ROWS; ++r) {
-    for (int v = 0; v < VECTORS; ++v) {
-      sum[r][v] = add ? load<LANES>(c + r * ldc + v * LANES) : Floats<LANES>{};
-    }
-  }
+  Floats<LANES> sum[ROWS][VECTORS] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Floats<LANES> right[VECTORS];
     for (int v = 0; v < VECTORS; ++v) right[v] = load<LANES>(b + k * ldb + v * LANES);
@@ -30,8 +25,12 @@ MOLEX_INLINE void product_tile(const float* a,
       for (int v = 0; v < VECTORS; ++v) sum[r][v] += left * right[v];
     }
   }
+  // What is there comes last: the terms are not rounded as its size has it.
   for (int r = 0; r < ROWS; ++r) {
-    for (int v = 0; v < VECTORS; ++v) store<LANES>(c + r * ldc + v * LANES, sum[r][v]);
+    for (int v = 0; v < VECTORS; ++v) {
+      float* to = c + r * ldc + v * LANES;
+      store<LANES>(to, add ? load<LANES>(to) + sum[r][v] : sum[r][v]);
+    }
   }
 }
 
@@ -57,9 +56,9 @@ MOLEX_INLINE void product_rows(const float* a,
   take.template operator()<1>();
   for (; n < columns; ++n) {
     for (int r = 0; r < ROWS; ++r) {
-      float sum = add ? c[r * ldc + n] : 0.0f;
+      float sum = 0.0f;
       for (int64_t k = 0; k < depth; ++k) sum += (TURNED ? a[k * lda + r] : a[r * lda + k]) * b[k * ldb + n];
-      c[r * ldc + n] = sum;
+      c[r * ldc + n] = add ? c[r * ldc + n] + sum : sum;
     }
   }
 }

@@ -79,24 +79,28 @@ void Tokens::write_numbers(float* to, const float* from) const {
 
 namespace {
 
-MOLEX_VERSIONS(shrink_row,
-               (float bound,
-                int64_t width,
-                const float* k,
-                const float* low,
-                const float* u,
-                float* clean,
-                float* w,
-                float* sparse),
-               for (int64_t c = 0; c < width; c += kLanes) {
-                 const auto key = load<kLanes>(k + c);
-                 const auto dual = load<kLanes>(u + c);
-                 const auto a = key - load<kLanes>(low + c) + dual;
-                 const auto s = shrunk<kLanes>(a, bound);
-                 store<kLanes>(clean + c, key - s - dual);
-                 store<kLanes>(w + c, dual + key - s);
-                 if (sparse) store<kLanes>(sparse + c, s);
-               })
+// Where S = a - sign(a) T, k cancels in K~ and w, and with it what a was rounded by. NaN where S is infinite.
+MOLEX_VERSIONS(
+    shrink_row,
+    (float bound,
+     int64_t width,
+     const float* k,
+     const float* low,
+     const float* u,
+     float* clean,
+     float* w,
+     float* sparse),
+    using V = Floats<kLanes>;
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const V key = load<kLanes>(k + c), before = load<kLanes>(low + c), dual = load<kLanes>(u + c);
+      const V a = key - before + dual;
+      const V shift = a > 0.0f ? broadcast<kLanes>(bound) : a < 0.0f ? broadcast<kLanes>(-bound) : a * bound;
+      const V outside = a - shift;
+      const auto inside = (a < 0.0f ? -a : a) < bound;
+      store<kLanes>(clean + c, inside ? key - dual : before - (dual + dual) + shift + (outside - outside));
+      store<kLanes>(w + c, inside ? dual + key : before + shift);
+      if (sparse) store<kLanes>(sparse + c, inside ? V{} : outside);
+    })
 
 MOLEX_CLONES void turn(const float* from, int64_t rows, int64_t width, int64_t padded, float* to) {
   for (int64_t c = 0; c < width; ++c) {
@@ -108,6 +112,7 @@ MOLEX_CLONES void turn(const float* from, int64_t rows, int64_t width, int64_t p
 
 MOLEX_CLONES void drop(const Dropout& dropout, uint64_t first, const int64_t* place, int64_t count, uint64_t step, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = dropout(1.0f, first + static_cast<uint64_t>(place[i]) * step);
+  for (int64_t i = count; i < kBlock; ++i) to[i] = 0.0f;
 }
 
 }  // namespace

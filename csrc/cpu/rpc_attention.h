@@ -133,15 +133,7 @@ struct Scores {
   MOLEX_INLINE int64_t seen(int64_t row) const { return triangular ? std::min(row + 1, columns) : columns; }
 };
 
-// sign(a) max(|a| - T, 0); NaN where a or T is.
-template <int LANES>
-MOLEX_INLINE Floats<LANES> shrunk(Floats<LANES> a, float bound) {
-  const Floats<LANES> size = a < 0.0f ? -a : a;
-  const Floats<LANES> shift = a > 0.0f ? broadcast<LANES>(bound) : a < 0.0f ? broadcast<LANES>(-bound) : a * bound;
-  return size < bound ? Floats<LANES>{} : a - shift;
-}
-
-// S, K~ = k - S - u and w = u + k - S, from which u after the iteration is w - L, for whole rows.
+// S = soft(a) for a = k - L + u, K~ = k - S - u, and w = u + k - S, from which u after the iteration is w - L.
 void shrink(
     const Tokens& tokens, const float* k, const float* low, const float* u, float* clean, float* w, float* sparse);
 // `count` floats, rounded as the products see them.

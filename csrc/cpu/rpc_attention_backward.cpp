@@ -1,9 +1,11 @@
 // Robust attention's backward pass on a CPU.
 //
-// The iterations run backwards. Each remakes its scores from the saved L of the one before and its
-// probabilities from the saved row statistics. With dL for the gradient of an iteration's L, a block of
-// rows i and columns j needs dP = dL_i v_j^T, and dZ = P (dP - <dL_i, L_i>); where it serves its columns,
-// too, the same with i and j exchanged, kept as the transpose: then (dZ + dZ^T) K~ is one product a side.
+// The iterations run backwards. Each remakes its scores from the saved L of the one before, and its
+// probabilities P from the saved row statistics. With dL for the gradient of an iteration's L, a block of
+// rows i and columns j needs dP = dL_i v_j^T and dZ = P (dP - D_i), D_i = sum_j P dP. D is not taken as
+// <dL_i, L_i>, which rounds in another way: where P is close to 1 all of dP - D_i would be that. So a
+// group of blocks first gets P, dP and D, and then dZ. A block that serves its columns, too, has the same
+// with i and j exchanged, kept as the transpose: then (dZ + dZ^T) K~ is one product a side.
 
 #include <torch/csrc/stable/library.h>
 
@@ -14,78 +16,111 @@
 namespace molex::rpc {
 namespace {
 
-// A row's statistics: P = exp(score - shift) * inverse; `along` is <dL, L>.
+constexpr int64_t kWhole = 512;  // tokens up to which the blocks of a head are one group
+
+// P = exp(score - shift) * inverse of a row; its D, which gathers in the lanes of `lanes` [rows, kPad], too.
 struct Statistics {
-  float *shift, *inverse, *along;
+  float *shift, *inverse, *along, *lanes;
 
-  Statistics at(int64_t row) const { return {shift + row, inverse + row, along + row}; }
+  Statistics at(int64_t row) const { return {shift + row, inverse + row, along + row, lanes + row * kPad}; }
 };
 
-// Blocks [kBlock, kBlock] of one pair, by row: probabilities, their gradients, what dropout multiplies them
-// with (null without), and the gradient of the scores.
-struct Pair {
-  float *weights, *slopes, *kept;
+// Blocks [kBlock, kBlock] of one side: P, dP (in which dropout is undone), and what the values are
+// multiplied with: P, or under dropout a block of its own. `kept` is what dropout multiplies with, or null.
+struct Side {
+  float *weights, *upstream, *dropped, *kept;
 };
 
-// x y, and 0 where y is, whatever x is.
-template <int LANES>
-MOLEX_INLINE Floats<LANES> drop(Floats<LANES> x, const float* y) {
-  const Floats<LANES> by = load<LANES>(y);
-  return by == 0.0f ? Floats<LANES>{} : x * by;
-}
-
-// One side of some columns: the gradient of the scores, and the probabilities as the values saw them.
+// P and dP of LANES places, and the sum P dP.
 template <int LANES, bool DROPS>
-MOLEX_INLINE Floats<LANES> slope(Floats<LANES> weight, const Pair& pair, int64_t at, Floats<LANES> along) {
-  Floats<LANES> upstream = load<LANES>(pair.slopes + at), dropped = weight;
+MOLEX_INLINE Floats<LANES> place(const Side& side, int64_t at, Floats<LANES> weight, Floats<LANES> upstream) {
   if constexpr (DROPS) {
-    upstream = drop<LANES>(upstream, pair.kept + at);
-    dropped = drop<LANES>(weight, pair.kept + at);
+    const Floats<LANES> by = load<LANES>(side.kept + at), none{};
+    upstream = by == 0.0f ? none : upstream * by;
+    store<LANES>(side.upstream + at, upstream);
+    store<LANES>(side.dropped + at, by == 0.0f ? none : weight * by);
   }
-  store<LANES>(pair.weights + at, dropped);
-  return weight * (upstream - along);
+  store<LANES>(side.weights + at, weight);
+  return weight * upstream;
 }
 
-// The gradient of the scores goes to `by_row.slopes`, that of both sides where there is `by_column`.
 template <int LANES, bool PARTIAL, bool TURNED, bool DROPS>
-MOLEX_INLINE void differentiate(const Scores& scores,
-                                const Statistics& rows,
-                                const Statistics& columns,
-                                const Pair& by_row,
-                                const Pair& by_column) {
+MOLEX_INLINE void weigh(const Scores& scores,
+                        const Statistics& rows,
+                        const Statistics& columns,
+                        const Side& by_row,
+                        const Side& by_column) {
+  constexpr int kVectors = kBlock / LANES;
+  Floats<LANES> sums[kVectors] = {};
   for (int64_t r = 0; r < scores.rows; ++r) {
-    const float shift = rows.shift[r], inverse = rows.inverse[r], along = rows.along[r];
+    const float shift = rows.shift[r], inverse = rows.inverse[r];
     const int32_t seen = scores.seen(r);
-    for (int c = 0; c < kBlock; c += LANES) {
-      const int64_t at = r * kBlock + c;
+    Floats<LANES> sum = load<LANES>(rows.lanes + r * kPad);
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = r * kBlock + v * LANES;
       const Floats<LANES> z = load<LANES>(scores.z + at) * scores.scale;
-      Floats<LANES> weight = exponential<LANES>(z - shift) * inverse;
-      if constexpr (PARTIAL) weight = count_from<LANES>(c) < seen ? weight : Floats<LANES>{};
-      Floats<LANES> total = slope<LANES, DROPS>(weight, by_row, at, broadcast<LANES>(along));
-      if constexpr (TURNED) {
-        weight = exponential<LANES>(z - load<LANES>(columns.shift + c)) * load<LANES>(columns.inverse + c);
-        total += slope<LANES, DROPS>(weight, by_column, at, load<LANES>(columns.along + c));
+      Floats<LANES> weight = exponential<LANES>(z - shift) * inverse, upstream = load<LANES>(by_row.upstream + at);
+      if constexpr (PARTIAL) {
+        const auto sees = count_from<LANES>(v * LANES) < seen;
+        weight = sees ? weight : Floats<LANES>{};
+        upstream = sees ? upstream : Floats<LANES>{};
+        store<LANES>(by_row.upstream + at, upstream);
       }
-      store<LANES>(by_row.slopes + at, total * scores.scale);
+      sum += place<LANES, DROPS>(by_row, at, weight, upstream);
+      if constexpr (TURNED) {
+        weight = exponential<LANES>(z - load<LANES>(columns.shift + v * LANES));
+        weight *= load<LANES>(columns.inverse + v * LANES);
+        sums[v] += place<LANES, DROPS>(by_column, at, weight, load<LANES>(by_column.upstream + at));
+      }
+    }
+    store<LANES>(rows.lanes + r * kPad, sum);
+  }
+  if constexpr (TURNED) {
+    for (int v = 0; v < kVectors; ++v) {
+      store<LANES>(columns.along + v * LANES, load<LANES>(columns.along + v * LANES) + sums[v]);
     }
   }
 }
 
+// P and what a block adds to D; on both sides where there is `by_column`.
 MOLEX_VERSIONS(
-    differentiate_block,
+    weigh_block,
     (const Scores& scores,
      const Statistics& rows,
      const Statistics& columns,
-     const Pair& by_row,
-     const Pair& by_column),
+     const Side& by_row,
+     const Side& by_column),
     const auto with = [&]<bool PARTIAL, bool TURNED>() MOLEX_LAMBDA_INLINE {
-      by_row.kept ? differentiate<kLanes, PARTIAL, TURNED, true>(scores, rows, columns, by_row, by_column)
-                  : differentiate<kLanes, PARTIAL, TURNED, false>(scores, rows, columns, by_row, by_column);
+      by_row.kept ? weigh<kLanes, PARTIAL, TURNED, true>(scores, rows, columns, by_row, by_column)
+                  : weigh<kLanes, PARTIAL, TURNED, false>(scores, rows, columns, by_row, by_column);
     };
     if (by_column.weights) {
       scores.partial() ? with.template operator()<true, true>() : with.template operator()<false, true>();
     } else {
       scores.partial() ? with.template operator()<true, false>() : with.template operator()<false, false>();
+    })
+
+// scale dZ by row, or of both sides.
+MOLEX_VERSIONS(
+    differentiate_block,
+    (float scale,
+     int64_t num_rows,
+     const Statistics& rows,
+     const Statistics& columns,
+     const Side& by_row,
+     const Side& by_column,
+     float* slopes),
+    for (int64_t r = 0; r < num_rows; ++r) {
+      const float along = rows.along[r];
+      for (int64_t c = 0; c < kBlock; c += kLanes) {
+        const int64_t at = r * kBlock + c;
+        auto slope = load<kLanes>(by_row.weights + at) * (load<kLanes>(by_row.upstream + at) - along);
+        if (by_column.weights) {
+          const auto upstream = load<kLanes>(by_column.upstream + at) - load<kLanes>(columns.along + c);
+          slope += load<kLanes>(by_column.weights + at) * upstream;
+        }
+        store<kLanes>(slopes + at, slope * scale);
+      }
     })
 
 // x + x^T in the place of x [count, count].
@@ -100,18 +135,13 @@ void symmetrise(float* x, int64_t count) {
   }
 }
 
-// dL = dlow - du in the place of dlow, dk += du, and <dL, L> of each row.
-MOLEX_VERSIONS(
-    upstream_row,
-    (int64_t width, const float* low, const float* du, float* dlow, float* dk, float* along),
-    auto sum = Floats<kLanes>{};
-    for (int64_t c = 0; c < width; c += kLanes) {
-      const auto dual = load<kLanes>(du + c);
-      const auto total = load<kLanes>(dlow + c) - dual;
-      store<kLanes>(dlow + c, total);
-      store<kLanes>(dk + c, load<kLanes>(dk + c) + dual);
-      sum += total * load<kLanes>(low + c);
-    } *along = sum_of<kLanes>(sum);)
+// dL = dlow - du in the place of dlow, dk += du.
+MOLEX_CLONES void add_duals(const float* du, float* dlow, float* dk, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    dlow[i] -= du[i];
+    dk[i] += du[i];
+  }
+}
 
 // Through the shrinkage of a row: da = m (dS - du - dclean) with dS = `push`, what reaches the result from
 // outside, or null. dk += dclean + da, dlow = -da, du += da - dclean, and the threshold's own gradient.
@@ -155,61 +185,122 @@ struct Operands {
 
 class AttentionBackward {
  public:
-  AttentionBackward(const Problem& p, Scratch& scratch) : p_(p), padded_(p.padded()) {
-    const auto block = [&](bool wanted) { return wanted ? scratch.take(kBlock * kBlock) : nullptr; };
-    const bool both = p.symmetric();
-    z_ = block(true);
-    by_row_ = {block(true), block(true), block(p.dropout.on)};
-    by_column_ = {block(both), block(both), block(both && p.dropout.on)};
+  AttentionBackward(const Problem& p, Scratch& scratch)
+      : p_(p), padded_(p.padded()), whole_(p.symmetric() && p.length <= kWhole) {
+    const auto blocks = [&](int64_t count) { return scratch.take(count * kBlock * kBlock); };
+    const int64_t side = (p.length + kBlock - 1) / kBlock;
+    z_ = blocks(1);
+    for (Side* side : {&spare_row_, &spare_column_}) {
+      side->dropped = p.dropout.on ? blocks(1) : nullptr;
+      side->kept = p.dropout.on ? blocks(1) : nullptr;
+    }
+    store_ = blocks(whole_ ? 2 * side * (side + 1) : 2 * side);
   }
 
-  void operator()(const Tokens& tokens, const Operands& o, const Statistics& statistics, bool drops) {
-    visit_blocks(p_, tokens.count(), [&](int64_t i, int64_t j) { add_block(tokens, o, statistics, drops, i, j); });
+  void operator()(const Tokens& tokens, const Operands& o, const Statistics& statistics, bool drops) const {
+    const int64_t count = tokens.count(), group = whole_ ? std::max<int64_t>(count, 1) : kBlock;
+    std::fill_n(statistics.along, round_up(count, kBlock), 0.0f);
+    std::fill_n(statistics.lanes, count * kPad, 0.0f);
+    for (int64_t first = 0; first < count; first += group) {
+      const int64_t end = std::min(first + group, count);
+      visit(first, end, count, [&](int64_t i, int64_t j, float* blocks) {
+        weigh(tokens, o, statistics, drops, i, j, blocks);
+      });
+      for (int64_t i = first; i < end; ++i) {
+        for (int64_t lane = 0; lane < kPad; ++lane) statistics.along[i] += statistics.lanes[i * kPad + lane];
+      }
+      visit(first, end, count, [&](int64_t i, int64_t j, float* blocks) {
+        differentiate(tokens, o, statistics, i, j, blocks);
+      });
+    }
   }
 
  private:
-  void add_block(const Tokens& tokens, const Operands& o, const Statistics& statistics, bool drops, int64_t i, int64_t j) {
-    const bool diagonal = i == j, both = p_.symmetric() && !diagonal;
-    const Scores scores{z_, p_.scale, tokens.rows_of(i), tokens.rows_of(j), p_.causal && diagonal};
-    Pair by_row = by_row_, by_column = both ? by_column_ : Pair{};
+  // The blocks of a group, each with its place for P and dP, of both sides where it has two.
+  template <class Visit>
+  void visit(int64_t first, int64_t end, int64_t count, const Visit& visit) const {
+    float* blocks = store_;
+    for (int64_t i = first; i < end; i += kBlock) {
+      for (int64_t j = whole_ ? i : 0; j < (p_.causal ? i + 1 : count); j += kBlock) {
+        visit(i, j, blocks);
+        blocks += (both(i, j) ? 4 : 2) * kBlock * kBlock;
+      }
+    }
+  }
+
+  bool both(int64_t i, int64_t j) const { return whole_ && i != j; }
+
+  // P and dP at `blocks`.
+  static Side side_at(float* blocks) { return {blocks, blocks + kBlock * kBlock, blocks, nullptr}; }
+
+  void weigh(const Tokens& tokens,
+             const Operands& o,
+             const Statistics& statistics,
+             bool drops,
+             int64_t i,
+             int64_t j,
+             float* blocks) const {
+    const Scores scores{z_, p_.scale, tokens.rows_of(i), tokens.rows_of(j), p_.causal && i == j};
+    Side by_row = side_at(blocks), by_column = both(i, j) ? side_at(blocks + 2 * kBlock * kBlock) : Side{};
+    if (drops) {
+      by_row.dropped = spare_row_.dropped, by_row.kept = spare_row_.kept;
+      dropout_block(tokens, i, j, false, by_row.kept);
+      if (both(i, j)) {
+        by_column.dropped = spare_column_.dropped, by_column.kept = spare_column_.kept;
+        dropout_block(tokens, i, j, true, by_column.kept);
+      }
+    }
     scores_of(o.left + i * padded_, o.clean_turned + j * p_.width, scores.rows, z_);
-    scores_of(o.dlow + i * padded_, o.v_turned + j * p_.width, scores.rows, by_row.slopes);
-    if (both) scores_of(o.v + i * padded_, o.dlow_turned + j * p_.width, scores.rows, by_column.slopes);
-    if (!drops) by_row.kept = by_column.kept = nullptr;
-    if (by_row.kept) dropout_block(tokens, i, j, false, by_row.kept);
-    if (by_column.kept) dropout_block(tokens, i, j, true, by_column.kept);
-    differentiate_block(scores, statistics.at(i), statistics.at(j), by_row, by_column);
-    add_turned(scores, by_row.weights, o.dlow, o.dv, i, j);
-    if (both) add(scores, by_column.weights, o.dlow, o.dv, i, j);
-    if (diagonal && !p_.q) {
-      symmetrise(by_row.slopes, scores.rows);
-      add(scores, by_row.slopes, o.clean, o.dclean, i, j);
+    scores_of(o.dlow + i * padded_, o.v_turned + j * p_.width, scores.rows, by_row.upstream);
+    if (both(i, j)) scores_of(o.v + i * padded_, o.dlow_turned + j * p_.width, scores.rows, by_column.upstream);
+    weigh_block(scores, statistics.at(i), statistics.at(j), by_row, by_column);
+    add_turned(tokens, by_row.dropped, o.dlow, o.dv, i, j);
+    if (both(i, j)) add(tokens, by_column.dropped, o.dlow, o.dv, i, j);
+  }
+
+  void differentiate(const Tokens& tokens,
+                     const Operands& o,
+                     const Statistics& statistics,
+                     int64_t i,
+                     int64_t j,
+                     float* blocks) const {
+    const Side by_row = side_at(blocks), by_column = both(i, j) ? side_at(blocks + 2 * kBlock * kBlock) : Side{};
+    differentiate_block(p_.scale, tokens.rows_of(i), statistics.at(i), statistics.at(j), by_row, by_column, z_);
+    if (i == j && !p_.q) {
+      symmetrise(z_, tokens.rows_of(i));
+      add(tokens, z_, o.clean, o.dclean, i, j);
     } else {
-      add(scores, by_row.slopes, o.clean, o.dleft, i, j);
-      add_turned(scores, by_row.slopes, o.left, o.dclean, i, j);
+      add(tokens, z_, o.clean, o.dleft, i, j);
+      add_turned(tokens, z_, o.left, o.dclean, i, j);
     }
   }
 
   void scores_of(const float* left, const float* turned, int64_t rows, float* to) const {
     product(left, padded_, turned, kBlock, to, kBlock, rows, kBlock, p_.width, false);
   }
-  // Rows i of `to` += block * rows j of `from`, and the other way round.
-  void add(const Scores& s, const float* block, const float* from, float* to, int64_t i, int64_t j) const {
-    product(block, kBlock, from + j * padded_, padded_, to + i * padded_, padded_, s.rows, padded_, s.columns, true);
+
+  // Rows i of `to` += block * rows j of `from`.
+  void add(const Tokens& tokens, const float* block, const float* from, float* to, int64_t i, int64_t j) const {
+    const int64_t rows = tokens.rows_of(i), depth = tokens.rows_of(j);
+    product(block, kBlock, from + j * padded_, padded_, to + i * padded_, padded_, rows, padded_, depth, true);
   }
-  void add_turned(const Scores& s, const float* block, const float* from, float* to, int64_t i, int64_t j) const {
-    product_turned(block, kBlock, from + i * padded_, padded_, to + j * padded_, padded_, s.columns, padded_, s.rows, true);
+
+  // Rows j of `to` += block^T * rows i of `from`.
+  void add_turned(const Tokens& tokens, const float* block, const float* from, float* to, int64_t i, int64_t j) const {
+    const int64_t rows = tokens.rows_of(j), depth = tokens.rows_of(i);
+    product_turned(block, kBlock, from + i * padded_, padded_, to + j * padded_, padded_, rows, padded_, depth, true);
   }
 
   const Problem& p_;
   int64_t padded_;
-  float* z_;
-  Pair by_row_, by_column_;
+  bool whole_;
+  float *z_, *store_;
+  Side spare_row_{}, spare_column_{};
 };
 
 // What the backward pass reads beside the problem, and where it writes; data is null where there is none.
 struct Gradients {
-  Heads dout, dsparse, out;
+  Heads dout, dsparse;
   const float *lows, *stats;
   Target dk, dv, dq;
   float* dthreshold;
@@ -220,15 +311,17 @@ class HeadBackward {
  public:
   HeadBackward(const Problem& p, const Gradients& g) : p_(p), g_(g), attention_(p, scratch_) {
     const int64_t size = p.length * p.padded(), blocks = round_up(p.length, kBlock);
-    for (float** array : {&k_, &v_, &clean_, &low_, &earlier_, &dlow_, &du_, &dk_, &dv_, &dclean_}) {
+    for (float** array : {&k_, &v_, &clean_, &low_, &dlow_, &du_, &dk_, &dv_, &dclean_}) {
       *array = scratch_.take(size);
     }
     if (p.q) q_ = scratch_.take(size), dq_ = scratch_.take(size);
     if (g.dsparse) push_ = scratch_.take(size);
     for (int64_t t = 0; t < p.iterations; ++t) duals_.push_back(scratch_.take(size));
     for (float** array : {&clean_turned_, &v_turned_, &dlow_turned_}) *array = scratch_.take(blocks * p.width);
-    statistics_ = {scratch_.take(blocks), scratch_.take(blocks), scratch_.take(blocks)};
-    for (float* array : {statistics_.shift, statistics_.inverse, statistics_.along}) std::fill_n(array, blocks, 0.0f);
+    statistics_ = {
+        scratch_.take(blocks), scratch_.take(blocks), scratch_.take(blocks), scratch_.take(blocks * kPad)};
+    // What stands behind the last token only has to be a number.
+    for (float* array : {statistics_.shift, statistics_.inverse}) std::fill_n(array, blocks, 0.0f);
   }
 
   void operator()(int64_t head) {
@@ -241,7 +334,6 @@ class HeadBackward {
     if (g_.dsparse) tokens.read_rows(g_.dsparse, push_);
     replay_duals(tokens, used);
     tokens.read_rows(g_.dout, dlow_);
-    tokens.read_rows(g_.out, low_);
     for (float* array : {du_, dk_, dv_, dq_}) {
       if (array) std::fill_n(array, used, 0.0f);
     }
@@ -278,10 +370,10 @@ class HeadBackward {
   void replay_duals(const Tokens& tokens, int64_t used) {
     std::fill_n(duals_[0], used, 0.0f);
     for (int64_t t = 1; t < p_.iterations; ++t) {
-      read_low(tokens, used, t - 1, earlier_);
-      shrink(tokens, k_, earlier_, duals_[t - 1], clean_, duals_[t], nullptr);
-      read_low(tokens, used, t, earlier_);
-      subtract_into(duals_[t], duals_[t], earlier_, used);
+      read_low(tokens, used, t - 1, low_);
+      shrink(tokens, k_, low_, duals_[t - 1], clean_, duals_[t], nullptr);
+      read_low(tokens, used, t, low_);
+      subtract_into(duals_[t], duals_[t], low_, used);
     }
   }
 
@@ -289,16 +381,13 @@ class HeadBackward {
     const int64_t count = tokens.count(), padded = p_.padded(), all = p_.all_heads() * p_.length;
     const float* u = duals_[t];
     const bool last = t == p_.iterations - 1;
-    read_low(tokens, used, t, earlier_);
-    shrink(tokens, k_, earlier_, u, clean_, dclean_, nullptr);
+    read_low(tokens, used, t, low_);
+    shrink(tokens, k_, low_, u, clean_, dclean_, nullptr);
     round_through(p_.dtype, clean_, used);
     turn_blocks(clean_, count, p_.width, padded, clean_turned_);
     tokens.read_numbers(g_.stats + 2 * t * all, statistics_.shift);
     tokens.read_numbers(g_.stats + (2 * t + 1) * all, statistics_.inverse);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t at = i * padded;
-      upstream_row(padded, low_ + at, du_ + at, dlow_ + at, dk_ + at, statistics_.along + i);
-    }
+    add_duals(du_, dlow_, dk_, used);
     if (p_.symmetric()) turn_blocks(dlow_, count, p_.width, padded, dlow_turned_);
     std::fill_n(dclean_, used, 0.0f);
     const Operands operands{p_.q ? q_ : clean_, clean_, clean_turned_, v_, v_turned_, dlow_, dlow_turned_,
@@ -309,7 +398,7 @@ class HeadBackward {
       shrinkage_row(tokens.bound[i],
                     padded,
                     k_ + at,
-                    earlier_ + at,
+                    low_ + at,
                     u + at,
                     dclean_ + at,
                     last && g_.dsparse ? push_ + at : nullptr,
@@ -318,14 +407,13 @@ class HeadBackward {
                     dlow_ + at,
                     &dbound[i]);
     }
-    std::swap(low_, earlier_);
   }
 
   const Problem& p_;
   const Gradients& g_;
   Scratch scratch_;
   AttentionBackward attention_;
-  float *k_, *v_, *clean_, *low_, *earlier_, *dlow_, *du_, *dk_, *dv_, *dclean_;
+  float *k_, *v_, *clean_, *low_, *dlow_, *du_, *dk_, *dv_, *dclean_;
   float *q_ = nullptr, *dq_ = nullptr, *push_ = nullptr;
   float *clean_turned_, *v_turned_, *dlow_turned_;
   std::vector<float*> duals_;
@@ -354,11 +442,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_bwd_cpu(const Tensor& d
   };
   Tensor gradients[] = {like(k, needs[0]), like(k, needs[1]), like(k, needs[2]), like(threshold, needs[3])};
   const auto target = [&](int which) { return needs[which] ? target_of(gradients[which]) : Target{}; };
-  const Tensor upstream = dense(dout), result = dense(out);
+  const Tensor upstream = dense(dout);
   const Optional upstream_sparse = dense(dsparse);
   const Gradients g{Heads(upstream),
                     heads_of(upstream_sparse),
-                    Heads(result),
                     lows.const_data_ptr<float>(),
                     stats.const_data_ptr<float>(),
                     target(0),

@@ -82,6 +82,12 @@ MOLEX_VERSIONS(
                        : weigh<kLanes, false, false>(scores, rows, columns, by_row, by_column);
     })
 
+// x / sum, with the inverse in two parts: its own rounding would move a whole row to one side.
+MOLEX_CLONES void divide_row(float* x, double sum, int64_t count) {
+  const float by = static_cast<float>(1.0 / sum), rest = static_cast<float>(1.0 / sum - by);
+  for (int64_t i = 0; i < count; ++i) x[i] = x[i] * by + x[i] * rest;
+}
+
 MOLEX_CLONES void scale_row(float* x, float by, int64_t count) {
   for (int64_t i = 0; i < count; ++i) x[i] *= by;
 }
@@ -134,10 +140,10 @@ class Attention {
     std::fill_n(rows_.lanes, rows * kPad, 0.0f);
     visit_blocks(p_, count, [&](int64_t i, int64_t j) { add_block(tokens, left, turned, v, drops, i, j); });
     for (int64_t i = 0; i < count; ++i) {
-      float sum = rows_.sums[i];
+      double sum = rows_.sums[i];
       for (int64_t lane = 0; lane < kPad; ++lane) sum += rows_.lanes[i * kPad + lane];
-      rows_.sums[i] = 1.0f / sum;
-      scale_row(low + i * padded_, rows_.sums[i], padded_);
+      rows_.sums[i] = static_cast<float>(1.0 / sum);
+      divide_row(low + i * padded_, sum, padded_);
     }
   }
 
