@@ -102,11 +102,17 @@ MOLEX_VERSIONS(
       if (sparse) store<kLanes>(sparse + c, inside ? V{} : outside);
     })
 
+// Four rows at once, four columns of each.
 MOLEX_CLONES void turn(const float* from, int64_t rows, int64_t width, int64_t padded, float* to) {
-  for (int64_t c = 0; c < width; ++c) {
-    float* row = to + c * kBlock;
-    for (int64_t r = 0; r < rows; ++r) row[r] = from[r * padded + c];
-    for (int64_t r = rows; r < kBlock; ++r) row[r] = 0.0f;
+  using V = Floats<4>;
+  for (int64_t r = 0; r < kBlock; r += 4) {
+    V row[4];
+    for (int64_t c = 0; c < width; c += 4) {
+      for (int i = 0; i < 4; ++i) row[i] = r + i < rows ? load<4>(from + (r + i) * padded + c) : V{};
+      for (int i = 0; i < 4 && c + i < width; ++i) {
+        store<4>(to + (c + i) * kBlock + r, V{row[0][i], row[1][i], row[2][i], row[3][i]});
+      }
+    }
   }
 }
 
@@ -129,6 +135,10 @@ void shrink(const Tokens& tokens,
     const int64_t at = i * width;
     shrink_row(tokens.bound[i], width, k + at, low + at, u + at, clean + at, w + at, sparse ? sparse + at : nullptr);
   }
+}
+
+void subtract(float* x, const float* y, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) x[i] -= y[i];
 }
 
 void round_through(ScalarType dtype, float* x, int64_t count) {

@@ -130,12 +130,16 @@ struct Scores {
   bool triangular;  // a block on the diagonal under a causal mask
 
   bool partial() const { return triangular || columns < kBlock; }
+  // The columns in whole vectors.
+  MOLEX_INLINE int64_t width() const { return round_up(columns, kPad); }
   MOLEX_INLINE int64_t seen(int64_t row) const { return triangular ? std::min(row + 1, columns) : columns; }
 };
 
 // S = soft(a) for a = k - L + u, K~ = k - S - u, and w = u + k - S, from which u after the iteration is w - L.
 void shrink(
     const Tokens& tokens, const float* k, const float* low, const float* u, float* clean, float* w, float* sparse);
+// x -= y.
+void subtract(float* x, const float* y, int64_t count);
 // `count` floats, rounded as the products see them.
 void round_through(ScalarType dtype, float* x, int64_t count);
 // Rows of `width` floats into blocks [kBlocks][width][kBlock], zeros behind the last one.

@@ -51,12 +51,13 @@ MOLEX_INLINE void weigh(const Scores& scores,
                         const Side& by_row,
                         const Side& by_column) {
   constexpr int kVectors = kBlock / LANES;
+  const int vectors = PARTIAL ? scores.width() / LANES : kVectors;
   Floats<LANES> sums[kVectors] = {};
   for (int64_t r = 0; r < scores.rows; ++r) {
     const float shift = rows.shift[r], inverse = rows.inverse[r];
     const int32_t seen = scores.seen(r);
     Floats<LANES> sum = load<LANES>(rows.lanes + r * kPad);
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       const int64_t at = r * kBlock + v * LANES;
       const Floats<LANES> z = load<LANES>(scores.z + at) * scores.scale;
       Floats<LANES> weight = exponential<LANES>(z - shift) * inverse, upstream = load<LANES>(by_row.upstream + at);
@@ -76,7 +77,7 @@ MOLEX_INLINE void weigh(const Scores& scores,
     store<LANES>(rows.lanes + r * kPad, sum);
   }
   if constexpr (TURNED) {
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       store<LANES>(columns.along + v * LANES, load<LANES>(columns.along + v * LANES) + sums[v]);
     }
   }
@@ -103,23 +104,22 @@ MOLEX_VERSIONS(
 // scale dZ by row, or of both sides.
 MOLEX_VERSIONS(
     differentiate_block,
-    (float scale,
-     int64_t num_rows,
+    (const Scores& scores,
      const Statistics& rows,
      const Statistics& columns,
      const Side& by_row,
      const Side& by_column,
      float* slopes),
-    for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t r = 0; r < scores.rows; ++r) {
       const float along = rows.along[r];
-      for (int64_t c = 0; c < kBlock; c += kLanes) {
+      for (int64_t c = 0; c < scores.width(); c += kLanes) {
         const int64_t at = r * kBlock + c;
         auto slope = load<kLanes>(by_row.weights + at) * (load<kLanes>(by_row.upstream + at) - along);
         if (by_column.weights) {
           const auto upstream = load<kLanes>(by_column.upstream + at) - load<kLanes>(columns.along + c);
           slope += load<kLanes>(by_column.weights + at) * upstream;
         }
-        store<kLanes>(slopes + at, slope * scale);
+        store<kLanes>(slopes + at, slope * scores.scale);
       }
     })
 
@@ -171,10 +171,6 @@ MOLEX_VERSIONS(
       store<kLanes>(dlow + c, -da);
       store<kLanes>(du + c, dual - through + da);
     } *dbound -= sum_of<kLanes>(sum);)
-
-MOLEX_CLONES void subtract_into(float* to, const float* x, const float* y, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = x[i] - y[i];
-}
 
 // What goes into an iteration's attention and comes out of its gradient; [rows, padded] each. `left` is q or
 // the cleaned keys, and its gradient then that of these.
@@ -230,6 +226,10 @@ class AttentionBackward {
 
   bool both(int64_t i, int64_t j) const { return whole_ && i != j; }
 
+  Scores scores_at(const Tokens& tokens, int64_t i, int64_t j) const {
+    return {z_, p_.scale, tokens.rows_of(i), tokens.rows_of(j), p_.causal && i == j};
+  }
+
   // P and dP at `blocks`.
   static Side side_at(float* blocks) { return {blocks, blocks + kBlock * kBlock, blocks, nullptr}; }
 
@@ -240,7 +240,7 @@ class AttentionBackward {
              int64_t i,
              int64_t j,
              float* blocks) const {
-    const Scores scores{z_, p_.scale, tokens.rows_of(i), tokens.rows_of(j), p_.causal && i == j};
+    const Scores scores = scores_at(tokens, i, j);
     Side by_row = side_at(blocks), by_column = both(i, j) ? side_at(blocks + 2 * kBlock * kBlock) : Side{};
     if (drops) {
       by_row.dropped = spare_row_.dropped, by_row.kept = spare_row_.kept;
@@ -250,9 +250,9 @@ class AttentionBackward {
         dropout_block(tokens, i, j, true, by_column.kept);
       }
     }
-    scores_of(o.left + i * padded_, o.clean_turned + j * p_.width, scores.rows, z_);
-    scores_of(o.dlow + i * padded_, o.v_turned + j * p_.width, scores.rows, by_row.upstream);
-    if (both(i, j)) scores_of(o.v + i * padded_, o.dlow_turned + j * p_.width, scores.rows, by_column.upstream);
+    scores_of(o.left + i * padded_, o.clean_turned + j * p_.width, scores, z_);
+    scores_of(o.dlow + i * padded_, o.v_turned + j * p_.width, scores, by_row.upstream);
+    if (both(i, j)) scores_of(o.v + i * padded_, o.dlow_turned + j * p_.width, scores, by_column.upstream);
     weigh_block(scores, statistics.at(i), statistics.at(j), by_row, by_column);
     add_turned(tokens, by_row.dropped, o.dlow, o.dv, i, j);
     if (both(i, j)) add(tokens, by_column.dropped, o.dlow, o.dv, i, j);
@@ -265,9 +265,10 @@ class AttentionBackward {
                      int64_t j,
                      float* blocks) const {
     const Side by_row = side_at(blocks), by_column = both(i, j) ? side_at(blocks + 2 * kBlock * kBlock) : Side{};
-    differentiate_block(p_.scale, tokens.rows_of(i), statistics.at(i), statistics.at(j), by_row, by_column, z_);
+    const Scores scores = scores_at(tokens, i, j);
+    differentiate_block(scores, statistics.at(i), statistics.at(j), by_row, by_column, z_);
     if (i == j && !p_.q) {
-      symmetrise(z_, tokens.rows_of(i));
+      symmetrise(z_, scores.rows);
       add(tokens, z_, o.clean, o.dclean, i, j);
     } else {
       add(tokens, z_, o.clean, o.dleft, i, j);
@@ -275,8 +276,8 @@ class AttentionBackward {
     }
   }
 
-  void scores_of(const float* left, const float* turned, int64_t rows, float* to) const {
-    product(left, padded_, turned, kBlock, to, kBlock, rows, kBlock, p_.width, false);
+  void scores_of(const float* left, const float* turned, const Scores& s, float* to) const {
+    product(left, padded_, turned, kBlock, to, kBlock, s.rows, s.width(), p_.width, false);
   }
 
   // Rows i of `to` += block * rows j of `from`.
@@ -369,11 +370,11 @@ class HeadBackward {
   // u before each iteration, as the forward pass had it.
   void replay_duals(const Tokens& tokens, int64_t used) {
     std::fill_n(duals_[0], used, 0.0f);
+    read_low(tokens, used, 0, low_);
     for (int64_t t = 1; t < p_.iterations; ++t) {
-      read_low(tokens, used, t - 1, low_);
       shrink(tokens, k_, low_, duals_[t - 1], clean_, duals_[t], nullptr);
       read_low(tokens, used, t, low_);
-      subtract_into(duals_[t], duals_[t], low_, used);
+      subtract(duals_[t], low_, used);
     }
   }
 

@@ -25,31 +25,59 @@ struct Rows {
   }
 };
 
+// The largest score of each row, as a function of its lanes' largest, and of each column.
+template <int LANES, bool PARTIAL, class Visit>
+MOLEX_INLINE void find_largest(const Scores& scores, float* by_column, const Visit& visit) {
+  constexpr int kVectors = kBlock / LANES;
+  const int vectors = PARTIAL ? scores.width() / LANES : kVectors;
+  Floats<LANES> columns[kVectors];
+  for (int v = 0; v < kVectors; ++v) columns[v] = broadcast<LANES>(-kInfinity);
+  for (int64_t r = 0; r < scores.rows; ++r) {
+    const int32_t seen = scores.seen(r);
+    Floats<LANES> row = broadcast<LANES>(-kInfinity);
+    for (int v = 0; v < vectors; ++v) {
+      Floats<LANES> z = load<LANES>(scores.z + r * kBlock + v * LANES) * scores.scale;
+      if constexpr (PARTIAL) z = count_from<LANES>(v * LANES) < seen ? z : broadcast<LANES>(-kInfinity);
+      row = larger(z, row);
+      columns[v] = larger(z, columns[v]);
+    }
+    visit(r, row);
+  }
+  for (int v = 0; v < vectors; ++v) store<LANES>(by_column + v * LANES, columns[v]);
+}
+
 // How far a score exceeds the shift of its row and, where it serves them, of its column.
 MOLEX_VERSIONS(
     measure_block,
     (const Scores& scores, const float* row_shift, const float* column_shift, float* excess),
     auto most = broadcast<kLanes>(-kInfinity);
-    for (int64_t r = 0; r < scores.rows; ++r) {
-      const float shift = row_shift[r];
-      const int32_t seen = scores.seen(r);
-      for (int c = 0; c < kBlock; c += kLanes) {
-        auto z = load<kLanes>(scores.z + r * kBlock + c) * scores.scale;
-        z = count_from<kLanes>(c) < seen ? z : broadcast<kLanes>(-kInfinity);
-        most = larger(z - shift, most);
-        if (column_shift) most = larger(z - load<kLanes>(column_shift + c), most);
-      }
+    float columns[kBlock];
+    const auto visit = [&](int64_t r, Floats<kLanes> row)
+                           MOLEX_LAMBDA_INLINE { most = larger(row - row_shift[r], most); };
+    scores.partial() ? find_largest<kLanes, true>(scores, columns, visit)
+                     : find_largest<kLanes, false>(scores, columns, visit);
+    for (int64_t c = 0; column_shift && c < scores.width(); c += kLanes) {
+      most = larger(load<kLanes>(columns + c) - load<kLanes>(column_shift + c), most);
     } *excess = largest_of<kLanes>(most);)
+
+MOLEX_VERSIONS(
+    largest_block,
+    (const Scores& scores, float* by_row, float* by_column),
+    const auto visit = [&](int64_t r, Floats<kLanes> row)
+                           MOLEX_LAMBDA_INLINE { by_row[r] = largest_of<kLanes>(row); };
+    scores.partial() ? find_largest<kLanes, true>(scores, by_column, visit)
+                     : find_largest<kLanes, false>(scores, by_column, visit);)
 
 template <int LANES, bool PARTIAL, bool TURNED>
 MOLEX_INLINE void weigh(const Scores& scores, const Rows& rows, const Rows& columns, float* by_row, float* by_column) {
   constexpr int kVectors = kBlock / LANES;
+  const int vectors = PARTIAL ? scores.width() / LANES : kVectors;
   Floats<LANES> sums[kVectors] = {};
   for (int64_t r = 0; r < scores.rows; ++r) {
     const float shift = rows.shift[r];
     const int32_t seen = scores.seen(r);
     Floats<LANES> sum = load<LANES>(rows.lanes + r * kPad);
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       const Floats<LANES> z = load<LANES>(scores.z + r * kBlock + v * LANES) * scores.scale;
       Floats<LANES> weight = exponential<LANES>(z - shift);
       if constexpr (PARTIAL) weight = count_from<LANES>(v * LANES) < seen ? weight : Floats<LANES>{};
@@ -64,7 +92,7 @@ MOLEX_INLINE void weigh(const Scores& scores, const Rows& rows, const Rows& colu
     store<LANES>(rows.lanes + r * kPad, sum);
   }
   if constexpr (TURNED) {
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       store<LANES>(columns.sums + v * LANES, load<LANES>(columns.sums + v * LANES) + sums[v]);
     }
   }
@@ -103,18 +131,10 @@ void raise(const Rows& row, float largest, int64_t padded) {
 }
 
 void raise_shifts(const Scores& scores, const Rows& rows, const Rows* columns, int64_t padded) {
-  float largest[kBlock];
-  std::fill_n(largest, kBlock, -kInfinity);
-  for (int64_t r = 0; r < scores.rows; ++r) {
-    float most = -kInfinity;
-    for (int64_t c = 0; c < scores.seen(r); ++c) {
-      const float z = scores.z[r * kBlock + c] * scores.scale;
-      most = larger(z, most);
-      largest[c] = larger(z, largest[c]);
-    }
-    raise(rows.at(r, padded), most, padded);
-  }
-  for (int64_t c = 0; columns && c < scores.columns; ++c) raise(columns->at(c, padded), largest[c], padded);
+  float by_row[kBlock], by_column[kBlock];
+  largest_block(scores, by_row, by_column);
+  for (int64_t r = 0; r < scores.rows; ++r) raise(rows.at(r, padded), by_row[r], padded);
+  for (int64_t c = 0; columns && c < scores.columns; ++c) raise(columns->at(c, padded), by_column[c], padded);
 }
 
 // low = softmax(scale left K~^T) v. Blocks of scores and probabilities are kBlock x kBlock.
@@ -156,9 +176,9 @@ class Attention {
     const Scores scores{z_, p_.scale, tokens.rows_of(i), tokens.rows_of(j), p_.causal && i == j};
     const Rows rows = rows_.at(i, padded_), columns = rows_.at(j, padded_);
     float* by_column = p_.symmetric() && i != j ? by_column_ : nullptr;
-    product(left + i * padded_, padded_, turned + j * p_.width, kBlock, z_, kBlock, scores.rows, kBlock, p_.width, false);
-    float excess;
-    measure_block(scores, rows.shift, by_column ? columns.shift : nullptr, &excess);
+    product(left + i * padded_, padded_, turned + j * p_.width, kBlock, z_, kBlock, scores.rows, scores.width(), p_.width, false);
+    float excess = kInfinity;  // the first block of its rows
+    if (i != j) measure_block(scores, rows.shift, by_column ? columns.shift : nullptr, &excess);
     if (excess > kSlack) raise_shifts(scores, rows, by_column ? &columns : nullptr, padded_);
     weigh_block(scores, rows, columns, by_row_, by_column);
     if (drops) {
@@ -181,10 +201,6 @@ class Attention {
   float *z_, *by_row_, *by_column_, *kept_;
   Rows rows_;
 };
-
-MOLEX_CLONES void subtract(float* x, const float* y, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) x[i] -= y[i];
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_fwd_cpu(const Tensor& k,
                                                                  const Tensor& v,
