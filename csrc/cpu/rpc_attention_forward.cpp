@@ -79,8 +79,9 @@ MOLEX_INLINE void weigh(const Scores& scores, const Rows& rows, const Rows& colu
     Floats<LANES> sum = load<LANES>(rows.lanes + r * kPad);
     for (int v = 0; v < vectors; ++v) {
       const Floats<LANES> z = load<LANES>(scores.z + r * kBlock + v * LANES) * scores.scale;
-      Floats<LANES> weight = exponential<LANES>(z - shift);
-      if constexpr (PARTIAL) weight = count_from<LANES>(v * LANES) < seen ? weight : Floats<LANES>{};
+      Floats<LANES> above = z - shift;
+      if constexpr (PARTIAL) above = count_from<LANES>(v * LANES) < seen ? above : broadcast<LANES>(-kInfinity);
+      Floats<LANES> weight = exponential<LANES>(above);
       store<LANES>(by_row + r * kBlock + v * LANES, weight);
       sum += weight;
       if constexpr (TURNED) {

@@ -38,9 +38,9 @@ MOLEX_INLINE Floats<LANES> broadcast(float x) {
 // 0, 1, 2, ... from `first` on.
 template <int LANES>
 MOLEX_INLINE Ints<LANES> count_from(int32_t first) {
-  Ints<LANES> result;
-  for (int lane = 0; lane < LANES; ++lane) result[lane] = first + lane;
-  return result;
+  Ints<LANES> lanes;
+  for (int lane = 0; lane < LANES; ++lane) lanes[lane] = lane;
+  return lanes + first;
 }
 
 // The larger of two; `b` where `a` is NaN.
