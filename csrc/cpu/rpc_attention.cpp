@@ -116,7 +116,8 @@ MOLEX_CLONES void turn(const float* from, int64_t rows, int64_t width, int64_t p
   }
 }
 
-MOLEX_CLONES void drop(const Dropout& dropout, uint64_t first, const int64_t* place, int64_t count, uint64_t step, float* to) {
+MOLEX_CLONES void drop(
+    const Dropout& dropout, uint64_t first, const int64_t* place, int64_t count, uint64_t step, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = dropout(1.0f, first + static_cast<uint64_t>(place[i]) * step);
   for (int64_t i = count; i < kBlock; ++i) to[i] = 0.0f;
 }
@@ -133,7 +134,8 @@ void shrink(const Tokens& tokens,
   const int64_t width = tokens.p.padded();
   for (int64_t i = 0; i < tokens.count(); ++i) {
     const int64_t at = i * width;
-    shrink_row(tokens.bound[i], width, k + at, low + at, u + at, clean + at, w + at, sparse ? sparse + at : nullptr);
+    shrink_row(
+        tokens.bound[i], width, k + at, low + at, u + at, clean + at, w + at, sparse ? sparse + at : nullptr);
   }
 }
 

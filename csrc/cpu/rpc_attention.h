@@ -135,9 +135,15 @@ struct Scores {
   MOLEX_INLINE int64_t seen(int64_t row) const { return triangular ? std::min(row + 1, columns) : columns; }
 };
 
-// S = soft(a) for a = k - L + u, K~ = k - S - u, and w = u + k - S, from which u after the iteration is w - L.
-void shrink(
-    const Tokens& tokens, const float* k, const float* low, const float* u, float* clean, float* w, float* sparse);
+// S = soft(a) for a = k - L + u, K~ = k - S - u, and w = u + k - S, from which u after the iteration is w -
+// L.
+void shrink(const Tokens& tokens,
+            const float* k,
+            const float* low,
+            const float* u,
+            float* clean,
+            float* w,
+            float* sparse);
 // x -= y.
 void subtract(float* x, const float* y, int64_t count);
 // `count` floats, rounded as the products see them.

@@ -58,7 +58,7 @@ MOLEX_VERSIONS(
                      : find_largest<kLanes, false>(scores, columns, visit);
     for (int64_t c = 0; column_shift && c < scores.width(); c += kLanes) {
       most = larger(load<kLanes>(columns + c) - load<kLanes>(column_shift + c), most);
-    } *excess = largest_of<kLanes>(most);)
+    }* excess = largest_of<kLanes>(most);)
 
 MOLEX_VERSIONS(
     largest_block,
@@ -69,7 +69,8 @@ MOLEX_VERSIONS(
                      : find_largest<kLanes, false>(scores, by_column, visit);)
 
 template <int LANES, bool PARTIAL, bool TURNED>
-MOLEX_INLINE void weigh(const Scores& scores, const Rows& rows, const Rows& columns, float* by_row, float* by_column) {
+MOLEX_INLINE void weigh(
+    const Scores& scores, const Rows& rows, const Rows& columns, float* by_row, float* by_column) {
   constexpr int kVectors = kBlock / LANES;
   const int vectors = PARTIAL ? scores.width() / LANES : kVectors;
   Floats<LANES> sums[kVectors] = {};
@@ -80,7 +81,8 @@ MOLEX_INLINE void weigh(const Scores& scores, const Rows& rows, const Rows& colu
     for (int v = 0; v < vectors; ++v) {
       const Floats<LANES> z = load<LANES>(scores.z + r * kBlock + v * LANES) * scores.scale;
       Floats<LANES> above = z - shift;
-      if constexpr (PARTIAL) above = count_from<LANES>(v * LANES) < seen ? above : broadcast<LANES>(-kInfinity);
+      if constexpr (PARTIAL)
+        above = count_from<LANES>(v * LANES) < seen ? above : broadcast<LANES>(-kInfinity);
       Floats<LANES> weight = exponential<LANES>(above);
       store<LANES>(by_row + r * kBlock + v * LANES, weight);
       sum += weight;
@@ -152,7 +154,8 @@ class Attention {
     rows_ = {nullptr, scratch.take(rows), scratch.take(rows), scratch.take(rows * kPad)};
   }
 
-  void operator()(const Tokens& tokens, const float* left, const float* turned, const float* v, bool drops, float* low) {
+  void operator()(
+      const Tokens& tokens, const float* left, const float* turned, const float* v, bool drops, float* low) {
     const int64_t count = tokens.count(), rows = round_up(count, kBlock);
     rows_.low = low;
     std::fill_n(low, count * padded_, 0.0f);
@@ -173,11 +176,26 @@ class Attention {
   const float* inverse() const { return rows_.sums; }
 
  private:
-  void add_block(const Tokens& tokens, const float* left, const float* turned, const float* v, bool drops, int64_t i, int64_t j) {
+  void add_block(const Tokens& tokens,
+                 const float* left,
+                 const float* turned,
+                 const float* v,
+                 bool drops,
+                 int64_t i,
+                 int64_t j) {
     const Scores scores{z_, p_.scale, tokens.rows_of(i), tokens.rows_of(j), p_.causal && i == j};
     const Rows rows = rows_.at(i, padded_), columns = rows_.at(j, padded_);
     float* by_column = p_.symmetric() && i != j ? by_column_ : nullptr;
-    product(left + i * padded_, padded_, turned + j * p_.width, kBlock, z_, kBlock, scores.rows, scores.width(), p_.width, false);
+    product(left + i * padded_,
+            padded_,
+            turned + j * p_.width,
+            kBlock,
+            z_,
+            kBlock,
+            scores.rows,
+            scores.width(),
+            p_.width,
+            false);
     float excess = kInfinity;  // the first block of its rows
     if (i != j) measure_block(scores, rows.shift, by_column ? columns.shift : nullptr, &excess);
     if (excess > kSlack) raise_shifts(scores, rows, by_column ? &columns : nullptr, padded_);
@@ -186,15 +204,34 @@ class Attention {
       drop(tokens, i, j, false, by_row_);
       if (by_column) drop(tokens, i, j, true, by_column);
     }
-    product(by_row_, kBlock, v + j * padded_, padded_, rows.low, padded_, scores.rows, padded_, scores.columns, true);
+    product(by_row_,
+            kBlock,
+            v + j * padded_,
+            padded_,
+            rows.low,
+            padded_,
+            scores.rows,
+            padded_,
+            scores.columns,
+            true);
     if (by_column) {
-      product_turned(by_column, kBlock, v + i * padded_, padded_, columns.low, padded_, scores.columns, padded_, scores.rows, true);
+      product_turned(by_column,
+                     kBlock,
+                     v + i * padded_,
+                     padded_,
+                     columns.low,
+                     padded_,
+                     scores.columns,
+                     padded_,
+                     scores.rows,
+                     true);
     }
   }
 
   void drop(const Tokens& tokens, int64_t i, int64_t j, bool turned, float* weights) {
     dropout_block(tokens, i, j, turned, kept_);
-    for (int64_t e = 0; e < kBlock * kBlock; ++e) weights[e] = kept_[e] != 0.0f ? weights[e] * kept_[e] : 0.0f;
+    for (int64_t e = 0; e < kBlock * kBlock; ++e)
+      weights[e] = kept_[e] != 0.0f ? weights[e] * kept_[e] : 0.0f;
   }
 
   const Problem& p_;

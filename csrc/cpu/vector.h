@@ -98,21 +98,26 @@ MOLEX_INLINE Floats<LANES> exponential(Floats<LANES> x) {
     __VA_ARGS__                                            \
   }
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(MOLEX_SANITIZE)
-#define MOLEX_VERSIONS(NAME, PARAMETERS, ...)                                              \
-  namespace versions {                                                                     \
-  __attribute__((target("arch=x86-64-v4"))) static MOLEX_VERSION_(                         \
-      NAME##_v4, PARAMETERS, 16, true, __VA_ARGS__) /**/                                   \
-      __attribute__((target("arch=x86-64-v3"))) static MOLEX_VERSION_(                     \
-          NAME##_v3, PARAMETERS, 8, false, __VA_ARGS__) /**/                               \
-      static MOLEX_VERSION_(NAME##_v1, PARAMETERS, 4, false, __VA_ARGS__)                  \
-  }                                                                                        \
-  void(*const NAME) PARAMETERS = __builtin_cpu_supports("x86-64-v4")   ? versions::NAME##_v4 \
-                                 : __builtin_cpu_supports("x86-64-v3") ? versions::NAME##_v3 \
+#define MOLEX_TARGET(LEVEL) __attribute__((target("arch=" LEVEL)))
+#define MOLEX_VERSIONS(NAME, PARAMETERS, ...)                                                        \
+  namespace versions {                                                                               \
+  MOLEX_TARGET("x86-64-v4")                                                                          \
+  static MOLEX_VERSION_(NAME##_v4, PARAMETERS, 16, true, __VA_ARGS__)                                \
+      MOLEX_TARGET("x86-64-v3") static MOLEX_VERSION_(NAME##_v3, PARAMETERS, 8, false, __VA_ARGS__)  \
+          MOLEX_TARGET("x86-64") static MOLEX_VERSION_(NAME##_v1, PARAMETERS, 4, false, __VA_ARGS__) \
+  }                                                                                                  \
+  void(*const NAME) PARAMETERS = __builtin_cpu_supports("x86-64-v4")   ? versions::NAME##_v4         \
+                                 : __builtin_cpu_supports("x86-64-v3") ? versions::NAME##_v3         \
                                                                        : versions::NAME##_v1;
 #else
-#define MOLEX_VERSIONS(NAME, PARAMETERS, ...)                            \
-  namespace versions {                                                   \
-  static MOLEX_VERSION_(NAME##_any, PARAMETERS, 4, false, __VA_ARGS__)   \
-  }                                                                      \
+#if defined(__aarch64__)
+#define MOLEX_MANY true
+#else
+#define MOLEX_MANY false
+#endif
+#define MOLEX_VERSIONS(NAME, PARAMETERS, ...)                               \
+  namespace versions {                                                      \
+  static MOLEX_VERSION_(NAME##_any, PARAMETERS, 4, MOLEX_MANY, __VA_ARGS__) \
+  }                                                                         \
   void(*const NAME) PARAMETERS = versions::NAME##_any;
 #endif
