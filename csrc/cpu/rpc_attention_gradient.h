@@ -49,7 +49,9 @@ MOLEX_INLINE void weigh(const Scores& scores,
                         const Side& by_column) {
   constexpr int kVectors = kBlock / LANES;
   const int vectors = PARTIAL ? scores.width() / LANES : kVectors;
-  Floats<LANES> sums[kVectors] = {};
+  // Sums of short runs: a large term would round every one that follows.
+  constexpr int64_t kRun = 8;
+  Floats<LANES> sums[kVectors] = {}, totals[kVectors] = {};
   for (int64_t r = 0; r < scores.rows; ++r) {
     const float shift = rows.shift[r], inverse = rows.inverse[r];
     const int32_t seen = scores.seen(r);
@@ -73,10 +75,16 @@ MOLEX_INLINE void weigh(const Scores& scores,
       }
     }
     store<LANES>(rows.lanes + r * kPad, sum);
+    if (TURNED && (r % kRun == kRun - 1 || r == scores.rows - 1)) {
+      for (int v = 0; v < vectors; ++v) {
+        totals[v] += sums[v];
+        sums[v] = Floats<LANES>{};
+      }
+    }
   }
   if constexpr (TURNED) {
     for (int v = 0; v < vectors; ++v) {
-      store<LANES>(columns.along + v * LANES, load<LANES>(columns.along + v * LANES) + sums[v]);
+      store<LANES>(columns.along + v * LANES, load<LANES>(columns.along + v * LANES) + totals[v]);
     }
   }
 }
@@ -165,7 +173,9 @@ class AttentionBackward {
         weigh(tokens, o, statistics, drops, i, j, blocks);
       });
       for (int64_t i = first; i < end; ++i) {
-        for (int64_t lane = 0; lane < kPad; ++lane) statistics.along[i] += statistics.lanes[i * kPad + lane];
+        double sum = statistics.along[i];
+        for (int64_t lane = 0; lane < kPad; ++lane) sum += statistics.lanes[i * kPad + lane];
+        statistics.along[i] = static_cast<float>(sum);
       }
       visit(first, end, count, [&](int64_t i, int64_t j, float* blocks) {
         differentiate(tokens, o, statistics, i, j, blocks);
