@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from conftest import DEVICE
+from tolerance import within_budget
 
 import molex_kernels as mk
 from molex_kernels import _extension
@@ -54,7 +57,107 @@ def _merging(generator):
     yield from (dbase, ddeltas)
 
 
-@pytest.mark.parametrize("kernels", [_routing, _merging])
+def _attention(generator):
+    for options in ({}, {"causal": True}, {"has_q": True}, {"mask": True, "dropout": 0.2}):
+        inputs = _clear_of_kinks(generator, 200, 24, heads=(2, 3), **options)
+        out, sparse, leaves = _run(inputs, "cpu")
+        yield from (out, sparse)
+        yield from torch.autograd.grad([out, sparse], leaves, [torch.ones_like(out), sparse])
+
+
+def _clear_of_kinks(
+    generator, tokens, width, *, heads=(1, 2), has_q=False, mask=False, dropout=0.0, **options
+):
+    """Elements of k stand clear of the threshold, a third of them above it, and stay there."""
+    shape = (*heads, tokens, width)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(shape, generator=generator)
+
+    above = torch.rand(shape, generator=generator) < 0.3
+    magnitude = torch.where(above, uniform(1.5, 2.0), uniform(0.05, 0.2))
+    inputs = {
+        "k": magnitude * torch.randn(shape, generator=generator).sign(),
+        "v": 0.15 * torch.randn(shape, generator=generator),
+        # One for each token: the sum over a head would leave its error to luck.
+        "threshold": 1.1 + 0.1 * torch.rand(shape[:3], generator=generator),
+        "num_iters": 3,
+        "return_sparse": True,
+        **options,
+    }
+    if has_q:
+        inputs["q"] = torch.randn(shape, generator=generator)
+    if mask:
+        inputs["key_mask"] = torch.rand((heads[0], tokens), generator=generator) < 0.7
+    if dropout:
+        inputs["dropout_p"] = dropout
+        inputs["dropout_seed"] = torch.randint(2**62, (), generator=generator)
+    return inputs
+
+
+def _run(inputs, impl, dtype=torch.float32):
+    leaves = {
+        name: value.to(dtype).requires_grad_()
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
+    out, sparse = mk.rpc_attention(**{**inputs, **leaves}, impl=impl)
+    return out, sparse, list(leaves.values())
+
+
+def _check_attention(inputs, generator, *, gradients=True):
+    """Results and gradients within the budget."""
+    outcomes = []
+    for impl, dtype in (("cpu", torch.float32), ("reference", torch.float64), ("reference", None)):
+        out, sparse, leaves = _run(inputs, impl, dtype or torch.float32)
+        outcomes.append([out, sparse])
+        if not gradients:
+            continue
+        if len(outcomes) == 1:
+            upstream = [torch.randn(out.shape, generator=generator) + 1 for _ in range(2)]
+        outcomes[-1] += torch.autograd.grad(
+            [out, sparse], leaves, [g.to(out.dtype) for g in upstream]
+        )
+    for name, got, want, own in zip("LSkvtq", *outcomes, strict=False):
+        within_budget(name, got, want, own, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tokens": 197, "width": 16},
+        {"tokens": 144, "width": 20, "scale": -0.3},
+        {"tokens": 530, "width": 16},
+        {"tokens": 150, "width": 17, "causal": True},
+        {"tokens": 150, "width": 16, "mask": True},
+        {"tokens": 150, "width": 16, "mask": True, "causal": True, "has_q": True},
+        {"tokens": 100, "width": 33, "has_q": True, "dropout": 0.3},
+        {"tokens": 100, "width": 16, "dropout": 0.3},
+        {"tokens": 97, "width": 136},
+        {"tokens": 49, "width": 2},
+    ],
+    ids=lambda options: "-".join(f"{n}_{v}" for n, v in options.items()),
+)
+def test_attention_over_several_blocks(options, generator):
+    _check_attention(_clear_of_kinks(generator, **options), generator)
+
+
+@pytest.mark.parametrize("growth", [0.01, 0.03])
+@pytest.mark.parametrize("order", ["rising", "falling"])
+@pytest.mark.parametrize("has_q", [False, True])
+def test_attention_whose_scores_change_along_the_tokens(has_q, order, growth, generator):
+    """The largest scores are far from the diagonal, which a row's block starts with."""
+    inputs = _clear_of_kinks(generator, 160, 16, has_q=has_q)
+    steps = torch.arange(160.0) if order == "rising" else torch.arange(159.0, -1, -1)
+    # All in one direction: scores without near ties, which rounding would decide.
+    inputs["k"] = inputs["k"][:, :, :1].sign() * torch.exp(growth * steps)[:, None] / 8
+    inputs["threshold"] = torch.full((1, 2, 160), math.inf)
+    inputs["num_iters"] = 1
+    # Where a softmax is 0 and 1, the gradient's small rest is a matter of rounding.
+    _check_attention(inputs, generator, gradients=growth < 0.02)
+
+
+@pytest.mark.parametrize("kernels", [_routing, _merging, _attention])
 def test_the_thread_count_changes_nothing(kernels):
     outcomes = []
     before = torch.get_num_threads()

@@ -13,10 +13,12 @@
 #include <tuple>
 #include <vector>
 
+#include "philox.h"
 #include "rows.h"
 
 namespace {
 
+using molex::Dropout;
 using molex::Source;
 using molex::Target;
 using torch::headeronly::ScalarType;
@@ -333,40 +335,9 @@ MOLEX_CLONES void normalise_backward(float* out,
   for (int64_t i = 0; i < count; ++i) out[i] = inverse * (out[i] - normed[i] * along - mean);
 }
 
-// The first word of Philox 4x32-7 at a position, as _philox.py has it.
-MOLEX_INLINE uint32_t philox(uint64_t seed, uint64_t position) {
-  uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(position >> 32), c2 = 0, c3 = 0;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 7; ++round) {
-    const uint64_t a = uint64_t{c0} * 0xD2511F53u, b = uint64_t{c2} * 0xCD9E8D57u;
-    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(b);
-    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(a);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return c0;
-}
-
-struct Dropout {
-  uint64_t seed = 0, threshold = 0;
-  float scale = 1.0f;
-  bool on = false;
-};
-
-Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
-  if (!seed) return {};
-  const uint64_t value = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-  return {value,
-          static_cast<uint64_t>(std::llround(p * 4294967296.0)),
-          static_cast<float>(1.0 / (1.0 - p)),
-          true};
-}
-
 MOLEX_CLONES void drop(const Dropout& d, float* f, int64_t first, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    f[i] = philox(d.seed, static_cast<uint64_t>(first + i)) >= d.threshold ? f[i] * d.scale : 0.0f;
+    f[i] = d(f[i], static_cast<uint64_t>(first + i));
   }
 }
 
@@ -411,7 +382,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd_cpu(const Tensor
   const int64_t tokens = x.size(0), width = x.size(1), total = tokens * width;
   const Numbers c = numbers_of(numbers, mu, gamma);
   const ForwardFn forward = forward_of(kind_of(kind));
-  const Dropout dropping = dropout_of(seed, dropout_p);
+  const Dropout dropping(seed, dropout_p);
 
   const std::optional<Tensor> packed[] = {torch::stable::contiguous(x),
                                           torch::stable::contiguous(f),
@@ -538,7 +509,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd_
   const Numbers c = numbers_of(numbers, mu, gamma);
   const BackwardFn backward = backward_of(kind_of(kind));
   const OutputFn output = output_of(kind_of(kind));
-  const Dropout dropping = dropout_of(seed, dropout_p);
+  const Dropout dropping(seed, dropout_p);
 
   constexpr int kDy = 0, kG0 = 1, kG1 = 2, kG2 = 3, kX = 4, kF = 5, kS0 = 6, kS1 = 7, kS2 = 8, kInputs = 9;
   const std::optional<Tensor> packed[kInputs] = {molex::packed(dy),

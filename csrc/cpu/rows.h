@@ -27,6 +27,7 @@
 #define MOLEX_INDEPENDENT
 #endif
 #define MOLEX_INLINE inline __attribute__((always_inline))
+#define MOLEX_LAMBDA_INLINE __attribute__((always_inline))
 
 namespace molex {
 

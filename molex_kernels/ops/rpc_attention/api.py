@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molex_kernels import _check, _dispatch, _dtypes, _philox
-from molex_kernels._dispatch import CPU_ATEN, CUDA, REFERENCE, SDPA, TRITON, choose
+from molex_kernels._dispatch import CPU, CUDA, REFERENCE, SDPA, TRITON, choose
 from molex_kernels.ops.rpc_attention import op, reference
 
 THRESHOLDS = ("lam_times_mu", "lam_over_mu")
@@ -18,7 +18,7 @@ CAUSAL = (False, True, "prefix")
 MAX_WIDTH = 128  # of a head, in the kernels
 BLOCK_MEMORY = 157_056  # bytes that the largest block of the CUDA kernels needs on every device
 
-_IMPLEMENTATIONS = (TRITON, CUDA, CPU_ATEN, REFERENCE)
+_IMPLEMENTATIONS = (TRITON, CUDA, CPU, REFERENCE)
 
 
 def rpc_attention(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molex_kernels._dispatch import CPU_ATEN, CUDA, REFERENCE, SDPA, TRITON
+from molex_kernels._dispatch import CPU, CUDA, REFERENCE, SDPA, TRITON
 from molex_kernels._dtypes import accumulate_dtype
 from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 from molex_kernels.ops.rpc_attention import reference
@@ -177,7 +177,7 @@ OPINFOS = (
     OpInfo(
         name="rpc_attention",
         function=rpc_attention,
-        declared=(TRITON, CUDA, CPU_ATEN, REFERENCE),
+        declared=(TRITON, CUDA, CPU, REFERENCE),
         make=_make_rpc,
         results=_results,
         differentiable=("k", "v", "q", "threshold"),

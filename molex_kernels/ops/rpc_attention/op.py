@@ -15,7 +15,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from molex_kernels import _register
-from molex_kernels.ops.rpc_attention import cpu
 
 Tensors = tuple[Tensor, ...]
 Optional = Tensor | None
@@ -94,16 +93,14 @@ _forward = {
         "rpc_attention_fwd_triton", _FORWARD, fake=_forward_fake, run=_forward_triton
     ),
     "cuda": _register.define("rpc_attention_fwd_cuda", _FORWARD, fake=_forward_fake),
-    "cpu": _register.define("rpc_attention_fwd_cpu", _FORWARD, fake=_forward_fake, run=cpu.forward),
+    "cpu": _register.define("rpc_attention_fwd_cpu", _FORWARD, fake=_forward_fake),
 }
 _backward = {
     "triton": _register.define(
         "rpc_attention_bwd_triton", _BACKWARD, fake=_backward_fake, run=_backward_triton
     ),
     "cuda": _register.define("rpc_attention_bwd_cuda", _BACKWARD, fake=_backward_fake),
-    "cpu": _register.define(
-        "rpc_attention_bwd_cpu", _BACKWARD, fake=_backward_fake, run=cpu.backward
-    ),
+    "cpu": _register.define("rpc_attention_bwd_cpu", _BACKWARD, fake=_backward_fake),
 }
 
 
