@@ -17,7 +17,11 @@
 
 namespace {
 
+using molex::add_scaled;
+using molex::dot_of;
+using molex::scale_into;
 using molex::Source;
+using molex::sum_of;
 using molex::Target;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -265,31 +269,6 @@ BackwardFn backward_of(Kind kind) {
   return kFunctions[static_cast<int>(kind)];
 }
 
-// Eight sums side by side, so that the compiler may vectorise without reordering what is asked for.
-MOLEX_INLINE float sum_of(const float* values, int64_t count) {
-  float lanes[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    for (int lane = 0; lane < 8; ++lane) lanes[lane] += values[i + lane];
-  }
-  float sum = 0.0f;
-  for (; i < count; ++i) sum += values[i];
-  for (float lane : lanes) sum += lane;
-  return sum;
-}
-
-MOLEX_INLINE float dot_of(const float* left, const float* right, int64_t count) {
-  float lanes[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    for (int lane = 0; lane < 8; ++lane) lanes[lane] += left[i + lane] * right[i + lane];
-  }
-  float sum = 0.0f;
-  for (; i < count; ++i) sum += left[i] * right[i];
-  for (float lane : lanes) sum += lane;
-  return sum;
-}
-
 MOLEX_CLONES void add_sum(double* to, const float* values, int64_t count) { *to += sum_of(values, count); }
 
 // y becomes (y - mean) / sqrt(variance + eps); returns the factor.
@@ -368,14 +347,6 @@ MOLEX_CLONES void drop(const Dropout& d, float* f, int64_t first, int64_t count)
   for (int64_t i = 0; i < count; ++i) {
     f[i] = philox(d.seed, static_cast<uint64_t>(first + i)) >= d.threshold ? f[i] * d.scale : 0.0f;
   }
-}
-
-MOLEX_CLONES void add_scaled(float* to, const float* from, float weight, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] += weight * from[i];
-}
-
-MOLEX_CLONES void scale_into(float* to, const float* from, float weight, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = weight * from[i];
 }
 
 // Scratch rows of one thread.

@@ -92,6 +92,51 @@ inline void write(const Target& target, int64_t first, int64_t count, const floa
   }
 }
 
+// Eight sums side by side, so that the compiler may vectorise without reordering what is asked for.
+MOLEX_INLINE float sum_of(const float* values, int64_t count) {
+  float lanes[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    for (int lane = 0; lane < 8; ++lane) lanes[lane] += values[i + lane];
+  }
+  float sum = 0.0f;
+  for (; i < count; ++i) sum += values[i];
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
+
+MOLEX_INLINE float dot_of(const float* left, const float* right, int64_t count) {
+  float lanes[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    for (int lane = 0; lane < 8; ++lane) lanes[lane] += left[i + lane] * right[i + lane];
+  }
+  float sum = 0.0f;
+  for (; i < count; ++i) sum += left[i] * right[i];
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
+
+MOLEX_CLONES inline float dot(const float* left, const float* right, int64_t count) {
+  return dot_of(left, right, count);
+}
+
+MOLEX_CLONES inline void add(float* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+MOLEX_CLONES inline void add_scaled(float* to, const float* from, float weight, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += weight * from[i];
+}
+
+MOLEX_CLONES inline void scale_into(float* to, const float* from, float weight, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = weight * from[i];
+}
+
+MOLEX_CLONES inline void scale(float* to, float weight, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] *= weight;
+}
+
 inline bool is_kernel_dtype(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
