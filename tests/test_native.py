@@ -54,7 +54,29 @@ def _merging(generator):
     yield from (dbase, ddeltas)
 
 
-@pytest.mark.parametrize("kernels", [_routing, _merging])
+def _dispatch(generator):
+    tokens, width, hidden, experts = 700, 40, 36, 6
+
+    def normal(*sizes, scale=1.0):
+        return (scale * torch.randn(sizes, generator=generator)).requires_grad_()
+
+    index = torch.randint(-1, experts, (tokens, 3), generator=generator)
+    for layout in ("concat", "interleaved"):
+        x, weight = normal(tokens, width), normal(tokens, 3)
+        up, down = normal(experts, 2 * hidden, width, scale=0.2), normal(experts, width, hidden)
+        biases = {"b_up": normal(experts, 2 * hidden), "b_down": normal(experts, width)}
+        leaves = (x, weight, up, down, *biases.values())
+        options = {"activation": "swiglu", "gate_layout": layout, "impl": "cpu"}
+        y = mk.moe_mlp(x, index, weight, up, down, **biases, **options)
+        yield y
+        yield from torch.autograd.grad(y, leaves, y.detach())
+        offsets = torch.tensor([0, 150, 150, 420, 500, 650], dtype=torch.int32)
+        y = mk.grouped_gemm(x, up, offsets, bias=biases["b_up"], impl="cpu")
+        yield y
+        yield from torch.autograd.grad(y, (x, up, biases["b_up"]), y.detach())
+
+
+@pytest.mark.parametrize("kernels", [_routing, _merging, _dispatch])
 def test_the_thread_count_changes_nothing(kernels):
     outcomes = []
     before = torch.get_num_threads()

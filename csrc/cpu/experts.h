@@ -52,6 +52,12 @@ inline std::vector<Piece> pieces_of(const std::vector<int64_t>& bounds, int64_t 
   return pieces;
 }
 
+// Rows of a weight's gradient that are one task: more where the sum behind each element is short.
+inline int64_t height_of(int64_t depth, int64_t columns) {
+  constexpr int64_t kProducts = 1 << 24;
+  return std::max(kPiece, kProducts / std::max<int64_t>(depth * columns, 1));
+}
+
 inline int64_t longest_of(const std::vector<Piece>& pieces) {
   int64_t longest = 0;
   for (const Piece& piece : pieces) longest = std::max(longest, piece.rows);

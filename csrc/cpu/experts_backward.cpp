@@ -160,20 +160,25 @@ class Backward {
       Piece part;
     };
     std::vector<Task> tasks;
-    const auto plan = [&](bool needed, Kind kind, int64_t count, int64_t size) {
+    int64_t tallest = 0;
+    const auto plan = [&](bool needed, Kind kind, int64_t rows, int64_t columns) {
       for (int64_t e = group.begin; needed && e < group.end; ++e) {
-        for (const Piece& part : molex::parts_of(e, 0, count, size)) tasks.push_back({kind, part});
+        const int64_t height = molex::height_of(plan_.bounds[e + 1] - plan_.bounds[e], columns);
+        for (const Piece& part : molex::parts_of(e, 0, rows, height)) {
+          tasks.push_back({kind, part});
+          tallest = std::max(tallest, part.rows);
+        }
       }
     };
-    plan(needs_.w_down, Kind::kDown, width_, molex::kPiece);
-    plan(needs_.w_up, Kind::kUp, outer_, molex::kPiece);
+    plan(needs_.w_down, Kind::kDown, width_, inner_);
+    plan(needs_.w_up, Kind::kUp, outer_, width_);
     plan(needs_.b_down, Kind::kBiasDown, 1, 1);
     plan(needs_.b_up, Kind::kBiasUp, 1, 1);
     const bool narrows = dtype_ != x_.dtype();
-    const int64_t tallest = 2 * molex::kPiece;
+    const int64_t spare = narrows ? tallest * std::max(width_, inner_) : 0;
     molex::share(tasks.size(), [&](const auto& next) {
-      Arena scratch(narrows ? Arena::bytes(tallest * std::max(width_, inner_)) : 0);
-      float* wide = narrows ? scratch.floats(tallest * std::max(width_, inner_)) : nullptr;
+      Arena scratch(Arena::bytes(spare));
+      float* wide = scratch.floats(spare);
       for (size_t index = next(); index < tasks.size(); index = next()) {
         const auto& [kind, part] = tasks[index];
         const int64_t first = plan_.bounds[part.expert], rows = plan_.bounds[part.expert + 1] - first;

@@ -117,14 +117,14 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd_cpu(const Tensor& dy,
       }
     }
     if (needs[1]) {
-      for (const Piece& piece : molex::parts_of(e, 0, columns, molex::kPiece)) {
+      for (const Piece& piece : molex::parts_of(e, 0, columns, molex::height_of(rows, width))) {
         tasks.push_back({Kind::kWeight, piece});
+        longest = std::max(longest, piece.rows);
       }
     }
     if (needs[2]) tasks.push_back({Kind::kBias, {e, 0, columns}});
     longest = std::max(longest, rows);
   }
-  longest = std::max(longest, std::min(columns, 2 * molex::kPiece));
   molex::share(tasks.size(), [&](const auto& next) {
     const Bench bench(weights, longest, std::max(columns, width), std::max(columns, width));
     const Bench other(weights, needs[1] ? longest : 0, width, 0);
