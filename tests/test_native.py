@@ -34,6 +34,14 @@ def _routing(generator):
     molex.weigh_tokens_cpu(x, table, cluster[:, None], None, out)
     yield out
     yield from mk.route_plan(index, experts, impl="cpu")
+    logits.requires_grad_()
+    for kind in ("switch", "published"):
+        loss = mk.load_balance_loss(mk.Routing(index, weight, logits), kind=kind, impl="cpu")
+        yield loss
+        yield from torch.autograd.grad(loss, logits)
+    loss = mk.router_z_loss(logits, impl="cpu")
+    yield loss
+    yield from torch.autograd.grad(loss, logits)
 
 
 def _merging(generator):

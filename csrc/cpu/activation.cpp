@@ -2,31 +2,12 @@
 
 #include "activation.h"
 
-#include <bit>
-
 #include "rows.h"
+#include "softmax.h"
 
 namespace molex {
 
 namespace {
-
-// 2^n e^r, |r| <= log(2) / 2, with Cephes' polynomial; the argument is kept where neither end over- nor
-// underflows. NaN stays.
-MOLEX_INLINE float exp_of(float x) {
-  x = x > 88.0f ? 88.0f : x < -87.0f ? -87.0f : x;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
-  const float shifted = x * 1.44269504f + kRound;
-  const float n = shifted - kRound;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const uint32_t power = (std::bit_cast<uint32_t>(shifted) + 127u) << 23;
-  return (p * r * r + r + 1.0f) * std::bit_cast<float>(power);
-}
 
 // Rational approximation on [-4, 4], outside of which erf is +-1 in fp32.
 MOLEX_INLINE float erf_of(float x) {
@@ -46,8 +27,6 @@ MOLEX_INLINE float erf_of(float x) {
   q = q * s - 1.42647390514189e-02f;
   return x * p / q;
 }
-
-MOLEX_INLINE float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
 struct Point {
   float value, slope;
