@@ -38,13 +38,21 @@ void for_chunks(int64_t tokens, int64_t experts, const Body& body) {
 // sums += softmax(scale z_t) over `count` tokens. The sums and a token's own have whole vectors.
 MOLEX_CLONES void add_probabilities(
     const float* z, float scale, int64_t count, int64_t experts, float* row, float* sums) {
-  const int64_t whole = molex::wide_of(experts);
   for (int64_t t = 0; t < count; ++t, z += experts) {
-    for (int64_t e = 0; e < experts; ++e) row[e] = scale * z[e];
-    const float inverse = 1.0f / molex::exponentials_of(row, row, experts).sum;
-    MOLEX_INDEPENDENT
-    for (int64_t e = 0; e < whole; ++e) sums[e] += inverse * row[e];
+    const float inverse = 1.0f / molex::exponentials_of(z, scale, row, experts).sum;
+    for (int64_t e = 0; e < experts; e += molex::kWide) {
+      molex::store(sums + e, molex::load(sums + e) + inverse * molex::load(row + e));
+    }
   }
+}
+
+// dz = factor * row; a row has whole vectors, dz ends with `experts`.
+MOLEX_INLINE void scale_row(const float* row, float factor, int64_t experts, float* dz) {
+  int64_t e = 0;
+  for (; e + molex::kWide <= experts; e += molex::kWide) {
+    molex::store(dz + e, factor * molex::load(row + e));
+  }
+  for (; e < experts; ++e) dz[e] = factor * row[e];
 }
 
 // dz_t = grad p_t (slopes - <slopes, p_t>), p_t = softmax(scale z_t).
@@ -56,38 +64,46 @@ MOLEX_CLONES void balance_backward(const float* z,
                                    int64_t experts,
                                    float* row,
                                    float* dz) {
-  const int64_t whole = molex::wide_of(experts);
   for (int64_t t = 0; t < count; ++t, z += experts, dz += experts) {
-    for (int64_t e = 0; e < experts; ++e) row[e] = scale * z[e];
-    const float inverse = 1.0f / molex::exponentials_of(row, row, experts).sum;
+    const float inverse = 1.0f / molex::exponentials_of(z, scale, row, experts).sum;
     molex::Wide along = {};
-    for (int64_t e = 0; e < whole; e += molex::kWide) along += molex::load(row + e) * molex::load(slopes + e);
-    const float mean = inverse * molex::sum_of_lanes(along), factor = grad * inverse;
-    MOLEX_INDEPENDENT
-    for (int64_t e = 0; e < experts; ++e) dz[e] = factor * row[e] * (slopes[e] - mean);
+    for (int64_t e = 0; e < experts; e += molex::kWide) along += molex::load(row + e) * molex::load(slopes + e);
+    const float mean = inverse * molex::sum_of_lanes(along);
+    for (int64_t e = 0; e < experts; e += molex::kWide) {
+      molex::store(row + e, molex::load(row + e) * (molex::load(slopes + e) - mean));
+    }
+    scale_row(row, grad * inverse, experts, dz);
   }
+}
+
+// values_t = logsumexp(z_t), and with it sums_t = sum_e e^(z_te - m_t) and their terms in dz where wanted.
+MOLEX_INLINE void logsumexp_of(
+    const float* z, int64_t count, int64_t experts, float* row, float* values, float* sums, float* dz) {
+  for (int64_t t = 0; t < count; ++t, z += experts) {
+    const auto [largest, sum] = molex::exponentials_of(z, 1.0f, row, experts);
+    values[t] = largest;
+    sums[t] = sum;
+    if (dz) scale_row(row, 1.0f, experts, dz + t * experts);
+  }
+  for (int64_t t = 0; t < count; ++t) values[t] += molex::log_of(sums[t]);
 }
 
 // sum_t logsumexp(z_t)^2.
 MOLEX_CLONES double sum_of_squares(const float* z, int64_t count, int64_t experts, float* row) {
+  float values[kChunk], sums[kChunk];
+  logsumexp_of(z, count, experts, row, values, sums, nullptr);
   double total = 0.0;
-  for (int64_t t = 0; t < count; ++t, z += experts) {
-    const auto [largest, sum] = molex::exponentials_of(z, row, experts);
-    const double value = largest + std::log(sum);
-    total += value * value;
-  }
+  for (int64_t t = 0; t < count; ++t) total += static_cast<double>(values[t]) * values[t];
   return total;
 }
 
 // dz_t = grad logsumexp(z_t) softmax(z_t).
 MOLEX_CLONES void z_backward(
     const float* z, float grad, int64_t count, int64_t experts, float* row, float* dz) {
-  for (int64_t t = 0; t < count; ++t, z += experts, dz += experts) {
-    const auto [largest, sum] = molex::exponentials_of(z, row, experts);
-    const float factor = grad * (largest + std::log(sum)) / sum;
-    MOLEX_INDEPENDENT
-    for (int64_t e = 0; e < experts; ++e) dz[e] = factor * row[e];
-  }
+  float values[kChunk], sums[kChunk];
+  logsumexp_of(z, count, experts, row, values, sums, dz);
+  for (int64_t t = 0; t < count; ++t) values[t] *= grad / sums[t];
+  for (int64_t t = 0; t < count; ++t, dz += experts) scale_row(dz, values[t], experts, dz);
 }
 
 float scalar_of(const Tensor& tensor) {

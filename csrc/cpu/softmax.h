@@ -10,32 +10,59 @@
 
 namespace molex {
 
+constexpr int kWide = 16;
+typedef float Wide __attribute__((vector_size(kWide * sizeof(float))));
+typedef uint32_t WideBits __attribute__((vector_size(kWide * sizeof(float))));
+typedef float LoadedWide __attribute__((vector_size(kWide * sizeof(float)), aligned(4), may_alias));
+
+MOLEX_INLINE Wide load(const float* from) { return *reinterpret_cast<const LoadedWide*>(from); }
+
+MOLEX_INLINE void store(float* to, Wide x) { *reinterpret_cast<LoadedWide*>(to) = x; }
+
+MOLEX_INLINE uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
+MOLEX_INLINE WideBits bits_of(Wide x) { return (WideBits)x; }
+MOLEX_INLINE float float_of(uint32_t x) { return std::bit_cast<float>(x); }
+MOLEX_INLINE Wide float_of(WideBits x) { return (Wide)x; }
+
 // 2^n e^r, |r| <= log(2) / 2, with Cephes' polynomial, within an ulp; at most e^88, 0 where that is no normal
-// number. NaN stays.
-MOLEX_INLINE float exp_of(float x) {
+// number. NaN stays. Of a float or of all lanes of a vector.
+template <class V>
+MOLEX_INLINE V exp_of(V x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
-  const float inside = x > 88.0f ? 88.0f : x < -87.0f ? -87.0f : x;
-  const float shifted = inside * 1.44269504f + kRound;
-  const float n = shifted - kRound;
-  const float r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
+  const V most = V{} + 88.0f, least = V{} - 87.0f;
+  const V inside = x > most ? most : x < least ? least : x;
+  const V shifted = inside * 1.44269504f + kRound;
+  const V n = shifted - kRound;
+  const V r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  const uint32_t power = (std::bit_cast<uint32_t>(shifted) + 127u) << 23;
-  const float made = (p * r * r + r + 1.0f) * std::bit_cast<float>(power);
-  return x < -87.0f ? 0.0f : made;
+  const V made = (p * r * r + r + 1.0f) * float_of((bits_of(shifted) + 127u) << 23);
+  return x < least ? V{} : made;
+}
+
+// log(x) of a normal number above 0, with Cephes' polynomial; NaN and infinity stay.
+MOLEX_INLINE float log_of(float x) {
+  // x = 2^n m with sqrt(1/2) <= m < sqrt(2).
+  const uint32_t bits = bits_of(x), shifted = bits - 0x3f3504f3u;
+  const float n = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
+  const float m = float_of((shifted & 0x007fffffu) + 0x3f3504f3u), r = m - 1.0f, s = r * r;
+  float p = 7.0376836292e-2f;
+  p = p * r - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  const float made = (r + (p * r * s + (n * -2.12194440e-4f - 0.5f * s))) + n * 0.693359375f;
+  return x < std::numeric_limits<float>::infinity() ? made : x;
 }
 
 MOLEX_INLINE float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }
-
-constexpr int kWide = 16;
-typedef float Wide __attribute__((vector_size(kWide * sizeof(float))));
-typedef float LoadedWide __attribute__((vector_size(kWide * sizeof(float)), aligned(4), may_alias));
-
-MOLEX_INLINE Wide load(const float* from) { return *reinterpret_cast<const LoadedWide*>(from); }
 
 MOLEX_INLINE Wide larger(Wide a, Wide b) { return a > b ? a : b; }
 
@@ -63,32 +90,33 @@ MOLEX_INLINE float sum_of_lanes(Wide x) {
 // Floats of a row in whole vectors.
 constexpr int64_t wide_of(int64_t count) { return (count + kWide - 1) / kWide * kWide; }
 
-// p_i = e^(z_i - m) with the largest m, 0 up to whole vectors; returns {m, sum_i p_i}. p may be z.
 struct Exponentials {
   float largest, sum;
 };
 
-MOLEX_INLINE Exponentials exponentials_of(const float* z, float* p, int64_t count) {
+// p_i = e^(scale z_i - m) with the largest m, then 0 up to whole vectors; returns {m, sum_i p_i}. p may be z.
+MOLEX_INLINE Exponentials exponentials_of(const float* z, float scale, float* p, int64_t count) {
   const int64_t whole = wide_of(count);
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
-  if (whole != count || z != p) {
+  if (whole != count) {
     for (int64_t i = 0; i < count; ++i) p[i] = z[i];
     for (int64_t i = count; i < whole; ++i) p[i] = kLowest;
+    z = p;
   }
-  Wide most = Wide{} + kLowest;
-  for (int64_t i = 0; i < whole; i += kWide) most = larger(load(p + i), most);
+  Wide most = Wide{} + kLowest, sum = {};
+  for (int64_t i = 0; i < whole; i += kWide) most = larger(load(z + i) * scale, most);
   const float largest = largest_lane(most);
-  Wide sum = {};
   for (int64_t i = 0; i < whole; i += kWide) {
-    for (int lane = 0; lane < kWide; ++lane) p[i + lane] = exp_of(p[i + lane] - largest);
-    sum += load(p + i);
+    const Wide made = exp_of(load(z + i) * scale - largest);
+    store(p + i, made);
+    sum += made;
   }
   return {largest, sum_of_lanes(sum)};
 }
 
 // out [wide_of(count)]; softmax of the first `count`, then zeros.
 MOLEX_CLONES inline void softmax_of(const float* z, float* out, int64_t count) {
-  const float inverse = 1.0f / exponentials_of(z, out, count).sum;
+  const float inverse = 1.0f / exponentials_of(z, 1.0f, out, count).sum;
   for (int64_t i = 0; i < count; ++i) out[i] *= inverse;
 }
 

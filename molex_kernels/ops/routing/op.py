@@ -310,9 +310,7 @@ class _Z(Function):
         return _z_backward(grad, *ctx.saved_tensors)
 
 
-def load_balance(
-    logits: Tensor, index: Tensor, temperature: float, per_assignment: bool
-) -> Tensor:
+def load_balance(logits: Tensor, index: Tensor, temperature: float, per_assignment: bool) -> Tensor:
     """The loss by the compiled extension, through autograd where a gradient is wanted."""
     if _register.wants_grad(logits):
         return _Balance.apply(logits, index, temperature, per_assignment)
