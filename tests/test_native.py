@@ -84,7 +84,22 @@ def _dispatch(generator):
         yield from torch.autograd.grad(y, (x, up, biases["b_up"]), y.detach())
 
 
-@pytest.mark.parametrize("kernels", [_routing, _merging, _dispatch])
+def _layer_mixing(generator):
+    branches, tokens, width, layers = 3, 1300, 70, 5
+    logits = torch.randn(tokens, layers, generator=generator)
+    mask = torch.rand(tokens, generator=generator) < 0.9
+    for mode in ("mode", "mean_softmax", "mean_sigmoid"):
+        yield mk.layer_vote(logits, mode=mode, mask=mask, impl="cpu")
+    leaves = [torch.randn(branches, tokens, width, generator=generator) for _ in range(2)]
+    leaves += [torch.randn(size, generator=generator) for size in (branches, width, width)]
+    outputs, residual, coeff, weight, bias = (leaf.requires_grad_() for leaf in leaves)
+    norm = (weight, bias, 1e-5)
+    y, normed = mk.layer_mix(outputs, coeff, residual=residual, norm=norm, impl="cpu")
+    yield from (y, normed)
+    yield from torch.autograd.grad((y, normed), leaves, (normed.detach(), y.detach()))
+
+
+@pytest.mark.parametrize("kernels", [_routing, _merging, _dispatch, _layer_mixing])
 def test_the_thread_count_changes_nothing(kernels):
     outcomes = []
     before = torch.get_num_threads()

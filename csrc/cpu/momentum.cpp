@@ -13,13 +13,17 @@
 #include <tuple>
 #include <vector>
 
+#include "layer_norm.h"
 #include "rows.h"
 
 namespace {
 
 using molex::add_scaled;
-using molex::dot_of;
+using molex::normalise;
+using molex::normalise_backward;
+using molex::scale_and_shift;
 using molex::scale_into;
+using molex::Scratch;
 using molex::Source;
 using molex::sum_of;
 using molex::Target;
@@ -271,47 +275,6 @@ BackwardFn backward_of(Kind kind) {
 
 MOLEX_CLONES void add_sum(double* to, const float* values, int64_t count) { *to += sum_of(values, count); }
 
-// y becomes (y - mean) / sqrt(variance + eps); returns the factor.
-MOLEX_CLONES float normalise(float* y, int64_t count, float eps) {
-  const float mean = sum_of(y, count) / count;
-  for (int64_t i = 0; i < count; ++i) y[i] -= mean;
-  const float inverse = 1.0f / std::sqrt(dot_of(y, y, count) / count + eps);
-  for (int64_t i = 0; i < count; ++i) y[i] *= inverse;
-  return inverse;
-}
-
-MOLEX_CLONES void scale_and_shift(float* y, const float* weight, const float* bias, int64_t count) {
-  if (weight) {
-    for (int64_t i = 0; i < count; ++i) y[i] *= weight[i];
-  }
-  if (bias) {
-    for (int64_t i = 0; i < count; ++i) y[i] += bias[i];
-  }
-}
-
-// The gradient of the row before the norm; the sums take in what the parameters get.
-MOLEX_CLONES void normalise_backward(float* out,
-                                     const float* dy,
-                                     const float* normed,
-                                     float inverse,
-                                     const float* weight,
-                                     float* dweight,
-                                     float* dbias,
-                                     int64_t count) {
-  if (dweight) {
-    MOLEX_INDEPENDENT
-    for (int64_t i = 0; i < count; ++i) {
-      dweight[i] += dy[i] * normed[i];
-      dbias[i] += dy[i];
-    }
-  }
-  MOLEX_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) out[i] = weight ? dy[i] * weight[i] : dy[i];
-  const float along = dot_of(out, normed, count) / count;
-  const float mean = sum_of(out, count) / count;
-  for (int64_t i = 0; i < count; ++i) out[i] = inverse * (out[i] - normed[i] * along - mean);
-}
-
 // The first word of Philox 4x32-7 at a position, as _philox.py has it.
 MOLEX_INLINE uint32_t philox(uint64_t seed, uint64_t position) {
   uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(position >> 32), c2 = 0, c3 = 0;
@@ -348,17 +311,6 @@ MOLEX_CLONES void drop(const Dropout& d, float* f, int64_t first, int64_t count)
     f[i] = philox(d.seed, static_cast<uint64_t>(first + i)) >= d.threshold ? f[i] * d.scale : 0.0f;
   }
 }
-
-// Scratch rows of one thread.
-class Scratch {
- public:
-  Scratch(int rows, int64_t width) : width_(width), data_(rows * width) {}
-  float* operator[](int row) { return data_.data() + row * width_; }
-
- private:
-  int64_t width_;
-  std::vector<float> data_;
-};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd_cpu(const Tensor& x,
                                                                     const Tensor& f,

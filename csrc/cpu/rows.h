@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 // One copy of a function for each level of the instruction set, chosen when the library is loaded.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
@@ -136,6 +137,17 @@ MOLEX_CLONES inline void scale_into(float* to, const float* from, float weight, 
 MOLEX_CLONES inline void scale(float* to, float weight, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] *= weight;
 }
+
+// Scratch rows of one thread.
+class Scratch {
+ public:
+  Scratch(int rows, int64_t width) : width_(width), data_(rows * width) {}
+  float* operator[](int row) { return data_.data() + row * width_; }
+
+ private:
+  int64_t width_;
+  std::vector<float> data_;
+};
 
 inline bool is_kernel_dtype(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
