@@ -28,6 +28,7 @@
 #define MOLEX_INDEPENDENT
 #endif
 #define MOLEX_INLINE inline __attribute__((always_inline))
+#define MOLEX_LAMBDA_INLINE __attribute__((always_inline))
 
 namespace molex {
 
@@ -93,29 +94,58 @@ inline void write(const Target& target, int64_t first, int64_t count, const floa
   }
 }
 
-// Eight sums side by side, so that the compiler may vectorise without reordering what is asked for.
-MOLEX_INLINE float sum_of(const float* values, int64_t count) {
-  float lanes[8] = {};
+// Vectors of floats, whatever the registers' own width.
+constexpr int kWide = 16;
+typedef float Wide __attribute__((vector_size(kWide * sizeof(float))));
+typedef float LoadedWide __attribute__((vector_size(kWide * sizeof(float)), aligned(4), may_alias));
+
+MOLEX_INLINE Wide load(const float* from) { return *reinterpret_cast<const LoadedWide*>(from); }
+
+MOLEX_INLINE void store(float* to, Wide x) { *reinterpret_cast<LoadedWide*>(to) = x; }
+
+#define MOLEX_UPPER(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+
+// Lanes folded onto one another: always the same order.
+#define MOLEX_FOLD(x, COMBINE)                                                                      \
+  x = COMBINE(x, MOLEX_UPPER(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));             \
+  x = COMBINE(x, MOLEX_UPPER(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));             \
+  x = COMBINE(x, MOLEX_UPPER(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));             \
+  x = COMBINE(x, MOLEX_UPPER(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))
+
+MOLEX_INLINE Wide added(Wide a, Wide b) { return a + b; }
+
+MOLEX_INLINE float sum_of_lanes(Wide x) {
+  MOLEX_FOLD(x, added);
+  return x[0];
+}
+
+// Sums of term(i), many side by side: the order depends on the count alone.
+template <class Wider, class Term>
+MOLEX_INLINE float sum_terms(int64_t count, const Wider& wider, const Term& term) {
+  constexpr int kSums = 4;
+  Wide sums[kSums] = {};
   int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    for (int lane = 0; lane < 8; ++lane) lanes[lane] += values[i + lane];
+  for (; i + kSums * kWide <= count; i += kSums * kWide) {
+    for (int k = 0; k < kSums; ++k) sums[k] += wider(i + k * kWide);
   }
-  float sum = 0.0f;
-  for (; i < count; ++i) sum += values[i];
-  for (float lane : lanes) sum += lane;
-  return sum;
+  for (; i + kWide <= count; i += kWide) sums[0] += wider(i);
+  float rest = 0.0f;
+  for (; i < count; ++i) rest += term(i);
+  return rest + sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+MOLEX_INLINE float sum_of(const float* values, int64_t count) {
+  return sum_terms(
+      count,
+      [=](int64_t i) MOLEX_LAMBDA_INLINE { return load(values + i); },
+      [=](int64_t i) MOLEX_LAMBDA_INLINE { return values[i]; });
 }
 
 MOLEX_INLINE float dot_of(const float* left, const float* right, int64_t count) {
-  float lanes[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    for (int lane = 0; lane < 8; ++lane) lanes[lane] += left[i + lane] * right[i + lane];
-  }
-  float sum = 0.0f;
-  for (; i < count; ++i) sum += left[i] * right[i];
-  for (float lane : lanes) sum += lane;
-  return sum;
+  return sum_terms(
+      count,
+      [=](int64_t i) MOLEX_LAMBDA_INLINE { return load(left + i) * load(right + i); },
+      [=](int64_t i) MOLEX_LAMBDA_INLINE { return left[i] * right[i]; });
 }
 
 MOLEX_CLONES inline float dot(const float* left, const float* right, int64_t count) {

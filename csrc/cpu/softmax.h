@@ -10,14 +10,7 @@
 
 namespace molex {
 
-constexpr int kWide = 16;
-typedef float Wide __attribute__((vector_size(kWide * sizeof(float))));
 typedef uint32_t WideBits __attribute__((vector_size(kWide * sizeof(float))));
-typedef float LoadedWide __attribute__((vector_size(kWide * sizeof(float)), aligned(4), may_alias));
-
-MOLEX_INLINE Wide load(const float* from) { return *reinterpret_cast<const LoadedWide*>(from); }
-
-MOLEX_INLINE void store(float* to, Wide x) { *reinterpret_cast<LoadedWide*>(to) = x; }
 
 MOLEX_INLINE uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
 MOLEX_INLINE WideBits bits_of(Wide x) { return (WideBits)x; }
@@ -66,24 +59,8 @@ MOLEX_INLINE float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
 MOLEX_INLINE Wide larger(Wide a, Wide b) { return a > b ? a : b; }
 
-#define MOLEX_UPPER(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
-
-// Lanes folded onto one another: always the same order.
-#define MOLEX_FOLD(x, COMBINE)                                                                      \
-  x = COMBINE(x, MOLEX_UPPER(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));             \
-  x = COMBINE(x, MOLEX_UPPER(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));             \
-  x = COMBINE(x, MOLEX_UPPER(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));             \
-  x = COMBINE(x, MOLEX_UPPER(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))
-
-MOLEX_INLINE Wide added(Wide a, Wide b) { return a + b; }
-
 MOLEX_INLINE float largest_lane(Wide x) {
   MOLEX_FOLD(x, larger);
-  return x[0];
-}
-
-MOLEX_INLINE float sum_of_lanes(Wide x) {
-  MOLEX_FOLD(x, added);
   return x[0];
 }
 
