@@ -45,10 +45,10 @@ def _routing(generator):
 
 
 def _merging(generator):
-    experts, rows, width, segments = 5, 120, 101 * 4, 7
+    experts, rows, width, segments = 5, 1200, 101 * 4, 7
     base = torch.randn(rows, width, generator=generator)
     stack = torch.randn(experts, rows, width, generator=generator)
-    factors = [torch.randn(2, experts, m, m, generator=generator) for m in (10, 12, 4, 101)]
+    factors = [torch.randn(2, experts, m, m, generator=generator) for m in (30, 40, 4, 101)]
     gates = torch.rand(segments, experts, generator=generator)
     majority = molex.camex_majority_cpu(base, stack)
     yield majority
@@ -57,6 +57,9 @@ def _merging(generator):
     weights = torch.empty(segments, rows, width)
     molex.camex_merge_cpu(base, stack, gates, weights)
     yield weights
+    x = torch.randn(segments, 33, width, generator=generator)
+    bias = torch.randn(segments, rows, generator=generator)
+    yield molex.camex_linear_cpu(x, base, stack, gates, bias)
     dbase, ddeltas = torch.zeros_like(base), torch.zeros_like(stack)
     yield molex.camex_merge_bwd_cpu(weights, stack, gates, dbase, ddeltas, True)
     yield from (dbase, ddeltas)

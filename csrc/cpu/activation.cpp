@@ -97,19 +97,19 @@ MOLEX_INLINE void backward_row(const float* gate,
   }
 }
 
-#define MOLEX_ACTIVATION(NAME, F)                                                                        \
-  MOLEX_CLONES void forward_##NAME(const float* gate, const float* up, float* acted, int64_t width) {    \
-    forward_row<F>(gate, up, acted, width);                                                              \
-  }                                                                                                      \
-  MOLEX_CLONES void backward_##NAME(const float* gate,                                                   \
-                                    const float* up,                                                     \
-                                    const float* upstream,                                               \
-                                    float scale,                                                         \
-                                    float* acted,                                                        \
-                                    float* dgate,                                                        \
-                                    float* dup,                                                          \
-                                    int64_t width) {                                                     \
-    backward_row<F>(gate, up, upstream, scale, acted, dgate, dup, width);                                \
+#define MOLEX_ACTIVATION(NAME, F)                                                                     \
+  MOLEX_CLONES void forward_##NAME(const float* gate, const float* up, float* acted, int64_t width) { \
+    forward_row<F>(gate, up, acted, width);                                                           \
+  }                                                                                                   \
+  MOLEX_CLONES void backward_##NAME(const float* gate,                                                \
+                                    const float* up,                                                  \
+                                    const float* upstream,                                            \
+                                    float scale,                                                      \
+                                    float* acted,                                                     \
+                                    float* dgate,                                                     \
+                                    float* dup,                                                       \
+                                    int64_t width) {                                                  \
+    backward_row<F>(gate, up, upstream, scale, acted, dgate, dup, width);                             \
   }
 MOLEX_ACTIVATION(relu, Relu)
 MOLEX_ACTIVATION(gelu, Gelu)

@@ -11,11 +11,6 @@
 
 namespace molex {
 
-// Rows of one expert that go through its products together.
-struct Piece {
-  int64_t expert, first, rows;
-};
-
 // The ends of the experts' rows after a leading 0; ends outside [0, num_rows] are clamped.
 inline std::vector<int64_t> bounds_of(const Tensor& offsets, int64_t num_rows) {
   const Tensor ends = torch::stable::contiguous(offsets);
@@ -26,20 +21,6 @@ inline std::vector<int64_t> bounds_of(const Tensor& offsets, int64_t num_rows) {
   }
   return bounds;
 }
-
-// Equal parts of about `size` of [0, count): at least one where there is anything.
-inline std::vector<Piece> parts_of(int64_t expert, int64_t start, int64_t count, int64_t size) {
-  const int64_t parts = count ? std::max<int64_t>(1, (count + size / 2) / size) : 0;
-  std::vector<Piece> pieces;
-  for (int64_t i = 0; i < parts; ++i) {
-    const int64_t first = i * count / parts;
-    pieces.push_back({expert, start + first, (i + 1) * count / parts - first});
-  }
-  return pieces;
-}
-
-// Enough rows to use the BLAS well, few enough to stay in a core's cache.
-constexpr int64_t kPiece = 128;
 
 // The rows of experts [begin, end).
 inline std::vector<Piece> pieces_of(const std::vector<int64_t>& bounds, int64_t begin, int64_t end) {
@@ -79,8 +60,8 @@ class Weights {
 
   // The expert's matrix as products take it: its own memory, or `scratch` where it has to be widened.
   Matrix of(int64_t expert, const Matrix& scratch) const {
-    const Matrix own{data_ + expert * strides_[0] * size_of(dtype_),
-                     dtype_, rows_, columns_, strides_[1], strides_[2]};
+    const Matrix own{
+        data_ + expert * strides_[0] * size_of(dtype_), dtype_, rows_, columns_, strides_[1], strides_[2]};
     if (dtype_ == product_dtype(dtype_)) return own;
     float* to = static_cast<float*>(scratch.data);
     const auto* from = static_cast<const c10::Half*>(own.data);
@@ -133,7 +114,9 @@ class Rows {
       const char* from = static_cast<const char*>(source_.data) + index * stride_ * size_of(to.dtype);
       std::memcpy(to.data, from, width_ * size_of(to.dtype));
     } else {
-      widen(static_cast<const c10::Half*>(source_.data) + index * stride_, static_cast<float*>(to.data), width_);
+      widen(static_cast<const c10::Half*>(source_.data) + index * stride_,
+            static_cast<float*>(to.data),
+            width_);
     }
   }
 

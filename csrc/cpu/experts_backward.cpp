@@ -123,8 +123,9 @@ class Backward {
         if (!needs_hidden && !needs_acted) continue;
         const Matrix inner = products.band(0, rows);
         multiply(inner, kept.upstream.band(first, rows), down_.of(piece.expert, down_scratch));
-        const float* bias =
-            biases && needs_.weight ? molex::read(biases, piece.expert * width_, width_, bias_scratch) : nullptr;
+        const float* bias = biases && needs_.weight
+                                ? molex::read(biases, piece.expert * width_, width_, bias_scratch)
+                                : nullptr;
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t row = piece.first + r;
           float spare;
@@ -132,7 +133,12 @@ class Backward {
           float* a = molex::place(acted, (first + r) * inner_, acted_scratch);
           float* dh = molex::place(dhidden, (first + r) * outer_, dhidden_scratch);
           activation_.backward(molex::read(hidden, row * outer_, outer_, hidden_scratch),
-                               product, scales_[row], a, dh, inner_, activation_scratch);
+                               product,
+                               scales_[row],
+                               a,
+                               dh,
+                               inner_,
+                               activation_scratch);
           if (needs_.weight) {
             float sum = molex::dot(product, a, inner_);
             if (bias) sum += molex::dot(dy_.read(plan_.token(row), dy_scratch), bias, width_);
@@ -153,7 +159,12 @@ class Backward {
   }
 
   // The gradients of a group's weights, some rows of a matrix at a time, and of its biases.
-  void weights(const Group& group, const Kept& kept, Tensor& dw_up, Tensor& dw_down, Tensor& db_up, Tensor& db_down) const {
+  void weights(const Group& group,
+               const Kept& kept,
+               Tensor& dw_up,
+               Tensor& dw_down,
+               Tensor& db_up,
+               Tensor& db_down) const {
     enum class Kind { kUp, kDown, kBiasUp, kBiasDown };
     struct Task {
       Kind kind;
@@ -199,7 +210,8 @@ class Backward {
             product(dw_up, kept.dhidden, kept.gathered);
             break;
           case Kind::kBiasDown:
-            molex::sum_rows(of(kept.upstream), &scales_[first], molex::target_of(db_down), part.expert * width_);
+            molex::sum_rows(
+                of(kept.upstream), &scales_[first], molex::target_of(db_down), part.expert * width_);
             break;
           case Kind::kBiasUp:
             molex::sum_rows(of(kept.dhidden), nullptr, molex::target_of(db_up), part.expert * outer_);
@@ -245,9 +257,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_bwd_cpu(const
     return torch::stable::new_empty(like, need ? sizes : std::vector<int64_t>{0});
   };
   Tensor dx = gradient(x, needs.x, {x.size(0), width});
-  Tensor dweight = needs.weight
-                       ? torch::stable::new_zeros(expert_weight, {x.size(0), expert_weight.size(1)})
-                       : torch::stable::new_empty(expert_weight, {0});
+  Tensor dweight = needs.weight ? torch::stable::new_zeros(expert_weight, {x.size(0), expert_weight.size(1)})
+                                : torch::stable::new_empty(expert_weight, {0});
   Tensor dw_up = gradient(x, needs.w_up, {experts, outer, width});
   Tensor dw_down = gradient(x, needs.w_down, {experts, width, inner});
   Tensor db_up = gradient(x, needs.b_up, {experts, outer});

@@ -30,11 +30,15 @@ struct Layer {
 
 void clear_rows(const Target& to, int64_t first, int64_t last, int64_t width) {
   const int64_t row = width * molex::size_of(to.dtype);
-  if (to && last > first && row) std::memset(static_cast<char*>(to.data) + first * row, 0, (last - first) * row);
+  if (to && last > first && row)
+    std::memset(static_cast<char*>(to.data) + first * row, 0, (last - first) * row);
 }
 
 // Rows `packed` [R, D], of the dtype for products or of x's, and `kept` [R, H] of x's where it is wanted.
-void run_experts(const Layer& layer, const molex::Assignments& plan, const Matrix& packed, const Target& kept) {
+void run_experts(const Layer& layer,
+                 const molex::Assignments& plan,
+                 const Matrix& packed,
+                 const Target& kept) {
   const molex::Rows from(layer.x);
   const molex::Weights up(layer.w_up), down(layer.w_down);
   const std::optional<Tensor> biases[] = {molex::packed(layer.b_up), molex::packed(layer.b_down)};
@@ -55,16 +59,16 @@ void run_experts(const Layer& layer, const molex::Assignments& plan, const Matri
     const Matrix up_scratch = up.scratch(arena), down_scratch = down.scratch(arena);
     float *row_scratch = arena.floats(hidden), *bias_scratch = arena.floats(hidden);
     float *acted_scratch = arena.floats(inner), *out_scratch = arena.floats(width);
-    float *down_bias_scratch = arena.floats(width);
+    float* down_bias_scratch = arena.floats(width);
     float* activation_scratch = arena.floats(molex::Activation::scratch(inner));
     for (size_t index = next(); index < pieces.size(); index = next()) {
       const Piece& piece = pieces[index];
       const int64_t rows = piece.rows;
       for (int64_t r = 0; r < rows; ++r) from.copy(plan.token(piece.first + r), gathered.band(r, 1));
 
-      const Matrix products = keeps_products
-                                  ? molex::matrix_of(kept.data, dtype, plan.rows, hidden).band(piece.first, rows)
-                                  : spare.band(0, rows);
+      const Matrix products =
+          keeps_products ? molex::matrix_of(kept.data, dtype, plan.rows, hidden).band(piece.first, rows)
+                         : spare.band(0, rows);
       multiply(products, gathered.band(0, rows), up.of(piece.expert, up_scratch).transposed());
       const float* bias = b_up ? molex::read(b_up, piece.expert * hidden, hidden, bias_scratch) : nullptr;
       for (int64_t r = 0; r < rows; ++r) {
@@ -132,10 +136,8 @@ std::tuple<Tensor, Tensor> moe_mlp_fwd_cpu(const Tensor& x,
                                            bool keeps_hidden) {
   const molex::Assignments plan(offsets, permutation, x.size(0), expert_weight.size(1));
   Tensor kept = kept_of(x, plan.rows, w_up.size(1), keeps_hidden);
-  Tensor packed = torch::stable::new_empty(
-      x, {plan.rows, x.size(1)}, molex::product_dtype(x.scalar_type()));
-  const Matrix rows = molex::matrix_of(
-      packed.mutable_data_ptr(), packed.scalar_type(), plan.rows, x.size(1));
+  Tensor packed = torch::stable::new_empty(x, {plan.rows, x.size(1)}, molex::product_dtype(x.scalar_type()));
+  const Matrix rows = molex::matrix_of(packed.mutable_data_ptr(), packed.scalar_type(), plan.rows, x.size(1));
   run_experts({x, w_up, w_down, b_up, b_down, {activation, layout}},
               plan,
               rows,

@@ -35,7 +35,8 @@ class Bench {
 };
 
 // out = left right, by way of `wide` where the product is of another dtype; then the bias on each row.
-void product(const Matrix& out, const Matrix& left, const Matrix& right, const Matrix& wide, const float* bias) {
+void product(
+    const Matrix& out, const Matrix& left, const Matrix& right, const Matrix& wide, const float* bias) {
   const bool widened = wide.data != nullptr;
   const Matrix made = widened ? molex::matrix_of(wide.data, wide.dtype, out.rows, out.columns) : out;
   multiply(made, left, right);
@@ -51,7 +52,8 @@ void product(const Matrix& out, const Matrix& left, const Matrix& right, const M
 
 void clear_rows(const Matrix& rows, int64_t first) {
   const Matrix rest = rows.band(first, rows.rows - first);
-  if (rest.rows && rest.columns) std::memset(rest.data, 0, rest.rows * rest.columns * molex::size_of(rest.dtype));
+  if (rest.rows && rest.columns)
+    std::memset(rest.data, 0, rest.rows * rest.columns * molex::size_of(rest.dtype));
 }
 
 Tensor grouped_gemm_fwd_cpu(const Tensor& x,
@@ -84,11 +86,8 @@ Tensor grouped_gemm_fwd_cpu(const Tensor& x,
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd_cpu(const Tensor& dy,
-                                                        const Tensor& x,
-                                                        const Tensor& weight,
-                                                        const Tensor& offsets,
-                                                        std::vector<bool> needs) {
+std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd_cpu(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& offsets, std::vector<bool> needs) {
   const int64_t tokens = x.size(0), width = x.size(1), experts = weight.size(0), columns = weight.size(1);
   const ScalarType dtype = x.scalar_type();
   const auto gradient = [&](bool need, std::vector<int64_t> sizes) {
@@ -145,7 +144,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd_cpu(const Tensor& dy,
                 bench.out,
                 nullptr);
       } else {
-        molex::sum_rows(upstream.band(start, count, bench.in), nullptr, molex::target_of(dbias), expert * columns);
+        molex::sum_rows(
+            upstream.band(start, count, bench.in), nullptr, molex::target_of(dbias), expert * columns);
       }
     }
   });

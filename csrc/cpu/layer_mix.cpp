@@ -93,7 +93,8 @@ std::tuple<Tensor, Tensor> layer_mix_fwd_cpu(const Tensor& outputs,
                                              std::optional<double> eps) {
   const int64_t tokens = outputs.size(1), width = outputs.size(2);
   Tensor y = torch::stable::new_empty(outputs, {tokens, width});
-  Tensor normed = eps ? torch::stable::new_empty(outputs, {tokens, width}) : torch::stable::new_empty(outputs, {0});
+  Tensor normed =
+      eps ? torch::stable::new_empty(outputs, {tokens, width}) : torch::stable::new_empty(outputs, {0});
   const Target to = molex::target_of(y), to_normed = molex::target_of(normed);
   const Branches from(outputs), moved(residual);
   const std::vector<float> coefficients = floats_of(coeff);

@@ -28,13 +28,13 @@ MOLEX_CLONES inline void scale_and_shift(float* y, const float* weight, const fl
 
 // The gradient of the row before the norm; the sums take in what the parameters get.
 MOLEX_CLONES inline void normalise_backward(float* out,
-                                     const float* dy,
-                                     const float* normed,
-                                     float inverse,
-                                     const float* weight,
-                                     float* dweight,
-                                     float* dbias,
-                                     int64_t count) {
+                                            const float* dy,
+                                            const float* normed,
+                                            float inverse,
+                                            const float* weight,
+                                            float* dweight,
+                                            float* dbias,
+                                            int64_t count) {
   if (dweight) {
     MOLEX_INDEPENDENT
     for (int64_t i = 0; i < count; ++i) {

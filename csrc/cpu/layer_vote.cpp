@@ -70,17 +70,18 @@ MOLEX_INLINE void add_votes(
         sums[first_largest(row, layers)] += 1.0f;
       } else {
         for (int64_t i = 0; i < whole; i += kWide) {
-          molex::store(sums + i, molex::load(sums + i) + 1.0f / (1.0f + molex::exp_of(-molex::load(row + i))));
+          molex::store(sums + i,
+                       molex::load(sums + i) + 1.0f / (1.0f + molex::exp_of(-molex::load(row + i))));
         }
       }
     }
   }
 }
 
-#define MOLEX_VOTES(NAME, MODE)                                                                           \
-  MOLEX_CLONES void NAME(                                                                                 \
-      const float* z, const bool* mask, int64_t count, int64_t layers, float* row, float* sums) {         \
-    add_votes<Mode::MODE>(z, mask, count, layers, row, sums);                                             \
+#define MOLEX_VOTES(NAME, MODE)                                                                   \
+  MOLEX_CLONES void NAME(                                                                         \
+      const float* z, const bool* mask, int64_t count, int64_t layers, float* row, float* sums) { \
+    add_votes<Mode::MODE>(z, mask, count, layers, row, sums);                                     \
   }
 MOLEX_VOTES(add_choices, kMode)
 MOLEX_VOTES(add_softmax, kMeanSoftmax)

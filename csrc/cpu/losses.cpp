@@ -67,7 +67,8 @@ MOLEX_CLONES void balance_backward(const float* z,
   for (int64_t t = 0; t < count; ++t, z += experts, dz += experts) {
     const float inverse = 1.0f / molex::exponentials_of(z, scale, row, experts).sum;
     molex::Wide along = {};
-    for (int64_t e = 0; e < experts; e += molex::kWide) along += molex::load(row + e) * molex::load(slopes + e);
+    for (int64_t e = 0; e < experts; e += molex::kWide)
+      along += molex::load(row + e) * molex::load(slopes + e);
     const float mean = inverse * molex::sum_of_lanes(along);
     for (int64_t e = 0; e < experts; e += molex::kWide) {
       molex::store(row + e, molex::load(row + e) * (molex::load(slopes + e) - mean));

@@ -4,10 +4,12 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "rows.h"
 
@@ -27,6 +29,25 @@ void share(int64_t tasks, const Body& body) {
     torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(next); });
   }
 }
+
+// Rows of one expert, or of whatever stands in its place, that are one task.
+struct Piece {
+  int64_t expert, first, rows;
+};
+
+// Equal parts of about `size` of [0, count): at least one where there is anything.
+inline std::vector<Piece> parts_of(int64_t expert, int64_t start, int64_t count, int64_t size) {
+  const int64_t parts = count ? std::max<int64_t>(1, (count + size / 2) / size) : 0;
+  std::vector<Piece> pieces;
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t first = i * count / parts;
+    pieces.push_back({expert, start + first, (i + 1) * count / parts - first});
+  }
+  return pieces;
+}
+
+// Enough rows to use the BLAS well, few enough to stay in a core's cache.
+constexpr int64_t kPiece = 128;
 
 inline int64_t size_of(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }
 
@@ -53,7 +74,8 @@ struct Matrix {
 
   Tensor tensor() const {
     const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
-    return torch::stable::from_blob(data, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
+    return torch::stable::from_blob(
+        data, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
   }
 };
 

@@ -106,10 +106,10 @@ MOLEX_INLINE void store(float* to, Wide x) { *reinterpret_cast<LoadedWide*>(to) 
 #define MOLEX_UPPER(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
 
 // Lanes folded onto one another: always the same order.
-#define MOLEX_FOLD(x, COMBINE)                                                                      \
-  x = COMBINE(x, MOLEX_UPPER(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));             \
-  x = COMBINE(x, MOLEX_UPPER(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));             \
-  x = COMBINE(x, MOLEX_UPPER(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));             \
+#define MOLEX_FOLD(x, COMBINE)                                                          \
+  x = COMBINE(x, MOLEX_UPPER(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)); \
+  x = COMBINE(x, MOLEX_UPPER(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)); \
+  x = COMBINE(x, MOLEX_UPPER(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)); \
   x = COMBINE(x, MOLEX_UPPER(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))
 
 MOLEX_INLINE Wide added(Wide a, Wide b) { return a + b; }
