@@ -1,7 +1,8 @@
 """Merging on a CPU: native kernels around ATen's matrix products.
 
 Everything the merge needs beside its results is the weights of `GROUP` segments, however many there
-are; forward, a few rows of them. The curvature goes expert by expert, so that its intermediate results stay in the cache.
+are; forward, a few rows of them. The curvature goes expert by expert, so that its intermediate
+results stay in the cache.
 """
 
 from __future__ import annotations
