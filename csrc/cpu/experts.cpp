@@ -8,18 +8,22 @@ namespace {
 
 constexpr int64_t kGrain = 8192;  // elements below which a thread is not worth waking
 
+MOLEX_CLONES void add_wide(double* to, const float* from, double scale, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += scale * from[i];
+}
+
 }  // namespace
 
 void sum_rows(const Matrix& rows, const float* scales, const Target& to, int64_t first) {
-  Arena arena(2 * Arena::bytes(rows.columns));
-  float *scratch = arena.floats(rows.columns), *spare = arena.floats(rows.columns);
-  float* sum = place(to, first, spare);
-  std::fill_n(sum, rows.columns, 0.0f);
+  std::vector<double> sums(rows.columns, 0.0);
+  std::vector<float> scratch(rows.columns), spare(rows.columns);
   for (int64_t row = 0; row < rows.rows; ++row) {
-    const float* from = read(rows.source(), row * rows.row_stride, rows.columns, scratch);
-    add_scaled(sum, from, scales ? scales[row] : 1.0f, rows.columns);
+    const float* from = read(rows.source(), row * rows.row_stride, rows.columns, scratch.data());
+    add_wide(sums.data(), from, scales ? scales[row] : 1.0, rows.columns);
   }
-  write(to, first, rows.columns, sum);
+  float* out = place(to, first, spare.data());
+  std::copy(sums.begin(), sums.end(), out);
+  write(to, first, rows.columns, out);
 }
 
 void combine(const Matrix& packed,

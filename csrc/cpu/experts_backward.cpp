@@ -211,7 +211,7 @@ class Backward {
             break;
           case Kind::kBiasDown:
             molex::sum_rows(
-                of(kept.upstream), &scales_[first], molex::target_of(db_down), part.expert * width_);
+                of(kept.upstream), scales_.data() + first, molex::target_of(db_down), part.expert * width_);
             break;
           case Kind::kBiasUp:
             molex::sum_rows(of(kept.dhidden), nullptr, molex::target_of(db_up), part.expert * outer_);

@@ -186,8 +186,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_mix_bwd_cpu(std::optional<Tensor> dy,
       }
     }
   });
-  for (int64_t chunk = 0; needs_norm && chunk < chunks; ++chunk) {
-    molex::add(dnorm.mutable_data_ptr<float>(), &norm_sums[chunk * 2 * width], 2 * width);
+  for (int64_t i = 0; needs_norm && i < 2 * width; ++i) {
+    double sum = 0.0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += norm_sums[chunk * 2 * width + i];
+    dnorm.mutable_data_ptr<float>()[i] = static_cast<float>(sum);
   }
   for (int64_t g = 0; needs_coeff && g < branches; ++g) {
     double sum = 0.0;
