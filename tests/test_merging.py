@@ -341,9 +341,11 @@ def native():
 def test_memory_does_not_grow_with_the_segments_on_a_cpu(generator):
     passes = {"forward": cpu.linear_forward, "backward": cpu.linear_backward}
     few, many = (_extra_bytes(passes, segments, generator) for segments in (8, 64))
+    # Forward, all but the result is a thread's own memory for a few rows, outside the allocator.
+    assert few["forward"] == many["forward"] == 0
     # Not equal: results that come after the peak are taken off it as well.
-    assert all(0 < many[name] <= few[name] for name in passes)
-    assert max(many.values()) <= 4 * (2 * 3 + 2 * cpu.GROUP + 3) * 16 * 16
+    assert 0 < many["backward"] <= few["backward"]
+    assert many["backward"] <= 4 * (2 * 3 + 2 * cpu.GROUP + 3) * 16 * 16
 
 
 class _NoKernel:

@@ -13,13 +13,21 @@
 #include <tuple>
 #include <vector>
 
+#include "layer_norm.h"
 #include "philox.h"
 #include "rows.h"
 
 namespace {
 
+using molex::add_scaled;
 using molex::Dropout;
+using molex::normalise;
+using molex::normalise_backward;
+using molex::scale_and_shift;
+using molex::scale_into;
+using molex::Scratch;
 using molex::Source;
+using molex::sum_of;
 using molex::Target;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -267,98 +275,13 @@ BackwardFn backward_of(Kind kind) {
   return kFunctions[static_cast<int>(kind)];
 }
 
-// Eight sums side by side, so that the compiler may vectorise without reordering what is asked for.
-MOLEX_INLINE float sum_of(const float* values, int64_t count) {
-  float lanes[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    for (int lane = 0; lane < 8; ++lane) lanes[lane] += values[i + lane];
-  }
-  float sum = 0.0f;
-  for (; i < count; ++i) sum += values[i];
-  for (float lane : lanes) sum += lane;
-  return sum;
-}
-
-MOLEX_INLINE float dot_of(const float* left, const float* right, int64_t count) {
-  float lanes[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    for (int lane = 0; lane < 8; ++lane) lanes[lane] += left[i + lane] * right[i + lane];
-  }
-  float sum = 0.0f;
-  for (; i < count; ++i) sum += left[i] * right[i];
-  for (float lane : lanes) sum += lane;
-  return sum;
-}
-
 MOLEX_CLONES void add_sum(double* to, const float* values, int64_t count) { *to += sum_of(values, count); }
-
-// y becomes (y - mean) / sqrt(variance + eps); returns the factor.
-MOLEX_CLONES float normalise(float* y, int64_t count, float eps) {
-  const float mean = sum_of(y, count) / count;
-  for (int64_t i = 0; i < count; ++i) y[i] -= mean;
-  const float inverse = 1.0f / std::sqrt(dot_of(y, y, count) / count + eps);
-  for (int64_t i = 0; i < count; ++i) y[i] *= inverse;
-  return inverse;
-}
-
-MOLEX_CLONES void scale_and_shift(float* y, const float* weight, const float* bias, int64_t count) {
-  if (weight) {
-    for (int64_t i = 0; i < count; ++i) y[i] *= weight[i];
-  }
-  if (bias) {
-    for (int64_t i = 0; i < count; ++i) y[i] += bias[i];
-  }
-}
-
-// The gradient of the row before the norm; the sums take in what the parameters get.
-MOLEX_CLONES void normalise_backward(float* out,
-                                     const float* dy,
-                                     const float* normed,
-                                     float inverse,
-                                     const float* weight,
-                                     float* dweight,
-                                     float* dbias,
-                                     int64_t count) {
-  if (dweight) {
-    MOLEX_INDEPENDENT
-    for (int64_t i = 0; i < count; ++i) {
-      dweight[i] += dy[i] * normed[i];
-      dbias[i] += dy[i];
-    }
-  }
-  MOLEX_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) out[i] = weight ? dy[i] * weight[i] : dy[i];
-  const float along = dot_of(out, normed, count) / count;
-  const float mean = sum_of(out, count) / count;
-  for (int64_t i = 0; i < count; ++i) out[i] = inverse * (out[i] - normed[i] * along - mean);
-}
 
 MOLEX_CLONES void drop(const Dropout& d, float* f, int64_t first, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     f[i] = d(f[i], static_cast<uint64_t>(first + i));
   }
 }
-
-MOLEX_CLONES void add_scaled(float* to, const float* from, float weight, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] += weight * from[i];
-}
-
-MOLEX_CLONES void scale_into(float* to, const float* from, float weight, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = weight * from[i];
-}
-
-// Scratch rows of one thread.
-class Scratch {
- public:
-  Scratch(int rows, int64_t width) : width_(width), data_(rows * width) {}
-  float* operator[](int row) { return data_.data() + row * width_; }
-
- private:
-  int64_t width_;
-  std::vector<float> data_;
-};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd_cpu(const Tensor& x,
                                                                     const Tensor& f,

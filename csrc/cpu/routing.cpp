@@ -12,37 +12,21 @@
 #include <tuple>
 #include <vector>
 
+#include "indices.h"
 #include "rows.h"
+#include "softmax.h"
 
 namespace {
 
+using molex::labels_of;
+using molex::sigmoid_of;
+using molex::softmax_of;
 using molex::Source;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 64;     // features of a block
 constexpr int64_t kGrain = 16384;  // elements below which a thread is not worth waking
-
-// Cluster of each token; ids outside [0, num_clusters) become num_clusters.
-template <typename Index>
-void read_labels(const Index* ids, int64_t count, int64_t num_clusters, std::vector<int64_t>& out) {
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t id = ids[i];
-    out[i] = id >= 0 && id < num_clusters ? id : num_clusters;
-  }
-}
-
-std::vector<int64_t> labels_of(const Tensor& cluster, int64_t num_clusters) {
-  const Tensor ids = torch::stable::contiguous(cluster);
-  std::vector<int64_t> labels(ids.numel());
-  if (ids.scalar_type() == ScalarType::Long) {
-    read_labels(ids.const_data_ptr<int64_t>(), ids.numel(), num_clusters, labels);
-  } else {
-    STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Int, "cluster: expected dtype int64 or int32");
-    read_labels(ids.const_data_ptr<int32_t>(), ids.numel(), num_clusters, labels);
-  }
-  return labels;
-}
 
 // What is added up for each cluster. `x` holds one block of features, its rows `stride` apart.
 enum class Sum { kPlain, kAbsolute, kSquare };
@@ -275,19 +259,6 @@ void weigh_tokens_cpu(
       });
 }
 
-MOLEX_CLONES void softmax_of(const float* z, float* out, int64_t count) {
-  float largest = -std::numeric_limits<float>::infinity();
-  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, z[i]);
-  float sum = 0.0f;
-  for (int64_t i = 0; i < count; ++i) {
-    out[i] = std::exp(z[i] - largest);
-    sum += out[i];
-  }
-  for (int64_t i = 0; i < count; ++i) out[i] /= sum;
-}
-
-float sigmoid_of(float z) { return 1.0f / (1.0f + std::exp(-z)); }
-
 // The K largest keys, descending, ties to the lower expert, NaN and -inf lowest; and their scores.
 std::tuple<Tensor, Tensor> select_experts_cpu(const Tensor& logits,
                                               std::optional<Tensor> expert_bias,
@@ -310,7 +281,7 @@ std::tuple<Tensor, Tensor> select_experts_cpu(const Tensor& logits,
   constexpr float kLowest = std::numeric_limits<float>::lowest();
   torch::stable::parallel_for(
       0, tokens, std::max<int64_t>(1, kGrain / experts), [&](int64_t begin, int64_t end) {
-        std::vector<float> key(experts), probability(experts), picked(top_k);
+        std::vector<float> key(experts), probability(molex::wide_of(experts)), picked(molex::wide_of(top_k));
         for (int64_t t = begin; t < end; ++t) {
           const float* row = z + t * experts;
           if (softmax) softmax_of(row, probability.data(), experts);
@@ -328,11 +299,8 @@ std::tuple<Tensor, Tensor> select_experts_cpu(const Tensor& logits,
             chosen[t * top_k + k] = best;
             picked[k] = softmax ? probability[best] : sigmoid ? sigmoid_of(row[best]) : row[best];
           }
-          if (softmax || sigmoid) {
-            std::copy_n(picked.data(), top_k, scores + t * top_k);
-          } else {
-            softmax_of(picked.data(), scores + t * top_k, top_k);
-          }
+          if (!softmax && !sigmoid) softmax_of(picked.data(), picked.data(), top_k);
+          std::copy_n(picked.data(), top_k, scores + t * top_k);
         }
       });
   return {index, weight};
@@ -358,7 +326,7 @@ Tensor router_logits_bwd_cpu(const Tensor& logits,
   const bool softmax = score == "softmax", sigmoid = score == "sigmoid";
   torch::stable::parallel_for(
       0, tokens, std::max<int64_t>(1, kGrain / experts), [&](int64_t begin, int64_t end) {
-        std::vector<float> probability(experts);
+        std::vector<float> probability(molex::wide_of(experts));
         for (int64_t t = begin; t < end; ++t) {
           float* dz = out + t * experts;
           if (direct) {

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 // One copy of a function for each level of the instruction set, chosen when the library is loaded.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
@@ -92,6 +93,91 @@ inline void write(const Target& target, int64_t first, int64_t count, const floa
     narrow(from, static_cast<c10::Half*>(target.data) + first, count);
   }
 }
+
+// Vectors of floats, whatever the registers' own width.
+constexpr int kWide = 16;
+typedef float Wide __attribute__((vector_size(kWide * sizeof(float))));
+typedef float LoadedWide __attribute__((vector_size(kWide * sizeof(float)), aligned(4), may_alias));
+
+MOLEX_INLINE Wide load(const float* from) { return *reinterpret_cast<const LoadedWide*>(from); }
+
+MOLEX_INLINE void store(float* to, Wide x) { *reinterpret_cast<LoadedWide*>(to) = x; }
+
+#define MOLEX_UPPER(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+
+// Lanes folded onto one another: always the same order.
+#define MOLEX_FOLD(x, COMBINE)                                                          \
+  x = COMBINE(x, MOLEX_UPPER(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)); \
+  x = COMBINE(x, MOLEX_UPPER(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)); \
+  x = COMBINE(x, MOLEX_UPPER(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)); \
+  x = COMBINE(x, MOLEX_UPPER(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))
+
+MOLEX_INLINE Wide added(Wide a, Wide b) { return a + b; }
+
+MOLEX_INLINE float sum_of_lanes(Wide x) {
+  MOLEX_FOLD(x, added);
+  return x[0];
+}
+
+// Sums of term(i), many side by side: the order depends on the count alone.
+template <class Wider, class Term>
+MOLEX_INLINE float sum_terms(int64_t count, const Wider& wider, const Term& term) {
+  constexpr int kSums = 4;
+  Wide sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums * kWide <= count; i += kSums * kWide) {
+    for (int k = 0; k < kSums; ++k) sums[k] += wider(i + k * kWide);
+  }
+  for (; i + kWide <= count; i += kWide) sums[0] += wider(i);
+  float rest = 0.0f;
+  for (; i < count; ++i) rest += term(i);
+  return rest + sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+MOLEX_INLINE float sum_of(const float* values, int64_t count) {
+  return sum_terms(
+      count,
+      [=](int64_t i) MOLEX_LAMBDA_INLINE { return load(values + i); },
+      [=](int64_t i) MOLEX_LAMBDA_INLINE { return values[i]; });
+}
+
+MOLEX_INLINE float dot_of(const float* left, const float* right, int64_t count) {
+  return sum_terms(
+      count,
+      [=](int64_t i) MOLEX_LAMBDA_INLINE { return load(left + i) * load(right + i); },
+      [=](int64_t i) MOLEX_LAMBDA_INLINE { return left[i] * right[i]; });
+}
+
+MOLEX_CLONES inline float dot(const float* left, const float* right, int64_t count) {
+  return dot_of(left, right, count);
+}
+
+MOLEX_CLONES inline void add(float* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+MOLEX_CLONES inline void add_scaled(float* to, const float* from, float weight, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += weight * from[i];
+}
+
+MOLEX_CLONES inline void scale_into(float* to, const float* from, float weight, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = weight * from[i];
+}
+
+MOLEX_CLONES inline void scale(float* to, float weight, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] *= weight;
+}
+
+// Scratch rows of one thread.
+class Scratch {
+ public:
+  Scratch(int rows, int64_t width) : width_(width), data_(rows * width) {}
+  float* operator[](int row) { return data_.data() + row * width_; }
+
+ private:
+  int64_t width_;
+  std::vector<float> data_;
+};
 
 inline bool is_kernel_dtype(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from molex_kernels import _check, _dtypes
-from molex_kernels._dispatch import CPU_ATEN, REFERENCE, TRITON, choose
+from molex_kernels._dispatch import CPU, REFERENCE, TRITON, choose
 from molex_kernels.ops.dispatch import op, reference
 from molex_kernels.ops.routing.api import route_plan
 from molex_kernels.ops.routing.plan import RoutePlan
@@ -26,7 +26,7 @@ ACTIVATIONS = {
 GATE_LAYOUTS = ("concat", "interleaved")
 MAX_EXPERTS = 1024
 
-_IMPLEMENTATIONS = (TRITON, CPU_ATEN, REFERENCE)
+_IMPLEMENTATIONS = (TRITON, CPU, REFERENCE)
 
 
 def grouped_gemm(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molex_kernels._dispatch import CPU_ATEN, REFERENCE, TRITON
+from molex_kernels._dispatch import CPU, REFERENCE, TRITON
 from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 from molex_kernels.ops.dispatch.api import ACTIVATIONS, grouped_gemm, moe_mlp
 from molex_kernels.ops.dispatch.baselines import (
@@ -203,7 +203,7 @@ OPINFOS = (
     OpInfo(
         name="grouped_gemm",
         function=grouped_gemm,
-        declared=(TRITON, CPU_ATEN, REFERENCE),
+        declared=(TRITON, CPU, REFERENCE),
         make=_make_grouped_gemm,
         results=lambda y: {"y": y},
         differentiable=("x", "weight", "bias"),
@@ -235,7 +235,7 @@ OPINFOS = (
     OpInfo(
         name="moe_mlp",
         function=moe_mlp,
-        declared=(TRITON, CPU_ATEN, REFERENCE),
+        declared=(TRITON, CPU, REFERENCE),
         make=make_moe_mlp,
         results=lambda y: {"y": y},
         differentiable=("x", "expert_weight", "w_up", "w_down", "b_up", "b_down"),

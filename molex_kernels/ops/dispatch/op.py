@@ -10,7 +10,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from molex_kernels import _register
-from molex_kernels.ops.dispatch import cpu
 
 Tensors = tuple[Tensor, ...]
 
@@ -161,7 +160,6 @@ _grouped_gemm_forward = {
         "grouped_gemm_fwd_cpu",
         _GROUPED_GEMM_FORWARD,
         fake=_grouped_gemm_forward_fake,
-        run=cpu.grouped_gemm_forward,
     ),
 }
 _grouped_gemm_backward = {
@@ -175,7 +173,6 @@ _grouped_gemm_backward = {
         "grouped_gemm_bwd_cpu",
         _GROUPED_GEMM_BACKWARD,
         fake=_grouped_gemm_backward_fake,
-        run=cpu.grouped_gemm_backward,
     ),
 }
 _moe_mlp_forward = {
@@ -189,7 +186,6 @@ _moe_mlp_forward = {
         "moe_mlp_fwd_cpu",
         _MOE_MLP_FORWARD,
         fake=_moe_mlp_forward_fake,
-        run=cpu.moe_mlp_forward,
     ),
 }
 # The experts' outputs before they are summed, for ops that sum them in a kernel of their own.
@@ -204,7 +200,6 @@ experts_forward = {
         "moe_experts_fwd_cpu",
         _EXPERTS_FORWARD,
         fake=_experts_forward_fake,
-        run=cpu.experts_forward,
     ),
 }
 moe_mlp_backward = {
@@ -218,7 +213,6 @@ moe_mlp_backward = {
         "moe_mlp_bwd_cpu",
         _MOE_MLP_BACKWARD,
         fake=_moe_mlp_backward_fake,
-        run=cpu.moe_mlp_backward,
     ),
 }
 

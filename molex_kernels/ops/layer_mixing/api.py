@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from molex_kernels import _check, _dtypes
-from molex_kernels._dispatch import CPU_ATEN, REFERENCE, TRITON, choose
+from molex_kernels._dispatch import CPU, CPU_ATEN, REFERENCE, TRITON, choose
 from molex_kernels.ops.layer_mixing import op, plan, reference
 from molex_kernels.ops.layer_mixing.plan import MODES, LoRA
 
 DEBUG = os.environ.get("MOLEX_DEBUG") == "1"
 
-_IMPLEMENTATIONS = (TRITON, CPU_ATEN, REFERENCE)
+_IMPLEMENTATIONS = (TRITON, CPU, REFERENCE)
+_LINEAR = (TRITON, CPU_ATEN, REFERENCE)
 
 Layers = Tensor | Sequence[Tensor]
 
@@ -139,7 +140,7 @@ def layer_linear(
         _check_index(index, num_layers)
     (cast,) = _dtypes.autocast(x)
     assert cast is not None
-    chosen = choose("layer_linear", _IMPLEMENTATIONS, impl, cast)
+    chosen = choose("layer_linear", _LINEAR, impl, cast)
     flat = _rows(cast, shared)
     groups = (weight, bias, a, b)
     if chosen == "reference":

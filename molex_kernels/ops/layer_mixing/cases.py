@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molex_kernels._dispatch import CPU_ATEN, REFERENCE, TRITON
+from molex_kernels._dispatch import CPU, CPU_ATEN, REFERENCE, TRITON
 from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 from molex_kernels.ops.layer_mixing.api import layer_linear, layer_mix, layer_vote
 from molex_kernels.ops.layer_mixing.baselines import (
@@ -164,7 +164,7 @@ OPINFOS = (
     OpInfo(
         name="layer_vote",
         function=layer_vote,
-        declared=(TRITON, CPU_ATEN, REFERENCE),
+        declared=(TRITON, CPU, REFERENCE),
         make=_make_vote,
         results=lambda j: {"j": j},
         differentiable=(),
@@ -218,7 +218,7 @@ OPINFOS = (
     OpInfo(
         name="layer_mix",
         function=_mix,
-        declared=(TRITON, CPU_ATEN, REFERENCE),
+        declared=(TRITON, CPU, REFERENCE),
         make=_make_mix,
         results=lambda y: (
             dict(zip(("y", "normed"), y, strict=True)) if isinstance(y, tuple) else {"y": y}

@@ -1,4 +1,4 @@
-"""Layer mixing on a CPU: ATen's products on the chosen layers alone.
+"""The linear layers of layer mixing on a CPU: ATen's products on the chosen layers alone.
 
 On a CPU reading the index waits for nothing.
 """
@@ -13,19 +13,6 @@ from torch import Tensor
 from molex_kernels.ops.layer_mixing import plan
 
 Tensors = tuple[Tensor, ...]
-
-
-def vote(logits: Tensor, mask: Tensor | None, mode: str) -> Tensor:
-    if mask is not None:
-        logits = logits[mask]
-    logits = logits.float()
-    if mode == "mode":
-        scores = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
-    elif mode == "mean_softmax":
-        scores = torch.softmax(logits, 1).sum(0)
-    else:
-        scores = torch.sigmoid(logits).sum(0)
-    return scores.argmax(0)
 
 
 def linear_forward(
@@ -99,81 +86,6 @@ def linear_backward(
             )
         ),
     )
-
-
-def mix_forward(
-    outputs: Tensor,
-    coeff: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float | None,
-) -> tuple[Tensor, Tensor]:
-    mixed = _mixed(outputs, coeff, residual)
-    y = mixed.to(outputs.dtype, copy=True)
-    if eps is None:
-        return y, outputs.new_empty(0)
-    normed = torch.nn.functional.layer_norm(mixed, mixed.shape[-1:], eps=eps)
-    if weight is not None:
-        normed *= weight
-    if bias is not None:
-        normed += bias
-    return y, normed.to(outputs.dtype)
-
-
-def mix_backward(
-    dy: Tensor | None,
-    dnormed: Tensor | None,
-    outputs: Tensor,
-    coeff: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float | None,
-    needs: Sequence[bool],
-) -> Tensors:
-    """Gradients of outputs (the residual's is the same), coeff, and the norm's pair [2, D]."""
-    needs_outputs, needs_coeff, needs_norm = needs
-    upstream = torch.zeros(outputs.shape[1:], dtype=torch.float32) if dy is None else dy.float()
-    dnorm = torch.empty(0)
-    if dnormed is not None and eps is not None:
-        mixed = _mixed(outputs, coeff, residual)
-        centred = mixed - mixed.mean(1, keepdim=True)
-        inverse = torch.rsqrt(centred.square().mean(1, keepdim=True) + eps)
-        normed = centred * inverse
-        along = dnormed.float()
-        if needs_norm:
-            dnorm = torch.stack([(along * normed).sum(0), along.sum(0)])
-        if weight is not None:
-            along = along * weight.float()
-        inner = (along * normed).mean(1, keepdim=True)
-        upstream = upstream + inverse * (along - normed * inner - along.mean(1, keepdim=True))
-    elif needs_norm:
-        dnorm = torch.zeros(2, outputs.shape[2])
-    doutputs, dcoeff = outputs.new_empty(0), torch.empty(0)
-    if needs_outputs:
-        doutputs = (coeff[:, None, None] * upstream).to(outputs.dtype)
-    if needs_coeff:
-        dcoeff = torch.stack(
-            [
-                (
-                    upstream
-                    * (out.float() if residual is None else out.float() + residual[g].float())
-                )
-                .sum(1)
-                .sum()
-                for g, out in enumerate(outputs)
-            ]
-        )
-    return doutputs, dcoeff, dnorm
-
-
-def _mixed(outputs: Tensor, coeff: Tensor, residual: Tensor | None) -> Tensor:
-    """sum_g coeff_g (outputs_g + residual_g) in fp32."""
-    mixed = torch.zeros(outputs.shape[1:], dtype=torch.float32)
-    for g in range(outputs.shape[0]):
-        moved = outputs[g].float() if residual is None else outputs[g].float() + residual[g].float()
-        mixed += coeff[g] * moved
-    return mixed
 
 
 def _layers(index: Tensor, weights: Sequence[Tensor]) -> list[int]:

@@ -115,7 +115,7 @@ def _mix_backward_triton(*arguments: Any) -> Tensors:
     return launch.mix_backward(*arguments)
 
 
-def _define(name: str, schema: str, fake: Any, triton: Any, native: Any) -> dict[str, Any]:
+def _define(name: str, schema: str, fake: Any, triton: Any, native: Any = None) -> dict[str, Any]:
     return {
         impl: _register.define(f"{name}_{impl}", schema, fake=fake, run=run)
         for impl, run in (("triton", triton), ("cpu", native))
@@ -130,7 +130,6 @@ vote = _define(
     "(Tensor logits, Tensor? mask, str mode) -> Tensor",
     _vote_fake,
     _vote_triton,
-    cpu.vote,
 )
 _linear_forward = _define(
     "layer_linear_fwd",
@@ -152,14 +151,12 @@ _mix_forward = _define(
     f"({_NORM}, Tensor? bias, float? eps) -> (Tensor, Tensor)",
     _mix_forward_fake,
     _mix_forward_triton,
-    cpu.mix_forward,
 )
 _mix_backward = _define(
     "layer_mix_bwd",
     f"(Tensor? dy, Tensor? dnormed, {_NORM}, float? eps, bool[] needs) -> (Tensor, Tensor, Tensor)",
     _mix_backward_fake,
     _mix_backward_triton,
-    cpu.mix_backward,
 )
 
 

@@ -1,7 +1,8 @@
 """Merging on a CPU: native kernels around ATen's matrix products.
 
 Everything the merge needs beside its results is the weights of `GROUP` segments, however many there
-are. The curvature goes expert by expert, so that its intermediate results stay in the cache.
+are; forward, a few rows of them. The curvature goes expert by expert, so that its intermediate
+results stay in the cache.
 """
 
 from __future__ import annotations
@@ -88,13 +89,8 @@ def deltas_backward(
 def linear_forward(
     x: Tensor, base: Tensor, deltas: Tensor, gates: Tensor, bias: Tensor | None
 ) -> Tensor:
-    out = x.new_empty(*x.shape[:2], base.shape[0])
-    for first, weights in _merged(base, deltas, gates, x.dtype):
-        for s, weight in enumerate(weights, first):
-            torch.mm(x[s], weight.mT, out=out[s])
-            if bias is not None:
-                out[s] += bias[s]
-    return out
+    start, given = base.float().contiguous(), deltas.float().contiguous()
+    return molex.camex_linear_cpu(x, start, given, gates.contiguous(), bias)
 
 
 def linear_backward(

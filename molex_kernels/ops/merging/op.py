@@ -131,6 +131,11 @@ _register.define(
     "bool needs_gates) -> Tensor",
     fake=_merge_backward_fake,
 )
+_register.define(
+    "camex_linear_cpu",
+    "(Tensor x, Tensor base, Tensor deltas, Tensor gates, Tensor? bias) -> Tensor",
+    fake=_linear_forward_fake,
+)
 _deltas_forward = {
     "triton": _register.define(
         "camex_deltas_fwd_triton",

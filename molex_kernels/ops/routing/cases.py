@@ -383,7 +383,7 @@ OPINFOS = (
     OpInfo(
         name="load_balance_loss",
         function=_load_balance,
-        declared=(REFERENCE,),
+        declared=(CPU, REFERENCE),
         make=_make_load_balance,
         results=lambda loss: {"loss": loss},
         differentiable=("logits",),
@@ -400,7 +400,7 @@ OPINFOS = (
     OpInfo(
         name="router_z_loss",
         function=router_z_loss,
-        declared=(REFERENCE,),
+        declared=(CPU, REFERENCE),
         make=_make_z_loss,
         results=lambda loss: {"loss": loss},
         differentiable=("logits",),

@@ -1,4 +1,4 @@
-"""Auxiliary losses of a router, as composites of PyTorch operators."""
+"""Auxiliary losses of a router: composites of PyTorch operators, and native on a CPU."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 from molex_kernels import _check, _dispatch
 from molex_kernels._dtypes import accumulate_dtype
+from molex_kernels.ops.routing import op
 from molex_kernels.ops.routing.plan import Routing
 
-IMPLEMENTATIONS = (_dispatch.REFERENCE,)
+IMPLEMENTATIONS = (_dispatch.CPU, _dispatch.REFERENCE)
 
 _KINDS = ("switch", "published")
 
@@ -30,15 +31,15 @@ def load_balance_loss(
         routing: expert_index [T, K] (ids outside [0, E) are counted nowhere) and logits [T, E].
         temperature: above 0; divides the logits.
         kind: "switch" or "published".
-        impl: None or "reference", the only implementation.
+        impl: "cpu" or "reference"; None takes the fastest that supports the logits.
 
     Returns:
-        A scalar, fp32 (fp64 for fp64 logits); 0 for T = 0. Differentiable in the logits (also
-        twice); f is constant. Deterministic, no host synchronisation.
+        A scalar, fp32 (fp64 for fp64 logits); 0 for T = 0. Differentiable in the logits (twice with
+        impl="reference"); f is constant. Deterministic, no host synchronisation.
 
     Raises:
         TypeError, ValueError: a bad argument, which the message names.
-        NotImplementedError: another `impl`.
+        NotImplementedError: the explicit `impl` cannot run.
     """
     if not isinstance(routing, Routing):
         raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}")
@@ -48,7 +49,9 @@ def load_balance_loss(
     _check.index("routing.expert_index", index, "T, K", (tokens, None), logits)
     _check.number("temperature", temperature, 0.0, exclusive=True)
     _check.choice("kind", kind, _KINDS)
-    _dispatch.choose("load_balance_loss", IMPLEMENTATIONS, impl, logits)
+    chosen = _dispatch.choose("load_balance_loss", IMPLEMENTATIONS, impl, logits)
+    if chosen == "cpu":
+        return op.load_balance(logits, index, temperature, kind == "published")
     counts = _counts(index, experts)
     probability = (logits.to(accumulate_dtype(logits.dtype)) / temperature).softmax(1)
     assignments = max(tokens * index.shape[1], 1)
@@ -69,17 +72,18 @@ def router_z_loss(logits: Tensor, *, impl: str | None = None) -> Tensor:
 
     Args:
         logits: [T, E], floating.
-        impl: None or "reference", the only implementation.
+        impl: "cpu" or "reference"; None takes the fastest that supports the logits.
 
     Returns:
-        A scalar, fp32 (fp64 for fp64 logits); 0 for T = 0. Differentiable (also twice).
-        Deterministic, no host synchronisation.
+        A scalar, fp32 (fp64 for fp64 logits); 0 for T = 0. Differentiable (twice with
+        impl="reference"). Deterministic, no host synchronisation.
 
     Raises:
         TypeError, ValueError: a bad argument, which the message names.
-        NotImplementedError: another `impl`.
+        NotImplementedError: the explicit `impl` cannot run.
     """
     _check.floating("logits", logits, "T, E", (None, None))
-    _dispatch.choose("router_z_loss", IMPLEMENTATIONS, impl, logits)
+    if _dispatch.choose("router_z_loss", IMPLEMENTATIONS, impl, logits) == "cpu":
+        return op.router_z(logits)
     z = logits.to(accumulate_dtype(logits.dtype)).logsumexp(1)
     return (z * z).sum() / max(logits.shape[0], 1)

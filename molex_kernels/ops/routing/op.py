@@ -251,6 +251,77 @@ STATISTICS_CPU = _register.define(
 )
 
 
+def _scalar(logits: Tensor) -> Tensor:
+    return logits.new_empty((), dtype=torch.float32)
+
+
+def _balance_fake(
+    logits: Tensor, index: Tensor, temperature: float, per_assignment: bool
+) -> Tensors:
+    padded = -(-logits.shape[1] // 16) * 16
+    return _scalar(logits), logits.new_empty(padded, dtype=torch.float32)
+
+
+def _logits_fake(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+_balance = _register.define(
+    "load_balance_fwd_cpu",
+    "(Tensor logits, Tensor index, float temperature, bool per_assignment) -> (Tensor, Tensor)",
+    fake=_balance_fake,
+)
+_balance_backward = _register.define(
+    "load_balance_bwd_cpu",
+    "(Tensor grad, Tensor logits, Tensor slopes, float temperature) -> Tensor",
+    fake=_logits_fake,
+)
+_z = _register.define("router_z_fwd_cpu", "(Tensor logits) -> Tensor", fake=_scalar)
+_z_backward = _register.define(
+    "router_z_bwd_cpu", "(Tensor grad, Tensor logits) -> Tensor", fake=_logits_fake
+)
+
+
+class _Balance(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, index: Tensor, temperature: float, per_assignment: bool
+    ) -> Tensor:
+        loss, slopes = _balance(logits, index, temperature, per_assignment)
+        ctx.save_for_backward(logits, slopes)
+        ctx.temperature = temperature
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _balance_backward(grad, *ctx.saved_tensors, ctx.temperature), None, None, None
+
+
+class _Z(Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return _z(logits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _z_backward(grad, *ctx.saved_tensors)
+
+
+def load_balance(logits: Tensor, index: Tensor, temperature: float, per_assignment: bool) -> Tensor:
+    """The loss by the compiled extension, through autograd where a gradient is wanted."""
+    if _register.wants_grad(logits):
+        return _Balance.apply(logits, index, temperature, per_assignment)
+    return _balance(logits, index, temperature, per_assignment)[0]
+
+
+def router_z(logits: Tensor) -> Tensor:
+    """The loss by the compiled extension, through autograd where a gradient is wanted."""
+    return _Z.apply(logits) if _register.wants_grad(logits) else _z(logits)
+
+
 class _Route(Function):
     """The router with gradients of x, the gate and its bias, from both of its float results."""
 
