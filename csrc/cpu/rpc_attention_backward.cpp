@@ -10,20 +10,20 @@
 namespace molex::rpc {
 namespace {
 
-// dL = dlow - du in the place of dlow, dk += du.
-MOLEX_CLONES void add_duals(const float* du, float* dlow, float* dk, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    dlow[i] -= du[i];
-    dk[i] += du[i];
-  }
+// dL = dlow - du in the place of dlow.
+MOLEX_CLONES void subtract_duals(const float* du, float* dlow, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) dlow[i] -= du[i];
 }
 
 // Through the shrinkage of a row: da = m (dS - du - dclean) with dS = `push`, what reaches the result from
-// outside, or null. dk += dclean + da, dlow = -da, du += da - dclean, and the threshold's own gradient.
+// outside, or null. dk += du + dclean + da, dlow = -da, du += da - dclean, and the threshold's own gradient.
+// Carried is dk + du: du holds -dclean of the iteration behind, which dk alone would have to lose again.
+// Where m = 1, da takes dclean back: the sums are written without what cancels.
 MOLEX_VERSIONS(
     shrinkage_row,
     (float bound,
      int64_t width,
+     bool first,
      const float* k,
      const float* low,
      const float* u,
@@ -38,13 +38,15 @@ MOLEX_VERSIONS(
       const auto a = load<kLanes>(k + c) - load<kLanes>(low + c) + load<kLanes>(u + c);
       const auto dual = load<kLanes>(du + c);
       const auto through = load<kLanes>(dclean + c);
-      auto da = -dual - through;
-      if (push) da += load<kLanes>(push + c);
-      da = (a < 0.0f ? -a : a) < bound ? Floats<kLanes>{} : da;
+      auto direct = -dual;
+      if (push) direct += load<kLanes>(push + c);
+      const auto inside = (a < 0.0f ? -a : a) < bound;
+      const auto da = inside ? Floats<kLanes>{} : direct - through;
       sum += a > 0.0f ? da : a < 0.0f ? -da : a * da;
-      store<kLanes>(dk + c, load<kLanes>(dk + c) + (through + da));
+      const auto more = first ? (inside ? through : direct) : (inside ? dual : dual + 2.0f * da);
+      store<kLanes>(dk + c, load<kLanes>(dk + c) + more);
       store<kLanes>(dlow + c, -da);
-      store<kLanes>(du + c, dual - through + da);
+      store<kLanes>(du + c, inside ? dual - through : dual + direct - 2.0f * through);
     }* dbound -= sum_of<kLanes>(sum);)
 
 // What the backward pass reads beside the problem, and where it writes; data is null where there is none.
@@ -137,7 +139,7 @@ class HeadBackward {
     turn_blocks(clean_, count, p_.width, padded, clean_turned_);
     tokens.read_numbers(g_.stats + 2 * t * all, statistics_.shift);
     tokens.read_numbers(g_.stats + (2 * t + 1) * all, statistics_.inverse);
-    add_duals(du_, dlow_, dk_, used);
+    subtract_duals(du_, dlow_, used);
     if (p_.symmetric()) turn_blocks(dlow_, count, p_.width, padded, dlow_turned_);
     std::fill_n(dclean_, used, 0.0f);
     const Operands operands{p_.q ? q_ : clean_,
@@ -155,6 +157,7 @@ class HeadBackward {
       const int64_t at = i * padded;
       shrinkage_row(tokens.bound[i],
                     padded,
+                    t == 0,
                     k_ + at,
                     low_ + at,
                     u + at,
