@@ -313,12 +313,19 @@ def test_baselines_compute_the_same(info, generator):
     want = info.function(**inputs, impl="reference")
     upstream = torch.randn(want.shape, generator=generator).to(DEVICE)
     want_gradients = torch.autograd.grad(want, list(leaves.values()), upstream)
-    for baseline in info.baselines.values():
-        y = baseline(**inputs)
+    for name in ("published", "library"):
+        y = info.baselines[name](**inputs)
         torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-4)
         gradients = torch.autograd.grad(y, list(leaves.values()), upstream)
         for gradient, expected in zip(gradients, want_gradients, strict=True):
             torch.testing.assert_close(gradient, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_liger_takes_what_it_computes_alike(generator):
+    info = OPINFOS[1]
+    inputs = info.make(info.compiled[1], torch.float32, torch.device("cpu"), generator)
+    with pytest.raises(NotImplementedError, match=r"SwiGLU experts|needs a GPU"):
+        info.baselines["liger"](**inputs)
 
 
 def test_library_baseline_says_where_it_cannot_run(generator):
