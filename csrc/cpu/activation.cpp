@@ -43,18 +43,29 @@ struct Gelu {
   }
 };
 
+// sigmoid(x) and 1 - sigmoid(x), which is not subtracted: next to 0 that would leave no bit of it.
+struct Sigmoids {
+  float of, rest;
+
+  MOLEX_INLINE explicit Sigmoids(float x) {
+    const float power = exp_of(x < 0.0f ? x : -x), large = 1.0f / (1.0f + power), small = power * large;
+    of = x < 0.0f ? small : large;
+    rest = x < 0.0f ? large : small;
+  }
+};
+
 // (1 + tanh(u)) / 2 = sigmoid(2 u).
 struct GeluTanh {
   static MOLEX_INLINE Point at(float x) {
-    const float s = sigmoid_of(1.59576912f * (x + 0.044715f * x * x * x));
-    return {x * s, s + x * s * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * x * x)};
+    const Sigmoids s(1.59576912f * (x + 0.044715f * x * x * x));
+    return {x * s.of, s.of + x * s.of * s.rest * 1.59576912f * (1.0f + 0.134145f * x * x)};
   }
 };
 
 struct Silu {
   static MOLEX_INLINE Point at(float x) {
-    const float s = sigmoid_of(x);
-    return {x * s, s + x * s * (1.0f - s)};
+    const Sigmoids s(x);
+    return {x * s.of, s.of + x * s.of * s.rest};
   }
 };
 

@@ -71,7 +71,7 @@ MOLEX_INLINE void add_votes(
       } else {
         for (int64_t i = 0; i < whole; i += kWide) {
           molex::store(sums + i,
-                       molex::load(sums + i) + 1.0f / (1.0f + molex::exp_of(-molex::load(row + i))));
+                       molex::load(sums + i) + molex::sigmoid_of(molex::load(row + i)));
         }
       }
     }

@@ -83,11 +83,11 @@ MOLEX_INLINE void weigh(
       Floats<LANES> above = z - shift;
       if constexpr (PARTIAL)
         above = count_from<LANES>(v * LANES) < seen ? above : broadcast<LANES>(-kInfinity);
-      Floats<LANES> weight = exponential<LANES>(above);
+      Floats<LANES> weight = exponential(above);
       store<LANES>(by_row + r * kBlock + v * LANES, weight);
       sum += weight;
       if constexpr (TURNED) {
-        weight = exponential<LANES>(z - load<LANES>(columns.shift + v * LANES));
+        weight = exponential(z - load<LANES>(columns.shift + v * LANES));
         store<LANES>(by_column + r * kBlock + v * LANES, weight);
         sums[v] += weight;
       }

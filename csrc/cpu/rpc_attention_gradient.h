@@ -59,7 +59,7 @@ MOLEX_INLINE void weigh(const Scores& scores,
     for (int v = 0; v < vectors; ++v) {
       const int64_t at = r * kBlock + v * LANES;
       const Floats<LANES> z = load<LANES>(scores.z + at) * scores.scale;
-      Floats<LANES> weight = exponential<LANES>(z - shift) * inverse,
+      Floats<LANES> weight = exponential(z - shift) * inverse,
                     upstream = load<LANES>(by_row.upstream + at);
       if constexpr (PARTIAL) {
         const auto sees = count_from<LANES>(v * LANES) < seen;
@@ -69,7 +69,7 @@ MOLEX_INLINE void weigh(const Scores& scores,
       }
       sum += place<LANES, DROPS>(by_row, at, weight, upstream);
       if constexpr (TURNED) {
-        weight = exponential<LANES>(z - load<LANES>(columns.shift + v * LANES));
+        weight = exponential(z - load<LANES>(columns.shift + v * LANES));
         weight *= load<LANES>(columns.inverse + v * LANES);
         sums[v] += place<LANES, DROPS>(by_column, at, weight, load<LANES>(by_column.upstream + at));
       }

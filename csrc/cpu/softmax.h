@@ -1,39 +1,24 @@
-// The exponential, and what is made of it over a row, in fp32 and in a fixed order.
+// Exponentials and logarithms, and what is made of them over a row, in fp32 and in a fixed order.
 
 #pragma once
 
-#include <bit>
 #include <cmath>
 #include <limits>
 
-#include "rows.h"
+#include "vector.h"
 
 namespace molex {
 
-typedef uint32_t WideBits __attribute__((vector_size(kWide * sizeof(float))));
-
-MOLEX_INLINE uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
-MOLEX_INLINE WideBits bits_of(Wide x) { return (WideBits)x; }
-MOLEX_INLINE float float_of(uint32_t x) { return std::bit_cast<float>(x); }
-MOLEX_INLINE Wide float_of(WideBits x) { return (Wide)x; }
-
-// 2^n e^r, |r| <= log(2) / 2, with Cephes' polynomial, within an ulp; at most e^88, 0 where that is no normal
-// number. NaN stays. Of a float or of all lanes of a vector.
+// e^x of any x, of a float or of each lane; at most e^88.
 template <class V>
 MOLEX_INLINE V exp_of(V x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
-  const V most = V{} + 88.0f, least = V{} - 87.0f;
-  const V inside = x > most ? most : x < least ? least : x;
-  const V shifted = inside * 1.44269504f + kRound;
-  const V n = shifted - kRound;
-  const V r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
-  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const V made = (p * r * r + r + 1.0f) * float_of((bits_of(shifted) + 127u) << 23);
-  return x < least ? V{} : made;
+  const V most = V{} + 88.0f;
+  return exponential(x > most ? most : x);
+}
+
+template <class V>
+MOLEX_INLINE V sigmoid_of(V x) {
+  return 1.0f / (1.0f + exp_of(-x));
 }
 
 // log(x) of a normal number above 0, with Cephes' polynomial; NaN and infinity stay.
@@ -41,7 +26,7 @@ MOLEX_INLINE float log_of(float x) {
   // x = 2^n m with sqrt(1/2) <= m < sqrt(2).
   const uint32_t bits = bits_of(x), shifted = bits - 0x3f3504f3u;
   const float n = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
-  const float m = float_of((shifted & 0x007fffffu) + 0x3f3504f3u), r = m - 1.0f, s = r * r;
+  const float m = float_of<float>((shifted & 0x007fffffu) + 0x3f3504f3u), r = m - 1.0f, s = r * r;
   float p = 7.0376836292e-2f;
   p = p * r - 1.1514610310e-1f;
   p = p * r + 1.1676998740e-1f;
@@ -55,12 +40,8 @@ MOLEX_INLINE float log_of(float x) {
   return x < std::numeric_limits<float>::infinity() ? made : x;
 }
 
-MOLEX_INLINE float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }
-
-MOLEX_INLINE Wide larger(Wide a, Wide b) { return a > b ? a : b; }
-
 MOLEX_INLINE float largest_lane(Wide x) {
-  MOLEX_FOLD(x, larger);
+  MOLEX_FOLD(x, larger<Wide>);
   return x[0];
 }
 

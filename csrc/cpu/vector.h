@@ -2,7 +2,9 @@
 
 #pragma once
 
+#include <bit>
 #include <cstdint>
+#include <type_traits>
 
 #include "rows.h"
 
@@ -65,25 +67,43 @@ MOLEX_INLINE float largest_of(Floats<LANES> x) {
   return x[0];
 }
 
-// exp(x) for x <= 80, within an ulp; 0 below the smallest normal number; NaN of NaN.
-template <int LANES>
-MOLEX_INLINE Floats<LANES> exponential(Floats<LANES> x) {
+// A float's bits, or those of each lane, and back.
+template <class V>
+MOLEX_INLINE auto bits_of(V x) {
+  if constexpr (std::is_same_v<V, float>) {
+    return std::bit_cast<uint32_t>(x);
+  } else {
+    return (decltype(x < x))x;
+  }
+}
+template <class V, class Bits>
+MOLEX_INLINE V float_of(Bits bits) {
+  if constexpr (std::is_same_v<V, float>) {
+    return std::bit_cast<float>(bits);
+  } else {
+    return (V)bits;
+  }
+}
+
+// e^x for x <= 88, of a float or of each lane, with Cephes' polynomial, within an ulp; 0 where that is no
+// normal number. NaN stays.
+template <class V>
+MOLEX_INLINE V exponential(V x) {
   constexpr float kLowest = -87.33654f;
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to a whole number
-  const Floats<LANES> shifted = x * 1.44269504f + kMagic;
-  const Floats<LANES> whole = shifted - kMagic;
+  const V shifted = x * 1.44269504f + kMagic;
+  const V whole = shifted - kMagic;
   // x - whole * log 2, in two parts of which the first has zeros at its end.
-  const Floats<LANES> r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  Floats<LANES> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  const V r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = (p * (r * r) + r) + 1.0f;
   // 2^whole, its exponent shifted to its place.
-  const Ints<LANES> power = ((Ints<LANES>)shifted << 23) + 0x3f800000;
-  const Floats<LANES> result = p * (Floats<LANES>)power;
-  return x < kLowest ? Floats<LANES>{} : result;
+  const V result = p * float_of<V>((bits_of(shifted) << 23) + 0x3f800000);
+  return x < kLowest ? V{} : result;
 }
 
 }  // namespace molex
