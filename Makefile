@@ -21,10 +21,15 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest
 PARALLEL = $(shell $(PY) -c "import xdist; print('-n $(JOBS)')" 2>/dev/null)
 
-.PHONY: bench test gpu sanitize build env lint format clean
+.PHONY: bench bench-compare test gpu sanitize build env lint format clean
 
 bench: $(READY)
 	$(PY) -m benchmarks --preset quick
+
+# Measures, and fails where ours became slower than in RUN: this machine's latest stored run, or a file.
+RUN ?=
+bench-compare: $(READY)
+	$(PY) -m benchmarks --preset quick --compare $(RUN)
 
 test: $(READY)
 	$(PYTEST) $(PARALLEL) -q

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import environment, presets, report, results, terminal
+from benchmarks import compare, environment, presets, report, results, terminal
 
+STORED = "stored"
 PARTS = ("ops", "text", "images", "finetune")
 
 
@@ -29,6 +30,13 @@ def main() -> int:
     parser.add_argument("--save-results", action="store_true", help="keep a JSON in results/")
     parser.add_argument("--only", choices=PARTS, help="leave the other parts out")
     parser.add_argument("-k", dest="select", help="which rows, as pytest's -k")
+    parser.add_argument(
+        "--compare",
+        nargs="?",
+        const=STORED,
+        metavar="RUN",
+        help="fail where ours became slower than in RUN; default: this machine's latest stored run",
+    )
     options = parser.parse_args()
 
     console = terminal.console()
@@ -38,6 +46,12 @@ def main() -> int:
         console.print(f"--preset {preset.name} needs a CUDA device; none is used here")
         return 2
     facts = environment.describe(device)
+    before = None
+    if options.compare:
+        before = compare.stored(facts) if options.compare == STORED else Path(options.compare)
+        if before is None or not before.exists():
+            console.print(f"no stored run of {environment.machine_slug(facts)} to compare with")
+            return 2
     console.print(
         f"molex_kernels benchmarks, preset {preset.name}: {facts['chip']}, {facts['cores']} cores, "
         f"torch {facts['torch']}, triton {facts['triton']}, commit {facts['commit']}"
@@ -61,6 +75,8 @@ def main() -> int:
     if options.save_results:
         console.print(f"results: {report.save_results(found)}")
     console.print(f"took {time.monotonic() - start:.0f} s")
+    if before and not compare.against(found, before, console):
+        failed.append("comparison")
     for part in failed:
         console.print(f"[bold red]failed: {part}[/bold red] (see above)")
     return 1 if failed else 0

@@ -8,13 +8,14 @@ thousandth of its elements outside, where a kink of the function lies.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ def _load(name: str) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} cannot be loaded")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -64,9 +66,25 @@ class Pass:
             found |= {f"d {name}": g for (name, _), g in gradients if g is not None}
         return found
 
+    def saved_bytes(self) -> int:
+        """What the forward pass keeps for the backward pass, beyond the inputs themselves."""
+        given = {t.untyped_storage().data_ptr() for t in self.inputs.values() if _is_tensor(t)}
+        held: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in given:
+                held[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = self.function(**self.inputs)
+        del out
+        return sum(held.values())
+
     def _leaves(self) -> list[tuple[str, Tensor]]:
         wanted = ((name, self.inputs.get(name)) for name in self.info.differentiable)
-        return [(n, t) for n, t in wanted if isinstance(t, Tensor) and t.requires_grad]
+        return [(n, t) for n, t in wanted if _is_tensor(t) and t.requires_grad]
 
     def _gradients(self, results: Tensors) -> tuple[Tensor | None, ...]:
         upstream = self.upstream or {}
@@ -79,19 +97,34 @@ class Pass:
         )
 
 
+@dataclass(frozen=True)
+class Yardstick(Pass):
+    """A yardstick's work: it computes something else, so there is nothing to compare."""
+
+    def call(self) -> Any:
+        """What is timed."""
+        out = self.function(**self.inputs)
+        if self.upstream is None:
+            return out
+        outputs = out if isinstance(out, tuple) else (out,)
+        leaves = [t for _, t in self._leaves()]
+        detached = [o.detach() for o in outputs]
+        return torch.autograd.grad(outputs, leaves, detached, allow_unused=True)
+
+
 def require_grad(info: OpInfo, inputs: Inputs) -> Inputs:
     """The same inputs with the differentiable ones as leaves that need a gradient."""
     leaves = {
         name: inputs[name].detach().requires_grad_()
         for name in info.differentiable
-        if isinstance(inputs.get(name), Tensor)
+        if _is_tensor(inputs.get(name))
     }
     return {**inputs, **leaves}
 
 
 def random_upstream(info: OpInfo, inputs: Inputs, generator: torch.Generator) -> Tensors:
     """Random gradients for the results that have one, at unit scale."""
-    results = info.results(info.function(**inputs, impl="reference"))
+    results = info.results(exact_function(info)(**inputs))
     return {
         name: torch.randn(t.shape, generator=generator, device=t.device).to(t.dtype)
         for name, t in results.items()
@@ -106,6 +139,21 @@ class Truth:
     expected: Tensors
     own: Tensors
     dtype: torch.dtype
+
+    def accuracy(self, actual: Tensors) -> float:
+        """The largest error as a multiple of the reference's own in the same dtype.
+
+        An error below half a unit in the last place of the largest element counts as that much.
+        """
+        worst = 0.0
+        for name, want in self.expected.items():
+            if not want.is_floating_point() or name not in actual:
+                continue
+            rounding = torch.finfo(self.dtype).eps / 2 * tolerance.largest(want)
+            own = max(tolerance.error(self.own[name], want), rounding)
+            if own:
+                worst = max(worst, tolerance.error(actual[name], want) / own)
+        return worst
 
     def compare(self, actual: Tensors, slack: float = 1.0) -> str | None:
         """What is wrong with these results, or None. `slack` multiplies the budget."""
@@ -140,11 +188,25 @@ class Truth:
         return bool((error > slack * allowed).sum() <= few and error.max() <= largest)
 
 
-def truth(info: OpInfo, inputs: Inputs, upstream: Tensors | None, dtype: torch.dtype) -> Truth:
-    """Runs the reference in fp64 and in `dtype` on the same values."""
-    function = partial(info.function, impl="reference")
+def exact_function(info: OpInfo, *, stand_in: bool = True) -> Callable[..., Any]:
+    """The reference, or the baseline that stands in for it where the op names one."""
+    if stand_in and info.stand_in:
+        return info.baselines[info.stand_in]
+    return partial(info.function, impl="reference")
+
+
+def truth(
+    info: OpInfo,
+    inputs: Inputs,
+    upstream: Tensors | None,
+    dtype: torch.dtype,
+    *,
+    stand_in: bool = False,
+) -> Truth:
+    """Runs the reference, or what stands in for it, in fp64 and in `dtype` on the same values."""
+    function = exact_function(info, stand_in=stand_in)
     own = Pass(info, function, inputs, upstream).tensors()
-    exact = Pass(info, function, _double(inputs), upstream and _double(upstream)).tensors()
+    exact = Pass(info, function, double(inputs), upstream and double(upstream)).tensors()
     return Truth(exact, own, dtype)
 
 
@@ -165,14 +227,19 @@ def poison(tensors: Tensors) -> None:
         t.fill_(float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max)
 
 
-def _double(values: Any) -> Any:
+def double(values: Any) -> Any:
+    """The same values with every floating tensor in fp64."""
     if isinstance(values, Tensor):
         if not values.is_floating_point():
             return values
         return values.detach().double().requires_grad_(values.requires_grad)
     if isinstance(values, dict):
-        return {name: _double(value) for name, value in values.items()}
+        return {name: double(value) for name, value in values.items()}
     if isinstance(values, tuple):
-        mapped = [_double(v) for v in values]
+        mapped = [double(v) for v in values]
         return type(values)(*mapped) if hasattr(values, "_fields") else tuple(mapped)
     return values
+
+
+def _is_tensor(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor)

@@ -37,6 +37,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         card = torch.cuda.get_device_properties(device)
         facts |= {
             "cuda": torch.version.cuda,
+            "driver": _driver(),
             "capability": f"sm_{card.major}{card.minor}",
             "gpu_memory_gib": round(card.total_memory / 2**30),
             "matmul_precision": torch.get_float32_matmul_precision(),
@@ -99,6 +100,15 @@ def _memory_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return 8 * 2**30
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else "unknown"
 
 
 def _version(package: str) -> str:

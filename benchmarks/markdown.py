@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
-from benchmarks import results
-from benchmarks.end_to_end import finetune, images
-from benchmarks.end_to_end.verdict import verdict
-from benchmarks.formats import percent, rate, ratio, seconds
+from benchmarks import expert_parallel, goals, results, scaling
+from benchmarks.formats import cells, count, gain, image, percent, rate, ratio, seconds, size
 from benchmarks.results import Results, Row
-from benchmarks.rows import MODES, OURS
+from benchmarks.rows import BASELINE, MODES, OURS
+from benchmarks.training_markdown import finetune_section, images_section, text_section
 
+# Columns that are there where the device and the pass have them.
+EXTRA: dict[str, tuple[str, Callable[[float], str]]] = {
+    "graph": ("graph_s", seconds),
+    "launches": ("launches", count),
+    "waits": ("waits", count),
+    "peak memory": ("peak_bytes", size),
+    "kept for backward": ("saved_bytes", size),
+}
 RATES = ("GB/s", "GFLOP/s", "share of ceiling")
 TITLES = {"forward": "forward", "step": "step (forward and backward)"}
 
@@ -23,15 +29,24 @@ def report(found: Results, plots: list[str]) -> str:
         "# Benchmarks",
         "",
         *_environment(found),
-        *_summary(found),
+        "## Goals",
+        "",
+        *goals_table(found),
+        "## Speed-up of the fastest implementation, geometric mean over shapes",
+        "",
+        *summary(found),
+        *image("Speed-up against each baseline", "overview", plots),
+        *image("Roofline", "roofline", plots),
         *(line for op in results.ops(found) for line in _op(found, op, plots)),
+        *_scaling(found, plots),
+        *_expert_parallel(found),
     ]
     if found["text"]:
-        lines += _text(found["text"], plots)
+        lines += text_section(found["text"], plots)
     if found["images"]:
-        lines += _images(found["images"], plots)
+        lines += images_section(found["images"], plots)
     if found["finetune"]:
-        lines += _finetune(found["finetune"])
+        lines += finetune_section(found["finetune"])
     return "\n".join(lines) + "\n"
 
 
@@ -48,42 +63,56 @@ def _environment(found: Results) -> Iterator[str]:
     yield ""
     yield (
         "Read the ratios: all rows of one shape were measured in turn, round after round, in one "
-        "process. The absolute times are this machine's. A speed-up is the baseline's median time "
-        "divided by ours. Every result was checked against fp64 within the tests' error budget "
-        "before it was timed; a wrong one is shown as wrong and has no time. The share of the "
+        "process. The absolute times are this machine's. A speed-up is the median of the "
+        "baseline's times divided by ours, pair by pair; after it stands half of the interval that "
+        "holds this median nine times in ten. Every result was checked against fp64 within the "
+        "tests' error budget before it was timed; a wrong one is shown as wrong and has no time. "
+        "In italics: a yardstick, which does as much work for something else. The share of the "
         "ceiling can exceed 100% where the data sits in a cache."
     )
     yield ""
 
 
-def _summary(found: Results) -> Iterator[str]:
-    names = results.baselines(found)
+def goals_table(found: Results) -> Iterator[str]:
+    """Every goal of this kind of device beside what was measured."""
+    standings = goals.standings(found)
+    if not standings:
+        return
+    yield cells(["what", "figure", "goal", "pass", "measured", "status"])
+    yield f"|{'---|' * 6}"
+    for standing in standings:
+        *shown, status = standing.cells(worst=True)
+        yield cells([*shown, f"**{status}**" if status == goals.MET else status])
+    yield ""
+
+
+def summary(found: Results) -> Iterator[str]:
+    """Geometric means of the speed-ups, an op a line."""
+    names = results.baselines(found["rows"])
     if not results.ops(found):
         yield "No op was measured."
         yield ""
         return
-    yield "## Speed-up of the fastest implementation, geometric mean over shapes"
-    yield ""
-    yield f"| op | mode | shapes | {' | '.join(names)} |"
-    yield f"|---|---|---|{'---|' * len(names)}"
+    yield cells(["op", "pass", "ours", "shapes", *(f"vs `{name}`" for name in names)])
+    yield f"|---|---|---|---|{'---|' * len(names)}"
     for op in results.ops(found):
         for mode in MODES:
             groups = [results.members(found, op, mode, s) for s in results.shapes(found, op, mode)]
-            chosen = [(ours, g) for g in groups if (ours := results.best(g))]
+            chosen = [ours for g in groups if (ours := results.best(g))]
             if groups:
                 means = [ratio(_mean(chosen, name)) for name in names]
-                yield f"| `{op}` | {mode} | {len(chosen)} | {' | '.join(means)} |"
+                ours = ", ".join(dict.fromkeys(row["impl"] for row in chosen)) or "-"
+                shapes = f"{len(chosen)} of {len(groups)}"
+                yield cells([f"`{op}`", mode, ours, shapes, *means])
     yield ""
 
 
-def _mean(chosen: list[tuple[Row, list[Row]]], name: str) -> float | None:
-    found = [results.speedup(ours, r) for ours, g in chosen for r in g if r["impl"] == name]
-    logs = [math.log(value) for value in found if value]
+def _mean(chosen: list[Row], name: str) -> float | None:
+    logs = [math.log(g.median) for ours in chosen if (g := results.speedup(ours, name))]
     return math.exp(sum(logs) / len(logs)) if logs else None
 
 
 def _op(found: Results, op: str, plots: list[str]) -> Iterator[str]:
-    names = results.baselines(found)
     yield f"## {op}"
     yield ""
     for mode in MODES:
@@ -91,158 +120,135 @@ def _op(found: Results, op: str, plots: list[str]) -> Iterator[str]:
         if not shapes:
             continue
         rows = [r for shape in shapes for r in results.members(found, op, mode, shape)]
-        extra = [
-            *(["graph"] if any("graph_s" in r for r in rows) else []),
-            *(["peak memory"] if any("peak_bytes" in r for r in rows) else []),
-        ]
+        names = results.baselines(rows)
+        extra = [name for name, (key, _) in EXTRA.items() if any(key in r for r in rows)]
         against = [f"vs {name}" for name in names]
         yield f"### {op}, {TITLES[mode]}"
         yield ""
-        yield _cells(["shape", "implementation", "time", *extra, *against, *RATES])
+        yield cells(["shape", "implementation", "time", *extra, *against, *RATES])
         yield f"|{'---|' * (6 + len(extra) + len(names))}"
         for shape in shapes:
             group = results.members(found, op, mode, shape)
-            for index, row in enumerate(group):
-                yield _cells([shape if index == 0 else "", *_row(row, group, names, extra)])
+            shown = [row for row in group if "median_s" in row or row["kind"] != BASELINE]
+            for index, row in enumerate(shown):
+                yield cells([shape if index == 0 else "", *_row(row, names, extra)])
         yield ""
         yield from _notes(rows)
-    if (image := f"speedup-{op}.png") in plots:
-        yield f"![Speed-up of {op}]({image})"
-        yield ""
+    yield from image(f"Speed-up of {op}", f"speedup-{op}", plots)
 
 
-def _row(row: Row, group: list[Row], names: list[str], extra: list[str]) -> list[str]:
+def _row(row: Row, names: list[str], extra: list[str]) -> list[str]:
     label = f"**{row['impl']}**" if row["kind"] == OURS else row["impl"]
+    if row["kind"] not in (OURS, BASELINE):
+        label = f"*{label}*"
     if "median_s" not in row:
         return [label, row["status"], *["-"] * (len(extra) + len(names) + 3)]
-    by_name = {r["impl"]: r for r in group}
-    ratios = [
-        ratio(results.speedup(row, by_name[n])) if row["kind"] == OURS and n in by_name else "-"
-        for n in names
-    ]
-    more = {
-        "graph": seconds(row["graph_s"]) if "graph_s" in row else "-",
-        "peak memory": f"{row.get('peak_bytes', 0) / 2**20:.1f} MiB",
-    }
+    shown = [show(row[key]) if key in row else "-" for key, show in map(EXTRA.__getitem__, extra)]
+    gains = [gain(results.speedup(row, name)) for name in names]
+    if row["kind"] not in (OURS, BASELINE):
+        return [label, seconds(row["median_s"]), *shown, *gains, "-", "-", "-"]
     rates = [rate(row["gb_per_s"]), rate(row["gflop_per_s"])]
     share = f"{percent(row['share'])} of {row['ceiling']}"
-    return [label, seconds(row["median_s"]), *(more[e] for e in extra), *ratios, *rates, share]
+    return [label, seconds(row["median_s"]), *shown, *gains, *rates, share]
 
 
 def _notes(rows: list[Row]) -> Iterator[str]:
-    """Why rows have no time, and what was checked at another size; each reason once."""
-    reasons: dict[str, list[str]] = {}
+    """Why rows have no time, and what they were checked against; each reason once."""
+    reasons: dict[str, dict[str, list[str]]] = {}
     for row in rows:
-        where = f"{row['impl']} at {row['shape']}"
+        notes = []
         if row["status"] != "ok":
-            reasons.setdefault(f"{row['status']}: {row['reason']}", []).append(where)
-        elif "checked_at" in row:
-            reasons.setdefault(f"checked at {row['checked_at']}", []).append(where)
-        if "graph" in row:
-            reasons.setdefault(row["graph"], []).append(where)
+            notes.append(f"{row['status']}: {row['reason']}")
+        elif "checked" in row:
+            notes.append(row["checked"])
+        notes += [row["graph"]] if "graph" in row else []
+        for note in notes:
+            reasons.setdefault(note, {}).setdefault(row["impl"], []).append(row["shape"])
+    everywhere = len({row["shape"] for row in rows})
     for reason, places in reasons.items():
-        yield f"- {', '.join(places)}: {reason}"
+        shown = [
+            impl if len(shapes) == everywhere else f"{impl} at {', '.join(shapes)}"
+            for impl, shapes in places.items()
+        ]
+        yield f"- {'; '.join(shown)}: {reason}"
     if reasons:
         yield ""
 
 
-def _text(text: dict[str, Any], plots: list[str]) -> Iterator[str]:
-    plan = text["plan"]
-    yield "## Training on real text"
+def _scaling(found: Results, plots: list[str]) -> Iterator[str]:
+    if not found["sweeps"]:
+        return
+    yield "## Growth"
     yield ""
     yield (
-        f"A byte-level causal transformer (width {plan['dim']}, {plan['layers']} layers, "
-        f"{plan['experts']} experts of width {plan['hidden']}, top {plan['top_k']}) trained on the "
-        "Python standard library's source: "
-        f"{text['files']} files, {text['train_bytes'] / 1e6:.1f} MB to train on, every tenth file "
-        f"held out, {text['validation_bytes']} of its bytes validated. {text['steps']} steps of "
-        f"{plan['batch']} x {plan['context']} bytes; all variants see the same bytes in the same "
-        "order from the same seed. The first mixture has a plain router in every one, since "
-        "adaptive clustering needs the routing of a previous one. Where experts are merged, they "
-        f"are {plan['experts'] - 1} and a base, in causal segments of {plan['segment']} tokens of "
-        "which the first has uniform gates. Swapped words: a fifth of the "
-        "words in the validation text is replaced by as many letters A, and the bytes of the "
-        "others are counted."
+        "One size grows and the others stay. The exponent b of time ~ size^b is fitted to all "
+        "sizes by least squares on logarithms; beside it stands the one between the last two "
+        "sizes, where fixed costs weigh least. 1 is linear, 0 is constant."
     )
+    yield ""
+    yield from scaling_table(found)
+    for op, letter in scaling.sweeps(found):
+        for mode in MODES:
+            for line in scaling.refused(found, op, letter, mode):
+                yield f"- {op}, {mode}, {line}"
+    yield ""
+    for name, title in (
+        ("time-tokens", "Time over tokens"),
+        ("time-experts", "Time over experts"),
+        ("time-others", "Time over other sizes"),
+        ("memory", "Memory over size"),
+    ):
+        yield from image(title, name, plots)
+
+
+def scaling_table(found: Results) -> Iterator[str]:
+    """The fitted exponents, a line per sweep and pass."""
+    yield cells(
+        ["op", "size", "from", "to", "pass", "implementation", "time", "last two", "memory"]
+    )
+    yield f"|{'---|' * 9}"
+    for op, letter in scaling.sweeps(found):
+        for mode in MODES:
+            for fit in scaling.fits(found, op, letter, mode):
+                sizes = [str(fit.size(fit.points[end])) for end in (0, -1)]
+                name = f"**{fit.impl}**" if fit.kind == OURS else fit.impl
+                values = (fit.time, fit.last, fit.memory)
+                shown = ["-" if v is None else f"{v:.2f}" for v in values]
+                what = scaling.NAMES.get(letter, letter)
+                yield cells([f"`{op}`", what, *sizes, mode, name, *shown])
+    yield ""
+
+
+def _expert_parallel(found: Results) -> Iterator[str]:
+    layers, links = list(expert_parallel.layers(found)), expert_parallel.links(found)
+    if not layers or not links:
+        return
+    yield "## Past one card, on paper"
     yield ""
     yield (
-        "| variant | parameters | seed | validation bits per byte | standard error "
-        "| swapped words | error |"
+        "Expert parallelism: P cards with E/P experts each; every token goes to the cards of its "
+        "experts and comes back. Computed from this run's rate of our expert MLP, forward, and "
+        "from nominal link rates; nothing of it was measured on several cards. A token sends "
+        "2 x copies x D x bytes; it computes 6 K D I FLOPs (4 K D I without a gate). `alone`: "
+        "every choice travels by itself, copies = K (P - 1) / P. `merged`: once per card, copies = "
+        "(P - 1)(1 - (1 - 1/P)^K). The backward pass sends as much and computes twice as much. No "
+        "overlap of the two, uniform routing."
     )
-    yield "|---|---|---|---|---|---|---|"
-    for run in text["runs"]:
-        bits = (run[key] for key in ("final", "final_error", "swapped", "swapped_error"))
-        label = text["labels"][run["variant"]]
-        size = f"{text['parameters'][run['variant']] / 1e6:.2f} M"
-        yield _cells([label, size, str(run["seed"]), *(f"{value:.4f}" for value in bits)])
     yield ""
-    for line in verdict(text):
-        yield f"- {line}"
-    yield ""
-    if "text-curves.png" in plots:
-        yield "![Validation bits per byte by step](text-curves.png)"
+    for layer in layers:
+        yield f"`moe_mlp` {layer.name}, {rate(layer.rate * 1e-9)} GFLOP/s measured:"
         yield ""
-    yield "One training step (forward, backward, optimiser), the implementations measured in turn:"
-    yield ""
-    yield "| variant | implementation of the mixtures | time | speed-up against published |"
-    yield "|---|---|---|---|"
-    published = {t["variant"]: t for t in text["step_times"] if t["impl"] == "published"}
-    for entry in text["step_times"]:
-        base = published.get(entry["variant"], {})
-        took = seconds(entry["median_s"]) if "median_s" in entry else entry["reason"]
-        gain = results.speedup(entry, base) if entry["impl"] != "published" else None
-        yield _cells([text["labels"][entry["variant"]], entry["impl"], took, ratio(gain)])
-    yield ""
-    if "text-steps.png" in plots:
-        yield "![Step times](text-steps.png)"
+        columns = [f"{name}: link / compute" for name in links]
+        yield cells(["cards", "rows", "bytes a token", *columns, "width to break even"])
+        yield f"|{'---|' * (4 + len(links))}"
+        for cards in expert_parallel.CARDS:
+            for merged in (False, True):
+                sent = layer.sent(cards, merged=merged)
+                shares = [ratio(layer.dominated(cards, r, merged=merged)) for r in links.values()]
+                even = [layer.break_even(cards, r, merged=merged) for r in links.values()]
+                widths = " / ".join(f"{math.ceil(width)}" for width in even)
+                how = "merged" if merged else "alone"
+                yield cells([str(cards), how, size(sent), *shares, widths])
         yield ""
-
-
-def _images(found: dict[str, Any], plots: list[str]) -> Iterator[str]:
-    plan = found["plan"]
-    yield "## Training on real images"
-    yield ""
-    yield (
-        f"A vision transformer (width {plan['dim']}, {plan['layers']} layers, {plan['heads']} "
-        f"heads, patches of {plan['patch']} x {plan['patch']}) on scikit-learn's 8 x 8 digits: "
-        f"{found['train']} to train on, {found['test']} held out, {found['steps']} steps of "
-        f"{plan['batch']}; all variants see the same batches from the same seeds. Accuracy in "
-        "percent with its standard error between seeds: clean, with Gaussian noise of 0.3 of the "
-        "range, with a 4 x 4 square blanked, and after one FGSM step of 0.1 against the model "
-        "itself. None was trained on corrupted images."
-    )
-    yield ""
-    yield _cells(["attention", *images.TESTS])
-    yield f"|{'---|' * (1 + len(images.TESTS))}"
-    for label, accuracies in images.summary(found):
-        shown = (f"{100 * mean:.1f} +- {100 * error:.1f}" for mean, error in accuracies.values())
-        yield _cells([label, *shown])
-    yield ""
-    for line in images.verdict(found):
-        yield f"- {line}"
-    yield ""
-    if "images.png" in plots:
-        yield "![Accuracy by attention](images.png)"
+        yield from (f"- {line}" for line in layer.verdict(links))
         yield ""
-
-
-def _finetune(found: dict[str, Any]) -> Iterator[str]:
-    plan = found["plan"]
-    yield "## Fine-tuning a pretrained encoder"
-    yield ""
-    yield (
-        "all-MiniLM-L6-v2, a six-layer BERT of width 384, learns which package of the Python "
-        f"standard library a docstring comes from ({', '.join(found['packages'])}): "
-        f"{found['train']} to train on, {found['test']} held out, {found['steps']} steps of "
-        f"{plan['batch']} x {plan['length']} tokens. Trained are adapters of rank "
-        f"{plan['rank']} on queries and values, the head and, with MoLEx, the gate; the mixture "
-        f"is fixed at {plan['mixing'][0]} and {plan['mixing'][1]}."
-    )
-    yield ""
-    for line in finetune.verdict(found):
-        yield f"- {line}"
-    yield ""
-
-
-def _cells(values: list[str]) -> str:
-    return f"| {' | '.join(values)} |"

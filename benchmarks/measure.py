@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import statistics
 import time
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from benchmarks import ceilings, check, cuda_graph, environment, memory, timing
-from benchmarks.presets import Preset
-from benchmarks.rows import BASELINE, OURS, Group, Row, rows
+from benchmarks import (
+    ceilings,
+    check,
+    cuda_graph,
+    environment,
+    launches,
+    memory,
+    spread,
+    timing,
+    truths,
+)
+from benchmarks.presets import Preset, dtype_name
+from benchmarks.rows import OURS, YARDSTICK, Group, Row, rows
 from molex_kernels._opinfo import Case, Inputs
 
 GRAPH_BELOW = 5e-3  # seconds; in longer calls the launches do not show
 LATE = "the preset's time is spent"
+TUNED = ("compiled", "liger")  # what compiles or tunes itself for every shape
 OK, WRONG, SKIPPED, FAILED = "ok", "wrong", "skipped", "failed"
 
 
 @dataclass
 class Outcome:
-    """What became of a row. `samples` are seconds per call; `facts` go into the report."""
+    """What became of a row. `samples` are seconds per call, by round; `facts` for the report."""
 
     status: str = OK
     reason: str = ""
-    samples: list[float] = field(default_factory=list)
+    samples: dict[int, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -44,21 +56,23 @@ class Meter:
     preset: Preset
     timed: bool = True
     started: float = field(default_factory=time.monotonic)
-    compiling: float = 0.0
+    sweeping: float = 0.0  # when the first sweep began
+    tuning: Counter[str] = field(default_factory=Counter)  # seconds, by label
 
     def group(self, group: Group) -> Outcomes:
         """Every row of the group."""
+        if group.sweep and not self.sweeping:
+            self.sweeping = time.monotonic()
         members = rows(group)
         reason = self._too_much(group)
         status = SKIPPED if reason else OK
         outcomes = {(r.label, r.mode): Outcome(status, reason, facts=_facts(r)) for r in members}
         if reason:
             return outcomes
-        inputs = _make(group, group.case)
         for mode in group.modes:
             torch._dynamo.reset()
             of_mode = [row for row in members if row.mode == mode]
-            if self._late():
+            if self._late(group):
                 for row in of_mode:
                     outcomes[row.label, mode].status = SKIPPED
                     outcomes[row.label, mode].reason = LATE
@@ -66,7 +80,7 @@ class Meter:
             with torch.set_grad_enabled(mode == "step"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:
-                    self._mode(group, of_mode, outcomes, inputs)
+                    self._mode(group, of_mode, outcomes)
                 except Exception as error:
                     # Whatever breaks the group breaks all of its rows; the next group still runs.
                     reason = f"{type(error).__name__}: {_first_line(error)}"
@@ -75,80 +89,94 @@ class Meter:
             _free(group)
         return outcomes
 
-    def _mode(self, group: Group, members: list[Row], outcomes: Outcomes, inputs: Inputs) -> None:
+    def _mode(self, group: Group, members: list[Row], outcomes: Outcomes) -> None:
         mode = members[0].mode
         functions = {row.label: group.function(row.label) for row in members}
-        checked = self._check(group, members, functions, outcomes, inputs)
-        inputs, upstream = _for_mode(group, inputs, mode)
+        make = functools.partial(_make, group, mode)
+        dense = truths.probe(group, make)
+        known = truths.find(group, make, dense, self.preset.check_seconds)
+        for row in members:
+            self._check_row(row, functions[row.label], known, dense, outcomes[row.label, mode])
+        inputs, upstream = known.inputs, known.upstream
+        smaller = known.case is not group.case
+        del known
+        if smaller:
+            inputs, upstream = make(group.case)
         passes = {}
         for row in members:
             outcome = outcomes[row.label, mode]
             if outcome.status != OK:
                 continue
-            work = check.Pass(group.info, functions[row.label], inputs, upstream)
-            if checked is not group.case:
-                outcome.facts["checked_at"] = checked.id
+            kind = check.Yardstick if row.kind == YARDSTICK else check.Pass
+            work = kind(group.info, functions[row.label], inputs, upstream)
+            if smaller or row.kind == YARDSTICK:
                 self._try(row, work, outcome)
             if outcome.status == OK:
                 passes[row.label] = work
-        if not self.timed:
-            return
-        calls = {label: work.call for label, work in passes.items()}
-        clock = timing.clock_for(group.device)
-        samples = timing.round_robin(
-            calls, clock, seconds=self.preset.mode_seconds, min_rounds=self.preset.min_rounds
-        )
-        for label in passes:
-            outcomes[label, mode].samples = samples[label]
-        for label, work in passes.items():
-            peak = memory.peak_bytes(work.call, group.device)
-            outcomes[label, mode].facts["peak_bytes"] = peak
-        if group.device.type == "cuda":
-            self._as_graphs(passes, outcomes, mode, group.device)
-        for label in passes:
-            _rates(group, outcomes[label, mode])
+        if self.timed:
+            self._time(group, members, passes, outcomes)
 
-    def _check(
+    def _time(
         self,
         group: Group,
         members: list[Row],
-        functions: dict[str, Callable[..., Any]],
+        passes: dict[str, check.Pass],
         outcomes: Outcomes,
-        inputs: Inputs,
-    ) -> Case:
-        """Checks all rows; where the reference needs too much memory, at fewer tokens.
-
-        Returns the case they were checked at.
-        """
+    ) -> None:
+        """Times the passes side by side and adds everything else that a pass can tell."""
         mode = members[0].mode
-        case = group.case
-        while True:
-            chosen, upstream = _for_mode(group, inputs, mode)
-            try:
-                truth = check.truth(group.info, chosen, upstream, group.dtype)
-                break
-            except torch.OutOfMemoryError:
-                if case.sizes.get("T", 0) < 64:
-                    raise
-            _free(group)
-            case = dataclasses.replace(case, sizes={**case.sizes, "T": case.sizes["T"] // 4})
-            inputs = _make(group, case)
+        calls = {label: work.call for label, work in passes.items()}
+        seconds, rounds = self.preset.mode_seconds, self.preset.min_rounds
+        if group.sweep:
+            seconds, rounds = self.preset.sweep_mode_seconds, timing.FEWEST_ROUNDS
+        clock = timing.clock_for(group.device)
+        samples = timing.round_robin(calls, clock, seconds=seconds, min_rounds=rounds)
+        for label, work in passes.items():
+            outcome = outcomes[label, mode]
+            outcome.samples = samples[label]
+            outcome.facts["peak_bytes"] = memory.peak_bytes(work.call, group.device)
+            if mode == "step" and not isinstance(work, check.Yardstick):
+                outcome.facts["saved_bytes"] = work.saved_bytes()
+            ours = any(row.label == label and row.kind == OURS for row in members)
+            if group.device.type == "cuda" and (ours or label == "library"):
+                outcome.facts["launches"] = launches.launches(work.call)
+                outcome.facts["waits"] = launches.waits(work.call)
+        if group.device.type == "cuda" and not group.sweep:
+            self._as_graphs(passes, outcomes, mode, group.device)
         for row in members:
-            work = check.Pass(group.info, functions[row.label], chosen, upstream)
-            self._check_row(row, work, truth, outcomes[row.label, mode])
-        return case
+            if row.kind == OURS:
+                _compare(outcomes[row.label, mode], samples, row.label)
+        for label in passes:
+            _rates(group, outcomes[label, mode])
 
-    def _check_row(self, row: Row, work: check.Pass, truth: check.Truth, outcome: Outcome) -> None:
+    def _check_row(
+        self,
+        row: Row,
+        function: Callable[..., Any],
+        known: truths.Known,
+        dense: truths.Dense | None,
+        outcome: Outcome,
+    ) -> None:
+        if row.kind == YARDSTICK:
+            return
+        if row.label in ("reference", "compiled") and dense and dense.call > self._longest(row):
+            outcome.status = SKIPPED
+            outcome.reason = f"would take about {dense.call:.2g} s a call"
+            return
         compiled = row.label == "compiled"
-        if compiled and self.compiling > self.preset.compile_seconds:
+        if row.label in TUNED and self.tuning[row.label] > self.preset.compile_seconds:
             outcome.status, outcome.reason = SKIPPED, "the preset's compile time is spent"
             return
+        if known.note:
+            outcome.facts["checked"] = known.note
+        work = check.Pass(row.group.info, function, known.inputs, known.upstream)
         slack = 1.0 if row.kind == OURS else check.BASELINE_SLACK
         start = time.monotonic()
         try:
             # Dynamo guards on the setting that poisons: a compiled row would be compiled twice.
             with contextlib.nullcontext() if compiled else check.poisoned_memory():
-                wrong = truth.compare(work.tensors(), slack)
+                found = work.tensors()
+                wrong = known.truth.compare(found, slack)
         except NotImplementedError as error:
             outcome.status, outcome.reason = SKIPPED, _first_line(error)
         except torch.OutOfMemoryError:
@@ -160,17 +188,25 @@ class Meter:
         else:
             if wrong:
                 outcome.status, outcome.reason = WRONG, wrong
-        if compiled:
-            self.compiling += time.monotonic() - start
+            else:
+                outcome.facts["error"] = known.truth.accuracy(found)
+        if row.label in TUNED:
+            self.tuning[row.label] += time.monotonic() - start
+
+    def _longest(self, row: Row) -> float:
+        """Seconds that one call may take. Compiled code may be a few times faster than eager."""
+        return self.preset.call_seconds * (3 if row.label == "compiled" else 1)
 
     def _try(self, row: Row, work: check.Pass, outcome: Outcome) -> None:
-        """Whether a row that was checked at fewer tokens runs at all of them."""
+        """Whether a row that was not checked at the full size runs there at all."""
         try:
             work.call()
+        except NotImplementedError as error:
+            outcome.status, outcome.reason = SKIPPED, _first_line(error)
         except torch.OutOfMemoryError:
             outcome.status, outcome.reason = SKIPPED, "out of memory"
         except Exception as error:
-            outcome.status = SKIPPED if row.kind == BASELINE else FAILED
+            outcome.status = FAILED if row.kind == OURS else SKIPPED
             outcome.reason = f"{type(error).__name__}: {_first_line(error)}"
 
     def _as_graphs(
@@ -184,7 +220,9 @@ class Meter:
         replays = {}
         for label, work in passes.items():
             facts = outcomes[label, mode].facts
-            if statistics.median(outcomes[label, mode].samples) > GRAPH_BELOW:
+            if isinstance(work, check.Yardstick):
+                continue
+            if statistics.median(outcomes[label, mode].samples.values()) > GRAPH_BELOW:
                 continue
             eager = {name: t.clone() for name, t in work.tensors().items()}
             captured = cuda_graph.capture(work.tensors)
@@ -202,13 +240,16 @@ class Meter:
             replays, clock, seconds=self.preset.mode_seconds / 2, min_rounds=self.preset.min_rounds
         )
         for label in replays:
-            outcomes[label, mode].facts["graph_s"] = statistics.median(samples[label])
+            outcomes[label, mode].facts["graph_s"] = statistics.median(samples[label].values())
 
-    def _late(self) -> bool:
-        return time.monotonic() - self.started > self.preset.ops_seconds
+    def _late(self, group: Group) -> bool:
+        now = time.monotonic()
+        if group.sweep:
+            return now - self.sweeping > self.preset.sweep_seconds
+        return now - self.started > self.preset.ops_seconds
 
     def _too_much(self, group: Group) -> str:
-        if self._late():
+        if self._late(group):
             return LATE
         cost = group.info.cost(group.case, group.dtype, bool(group.info.differentiable))
         best = ceilings.measure(group.device, group.dtype)
@@ -222,21 +263,19 @@ class Meter:
 
 
 def _fail(outcome: Outcome, reason: str) -> None:
-    outcome.status, outcome.reason, outcome.samples = FAILED, reason, []
+    outcome.status, outcome.reason, outcome.samples = FAILED, reason, {}
 
 
-def _make(group: Group, case: Case) -> Inputs:
-    generator = torch.Generator().manual_seed(_seed(group))
+def _make(group: Group, mode: str, case: Case) -> tuple[Inputs, check.Tensors | None]:
+    """The inputs of the case, and for a step the upstream gradients."""
+    # On the device itself: billions of random weights take minutes on one core.
+    generator = torch.Generator(group.device).manual_seed(_seed(group))
     with torch.no_grad():
-        return group.info.make(case, group.dtype, group.device, generator)
-
-
-def _for_mode(group: Group, inputs: Inputs, mode: str) -> tuple[Inputs, check.Tensors | None]:
-    """The inputs, and for a step the upstream gradients."""
+        inputs = group.info.make(case, group.dtype, group.device, generator)
     if mode == "forward":
         return inputs, None
     inputs = check.require_grad(group.info, inputs)
-    generator = torch.Generator(group.device).manual_seed(_seed(group))
+    generator.manual_seed(_seed(group) + 1)
     return inputs, check.random_upstream(group.info, inputs, generator)
 
 
@@ -246,11 +285,12 @@ def _seed(group: Group) -> int:
 
 def _facts(row: Row) -> dict[str, Any]:
     cost = row.group.info.cost(row.group.case, row.group.dtype, row.mode == "step")
-    shape, dtype = row.group.name.split("/")[1:]
     return {
         "op": row.group.info.name,
-        "shape": shape,
-        "dtype": dtype,
+        "shape": row.group.case.id,
+        "sizes": dict(row.group.case.sizes),
+        "sweep": row.group.sweep,
+        "dtype": dtype_name(row.group.dtype),
         "device": row.group.device.type,
         "impl": row.label,
         "kind": row.kind,
@@ -258,6 +298,13 @@ def _facts(row: Row) -> dict[str, Any]:
         "bytes": cost.bytes,
         "flops": cost.flops,
     }
+
+
+def _compare(ours: Outcome, samples: dict[str, dict[int, float]], label: str) -> None:
+    """Adds how many times longer every other row takes, from samples taken in turn."""
+    mine = samples.get(label, {})
+    gains = {n: spread.ratio(taken, mine) for n, taken in samples.items() if n != label}
+    ours.facts["versus"] = {name: gain for name, gain in gains.items() if gain}
 
 
 def _rates(group: Group, outcome: Outcome) -> None:
@@ -269,7 +316,7 @@ def _rates(group: Group, outcome: Outcome) -> None:
         return
     best = ceilings.measure(group.device, group.dtype)
     facts = outcome.facts
-    facts["median_s"] = statistics.median(outcome.samples)
+    facts["median_s"] = statistics.median(outcome.samples.values())
     seconds = facts.get("graph_s", facts["median_s"])
     bound, facts["ceiling"] = best.bound(facts["bytes"], facts["flops"])
     facts["share"] = bound / seconds

@@ -1,66 +1,169 @@
-"""The report's images."""
+"""The report's images of the ops: speed-ups, a roofline, and what grows with size."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
-
-import matplotlib as mpl
-
-mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks import results
-from benchmarks.end_to_end import images
-from benchmarks.formats import ratio, seconds
-from benchmarks.results import Results
-from benchmarks.rows import MODES, OURS
-
-COLOURS = {
-    "published": "#4477aa",
-    "reference": "#ccbb44",
-    "compiled": "#228833",
-    "library": "#ee6677",
-}
-OTHER = "#888888"
-VARIANT_COLOURS = (
-    *("#000000", "#ee6677", "#4477aa", "#66ccee", "#228833", "#ccbb44", "#aa3377"),
-    *("#999933", "#882255", "#44aa99"),
+from benchmarks import growth_plots, results, training_plots
+from benchmarks.figure import (
+    COLOURS,
+    MANY_COLOURS,
+    MANY_MARKERS,
+    MARKERS,
+    OTHER,
+    OURS_COLOUR,
+    times_axis,
+    write,
 )
+from benchmarks.formats import percent, ratio
+from benchmarks.results import Results
+from benchmarks.rows import BASELINE, MODES
+from benchmarks.spread import Ratio
+
+Gains = dict[str, Ratio]
+Means = dict[str, float]
+
+MANY = 6  # shapes, from which on bars would be too many
 
 
 def draw(found: Results, folder: Path) -> list[str]:
     """Writes every image there is data for; their names."""
-    names = [n for op in results.ops(found) if (n := _speedups(found, op, folder))]
+    names = draw_whole(found, folder, "png")
+    return names + [n for op in results.ops(found) if (n := _speedups(found, op, folder))]
+
+
+def draw_whole(found: Results, folder: Path, suffix: str) -> list[str]:
+    """The images of the whole run, and not of single ops."""
+    names = [
+        _overview(found, folder / f"overview.{suffix}"),
+        _roofline(found, folder / f"roofline.{suffix}"),
+        *growth_plots.draw(found, folder, suffix),
+    ]
     if found["text"]:
-        names += [_curves(found["text"], folder), _steps(found["text"], folder)]
+        names.append(training_plots.curves(found["text"], folder / f"text-curves.{suffix}"))
+        names.append(training_plots.steps(found["text"], folder / f"text-steps.{suffix}"))
     if found["images"]:
-        names.append(_images(found["images"], folder))
-    return names
+        names.append(training_plots.accuracies(found["images"], folder / f"images.{suffix}"))
+    return [name for name in names if name]
+
+
+def _gains(found: Results, op: str, mode: str) -> list[tuple[str, Gains]]:
+    """The speed-ups of the fastest of ours, by shape."""
+    shown = []
+    for shape in results.shapes(found, op, mode):
+        group = results.members(found, op, mode, shape)
+        if ours := results.best(group):
+            names = [r["impl"] for r in group if r["kind"] == BASELINE]
+            gains = {name: gain for name in names if (gain := results.speedup(ours, name))}
+            if gains:
+                shown.append((f"{shape.split('/')[0]}\n({ours['impl']})", gains))
+    return shown
+
+
+def _overview(found: Results, path: Path) -> str:
+    """A line per op, a mark per baseline: the geometric mean over shapes, forward and step."""
+    lines = {
+        mode: {op: _mean(gains) for op in results.ops(found) if (gains := _gains(found, op, mode))}
+        for mode in MODES
+    }
+    return _marks(found, lines, "Speed-up against each baseline", path)
+
+
+def _marks(found: Results, lines: dict[str, dict[str, Means]], title: str, path: Path) -> str:
+    """A panel per mode; a line per name, a mark per baseline."""
+    lines = {mode: of_mode for mode, of_mode in lines.items() if of_mode}
+    if not lines:
+        return ""
+    names = list(dict.fromkeys(name for of_mode in lines.values() for name in of_mode))
+    height = 1.6 + 0.3 * len(names)
+    figure, axes = plt.subplots(
+        1, len(lines), figsize=(4.5 + 3 * len(lines), height), squeeze=False, sharey=True
+    )
+    for axis, (mode, of_mode) in zip(axes[0], lines.items(), strict=True):
+        for baseline in results.baselines(found["rows"]):
+            points = [(m[baseline], names.index(n)) for n, m in of_mode.items() if baseline in m]
+            axis.plot(
+                [x for x, _ in points], [y for _, y in points], MARKERS.get(baseline, "o"),
+                color=COLOURS.get(baseline, OTHER), markersize=7, label=f"vs {baseline}",
+                markeredgecolor="white",
+            )  # fmt: skip
+        times_axis(axis, [value for means in of_mode.values() for value in means.values()])
+        axis.hlines(range(len(names)), *axis.get_xlim(), color="#dddddd", linewidth=0.8, zorder=0)
+        axis.set_title("forward" if mode == MODES[0] else "forward and backward")
+        axis.set_xlabel("times faster (right of 1x: ours)")
+    axes[0][0].set_yticks(range(len(names)), names)
+    axes[0][0].set_ylim(len(names) - 0.4, -0.6)
+    handles, texts = axes[0][0].get_legend_handles_labels()
+    figure.suptitle(title, fontweight="bold")
+    figure.legend(handles, texts, ncols=len(texts), loc="lower center", frameon=False)
+    return write(figure, path, bottom=0.3 / height)
+
+
+def _mean(gains: list[tuple[str, Gains]]) -> Means:
+    names = dict.fromkeys(name for _, of_shape in gains for name in of_shape)
+    found = {}
+    for name in names:
+        logs = [math.log(of_shape[name].median) for _, of_shape in gains if name in of_shape]
+        found[name] = math.exp(sum(logs) / len(logs))
+    return found
+
+
+def _roofline(found: Results, path: Path) -> str:
+    """Each op's first shape under the two ceilings measured in the same run."""
+    dtype, ceiling = next(iter(found["ceilings"].items()), ("", {}))
+    points = []
+    for op in results.ops(found):
+        for shape in results.shapes(found, op, MODES[0])[:1]:
+            row = results.best(results.members(found, op, MODES[0], shape))
+            if row and row["flops"] and row["dtype"] == dtype:
+                label = f"{op}: {percent(row['share'])} of {row['ceiling']}"
+                points.append((row["flops"] / row["bytes"], row["gflop_per_s"] * 1e9, label))
+    if not points:
+        return ""
+    figure, axis = plt.subplots(figsize=(9.5, 5))
+    knee = ceiling["matmul"] / ceiling["copy"]
+    left, right = min(0.5 * min(p[0] for p in points), 0.1), 3 * max(*(p[0] for p in points), knee)
+    heights = [left * ceiling["copy"], *[ceiling["matmul"]] * 2]
+    axis.plot([left, knee, right], heights, color=OURS_COLOUR, linewidth=1.5)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    place = math.sqrt(left * knee)
+    axis.annotate("copy", (place, place * ceiling["copy"]), (-8, 4),
+                  textcoords="offset points", ha="right")  # fmt: skip
+    axis.annotate(f"matmul, {dtype}", (right, ceiling["matmul"]), (0, 4),
+                  textcoords="offset points", ha="right")  # fmt: skip
+    for number, (x, y, label) in enumerate(points):
+        colour = MANY_COLOURS[number % len(MANY_COLOURS)]
+        marker = MANY_MARKERS[number // len(MANY_COLOURS) % len(MANY_MARKERS)]
+        axis.plot([x], [y], marker, color=colour, markersize=8, label=label, linestyle="none",
+                  markeredgecolor="white")  # fmt: skip
+    axis.set_xlabel("FLOPs for each byte that has to cross memory")
+    axis.set_ylabel("FLOP/s, forward, the first shape of each op")
+    axis.set_title("How close each op is to the machine's ceilings", fontweight="bold")
+    axis.grid(alpha=0.3, which="major")
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return write(figure, path)
 
 
 def _speedups(found: Results, op: str, folder: Path) -> str:
     """One panel per mode; a group of bars per shape, a bar per baseline, on a logarithmic axis."""
-    panels = []
-    for mode in MODES:
-        bars = []
-        for shape in results.shapes(found, op, mode):
-            group = results.members(found, op, mode, shape)
-            if ours := results.best(group):
-                gains = {
-                    r["impl"]: gain
-                    for r in group
-                    if r["kind"] != OURS and (gain := results.speedup(ours, r))
-                }
-                if gains:
-                    bars.append((f"{shape.split('/')[0]}\n({ours['impl']})", gains))
-        if bars:
-            panels.append((mode, bars))
+    panels = [(mode, bars) for mode in MODES if (bars := _gains(found, op, mode))]
     if not panels:
         return ""
-    labels = [n for n in results.baselines(found) if any(n in g for _, b in panels for _, g in b)]
+    title, path = f"{op}: speed-up against each baseline", folder / f"speedup-{op}.png"
+    if max(len(bars) for _, bars in panels) > MANY:
+        lines = {
+            mode: {label.split("\n")[0]: _mean([(label, gains)]) for label, gains in bars}
+            for mode, bars in panels
+        }
+        return _marks(found, lines, title, path)
+    known = results.baselines(found["rows"])
+    labels = [n for n in known if any(n in g for _, b in panels for _, g in b)]
     tallest = max(len(bars) for _, bars in panels)
     height = 1.5 + tallest * max(0.27 * len(labels) + 0.15, 0.6)
     figure, axes = plt.subplots(
@@ -70,116 +173,34 @@ def _speedups(found: Results, op: str, folder: Path) -> str:
         _bars(axis, bars, labels)
         axis.set_title(mode)
     handles, texts = axes[0][0].get_legend_handles_labels()
-    figure.suptitle(f"{op}: speed-up against each baseline", fontweight="bold")
+    figure.suptitle(title, fontweight="bold")
     figure.legend(
         handles, [f"vs {t}" for t in texts], ncols=len(labels), loc="lower center", frameon=False
     )
-    return _write(figure, folder / f"speedup-{op}.png", bottom=0.35 / height)
+    return write(figure, path, bottom=0.35 / height)
 
 
-def _bars(axis: Axes, bars: list[tuple[str, dict[str, float]]], labels: list[str]) -> None:
+def _bars(axis: Axes, bars: list[tuple[str, Gains]], labels: list[str]) -> None:
     width = 0.8 / len(labels)
     for index, name in enumerate(labels):
         offset = (index - (len(labels) - 1) / 2) * width
-        places = [p + offset for p in range(len(bars))]
-        values = [gains.get(name, float("nan")) for _, gains in bars]
+        placed = [(p + offset, g[name]) for p, (_, g) in enumerate(bars) if name in g]
+        places, gains = zip(*placed, strict=True) if placed else ((), ())
         # A logarithmic bar has no zero: it starts at 1, no difference.
-        lengths = [v - 1 for v in values]
-        colour = COLOURS.get(name, OTHER)
-        axis.barh(places, lengths, 0.9 * width, left=1.0, color=colour, label=name)
-        for place, value in zip(places, values, strict=True):
-            if value == value:
-                side = "left" if value >= 1 else "right"
-                shift = 3 if value >= 1 else -3
-                axis.annotate(
-                    ratio(value), (value, place), (shift, 0), textcoords="offset points",
-                    ha=side, va="center", fontsize=8,
-                )  # fmt: skip
-    found = [g for _, gains in bars for g in gains.values()]
-    axis.set_xscale("log")
-    axis.set_xlim(min(0.4, 0.5 * min(found)), max(2.5, 2.2 * max(found)))
-    axis.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axis.xaxis.set_minor_locator(mpl.ticker.NullLocator())
-    axis.axvline(1.0, color="black", linewidth=0.8)
+        lengths = [g.median - 1 for g in gains]
+        errors: Any = [[g.median - g.low for g in gains], [g.high - g.median for g in gains]]
+        axis.barh(
+            places, lengths, 0.9 * width, left=1.0, color=COLOURS.get(name, OTHER), label=name,
+            xerr=errors, error_kw={"elinewidth": 0.8, "ecolor": "#555555"},
+        )  # fmt: skip
+        for place, gain in placed:
+            faster = gain.median >= 1
+            axis.annotate(
+                ratio(gain.median), (gain.high if faster else gain.low, place),
+                (3 if faster else -3, 0), textcoords="offset points",
+                ha="left" if faster else "right", va="center", fontsize=8,
+            )  # fmt: skip
+    times_axis(axis, [v for _, gains in bars for g in gains.values() for v in (g.low, g.high)])
     axis.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("times faster (right of 1x: ours is faster)")
-    axis.grid(axis="x", alpha=0.3)
-    axis.set_axisbelow(True)
-
-
-def _curves(text: dict[str, Any], folder: Path) -> str:
-    figure, axis = plt.subplots(figsize=(7, 4.2))
-    markers = "osD^v"
-    seeds = sorted({run["seed"] for run in text["runs"]})
-    for run in text["runs"]:
-        marker = markers[seeds.index(run["seed"]) % len(markers)]
-        style = "-" if run["variant"] == text["base"] else "--"
-        colour, name = _colours(text)[run["variant"]], text["labels"][run["variant"]]
-        steps, bits = zip(*run["validation"], strict=True)
-        label = f"{name}, seed {run['seed']}: {run['final']:.3f} in the end, all windows"
-        axis.plot(steps, bits, style, color=colour, marker=marker, markersize=3.5, label=label)
-    axis.set_xlabel("step")
-    axis.set_ylabel("validation bits per byte, every eighth window")
-    axis.set_title("Byte-level transformer on the Python standard library", fontweight="bold")
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8)
-    return _write(figure, folder / "text-curves.png")
-
-
-def _steps(text: dict[str, Any], folder: Path) -> str:
-    timed = [t for t in text["step_times"] if "median_s" in t]
-    impls = list(dict.fromkeys(t["impl"] for t in timed))
-    variants = list(dict.fromkeys(t["variant"] for t in timed))
-    height = 0.8 / max(len(variants), 1)
-    figure, axis = plt.subplots(figsize=(7, 1.8 + 0.25 * len(timed)))
-    for index, variant in enumerate(variants):
-        entries = [t for t in timed if t["variant"] == variant]
-        shift = (index - (len(variants) - 1) / 2) * height
-        places = [impls.index(t["impl"]) + shift for t in entries]
-        values = [t["median_s"] * 1e3 for t in entries]
-        colour, label = _colours(text)[variant], text["labels"][variant]
-        axis.barh(places, values, 0.9 * height, color=colour, label=label)
-        for place, value in zip(places, values, strict=True):
-            axis.annotate(
-                seconds(value * 1e-3), (value, place), (3, 0), textcoords="offset points",
-                va="center", fontsize=8,
-            )  # fmt: skip
-    axis.set_yticks(range(len(impls)), impls)
-    axis.invert_yaxis()
-    axis.margins(x=0.15)
-    axis.set_xlabel("milliseconds per training step (this machine's)")
-    axis.set_title("Training step by implementation", fontweight="bold")
-    axis.grid(axis="x", alpha=0.3)
-    axis.set_axisbelow(True)
-    figure.legend(ncols=3, loc="lower center", frameon=False, fontsize=8)
-    return _write(figure, folder / "text-steps.png", bottom=0.12)
-
-
-def _images(found: dict[str, Any], folder: Path) -> str:
-    rows = images.summary(found)
-    width = 0.8 / len(rows)
-    figure, axis = plt.subplots(figsize=(7, 3.8))
-    for index, ((label, accuracies), colour) in enumerate(zip(rows, VARIANT_COLOURS, strict=False)):
-        places = [p + (index - (len(rows) - 1) / 2) * width for p in range(len(images.TESTS))]
-        means, errors = zip(*([100 * x for x in pair] for pair in accuracies.values()), strict=True)
-        axis.bar(places, means, 0.9 * width, yerr=errors, capsize=2, color=colour, label=label)
-    axis.set_xticks(range(len(images.TESTS)), images.TESTS)
-    axis.set_ylabel(f"% of {found['test']} held-out digits recognised")
-    axis.set_title("Vision transformer on handwritten digits", fontweight="bold")
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_axisbelow(True)
-    figure.legend(ncols=2, loc="lower center", frameon=False, fontsize=8)
-    return _write(figure, folder / "images.png", bottom=0.13)
-
-
-def _colours(text: dict[str, Any]) -> dict[str, str]:
-    return dict(zip(text["labels"], VARIANT_COLOURS, strict=False))
-
-
-def _write(figure: Any, path: Path, bottom: float = 0.0) -> str:
-    figure.tight_layout(rect=(0, bottom, 1, 1))
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path.name

@@ -62,17 +62,25 @@ class Preset:
     """One choice of cases and limits. All limits are in seconds of wall-clock time.
 
     `mode_seconds`: for timing the implementations of one shape, forward or step. `ops_seconds`:
-    after it no further shape is started. `compile_seconds`: after it nothing more is compiled.
+    after it no further shape is started; likewise `sweep_mode_seconds` and `sweep_seconds`.
+    `compile_seconds`: after it nothing more is compiled or tuned, each baseline for itself.
     `case_seconds`: a shape whose step would take longer at the machine's matmul rate is left out.
+    `call_seconds`: a reference that would take longer is left out. `check_seconds`: where it would
+    take longer to check with, something else stands in for it.
     """
 
     name: str
     cases: str
+    sweeps: str
     mode_seconds: float
     min_rounds: int
     ops_seconds: float
+    sweep_mode_seconds: float
+    sweep_seconds: float
     compile_seconds: float
     case_seconds: float
+    call_seconds: float
+    check_seconds: float
     text: TextPlan
     images: ImagesPlan
     finetune: FinetunePlan
@@ -85,23 +93,33 @@ PRESETS = {
         Preset(
             name="quick",
             cases="quick",
+            sweeps="quick_sweeps",
             mode_seconds=1.0,
-            min_rounds=3,
+            min_rounds=5,
             ops_seconds=100,
-            compile_seconds=60,
+            sweep_mode_seconds=0.15,
+            sweep_seconds=40,
+            compile_seconds=50,
             case_seconds=1.0,
-            text=TextPlan(seconds=75, max_steps=600, step_seconds=10),
-            images=ImagesPlan(seconds=30),
-            finetune=FinetunePlan(seconds=30),
+            call_seconds=2.0,
+            check_seconds=0.5,
+            text=TextPlan(seconds=55, max_steps=600, step_seconds=8),
+            images=ImagesPlan(seconds=22),
+            finetune=FinetunePlan(seconds=20),
         ),
         Preset(
             name="full",
             cases="benchmarks",
+            sweeps="sweeps",
             mode_seconds=6.0,
             min_rounds=7,
             ops_seconds=3600,
+            sweep_mode_seconds=1.0,
+            sweep_seconds=900,
             compile_seconds=1200,
             case_seconds=0.5,
+            call_seconds=10.0,
+            check_seconds=10.0,
             text=TextPlan(
                 seconds=1500,
                 max_steps=2000,
@@ -124,15 +142,19 @@ PRESETS = {
         Preset(
             name="gpu",
             cases="benchmarks",
-            mode_seconds=0.8,
+            sweeps="sweeps",
+            mode_seconds=0.15,
             min_rounds=5,
-            ops_seconds=250,
-            compile_seconds=80,
+            ops_seconds=290,
+            sweep_mode_seconds=0.05,
+            sweep_seconds=25,
+            compile_seconds=45,
             case_seconds=0.5,
+            call_seconds=0.2,
+            check_seconds=0.5,
             text=TextPlan(
-                seconds=90,
+                seconds=45,
                 max_steps=1000,
-                seeds=(0, 1),
                 batch=64,
                 context=256,
                 dim=256,
@@ -140,11 +162,11 @@ PRESETS = {
                 heads=8,
                 experts=16,
                 hidden=512,
-                validation_bytes=1 << 20,
-                step_seconds=20,
+                validation_bytes=1 << 18,
+                step_seconds=10,
             ),
-            images=ImagesPlan(seconds=30, seeds=(0, 1, 2), dim=64, layers=4, heads=2),
-            finetune=FinetunePlan(seconds=30, seeds=(0, 1), length=128, per_package=400),
+            images=ImagesPlan(seconds=15, dim=64, layers=4, heads=2),
+            finetune=FinetunePlan(seconds=20, length=128, per_package=400),
             needs_cuda=True,
         ),
     )

@@ -58,7 +58,7 @@ class Progress:
                 if of_mode != mode:
                     continue
                 if outcome.status == OK and outcome.samples:
-                    shown.append(f"{label} {seconds(statistics.median(outcome.samples))}")
+                    shown.append(f"{label} {seconds(statistics.median(outcome.samples.values()))}")
                 else:
                     shown.append(f"[dim]{label}: {outcome.status}[/dim]")
             self._bar.console.print(f"{group.name} [cyan]{mode}[/cyan]: {', '.join(shown)}")

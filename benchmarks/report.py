@@ -13,12 +13,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import environment, markdown, plots, results, terminal
+from benchmarks import environment, goals, markdown, plots, results, scaling, terminal
 from benchmarks.end_to_end import finetune, images
 from benchmarks.end_to_end.verdict import verdict
-from benchmarks.formats import percent, ratio, seconds
+from benchmarks.formats import gain, percent, seconds
 from benchmarks.results import Results
 from benchmarks.rows import MODES, OURS
+from benchmarks.spread import Ratio
 
 REPORTS = Path(__file__).parent / "reports"
 SAVED = Path(__file__).parent / "results"
@@ -48,20 +49,18 @@ def save_results(found: Results) -> Path:
 
 
 def show(found: Results, console: Console) -> None:
-    """The summary on the terminal: the fastest of ours against each baseline."""
-    names = results.baselines(found)
-    table = Table(title="Fastest implementation against each baseline (times faster)")
-    table.add_column("shape", overflow="fold", min_width=28)
-    for column in ("mode", "impl", "time", *names, "of ceiling"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for op in results.ops(found):
-        table.add_section()
-        table.add_row(f"[bold]{op}[/bold]")
-        for mode in MODES:
-            for shape in results.shapes(found, op, mode):
-                table.add_row(shape.split("/")[0], mode, *_summary(found, op, mode, shape, names))
-    console.print(table)
-    console.print("Times are this machine's; the ratios were measured side by side in this run.")
+    """The summary on the terminal: the fastest of ours against each baseline, goals, growth."""
+    if found["rows"]:
+        console.print(_speedups(found))
+        console.print(
+            "Times are this machine's; the ratios were measured side by side in this run, and "
+            "± is half of the interval that holds the median nine times in ten."
+        )
+    if standings := goals.standings(found):
+        console.print(_goals(standings))
+    growth = _growth(found)
+    if growth.row_count:
+        console.print(growth)
     if text := found["text"]:
         for run in text["runs"]:
             console.print(
@@ -79,8 +78,24 @@ def show(found: Results, console: Console) -> None:
             console.print(f"finetune, {line}")
 
 
-def _summary(found: Results, op: str, mode: str, shape: str, names: list[str]) -> list[str]:
-    group = results.members(found, op, mode, shape)
+def _speedups(found: Results) -> Table:
+    names = results.baselines(found["rows"])
+    table = Table(title="Fastest implementation: times as fast as each baseline")
+    table.add_column("shape", overflow="fold", min_width=32)
+    for column in ("pass", "ours", "time", *names, "of ceiling"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for op in results.ops(found):
+        table.add_section()
+        table.add_row(f"[bold]{op}[/bold]")
+        for shape in results.shapes(found, op, MODES[0]):
+            for mode in MODES:
+                if group := results.members(found, op, mode, shape):
+                    name = shape.split("/")[0] if mode == MODES[0] else ""
+                    table.add_row(name, mode, *_summary(group, names))
+    return table
+
+
+def _summary(group: list[results.Row], names: list[str]) -> list[str]:
     ours = results.best(group)
     if ours is None:
         untimed = next(r for r in group if r["kind"] == OURS)
@@ -89,10 +104,45 @@ def _summary(found: Results, op: str, mode: str, shape: str, names: list[str]) -
     cells = []
     for name in names:
         row = by_name.get(name, {})
-        gain = results.speedup(ours, row)
-        wordless = gain or not row or row is ours
-        cells.append(ratio(gain) if wordless else row["status"])
+        timed = not row or row is ours or "median_s" in row
+        cells.append(_coloured(results.speedup(ours, name)) if timed else f"[dim]{row['status']}")
     return [ours["impl"], seconds(ours["median_s"]), *cells, percent(ours["share"])]
+
+
+def _coloured(found: Ratio | None) -> str:
+    """Green above 1x and red below, where the whole interval is."""
+    if found is None:
+        return "-"
+    colour = "green" if found.low > 1 else "red" if found.high < 1 else "default"
+    return f"[{colour}]{gain(found)}[/{colour}]"
+
+
+def _goals(standings: list[goals.Standing]) -> Table:
+    table = Table(title="Goals")
+    for column in ("what", "figure", "goal", "pass", "measured", "status"):
+        table.add_column(column, overflow="fold")
+    colours = {goals.MET: "green", goals.MISSED: "red"}
+    for standing in standings:
+        *shown, status = standing.cells(worst=False)
+        colour = colours.get(status, "yellow")
+        table.add_row(*shown, f"[{colour}]{status}[/{colour}]")
+    return table
+
+
+def _growth(found: Results) -> Table:
+    table = Table(title="Growth: the exponent b of time ~ size^b")
+    for column in ("op", "size", "pass"):
+        table.add_column(column)
+    table.add_column("ours", justify="right")
+    table.add_column("baselines")
+    for op, letter in scaling.sweeps(found):
+        for mode in MODES:
+            fits = scaling.fits(found, op, letter, mode)
+            shown = [f"{fit.impl} {fit.time:.2f}" for fit in fits if fit.time is not None]
+            if shown:
+                name = scaling.NAMES.get(letter, letter)
+                table.add_row(op, name, mode, shown[0], ", ".join(shown[1:]) or "-")
+    return table
 
 
 def _point_latest(folder: Path) -> None:

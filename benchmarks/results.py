@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import BASELINES, OURS
+from benchmarks.rows import BASELINE, BASELINES, OURS, YARDSTICK
+from benchmarks.spread import Ratio
 
 COLUMNS = (
-    "op", "shape", "dtype", "device", "mode", "impl", "kind", "status", "median_s", "min_s",
-    "q1_s", "q3_s", "rounds", "graph_s", "peak_bytes", "bytes", "flops", "gb_per_s",
-    "gflop_per_s", "ceiling", "share", "checked_at", "graph", "reason",
+    "op", "sweep", "shape", "dtype", "device", "mode", "impl", "kind", "status", "median_s",
+    "min_s", "q1_s", "q3_s", "rounds", "graph_s", "launches", "waits", "peak_bytes", "saved_bytes",
+    "bytes", "flops", "gb_per_s", "gflop_per_s", "ceiling", "share", "error", "checked", "graph",
+    "reason",
 )  # fmt: skip
 
 Row = dict[str, Any]
@@ -22,8 +24,8 @@ Results = dict[str, Any]
 def collect(
     ops: Path | None, text: Path | None, images: Path | None, finetune: Path | None
 ) -> Results:
-    """One dictionary: environment, preset, ceilings, rows, and each training run or None."""
-    results: Results = {"preset": None, "environment": {}, "ceilings": {}, "rows": []}
+    """One dictionary: environment, preset, ceilings, rows, sweeps, each training run or None."""
+    results: Results = {"preset": None, "environment": {}, "ceilings": {}, "rows": [], "sweeps": []}
     for part, path in (("text", text), ("images", images), ("finetune", finetune)):
         results[part] = json.loads(path.read_text()) if path and path.exists() else None
         if results[part]:
@@ -31,7 +33,9 @@ def collect(
     if ops and ops.exists():
         found = json.loads(ops.read_text())
         results |= {key: found["molex"][key] for key in ("preset", "environment", "ceilings")}
-        results["rows"] = [_timed(b) for b in found["benchmarks"]] + found["molex"]["untimed"]
+        every = [_timed(b) for b in found["benchmarks"]] + found["molex"]["untimed"]
+        results["rows"] = [row for row in every if not row["sweep"]]
+        results["sweeps"] = [row for row in every if row["sweep"]]
     return results
 
 
@@ -41,7 +45,7 @@ def save(results: Results, folder: Path) -> None:
     with (folder / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(results["rows"])
+        writer.writerows(results["rows"] + results["sweeps"])
 
 
 def ops(results: Results) -> list[str]:
@@ -56,29 +60,27 @@ def shapes(results: Results, op: str, mode: str) -> list[str]:
 
 
 def members(results: Results, op: str, mode: str, shape: str) -> list[Row]:
-    """The rows side by side: ours first, then the baselines in their fixed order."""
+    """The rows side by side: ours first, the baselines in their fixed order, the yardsticks."""
     rows = [
         r
         for r in results["rows"]
         if (r["op"], r["mode"], f"{r['shape']}/{r['dtype']}") == (op, mode, shape)
     ]
     place = {name: index for index, name in enumerate(BASELINES)}
-    return sorted(rows, key=lambda r: (r["kind"] != OURS, place.get(r["impl"], len(place))))
+    kinds = (OURS, BASELINE, YARDSTICK)
+    return sorted(rows, key=lambda r: (kinds.index(r["kind"]), place.get(r["impl"], len(place))))
 
 
-def baselines(results: Results) -> list[str]:
-    """Every baseline that has a row, the named four first."""
-    found = {r["impl"] for r in results["rows"] if r["kind"] != OURS}
+def baselines(rows: list[Row]) -> list[str]:
+    """Every baseline that has a time, the named four first."""
+    found = {r["impl"] for r in rows if r["kind"] == BASELINE and "median_s" in r}
     return [*(b for b in BASELINES if b in found), *sorted(found.difference(BASELINES))]
 
 
-def speedup(ours: Row, other: Row) -> float | None:
-    """How many times faster `ours` is, from medians of the same run; None without both times."""
-    if other.get("impl") == ours.get("impl"):
-        return None
-    if "median_s" not in ours or "median_s" not in other:
-        return None
-    return other["median_s"] / ours["median_s"]
+def speedup(ours: Row, other: str) -> Ratio | None:
+    """How many times longer the row named `other` takes than `ours`, measured side by side."""
+    found = ours.get("versus", {}).get(other)
+    return Ratio(*found) if found else None
 
 
 def best(rows: list[Row]) -> Row | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from benchmarks.presets import Preset, dtype_name
 from molex_kernels._opinfo import Case, OpInfo
 
-OURS, BASELINE = "ours", "baseline"
+OURS, BASELINE, YARDSTICK = "ours", "baseline", "yardstick"
 BASELINES = ("published", "reference", "compiled", "library")
 MODES = ("forward", "step")
 
@@ -22,17 +23,22 @@ DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "sdpa": ("cp
 
 @dataclass(frozen=True)
 class Group:
-    """One shape of one op: everything in it is measured side by side."""
+    """One shape of one op: everything in it is measured side by side.
+
+    `sweep` is the letter of the size that grows, where the shape is one of a sweep.
+    """
 
     info: OpInfo
     case: Case
     dtype: torch.dtype
     device: torch.device
+    sweep: str = ""
 
     @property
     def name(self) -> str:
-        """`<op>/<shape>/<dtype>`."""
-        return f"{self.info.name}/{self.case.id}/{dtype_name(self.dtype)}"
+        """`<op>/<shape>/<dtype>`, with `/over-<letter>` in a sweep."""
+        over = f"/over-{self.sweep}" if self.sweep else ""
+        return f"{self.info.name}/{self.case.id}/{dtype_name(self.dtype)}{over}"
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -42,20 +48,28 @@ class Group:
     def labels(self) -> Iterator[tuple[str, str]]:
         """Name and kind of each row: our implementations for this device, then the baselines.
 
-        Where the reference is all that runs on the device, it is what a user gets: one of ours.
+        Where the reference is all that runs on the device, it is what a user gets: one of ours. A
+        sweep has the first of ours and one baseline.
         """
         kernels = [n for n in self.info.implementations if self.device.type in DEVICES.get(n, ())]
         ours = kernels or ["reference"]
+        if self.sweep:
+            yield ours[0], OURS
+            beside = [n for n in ("published", "library") if n in self.info.baselines]
+            yield from ((name, BASELINE) for name in beside[:1])
+            return
         yield from ((name, OURS) for name in ours)
         for name in (*BASELINES, *(n for n in self.info.baselines if n not in BASELINES)):
             known = name in ("reference", "compiled") or name in self.info.baselines
             if known and name not in ours:
                 yield name, BASELINE
+        yield from ((name, YARDSTICK) for name in self.info.yardsticks)
 
     def function(self, label: str) -> Callable[..., Any]:
         """What the row calls, with the op's keyword arguments."""
-        if label in self.info.baselines:
-            return self.info.baselines[label]
+        for other in (self.info.baselines, self.info.yardsticks):
+            if label in other:
+                return other[label]
         if label == "compiled":
             return torch.compile(partial(self.info.function, impl="reference"), dynamic=False)
         return partial(self.info.function, impl=label)
@@ -81,7 +95,8 @@ def groups(
 ) -> list[Group]:
     """Every op's first shape, then every op's second, ...: a time limit cuts all ops alike.
 
-    Ops that have kernels of their own for this device come before those that have not.
+    Ops that have kernels of their own for this device come before those that have not. The sweeps
+    follow in the same way, so that a time limit cuts the largest sizes of all.
     """
 
     def has_kernels(name: str) -> bool:
@@ -89,14 +104,22 @@ def groups(
         return any(device.type in DEVICES.get(implementation, ()) for implementation in found)
 
     names = sorted(ops, key=lambda name: not has_kernels(name))
-    cases = {name: getattr(info, preset.cases) for name, info in ops.items()}
-    longest = max((len(c) for c in cases.values()), default=0)
-    return [
-        Group(ops[name], cases[name][rank], dtype, device)
-        for rank in range(longest)
+    shapes = _by_rank(
+        [Group(ops[name], case, dtype, device) for case in getattr(ops[name], preset.cases)]
         for name in names
-        if rank < len(cases[name])
-    ]
+    )
+    sweeps = _by_rank(
+        [Group(ops[name], case, dtype, device, sweep.letter) for case in sweep.cases]
+        for name in names
+        for sweep in getattr(ops[name], preset.sweeps)
+    )
+    return shapes + sweeps
+
+
+def _by_rank(series: Iterable[list[Group]]) -> list[Group]:
+    """The first of every series, then the second of every series, ..."""
+    ranks = itertools.zip_longest(*series)
+    return [group for rank in ranks for group in rank if group is not None]
 
 
 def rows(group: Group) -> list[Row]:

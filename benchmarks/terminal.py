@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-LOG_WIDTH = 120  # a log file has no width of its own, and 80 columns would fold every shape
+LOG_WIDTH = 140  # a log file has no width of its own, and 80 columns would fold every shape
 
 
 def console() -> Console:

@@ -38,5 +38,5 @@ def test_op(row: Row, measured: Callable[[Row], Outcome], request: pytest.Fixtur
     benchmark.group, benchmark.name = row.group.name, row.name
     benchmark.extra_info.update(outcome.facts)
     _readings.clear()
-    _readings.extend(reading for sample in outcome.samples for reading in (0.0, sample))
+    _readings.extend(reading for sample in outcome.samples.values() for reading in (0.0, sample))
     benchmark.pedantic(lambda: None, rounds=len(outcome.samples))

@@ -70,8 +70,8 @@ def clock_for(device: torch.device, *, launches: bool = True) -> Clock:
 
 def round_robin(
     calls: Mapping[str, Call], clock: Clock, *, seconds: float, min_rounds: int
-) -> dict[str, list[float]]:
-    """Samples of every call, in seconds per call.
+) -> dict[str, dict[int, float]]:
+    """Samples of every call, in seconds per call, by the round in which they were taken.
 
     Each call has an equal part of `seconds` and at least `min_rounds` samples; a slow call takes
     part in fewer rounds, evenly spread. The order within a round is shuffled with a fixed seed.
@@ -87,7 +87,7 @@ def round_robin(
         rounds = int(seconds / len(calls) / (estimate * repeats[name]))
         wanted[name] = min(max(rounds, min_rounds), MAX_ROUNDS)
     rounds = max(wanted.values())
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, dict[int, float]] = {name: {} for name in calls}
     order = random.Random(0)
     latest = time.monotonic() + PATIENCE * seconds
     collecting = gc.isenabled()
@@ -99,7 +99,7 @@ def round_robin(
             due = [n for n in calls if index * wanted[n] // rounds > len(samples[n])]
             order.shuffle(due)
             for name in due:
-                samples[name].append(clock.sample(calls[name], repeats[name]))
+                samples[name][index] = clock.sample(calls[name], repeats[name])
     finally:
         if collecting:
             gc.enable()

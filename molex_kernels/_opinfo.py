@@ -43,6 +43,11 @@ class Draw:
         drawn = torch.randn(sizes, generator=self.generator, device=self.generator.device)
         return (drawn * scale).to(self.device, dtype or self.dtype)
 
+    def integers(self, below: int, *sizes: int) -> Tensor:
+        """Integers from 0 to `below`, which is not one of them."""
+        place = self.generator.device
+        return torch.randint(below, sizes, generator=self.generator, device=place).to(self.device)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -53,6 +58,14 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """Cases in which the size `letter` grows, to see what time and memory do."""
+
+    letter: str
+    cases: tuple[Case, ...]
+
+
+@dataclass(frozen=True)
 class OpInfo:
     """A public function with everything that tests and benchmarks need to know of it.
 
@@ -60,8 +73,11 @@ class OpInfo:
     floating tensors named in `differentiable` receive gradients. `results` turns what the function
     returns into named tensors: floating ones are compared within the error budget, integer ones
     exactly. `cost(case, dtype, backward)` counts a forward pass, or a forward and backward pass.
-    A baseline takes the same keyword arguments as the function and returns the same. `compiled` are
-    sizes that reach launch configurations which `tests` do not, for ahead-of-time compilation.
+    A baseline takes the same keyword arguments as the function and returns the same; `stand_in` is
+    the one that gives the fp64 results where the reference does much more work than is asked for.
+    A yardstick takes them too, and does as much work as a library's kernel for something else.
+    `compiled` are sizes that reach launch configurations which `tests` do not, for ahead-of-time
+    compilation. `sweeps` are for a GPU, `quick_sweeps` take seconds on a CPU.
     """
 
     name: str
@@ -75,7 +91,11 @@ class OpInfo:
     quick: tuple[Case, ...]
     cost: Callable[[Case, torch.dtype, bool], Cost]
     baselines: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    stand_in: str | None = None
+    yardsticks: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     compiled: tuple[Case, ...] = ()
+    sweeps: tuple[Sweep, ...] = ()
+    quick_sweeps: tuple[Sweep, ...] = ()
 
     @property
     def implementations(self) -> tuple[str, ...]:

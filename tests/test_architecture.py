@@ -89,6 +89,18 @@ def test_foundations_import_no_op(path: Path):
         assert not name.startswith("molex_kernels.ops"), f"{path.name} imports {name}"
 
 
+def test_integrations_stand_above_everything():
+    """Nobody imports them, and they import the other library only when they are called."""
+    for path in PACKAGE.rglob("*.py"):
+        inside = path.parent.name == "integrations"
+        for name, at_import in _imports(path):
+            assert not name.startswith("molex_kernels.integrations"), f"{path.name}: {name}"
+            if inside and at_import:
+                root = name.split(".")[0]
+                known = root in ("torch", "molex_kernels") or root in sys.stdlib_module_names
+                assert known, f"{path.name} imports {name} when it is imported"
+
+
 def test_one_file_talks_to_torch_library():
     users = [p.name for p in PACKAGE.rglob("*.py") if "torch.library." in _code(p)]
     assert users == ["_register.py"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import DEVICE
 from contract import Outcome, cast, recorded, run, strided, upstream_for
-from tolerance import within_budget
+from tolerance import Errors, judge, measure
 
 from molex_kernels._dispatch import CUDA
 from molex_kernels._dtypes import KERNEL_DTYPES
@@ -67,20 +67,23 @@ def _expect(info: OpInfo, inputs: Inputs, upstream: dict[str, torch.Tensor]) -> 
     )
 
 
-def _compare(got: Outcome, expected: Expected, dtype: torch.dtype) -> None:
+def _errors(got: Outcome, expected: Expected, dtype: torch.dtype) -> dict[str, Errors]:
+    """Of every floating result and gradient; everything else has to be equal."""
+    errors = {}
     for name, result in got.results.items():
         want = expected.fp64.results[name]
         if result.is_floating_point():
-            within_budget(name, result, want, expected.reference.results[name], dtype)
+            errors[name] = measure(name, result, want, expected.reference.results[name], dtype)
         else:
             assert torch.equal(result, want), f"{name}: differs"
     assert got.gradients.keys() == expected.fp64.gradients.keys()
     for name, gradient in got.gradients.items():
         reference = expected.reference.gradients[name]
         assert gradient.dtype == reference.dtype
-        within_budget(
-            f"gradient of {name}", gradient, expected.fp64.gradients[name], reference, dtype
-        )
+        shown = f"gradient of {name}"
+        truth = expected.fp64.gradients[name]
+        errors[shown] = measure(shown, gradient, truth, reference, dtype)
+    return errors
 
 
 def _upstream(info, inputs, impl, generator, *, expanded=False):
@@ -92,30 +95,36 @@ def _upstream(info, inputs, impl, generator, *, expanded=False):
 def test_within_budget_and_repeatable(
     info: OpInfo, case: Case, dtype: torch.dtype, impl: str, generator: torch.Generator
 ):
-    inputs = info.make(case, dtype, DEVICE, generator)
-    upstream = _upstream(info, inputs, impl, generator)
-    before = {k: v.clone() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
-    first = run(info, inputs, impl, upstream)
-    for name, value in before.items():
-        assert torch.equal(inputs[name], value), f"{name} was modified"
-    _compare(first, _expect(info, inputs, upstream), dtype)
+    def draw() -> dict[str, Errors]:
+        inputs = info.make(case, dtype, DEVICE, generator)
+        upstream = _upstream(info, inputs, impl, generator)
+        before = {k: v.clone() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+        first = run(info, inputs, impl, upstream)
+        for name, value in before.items():
+            assert torch.equal(inputs[name], value), f"{name} was modified"
+        second = run(info, inputs, impl, upstream)
+        for name in first.results:
+            assert torch.equal(first.results[name], second.results[name]), (
+                f"{name} differs when repeated"
+            )
+        for name in first.gradients:
+            assert torch.equal(first.gradients[name], second.gradients[name]), f"gradient of {name}"
+        return _errors(first, _expect(info, inputs, upstream), dtype)
 
-    second = run(info, inputs, impl, upstream)
-    for name in first.results:
-        assert torch.equal(first.results[name], second.results[name]), (
-            f"{name} differs when repeated"
-        )
-    for name in first.gradients:
-        assert torch.equal(first.gradients[name], second.gradients[name]), f"gradient of {name}"
+    judge(draw)
 
 
 @pytest.mark.parametrize(("info", "case", "impl"), _per_implementation(slice(None)))
 def test_strided_inputs_and_expanded_gradients(
     info: OpInfo, case: Case, impl: str, generator: torch.Generator
 ):
-    inputs = strided(info.make(case, torch.float32, DEVICE, generator))
-    upstream = _upstream(info, inputs, impl, generator, expanded=True)
-    _compare(run(info, inputs, impl, upstream), _expect(info, inputs, upstream), torch.float32)
+    def draw() -> dict[str, Errors]:
+        inputs = strided(info.make(case, torch.float32, DEVICE, generator))
+        upstream = _upstream(info, inputs, impl, generator, expanded=True)
+        got = run(info, inputs, impl, upstream)
+        return _errors(got, _expect(info, inputs, upstream), torch.float32)
+
+    judge(draw)
 
 
 @pytest.mark.parametrize(("info", "case", "impl"), _per_implementation(slice(0, 3)))
@@ -138,27 +147,29 @@ def _detached(value):
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
-def _compiled(info, inputs, impl, generator, backend):
+def _compiled(info, case, impl, generator, backend):
     torch._dynamo.reset()
-    upstream = _upstream(info, inputs, impl, generator)
     function = torch.compile(info.function, fullgraph=True, backend=backend)
-    _compare(
-        run(info, inputs, impl, upstream, function), _expect(info, inputs, upstream), torch.float32
-    )
+
+    def draw() -> dict[str, Errors]:
+        inputs = info.make(case, torch.float32, DEVICE, generator)
+        upstream = _upstream(info, inputs, impl, generator)
+        got = run(info, inputs, impl, upstream, function)
+        return _errors(got, _expect(info, inputs, upstream), torch.float32)
+
+    judge(draw)
 
 
 @pytest.mark.parametrize(("info", "case", "impl"), _per_implementation(slice(None)))
 def test_traces_without_a_graph_break(
     info: OpInfo, case: Case, impl: str, generator: torch.Generator
 ):
-    inputs = info.make(case, torch.float32, DEVICE, generator)
-    _compiled(info, inputs, impl, generator, "aot_eager")
+    _compiled(info, case, impl, generator, "aot_eager")
 
 
 @pytest.mark.parametrize(("info", "case", "impl"), _per_implementation(slice(0, 1)))
 def test_compiles_with_inductor(info: OpInfo, case: Case, impl: str, generator: torch.Generator):
-    inputs = info.make(case, torch.float32, DEVICE, generator)
-    _compiled(info, inputs, impl, generator, "inductor")
+    _compiled(info, case, impl, generator, "inductor")
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,7 @@ def main() -> int:
     device = torch.device(options.device) if options.device else presets.default_device()
     console = terminal.console()
     if not available():
-        console.print("finetune: left out, it needs pip install '.[finetune]'")
+        console.print("finetune: left out, it needs pip install '.\\[finetune]'")
         return 0
     results = run(presets.PRESETS[options.preset].finetune, device, console)
     for line in verdict(results):

@@ -121,7 +121,7 @@ def _affordable_steps(plan: ImagesPlan, data: Digits, device: torch.device) -> i
         for trainer in trainers:
             trainer.step(*batch).item()
         times.append(time.perf_counter() - start)
-    return max(min(plan.max_steps, int(plan.seconds / len(plan.seeds) / min(times))), 10)
+    return max(min(plan.max_steps, int(plan.seconds / len(plan.seeds) / min(times))), 20)
 
 
 def summary(images: dict[str, Any]) -> list[tuple[str, dict[str, tuple[float, float]]]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import timing
+from benchmarks import spread, timing
 from benchmarks.end_to_end.data import Text
 from benchmarks.end_to_end.train import Trainer
 from benchmarks.measure import FAILED, OK, SKIPPED, WRONG
@@ -47,8 +47,10 @@ def step_times(
         samples = timing.round_robin(named, clock, seconds=plan.step_seconds, min_rounds=5)
     for entry in entries:
         if taken := samples.get(f"{entry['variant']} {entry['impl']}"):
-            entry["median_s"] = statistics.median(taken)
-            entry["samples"] = taken
+            entry["median_s"] = statistics.median(taken.values())
+            base = samples.get(f"{entry['variant']} published", {})
+            if entry["impl"] != "published" and (gain := spread.ratio(base, taken)):
+                entry["versus"] = {"published": gain}
     for trainer in trainers.values():
         trainer.model.use(None)
     return entries

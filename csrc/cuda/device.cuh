@@ -20,7 +20,9 @@
 #define MOLEX_KERNEL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
 #define MOLEX_PARAMS const __grid_constant__
 #define MOLEX_UNROLL _Pragma("unroll")
-#define MOLEX_NO_UNROLL _Pragma("unroll 1")
+#define MOLEX_PRAGMA(text) _Pragma(#text)
+#define MOLEX_UNROLL_BY(times) MOLEX_PRAGMA(unroll(times))
+#define MOLEX_NO_UNROLL MOLEX_UNROLL_BY(1)
 
 namespace molex::device {
 
@@ -88,6 +90,10 @@ MOLEX_DEVICE uint32_t shared_address(const void* pointer) {
 // take time, and those that are kept take registers.
 MOLEX_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
+  return x;
+}
+MOLEX_DEVICE int64_t opaque(int64_t x) {
+  asm volatile("" : "+l"(x));
   return x;
 }
 
@@ -187,6 +193,7 @@ struct Grid {
 // Enqueues the kernel; nothing waits, and a stream that is being captured records it.
 template <class Params>
 Status launch(void (*kernel)(const Params), const Grid& grid, const Params& params, Stream stream) {
+  if (grid.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   constexpr int kWithoutAsking = 48 * 1024;
   if (grid.shared_bytes > kWithoutAsking) {
     const Status status =

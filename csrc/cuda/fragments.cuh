@@ -4,8 +4,10 @@
 // at the columns 2 (l % 4) and the next one, in the order (row, column), (row, column + 1),
 // (row + 8, column), (row + 8, column + 1).
 //
-// fp16 and bf16 use m16n8k16. fp32 uses m16n8k8 three times: x = high + low, each of TF32's 11 bits,
-// and high high + high low + low high keeps about 22 bits of a product.
+// fp16 and bf16 use m16n8k16. fp32 uses m16n8k8 three times: x = high + low, each of TF32's 11 bits, and
+// high high + high low + low high keeps about 23 bits of a product; `Exact` adds low low, as scores need it,
+// whose absolute error an exponential makes a relative one. Tensor cores cut sums off where fp32 rounds
+// them: a long sum would drift, so each of 8 products is added by an fp32 addition.
 
 #pragma once
 
@@ -63,6 +65,7 @@ struct Fragments {
     a.r[3] = device::pack<E>(c1[2], c1[3]);
   }
 
+  template <bool Exact = false>
   MOLEX_DEVICE static void multiply(float (&c)[4], const Left& a, const Right& b, int half) {
     const uint32_t columns[2] = {b.r[2 * half], b.r[2 * half + 1]};
     device::mma_16<E>(c, a.r, columns);
@@ -110,10 +113,14 @@ struct Fragments<float> {
     MOLEX_UNROLL for (int i = 0; i < 4; ++i) split(c[step][kOrder[i]], a.high[i], a.low[i]);
   }
 
+  template <bool Exact = false>
   MOLEX_DEVICE static void multiply(float (&c)[4], const Left& a, const Right& b, int half) {
-    device::mma_tf32(c, a.low, b.high[half]);
-    device::mma_tf32(c, a.high, b.low[half]);
-    device::mma_tf32(c, a.high, b.high[half]);
+    float rest[4] = {0.0f, 0.0f, 0.0f, 0.0f}, whole[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if constexpr (Exact) device::mma_tf32(rest, a.low, b.low[half]);
+    device::mma_tf32(rest, a.low, b.high[half]);
+    device::mma_tf32(rest, a.high, b.low[half]);
+    device::mma_tf32(whole, a.high, b.high[half]);
+    MOLEX_UNROLL for (int i = 0; i < 4; ++i) c[i] += whole[i] + rest[i];
   }
 
  private:
@@ -132,39 +139,72 @@ MOLEX_DEVICE void clear(float (&c)[M][N][4]) {
   }
 }
 
-// c += a b^T: a of 16 M rows and b of 8 N rows, both of `Depth` columns in shared memory.
-template <class E, int Depth, int M, int N>
+// c += a b^T: a of 16 M rows and b of 8 N rows, both of `Depth` columns in shared memory. `Ahead` columns
+// are one round of the loop, which bounds the registers of operands loaded ahead.
+template <class E, int Depth, int Ahead = Depth, int M, int N>
 MOLEX_DEVICE void multiply_rows(float (&c)[M][N][4], const E* a, const E* b) {
   using F = Fragments<E>;
   constexpr int kLength = kPitch<Depth>;
-  MOLEX_UNROLL for (int k = 0; k < Depth; k += F::kDepth) {
+  MOLEX_UNROLL_BY(Ahead / F::kDepth) for (int k = 0; k < Depth; k += F::kDepth) {
     typename F::Left left[M];
     MOLEX_UNROLL for (int m = 0; m < M; ++m) F::load(left[m], a + 16 * m * kLength + k, kLength);
     MOLEX_UNROLL for (int n = 0; n < N; n += 2) {
       typename F::Right right;
       F::load_rows(right, b + 8 * n * kLength + k, kLength);
       MOLEX_UNROLL for (int m = 0; m < M; ++m) {
-        F::multiply(c[m][n], left[m], right, 0);
-        F::multiply(c[m][n + 1], left[m], right, 1);
+        F::template multiply<true>(c[m][n], left[m], right, 0);
+        F::template multiply<true>(c[m][n + 1], left[m], right, 1);
       }
     }
   }
 }
 
-// c += p b: p an accumulator of 8 K columns, b of 8 K rows and 8 N columns in shared memory.
+// c += p b: p an accumulator of 8 K columns, b of 8 K rows and 8 N columns in shared memory. In fp32 the
+// product is summed before it is added: c is a sum of many.
 template <class E, int M, int N, int K>
 MOLEX_DEVICE void multiply_columns(float (&c)[M][N][4], const float (&p)[M][K][4], const E* b) {
   using F = Fragments<E>;
-  constexpr int kLength = kPitch<8 * N>;
-  MOLEX_UNROLL for (int step = 0; step < 8 * K / F::kDepth; ++step) {
-    typename F::Left left[M];
-    MOLEX_UNROLL for (int m = 0; m < M; ++m) F::convert(left[m], p[m], step);
-    MOLEX_UNROLL for (int n = 0; n < N; n += 2) {
-      typename F::Right right;
-      F::load_columns(right, b + F::kDepth * step * kLength + 8 * n, kLength);
+  constexpr int kLength = kPitch<8 * N>, kSteps = 8 * K / F::kDepth;
+  const auto load = [&](int step, int n) {
+    typename F::Right right;
+    F::load_columns(right, b + F::kDepth * step * kLength + 8 * n, kLength);
+    return right;
+  };
+  if constexpr (sizeof(E) == 2) {
+    MOLEX_UNROLL for (int step = 0; step < kSteps; ++step) {
+      typename F::Left left[M];
+      MOLEX_UNROLL for (int m = 0; m < M; ++m) F::convert(left[m], p[m], step);
+      MOLEX_UNROLL for (int n = 0; n < N; n += 2) {
+        const typename F::Right right = load(step, n);
+        MOLEX_UNROLL for (int m = 0; m < M; ++m) {
+          F::multiply(c[m][n], left[m], right, 0);
+          F::multiply(c[m][n + 1], left[m], right, 1);
+        }
+      }
+    }
+  } else {
+    constexpr int kAtOnce = N < 16 && kSteps > 1 ? 2 : 1;  // what the registers hold
+    MOLEX_UNROLL for (int first = 0; first < kSteps; first += kAtOnce) {
+      typename F::Left left[M][kAtOnce];
       MOLEX_UNROLL for (int m = 0; m < M; ++m) {
-        F::multiply(c[m][n], left[m], right, 0);
-        F::multiply(c[m][n + 1], left[m], right, 1);
+        MOLEX_UNROLL for (int i = 0; i < kAtOnce; ++i) F::convert(left[m][i], p[m], first + i);
+      }
+      MOLEX_UNROLL for (int n = 0; n < N; n += 2) {
+        float sum[M][2][4];
+        clear(sum);
+        MOLEX_UNROLL for (int i = 0; i < kAtOnce; ++i) {
+          const typename F::Right right = load(first + i, n);
+          MOLEX_UNROLL for (int m = 0; m < M; ++m) {
+            F::multiply(sum[m][0], left[m][i], right, 0);
+            F::multiply(sum[m][1], left[m][i], right, 1);
+          }
+        }
+        MOLEX_UNROLL for (int m = 0; m < M; ++m) {
+          MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
+            c[m][n][e] += sum[m][0][e];
+            c[m][n + 1][e] += sum[m][1][e];
+          }
+        }
       }
     }
   }

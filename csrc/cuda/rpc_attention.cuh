@@ -95,14 +95,18 @@ device::Status run_backward(const Backward& b, Stream stream) {
     const bool has_q = p.q.data != nullptr;
     for (int t = p.iterations - 1; t >= 0 && status == device::kSuccess; --t) {
       BackwardStep<E> step(b, scratch, t, D);
-      if (has_q) {
-        step.as_query = true;
-        status = device::launch(gradient<E, D>, grid, step, stream);
+      step.as_query = true;
+      if constexpr (kSumsInner<E>) {
+        status = device::launch(gradient<E, D, true>, grid, step, stream);
         if (status != device::kSuccess) break;
       }
-      step.as_query = !has_q;
+      if (has_q) {
+        status = device::launch(gradient<E, D, false>, grid, step, stream);
+        if (status != device::kSuccess) break;
+        step.as_query = false;
+      }
       step.as_key = true;
-      status = device::launch(gradient<E, D>, grid, step, stream);
+      status = device::launch(gradient<E, D, false>, grid, step, stream);
     }
     if (status != device::kSuccess || !b.grad_threshold) return status;
     const int shared_bytes = kSumThreads / kWarp * static_cast<int>(sizeof(float));

@@ -1,10 +1,14 @@
-// RPC attention backward: the iterations from last to first, one launch each (two where q is given).
+// RPC attention backward: the iterations from last to first, one launch each (two where q is given, and
+// in fp32 one more).
 //
 // A block owns 64 rows j of a head in every role, so nothing is added across blocks and the result
 // does not depend on the order in which they run. With Z = K~ K~^T, which is symmetric, one product
 // serves row j as a query of all keys i and as a key of all queries i:
 //   gK~_j = scale sum_i (dZ_ji + dZ_ij) K~_i ,   gV_j += sum_i P_ij G_i ,   G = gL - gu
 // and the recurrences of the dual and the threshold follow for the same rows in the epilogue.
+//
+// dZ_ji = P_ji (dP_ji - D_j), dP = G V^T, where D_j is <G_j, L_j>. Of peaked attention the difference is
+// small, so in fp32 a launch before takes D_j = sum_i P_ji dP_ji from the very numbers that it meets.
 //
 // Budget. gradient: 128 threads, at most 255 registers; shared memory (3 * 64 + 6 columns) (D + 8)
 // bytes(E) + 24 columns, at most 157,056 bytes (fp32, D = 128), so that it runs on sm_80. No spills.
@@ -15,14 +19,18 @@
 
 namespace molex::rpc {
 
+// Whether D is a launch of its own.
+template <class E>
+constexpr bool kSumsInner = sizeof(E) == 4;
+
 template <class E>
 struct BackwardScratch {
   E* clean;            // K~_1 ... K~_n, packed
   int8_t* sides;       // side(a_t), likewise
   E *values, *queries;
   E* upstream[2];      // G of this iteration, and of the one before, which this one writes
-  float* delta[2];     // their rows' inner products with L
-  float *dual, *k, *v, *q;  // gu, and what the gradients have come to
+  float* delta[2];     // D, their rows' inner products with L
+  float *dual, *k, *v, *q;  // gu, gu + gk, and what the other gradients have come to
   float* threshold;    // a row's gradient of its threshold
   int64_t bytes;
 
@@ -115,10 +123,14 @@ void rebuild(MOLEX_PARAMS BackwardStep<E> s) {
     if (p.q.data) s.queries[place] = inside ? head_of<E>(p, p.q, head)[row * p.q.row + column] : zero;
     const E g = inside ? head_of<E>(p, b.grad_out, head)[row * b.grad_out.row + column] : zero;
     s.next_upstream[place] = g;
-    if (inside) along += device::to_float(g) * device::to_float(static_cast<const E*>(b.out)[plain + column]);
+    if (!kSumsInner<E> && inside) {
+      along += device::to_float(g) * device::to_float(static_cast<const E*>(b.out)[plain + column]);
+    }
   }
-  MOLEX_UNROLL for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) along += device::shuffle_xor(along, lanes);
-  if (lane() == 0) s.next_delta[packed] = along;
+  if constexpr (!kSumsInner<E>) {
+    MOLEX_UNROLL for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) along += device::shuffle_xor(along, lanes);
+    if (lane() == 0) s.next_delta[packed] = along;
+  }
 }
 
 template <class E, int D>
@@ -127,13 +139,16 @@ struct GradientTile {
   static constexpr int kRows = 16 * kWarps;
   static constexpr int kColumns = sizeof(E) == 2 ? (D <= 64 ? 64 : 32) : (D <= 64 ? 32 : 16);
   static constexpr int kStages = 2;
+  static constexpr bool kReloads = sizeof(E) == 4 && D > 64;  // what else the loop would spill
+  static constexpr int kAhead = sizeof(E) == 4 ? (D > 64 ? 8 : 16) : D;
   static constexpr int kStatistics = 3 * kStages * kColumns;  // floats: largest, 1 / sum, D
   static constexpr int kSharedBytes =
       (3 * kRows + 3 * kStages * kColumns) * kPitch<D> * sizeof(E) + kStatistics * sizeof(float);
   static_assert(kRowsMultiple % kRows == 0 && kRowsMultiple % kColumns == 0);
 };
 
-template <class E, int D>
+// With `Sums` only D of a block's rows, as queries.
+template <class E, int D, bool Sums>
 MOLEX_KERNEL((GradientTile<E, D>::kWarps * kWarp), 1)
 void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   using T = GradientTile<E, D>;
@@ -143,16 +158,26 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   const int tiles = (p.length + T::kRows - 1) / T::kRows, t = s.iteration;
   const int64_t head = device::block() / tiles, rows = padded_rows(p), base = head * rows * D;
   const int first = static_cast<int>(device::block() % tiles) * T::kRows, row = first + 16 * warp();
-  const E* clean = s.clean + base;
-  const E* queries = p.q.data ? s.queries + base : clean;
-  // This block's rows of the product, and the rows that run past them.
-  const E* left = s.as_key ? clean : queries;
-  const E* right = s.as_key ? queries : clean;
-  const E* values = s.values + base;
-  const E* upstream = s.upstream + base;
-  const float* largest = b.stats + (2 * t * p.all_heads() + head) * p.length;
-  const float* total = largest + p.all_heads() * p.length;
-  const float* delta = s.delta + head * rows;
+  // A head's matrices: this block's rows of the product, the rows that run past them, and so on.
+  struct Matrices {
+    const E *left, *right, *values, *upstream;
+    const float *largest, *total;
+    float* delta;
+  };
+  const auto matrices = [&] {
+    const int64_t at = T::kReloads ? device::opaque(head) : head, place = at * rows * D;
+    const E* clean = s.clean + place;
+    const E* queries = p.q.data ? s.queries + place : clean;
+    const float* largest = b.stats + (2 * t * p.all_heads() + at) * p.length;
+    return Matrices{s.as_key ? clean : queries,
+                    s.as_key ? queries : clean,
+                    s.values + place,
+                    s.upstream + place,
+                    largest,
+                    largest + p.all_heads() * p.length,
+                    s.delta + at * rows};
+  };
+  const Matrices kept_matrices = matrices();
 
   E* own_left = reinterpret_cast<E*>(device::shared());
   E* own_values = own_left + T::kRows * kPitchD;
@@ -161,21 +186,23 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   float* statistics = reinterpret_cast<float*>(stages + 3 * T::kStages * kTileSize);
   const auto fetch = [&](int other) {
     const int stage = other / T::kColumns % T::kStages;
+    const Matrices of = T::kReloads ? matrices() : kept_matrices;
     E* to = stages + stage * 3 * kTileSize;
-    copy_rows<E, D>(to, right + other * D, T::kColumns);
-    copy_rows<E, D>(to + kTileSize, values + other * D, T::kColumns);
-    copy_rows<E, D>(to + 2 * kTileSize, upstream + other * D, T::kColumns);
+    copy_rows<E, D>(to, of.right + other * D, T::kColumns);
+    copy_rows<E, D>(to + kTileSize, of.values + other * D, T::kColumns);
+    if constexpr (Sums) return;
+    copy_rows<E, D>(to + 2 * kTileSize, of.upstream + other * D, T::kColumns);
     for (int i = device::thread(); i < T::kColumns; i += device::threads()) {
       float* numbers = statistics + stage * 3 * T::kColumns + i;
       const bool inside = other + i < p.length;
-      numbers[0] = inside ? largest[other + i] : 0.0f;
-      numbers[T::kColumns] = inside ? 1.0f / total[other + i] : 0.0f;
-      numbers[2 * T::kColumns] = delta[other + i];
+      numbers[0] = inside ? of.largest[other + i] : 0.0f;
+      numbers[T::kColumns] = inside ? 1.0f / of.total[other + i] : 0.0f;
+      numbers[2 * T::kColumns] = of.delta[other + i];
     }
   };
-  copy_rows<E, D>(own_left, left + first * D, T::kRows);
-  copy_rows<E, D>(own_values, values + first * D, T::kRows);
-  copy_rows<E, D>(own_upstream, upstream + first * D, T::kRows);
+  copy_rows<E, D>(own_left, kept_matrices.left + first * D, T::kRows);
+  if constexpr (!Sums) copy_rows<E, D>(own_values, kept_matrices.values + first * D, T::kRows);
+  copy_rows<E, D>(own_upstream, kept_matrices.upstream + first * D, T::kRows);
 
   // Under a causal mask queries are behind their keys.
   const int begin = p.causal && !s.as_query ? first / T::kColumns * T::kColumns : 0;
@@ -186,15 +213,24 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   const Sight sees(p, head);
   const Dropout keeps(p, head, t + 1 == p.iterations);
   const float scale2 = p.scale * kLog2e;
-  float own_largest[2], own_inverse[2], own_delta[2];
-  bool real[2];
-  MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-    const int mine = row + lane_row() + 8 * i;
-    own_largest[i] = mine < p.length ? largest[mine] : 0.0f;
-    own_inverse[i] = mine < p.length ? 1.0f / total[mine] : 0.0f;
-    own_delta[i] = delta[mine];
-    real[i] = sees.exists(mine);
-  }
+  struct Own {
+    float largest[2], inverse[2], delta[2];
+    bool real[2];
+  };
+  const auto load_own = [&] {
+    const Matrices of = T::kReloads ? matrices() : kept_matrices;
+    Own own;
+    MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+      const int mine = row + lane_row() + 8 * i;
+      own.largest[i] = mine < p.length ? of.largest[mine] : 0.0f;
+      own.inverse[i] = mine < p.length ? 1.0f / of.total[mine] : 0.0f;
+      own.delta[i] = Sums ? 0.0f : of.delta[mine];
+      own.real[i] = sees.exists(mine);
+    }
+    return own;
+  };
+  const Own kept_own = load_own();
+  float inner[2] = {0.0f, 0.0f};
   float grad_left[1][D / 8][4], grad_values[1][D / 8][4];
   clear(grad_left);
   clear(grad_values);
@@ -214,30 +250,39 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
     float z[1][T::kColumns / 8][4], dz[1][T::kColumns / 8][4], dp[1][T::kColumns / 8][4];
     clear(z);
     clear(dz);
-    multiply_rows<E, D>(z, own_left + warp_row, tile);
+    multiply_rows<E, D, T::kAhead>(z, own_left + warp_row, tile);
     if (query) {  // row j sees key i
       clear(dp);
-      multiply_rows<E, D>(dp, own_upstream + warp_row, tile + kTileSize);
+      multiply_rows<E, D, T::kAhead>(dp, own_upstream + warp_row, tile + kTileSize);
       const bool all = sees.all(row, other, T::kColumns);
+      const Own own = T::kReloads ? load_own() : kept_own;
       MOLEX_UNROLL for (int n = 0; n < T::kColumns / 8; ++n) {
         MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
           const int j = row + lane_row() + e / 2 * 8, i = other + 8 * n + lane_column() + e % 2;
           const float probability =
-              device::exp2((z[0][n][e] - own_largest[e / 2]) * scale2) * own_inverse[e / 2];
+              device::exp2((z[0][n][e] - own.largest[e / 2]) * scale2) * own.inverse[e / 2];
           const float keep = keeps.active ? keeps(j, i) : 1.0f;
           const bool seen = all || (sees.exists(i) && !sees.later(j, i));
-          if (seen) dz[0][n][e] = probability * (dp[0][n][e] * keep - own_delta[e / 2]);
+          if (seen) dz[0][n][e] = probability * (dp[0][n][e] * keep - own.delta[e / 2]);
         }
       }
     }
-    if (key) {  // row j is seen by query i
+    if constexpr (Sums) {
+      MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+        float part = 0.0f;
+        MOLEX_UNROLL for (int n = 0; n < T::kColumns / 8; ++n) part += dz[0][n][2 * i] + dz[0][n][2 * i + 1];
+        inner[i] += part;
+      }
+    }
+    if (!Sums && key) {  // row j is seen by query i
       clear(dp);
-      multiply_rows<E, D>(dp, own_values + warp_row, tile + 2 * kTileSize);
+      multiply_rows<E, D, T::kAhead>(dp, own_values + warp_row, tile + 2 * kTileSize);
+      const Own own = T::kReloads ? load_own() : kept_own;
       MOLEX_UNROLL for (int n = 0; n < T::kColumns / 8; ++n) {
         MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
           const int j = row + lane_row() + e / 2 * 8, column = 8 * n + lane_column() + e % 2;
           const int i = other + column;
-          const bool seen = real[e / 2] && !sees.later(i, j);
+          const bool seen = own.real[e / 2] && !sees.later(i, j);
           const float weight = device::exp2((z[0][n][e] - numbers[column]) * scale2);
           const float probability = seen ? weight * numbers[T::kColumns + column] : 0.0f;
           const float keep = keeps.active ? keeps(i, j) : 1.0f;
@@ -247,12 +292,21 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
       }
       multiply_columns<E>(grad_values, z, tile + 2 * kTileSize);
     }
-    multiply_columns<E>(grad_left, dz, tile);
+    if constexpr (!Sums) multiply_columns<E>(grad_left, dz, tile);
     if (other + T::kStages * T::kColumns < end) device::sync();  // a fetch overwrites this stage
+  }
+
+  if constexpr (Sums) {
+    MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+      const float sum = row_sum(inner[i]);
+      if (lane_column() == 0) s.delta[head * rows + row + lane_row() + 8 * i] = sum;
+    }
+    return;
   }
 
   // The recurrences, for this lane's elements of the block's rows.
   const bool is_first = t == 0, is_last = t + 1 == p.iterations;
+  const Own own = T::kReloads ? load_own() : kept_own;
   float* dual = s.dual + base;
   const int8_t* sides = s.sides + base;
   const auto carry = [&](float* sums, void* result, int mine, int column, float value) {
@@ -265,44 +319,54 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
     }
   };
   MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-    const int mine = row + lane_row() + 8 * i;
+    const int own_row = row + lane_row() + 8 * i;
     float of_threshold = 0.0f, along = 0.0f;
     MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
+      const int mine = T::kReloads ? device::opaque(own_row) : own_row;
       const int column = 8 * n + lane_column();
       const int64_t place = static_cast<int64_t>(mine) * D + column;
       float next[2];
       MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
-        const float product = real[i] ? grad_left[0][n][2 * i + c] * p.scale : 0.0f;
+        const float product = own.real[i] ? grad_left[0][n][2 * i + c] * p.scale : 0.0f;
         if (!s.as_key) {
           carry(s.q, b.grad_q, mine, column + c, product);
           continue;
         }
-        const bool inside = real[i] && column + c < p.width;
+        const bool inside = own.real[i] && column + c < p.width;
         const float gu = is_last ? 0.0f : dual[place + c];
         const float extra = is_last && b.grad_sparse.data && inside
                                 ? head_of<float>(p, b.grad_sparse, head)[mine * b.grad_sparse.row + column + c]
                                 : 0.0f;
         const int8_t where = sides[place + c];
         const float ga = where == kInside ? 0.0f : extra - gu - product;
-        of_threshold -= where == kInside ? 0.0f : where * ga;
-        carry(s.v, b.grad_v, mine, column + c, real[i] ? grad_values[0][n][2 * i + c] : 0.0f);
-        carry(s.k, b.grad_k, mine, column + c, gu + product + ga);
+        float term = ga;
+        if constexpr (kSumsInner<E>) {
+          // The last two iterations' ga add up to the difference of their products where they share a side:
+          // what is large cancels there, and is not added in the first place.
+          const int64_t step = p.all_heads() * rows * D;
+          if (is_last && !is_first && s.sides[base + place + c - step] == where) term = product;
+          if (t + 2 == p.iterations && s.sides[base + place + c + step] == where) term = -product;
+        }
+        of_threshold -= where == kInside ? 0.0f : where * term;
+        carry(s.v, b.grad_v, mine, column + c, own.real[i] ? grad_values[0][n][2 * i + c] : 0.0f);
+        // Carried is gk + gu: gu holds -product of the iteration behind, which gk would have to lose again.
+        carry(s.k, b.grad_k, mine, column + c, is_first ? product + ga : gu + 2.0f * ga);
         if (is_first) continue;
         const float before = gu - product + ga;  // gu of the iteration before, whose gL is -ga
         dual[place + c] = before;
         next[c] = -ga - before;
-        const E rounded = device::from_float<E>(next[c]);
+        if (kSumsInner<E> || !inside) continue;
         const int64_t plain = ((t - 1) * p.all_heads() + head) * p.length + mine;
-        if (inside) along += device::to_float(rounded) * b.lows[plain * p.width + column + c];
+        along += device::to_float(device::from_float<E>(next[c])) * b.lows[plain * p.width + column + c];
       }
       if (s.as_key && !is_first) store_pair(s.next_upstream + base + place, next[0], next[1]);
     }
     if (!s.as_key) continue;
-    along = row_sum(along);
+    if (!kSumsInner<E>) along = row_sum(along);
     of_threshold = row_sum(of_threshold);
     if (lane_column() != 0) continue;
-    if (!is_first) s.next_delta[head * rows + mine] = along;
-    float* sum = s.threshold + head * rows + mine;
+    if (!kSumsInner<E> && !is_first) s.next_delta[head * rows + own_row] = along;
+    float* sum = s.threshold + head * rows + own_row;
     *sum = is_last ? of_threshold : *sum + of_threshold;
   }
 }

@@ -2,8 +2,9 @@
 //
 // Budget, without spills. on_chip: in 16 bits 256 threads of 128 registers (D <= 32), or 128 threads of 168
 // (D = 64), so that two or three blocks share a multiprocessor; otherwise 256 threads of 255. Shared memory
-// (2 P + 16 W (1 or, with q, 2)) (D + 8) bytes(E) for P padded rows and W warps, up to the device's limit. step: 128 threads of 255 registers; shared memory (rows + 4 columns) (D + 8) bytes(E), at most
-// 104,448 bytes (fp32, D = 128), so that it runs on sm_80. prepare: 256 threads of 40 registers.
+// (2 P + 16 W (1 or, with q, 2)) (D + 8) bytes(E) for P padded rows and W warps, up to the device's limit.
+// step: 128 threads of 255 registers; shared memory (rows + 4 columns) (D + 8) bytes(E), at most 104,448
+// bytes (fp32, D = 128), so that it runs on sm_80. prepare: 256 threads of 40 registers.
 
 #pragma once
 
@@ -14,15 +15,19 @@ namespace molex::rpc {
 // softmax(rows keys^T) values of 16 M rows per warp, summed over tiles of keys.
 template <class E, int D, int M, int Columns>
 struct Attention {
+  // Of like terms, such as those of flat attention, every rounding of a long sum goes the same way.
+  static constexpr bool kCompensated = sizeof(E) == 4;
+
   float sum[M][D / 8][4];
   float largest[M][2], total[M][2];  // of scores, and of this lane's exp(score - largest)
+  float lost[M][2];                  // what roundings took from `total`, if compensated
 
   MOLEX_DEVICE void start() {
     clear(sum);
     MOLEX_UNROLL for (int m = 0; m < M; ++m) {
       MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
         largest[m][i] = -device::infinity();
-        total[m][i] = 0.0f;
+        total[m][i] = lost[m][i] = 0.0f;
       }
     }
   }
@@ -38,7 +43,7 @@ struct Attention {
                         int key) {
     float z[M][Columns / 8][4];
     clear(z);
-    multiply_rows<E, D>(z, rows, keys);
+    multiply_rows<E, D, sizeof(E) == 4 ? 16 : D>(z, rows, keys);
     if (scale2 < 0.0f) {  // the largest are then the smallest
       scale2 = -scale2;
       MOLEX_UNROLL for (int m = 0; m < M; ++m) {
@@ -72,14 +77,16 @@ struct Attention {
         const float origin = top == -device::infinity() ? 0.0f : top;
         const float shrunk = device::exp2((largest[m][i] - origin) * scale2);
         largest[m][i] = top;
-        float part = total[m][i] * shrunk;
+        const float before = total[m][i] * shrunk;
+        float part = kCompensated ? lost[m][i] * shrunk : before;
         MOLEX_UNROLL for (int n = 0; n < Columns / 8; ++n) {
           MOLEX_UNROLL for (int e = 2 * i; e < 2 * i + 2; ++e) {
             z[m][n][e] = device::exp2((z[m][n][e] - origin) * scale2);
             part += z[m][n][e];
           }
         }
-        total[m][i] = part;
+        total[m][i] = kCompensated ? before + part : part;
+        if (kCompensated) lost[m][i] = part - (total[m][i] - before);
         MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
           sum[m][n][2 * i] *= shrunk;
           sum[m][n][2 * i + 1] *= shrunk;
@@ -107,6 +114,7 @@ struct Attention {
     MOLEX_UNROLL for (int m = 0; m < M; ++m) {
       MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
         total[m][i] = row_sum(total[m][i]);
+        if (kCompensated) total[m][i] += row_sum(lost[m][i]);
         const float inverse = 1.0f / total[m][i];
         MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
           sum[m][n][2 * i] *= inverse;
@@ -169,7 +177,7 @@ struct Results {
 
 template <class E, int D>
 struct OnChip {
-  static constexpr int kColumns = 32;
+  static constexpr int kColumns = sizeof(E) == 4 && D > 64 ? 16 : 32;
   static constexpr int kWarps = sizeof(E) == 2 && D == 64 ? 4 : 8;
   // Of which so many shall share a multiprocessor; it bounds the registers.
   static constexpr int kBlocks = sizeof(E) == 2 && D <= 64 ? (D == 64 ? 3 : 2) : 1;
@@ -241,17 +249,15 @@ void on_chip(MOLEX_PARAMS OnChipForward<E, D> s) {
     keys[(published + i / D) * kPitch<D> + i % D] = device::from_float<E>(0.0f);
   }
   device::sync();
+  device::arrive_cluster();
 
-  const Sight sees(p, head);
-  const float scale2 = p.scale * kLog2e;
   float w[D / 8][4];
   Attention<E, D, 1, kColumns> attention;
-  const E* own_lane = own + (16 * warp() + lane_row()) * kPitch<D> + lane_column();
-
   MOLEX_NO_UNROLL for (int t = 0; t < p.iterations; ++t) {
     // From L and w of the iteration before, K~ in the place of L, and the new w.
     const Results<E> results{f, head, t};
     const int upper = device::opaque(row + lane_row());
+    const E* own_lane = own + (upper - first) * kPitch<D> + lane_column();
     MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
       MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
         const float2 k = load_pair(own_lane + 8 * i * kPitch<D> + 8 * n);
@@ -264,13 +270,15 @@ void on_chip(MOLEX_PARAMS OnChipForward<E, D> s) {
         }
       }
     }
-    if (t) device::wait_cluster();  // until every block has read the keys of the iteration before
+    device::wait_cluster();  // until every block has started, and read the keys of the iteration before
     publish<E, D>(keys, attention.sum, row, rank, plan.cluster);
     device::arrive_cluster();
     device::wait_cluster();
 
     attention.start();
+    const Sight sees(p, head);
     const Dropout keeps(p, head, results.last());
+    const float scale2 = p.scale * kLog2e;
     const E* rows = p.q.data ? queries + 16 * warp() * kPitch<D> : keys + row * kPitch<D>;
     const int end = p.causal && row + 16 < p.length ? row + 16 : p.length;
     MOLEX_NO_UNROLL for (int key = 0; key < end; key += kColumns) {

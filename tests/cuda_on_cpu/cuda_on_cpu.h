@@ -3,8 +3,10 @@
 // A scheduler runs the fibers of a cluster of blocks one at a time, in an order drawn from a seed: it
 // picks a warp and stays with it until all its lanes wait, so that warps are as far apart as barriers
 // allow. Warp-wide instructions wait for the 32 lanes and are computed from their documented register
-// layouts. Shared memory starts as NaN and ends at a guard page. An asynchronous copy takes place when
-// it is issued or when it is waited for, by chance. A missing barrier or an unwritten read is therefore a wrong number.
+// layouts, with the accuracy that tensor cores and ex2.approx have. Shared memory starts as NaN, at the
+// start of its block, and ends at a guard page. A block of a cluster may start late. An asynchronous copy
+// takes place when it is issued or when it is waited for, by chance. A missing barrier or an unwritten read
+// is therefore a wrong number.
 
 #pragma once
 
@@ -19,6 +21,7 @@
 #define MOLEX_KERNEL(threads, blocks) inline
 #define MOLEX_PARAMS const
 #define MOLEX_UNROLL
+#define MOLEX_UNROLL_BY(times)
 #define MOLEX_NO_UNROLL
 
 struct uint4 {
@@ -105,7 +108,17 @@ inline uint32_t to_tf32(float x) {
 }
 
 inline int opaque(int x) { return x; }
-inline float exp2(float x) { return std::exp2(x); }
+inline int64_t opaque(int64_t x) { return x; }
+
+// ex2.approx.ftz: exact for integers, elsewhere off by up to 2^-22.5 of the result, here by a hash of x.
+inline float exp2(float x) {
+  const float y = std::exp2(x);
+  if (x == std::floor(x) || x != x) return y;
+  const uint32_t mixed = (std::bit_cast<uint32_t>(x) ^ 0x5bd1e995u) * 0x9E3779B1u;
+  const float off = static_cast<float>(static_cast<int32_t>(mixed ^ mixed << 13)) * 0x1p-31f * 1.7e-7f;
+  const float result = y + y * off;
+  return result < 0x1p-126f ? 0.0f : result;
+}
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
 
 struct Grid {

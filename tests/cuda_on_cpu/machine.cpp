@@ -6,10 +6,13 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "cuda_on_cpu.h"
@@ -60,7 +63,9 @@ struct Block {
   int64_t index = 0;
   int threads = 0;
   int waiting = 0, phase = 0;  // of the block's barrier
+  bool started = false;
   char* shared = nullptr;
+  int shared_bytes = 0;
   std::vector<Warp> warps;
   std::vector<Fiber> fibers;
 };
@@ -159,9 +164,9 @@ void set_up(Block& block, int64_t index, int rank, const Grid& grid) {
   block.threads = grid.threads;
   block.waiting = block.phase = 0;
   while (static_cast<int>(machine.memories.size()) <= rank) machine.memories.push_back(guarded_memory());
-  const int bytes = (grid.shared_bytes + 15) / 16 * 16;
-  block.shared = machine.memories[rank] + kSharedLimit - bytes;
-  std::memset(block.shared, 0xff, bytes);  // NaN in every floating type
+  block.shared_bytes = (grid.shared_bytes + 15) / 16 * 16;
+  block.shared = machine.memories[rank] + kSharedLimit - block.shared_bytes;
+  block.started = false;
   block.warps.assign(grid.threads / kLanes, Warp{});
   block.fibers.resize(grid.threads);
   for (int i = 0; i < grid.threads; ++i) {
@@ -196,14 +201,24 @@ void run_cluster(int64_t first, const Grid& grid) {
     for (Warp& warp : machine.blocks[rank].warps) warps.push_back(&warp);
   }
   fresh.assign(warps.size(), ~0u);
+  // One block, or none, starts when the others can do no more.
+  Block* late = machine.draw(2) ? &machine.blocks[machine.draw(static_cast<uint32_t>(grid.cluster))] : nullptr;
   for (;;) {
     std::vector<size_t> runnable;
     for (size_t i = 0; i < warps.size(); ++i) {
-      if (warps[i]->ready) runnable.push_back(i);
+      if (warps[i]->ready && warps[i]->block != late) runnable.push_back(i);
     }
-    if (runnable.empty()) break;
+    if (runnable.empty()) {
+      if (!std::exchange(late, nullptr)) break;
+      continue;
+    }
     const size_t chosen = runnable[machine.draw(static_cast<uint32_t>(runnable.size()))];
     Warp& warp = *warps[chosen];
+    if (!warp.block->started) {
+      // NaN in every floating type, whatever another block has written before.
+      std::memset(warp.block->shared, 0xff, warp.block->shared_bytes);
+      warp.block->started = true;
+    }
     while (warp.ready) {
       const int turn = static_cast<int>(machine.draw(kLanes));
       const int lane = (std::countr_zero(std::rotr(warp.ready, turn)) + turn) % kLanes;
@@ -222,6 +237,40 @@ void run_cluster(int64_t first, const Grid& grid) {
 float half_of(uint16_t bits) { return to_float(Half{bits}); }
 float bfloat_of(uint16_t bits) { return to_float(BFloat{bits}); }
 
+// c + sum of `count` products as tensor cores are known to form it (Fasi et al. 2021, the A100): exact
+// products, every term cut off one bit behind the last of the largest one's fp32, their sum cut to fp32.
+// Nothing is rounded, so that a long sum in an accumulator drifts towards zero.
+float cut_sum(float c, const double* products, int count) {
+  double top = std::fabs(c), plain = c;
+  for (int i = 0; i < count; ++i) {
+    top = std::fmax(top, std::fabs(products[i]));
+    plain += products[i];
+  }
+  if (top == 0.0 || !std::isfinite(plain)) return static_cast<float>(plain);
+  const uint64_t exponent = std::bit_cast<uint64_t>(top) >> 52;
+  const double per_unit = std::bit_cast<double>((2 * 1023 + 24 - exponent) << 52);
+  int64_t units = static_cast<int64_t>(c * per_unit);
+  for (int i = 0; i < count; ++i) units += static_cast<int64_t>(products[i] * per_unit);
+  const double sum = static_cast<double>(units) / per_unit;
+  constexpr uint64_t kBehindFloat = (uint64_t{1} << 29) - 1;
+  return static_cast<float>(std::bit_cast<double>(std::bit_cast<uint64_t>(sum) & ~kBehindFloat));
+}
+
+// a b of 16 x Depth times Depth x 8, added to the lanes' accumulators `Together` products at a time.
+template <int Depth, int Together, class Lanes>
+void accumulate(Lanes** lanes, const float (&a)[16][Depth], const float (&b)[8][Depth]) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const float* left = a[lane / 4 + i / 2 * 8];
+      const float* right = b[lane % 4 * 2 + i % 2];
+      double products[Depth];
+      for (int k = 0; k < Depth; ++k) products[k] = static_cast<double>(left[k]) * right[k];
+      float& c = lanes[lane]->c[i];
+      for (int k = 0; k < Depth; k += Together) c = cut_sum(c, products + k, Together);
+    }
+  }
+}
+
 struct Product {
   float* c;
   const uint32_t *a, *b;
@@ -231,7 +280,7 @@ struct Product {
 // b [16 x 8]: column g, the same k; of c [16 x 8]: rows g and g + 8, columns 2 t and 2 t + 1.
 template <float (*Convert)(uint16_t)>
 void multiply_16(Product** lanes) {
-  float a[16][16], b[16][8], c[16][8] = {};
+  float a[16][16], b[8][16];
   for (int lane = 0; lane < kLanes; ++lane) {
     const int g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) {
@@ -242,18 +291,11 @@ void multiply_16(Product** lanes) {
     }
     for (int i = 0; i < 2; ++i) {
       const uint32_t word = lanes[lane]->b[i];
-      b[2 * t + i * 8][g] = Convert(static_cast<uint16_t>(word));
-      b[2 * t + i * 8 + 1][g] = Convert(static_cast<uint16_t>(word >> 16));
+      b[g][2 * t + i * 8] = Convert(static_cast<uint16_t>(word));
+      b[g][2 * t + i * 8 + 1] = Convert(static_cast<uint16_t>(word >> 16));
     }
   }
-  for (int i = 0; i < 16; ++i) {
-    for (int k = 0; k < 16; ++k) {
-      for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
-    }
-  }
-  for (int lane = 0; lane < kLanes; ++lane) {
-    for (int i = 0; i < 4; ++i) lanes[lane]->c[i] += c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
-  }
+  accumulate<16, 8>(lanes, a, b);
 }
 
 struct Rows {
@@ -340,7 +382,12 @@ void wait_cluster() {
 
 void store_remote(void* mine, int rank, uint4 value) {
   if (rank < 0 || rank >= static_cast<int>(machine.blocks.size())) fail("no such block in the cluster");
-  char* other = machine.blocks[rank].shared + (static_cast<char*>(mine) - shared());
+  const Block& block = machine.blocks[rank];
+  if (block.started && std::all_of(block.fibers.begin(), block.fibers.end(), [](const Fiber& f) { return f.done; })) {
+    if (machine.options.left_out_barrier >= 0) return;
+    fail("a store to the shared memory of a block that has ended");
+  }
+  char* other = block.shared + (static_cast<char*>(mine) - shared());
   if (reinterpret_cast<uintptr_t>(other) % 16) fail("a remote store is not aligned to 16 bytes");
   std::memcpy(other, &value, sizeof value);
 }
@@ -410,26 +457,19 @@ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   Product mine{c, a, b};
   together(mine, [](Product** lanes) {
     const auto value = [](uint32_t word) { return as_float(word & 0xffffe000u); };
-    float x[16][8], y[8][8], z[16][8] = {};
+    float x[16][8], y[8][8];
     for (int lane = 0; lane < kLanes; ++lane) {
       const int g = lane / 4, t = lane % 4;
       for (int i = 0; i < 4; ++i) x[g + i % 2 * 8][t + i / 2 * 4] = value(lanes[lane]->a[i]);
-      for (int i = 0; i < 2; ++i) y[t + i * 4][g] = value(lanes[lane]->b[i]);
+      for (int i = 0; i < 2; ++i) y[g][t + i * 4] = value(lanes[lane]->b[i]);
     }
-    for (int i = 0; i < 16; ++i) {
-      for (int k = 0; k < 8; ++k) {
-        for (int j = 0; j < 8; ++j) z[i][j] += x[i][k] * y[k][j];
-      }
-    }
-    for (int lane = 0; lane < kLanes; ++lane) {
-      for (int i = 0; i < 4; ++i) lanes[lane]->c[i] += z[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
-    }
+    accumulate<8, 4>(lanes, x, y);
   });
 }
 
 Status run(void (*kernel)(const void*), const void* params, const Grid& grid) {
   if (grid.blocks == 0) return kSuccess;
-  if (grid.threads % kLanes || grid.blocks % grid.cluster || grid.shared_bytes > kSharedLimit) return 1;
+  if (grid.blocks > INT32_MAX || grid.threads % kLanes || grid.blocks % grid.cluster || grid.shared_bytes > kSharedLimit) return 1;
   machine.kernel = kernel;
   machine.params = params;
   // Clusters run in a random order too: one may not wait for another.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,6 +76,61 @@ def library_moe_mlp(
     inverse[order] = torch.arange(order.shape[0], device=x.device)
     outputs = rows[inverse].view(x.shape[0], top_k, x.shape[1])
     return torch.bmm(expert_weight[:, None].to(x.dtype), outputs).squeeze(1)
+
+
+def liger_moe_mlp(
+    x: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    activation: str = "relu",
+    gate_layout: str = "concat",
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+) -> Tensor:
+    """Liger's fused mixture of SwiGLU experts, of the package liger-kernel."""
+    if activation != "swiglu" or gate_layout != "concat" or b_up is not None or b_down is not None:
+        raise NotImplementedError("Liger's mixture takes SwiGLU experts without biases")
+    if x.device.type != "cuda":
+        raise NotImplementedError("Liger's mixture needs a GPU")
+    try:
+        from liger_kernel.ops import LigerFusedMoEFunction, fused_moe_kernels
+    except ImportError as error:
+        raise NotImplementedError(f"liger-kernel is missing: {error}") from None
+    _tune_liger_for(x.shape[0], fused_moe_kernels)
+    index = expert_index.to(torch.int32)
+    return LigerFusedMoEFunction.apply(x, w_up, w_down, index, expert_weight)
+
+
+_liger_tuned_for = 0
+
+
+def _tune_liger_for(tokens: int, kernels: ModuleType) -> None:
+    """Liger tunes by width and not by tokens: it is to be tuned for what it is measured at.
+
+    Over its configurations of three stages where there are such: all of them would take minutes.
+    """
+    global _liger_tuned_for
+    if tokens == _liger_tuned_for:
+        return
+    for kernel in vars(kernels).values():
+        if hasattr(kernel, "configs") and hasattr(kernel, "cache"):
+            three = [config for config in kernel.configs if config.num_stages == 3]
+            kernel.configs = three or kernel.configs
+            kernel.cache.clear()
+    _liger_tuned_for = tokens
+
+
+def batched_gemm(
+    x: Tensor, weight: Tensor, offsets: Tensor, *, bias: Tensor | None = None
+) -> Tensor:
+    """As many FLOPs in one batched product, as if every expert had as many rows."""
+    experts, (tokens, width) = weight.shape[0], x.shape
+    if tokens % experts:
+        raise NotImplementedError(f"{tokens} rows are not a multiple of {experts} experts")
+    return torch.bmm(x.view(experts, tokens // experts, width), weight.mT)
 
 
 def published_grouped_gemm(

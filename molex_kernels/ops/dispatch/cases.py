@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from molex_kernels._dispatch import CPU_ATEN, REFERENCE, TRITON
-from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo
+from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 from molex_kernels.ops.dispatch.api import ACTIVATIONS, grouped_gemm, moe_mlp
 from molex_kernels.ops.dispatch.baselines import (
+    batched_gemm,
     library_grouped_gemm,
     library_moe_mlp,
+    liger_moe_mlp,
     published_grouped_gemm,
     published_moe_mlp,
 )
@@ -102,7 +104,7 @@ def _make_grouped_gemm(
         ends[-1] = tokens
     else:
         # Rows past the last end, and an expert without rows.
-        ends = torch.randint(0, tokens + 1, (num_experts,), generator=generator).sort().values
+        ends = draw.integers(tokens + 1, num_experts).cpu().sort().values
         ends[1] = ends[0]
     inputs: Inputs = {
         "x": draw.normal(tokens, width),
@@ -178,12 +180,14 @@ _FIELD_SIZES = (
 )
 _QWEN3_TOKENS = (128, 1024, 4096, 32768)
 _FIELD = (
-    *(_moe(*sizes, activation="swiglu") for sizes in _FIELD_SIZES),
-    _moe(*_FIELD_SIZES[0], activation="swiglu", routing="zipf"),
     *(_moe(t, 2048, 768, 128, 8, "qwen3", activation="swiglu") for t in _QWEN3_TOKENS),
     _moe(32768, 2048, 768, 128, 8, "qwen3", activation="swiglu", routing="zipf"),
+    *(_moe(*sizes, activation="swiglu") for sizes in _FIELD_SIZES),
+    _moe(*_FIELD_SIZES[0], activation="swiglu", routing="zipf"),
     _moe(32768, 2048, 1024, 64, 8, "olmoe", activation="swiglu"),
 )
+_LARGE_T = (512, 2048, 8192, 32768)
+_LARGE_E = (16, 64, 256)
 # Few, some and many rows per expert; sizes that no wide load fits.
 _MOE_COMPILED = (
     _moe(32, 128, 128, 4, 2, activation="swiglu"),
@@ -219,6 +223,8 @@ OPINFOS = (
         quick=(_gemm(6144, 352, 352, 16, rows="even"),),
         cost=_cost_grouped_gemm,
         baselines={"published": published_grouped_gemm, "library": library_grouped_gemm},
+        stand_in="published",
+        yardsticks={"bmm": batched_gemm},
         compiled=(
             _gemm(64, 128, 128, 4, bias=True),
             _gemm(256, 128, 128, 4, bias=True),
@@ -237,7 +243,20 @@ OPINFOS = (
         benchmarks=(*_PAPER, *_FIELD),
         quick=_PAPER[:2],
         cost=cost_moe_mlp,
-        baselines={"published": published_moe_mlp, "library": library_moe_mlp},
+        baselines={
+            "published": published_moe_mlp,
+            "library": library_moe_mlp,
+            "liger": liger_moe_mlp,
+        },
+        stand_in="published",
         compiled=_MOE_COMPILED,
+        sweeps=(
+            Sweep("T", tuple(_moe(t, 2048, 768, 128, 8, activation="swiglu") for t in _LARGE_T)),
+            Sweep("E", tuple(_moe(16384, 1024, 512, e, 4, activation="swiglu") for e in _LARGE_E)),
+        ),
+        quick_sweeps=(
+            Sweep("T", tuple(_moe(t, 128, 128, 16, 2, bias=True) for t in (512, 1024, 2048, 4096))),
+            Sweep("E", tuple(_moe(2048, 128, 128, e, 2, bias=True) for e in (4, 8, 16, 32))),
+        ),
     ),
 )

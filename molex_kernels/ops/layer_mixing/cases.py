@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from molex_kernels._dispatch import CPU_ATEN, REFERENCE, TRITON
-from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo
+from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 from molex_kernels.ops.layer_mixing.api import layer_linear, layer_mix, layer_vote
 from molex_kernels.ops.layer_mixing.baselines import (
     library_layer_linear,
@@ -60,11 +60,11 @@ def _make_vote(
     tokens, layers = case.sizes["T"], case.sizes["L"]
     logits = draw.normal(tokens, layers)
     # One layer ahead of the others, so that no rounding of the sums decides.
-    favourite = int(torch.randint(layers, (), generator=generator))
+    favourite = int(draw.integers(layers))
     logits[:, favourite] += 1.0
     inputs: Inputs = {"logits": logits, "mode": case.options["mode"]}
     if case.options.get("mask"):
-        inputs["mask"] = (torch.rand(tokens, generator=generator) < 0.8).to(device)
+        inputs["mask"] = draw.normal(tokens, dtype=torch.float32) < 0.8  # four in five
     return inputs
 
 
@@ -74,11 +74,11 @@ def _make_linear(
     draw = Draw(dtype, device, generator)
     branches, tokens, features, columns, layers, rank = (case.sizes[n] for n in "GTDNLr")
     shared, same = case.options.get("shared", False), case.options.get("same", False)
-    index = torch.randint(layers, (branches,), generator=generator)
+    index = draw.integers(layers, branches)
     inputs: Inputs = {
         "x": draw.normal(*(() if shared else (branches,)), tokens, features),
         "weights": draw.normal(layers, columns, features, scale=features**-0.5),
-        "index": (index[:1].expand(branches).clone() if same else index).to(device),
+        "index": index[:1].expand(branches).clone() if same else index,
         "shared": shared,
         "table": case.options.get("table", False),
     }
@@ -200,6 +200,14 @@ OPINFOS = (
         quick=(_product(2, 1024, 384, 1536, 6, 0), _product(2, 1024, 384, 384, 6, 8, shared=True)),
         cost=_cost_linear,
         baselines={"published": published_layer_linear, "library": library_layer_linear},
+        sweeps=(
+            Sweep("T", tuple(_product(2, t, 768, 3072, 12, 0) for t in (1024, 4096, 16384))),
+            Sweep("L", tuple(_product(2, 2048, 768, 768, layers, 0) for layers in (2, 8, 32))),
+        ),
+        quick_sweeps=(
+            Sweep("T", tuple(_product(2, t, 384, 384, 6, 0) for t in (256, 512, 1024, 2048))),
+            Sweep("L", tuple(_product(2, 256, 384, 384, layers, 0) for layers in (2, 6, 12, 24))),
+        ),
         compiled=tuple(
             _product(2, tokens, 128, 256, 3, rank, **options)
             for tokens in (64, 256)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from molex_kernels._dispatch import CPU, REFERENCE, TRITON
-from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo
+from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 from molex_kernels.ops.merging.api import camex_deltas, camex_linear, camex_merge
 from molex_kernels.ops.merging.baselines import (
     published_camex_deltas,
@@ -188,6 +188,7 @@ _PAPER = tuple(
     for segments in ((16, 128), (32, 256))
     for features in ((3072, 768), (768, 3072))
 )
+_LARGE, _SMALL = (3072, 768), (384, 192)
 _KEPT = tuple(
     _layer(*segments, *features, 7, 0, deltas=True)
     for segments in ((16, 128), (32, 256))
@@ -223,6 +224,19 @@ OPINFOS = (
             _layer(64, 32, 1536, 384, 7, 0, deltas=True),
         ),
         cost=_cost_linear,
+        sweeps=(
+            Sweep(
+                "S", tuple(_layer(s, 8192 // s, *_LARGE, 7, 0, mask="ties") for s in (8, 32, 128))
+            ),
+            Sweep("E", tuple(_layer(16, 128, *_LARGE, e, 0, mask="ties") for e in (2, 4, 8, 16))),
+        ),
+        quick_sweeps=(
+            Sweep(
+                "S",
+                tuple(_layer(s, 2048 // s, *_SMALL, 7, 0, mask="ties") for s in (8, 16, 32, 64)),
+            ),
+            Sweep("E", tuple(_layer(16, 64, *_SMALL, e, 0, mask="ties") for e in (2, 4, 8, 16))),
+        ),
         baselines={"published": published_camex_linear},
         compiled=(
             _layer(2, 128, 128, 128, 7, 0, bias=True),

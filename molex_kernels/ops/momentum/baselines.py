@@ -39,6 +39,13 @@ def published_momentum_update(
     return y, tuple(new)
 
 
+def three_clones(x: Tensor, **_: Any) -> tuple[Tensor, ...]:
+    """Three copies of x: six of the seven tensors that Adam's update must read or write."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError("the copies are a yardstick for the forward pass")
+    return x.clone(), x.clone(), x.clone()
+
+
 def published_moe_mlp_momentum(
     x: Tensor,
     *,

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from molex_kernels._dispatch import CPU, REFERENCE, TRITON
 from molex_kernels._dtypes import accumulate_dtype
-from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo
+from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 from molex_kernels.ops.dispatch.cases import cost_moe_mlp, make_moe_mlp
 from molex_kernels.ops.momentum.api import moe_mlp_momentum, momentum_update
 from molex_kernels.ops.momentum.baselines import (
     library_moe_mlp_momentum,
     published_moe_mlp_momentum,
     published_momentum_update,
+    three_clones,
 )
 from molex_kernels.ops.momentum.rules import (
     Adam,
@@ -141,8 +142,7 @@ def _make_moe(
         inputs["x"] = draw.normal(tokens, width, dtype=accumulate_dtype(dtype))
     if case.options.get("dropout"):
         inputs["dropout_p"] = case.options["dropout"]
-        seed = torch.randint(2**62, (), generator=generator)
-        inputs["dropout_seed"] = seed.to(device)
+        inputs["dropout_seed"] = draw.integers(2**62)
     return {**inputs, **_rule_inputs(case, draw, inputs["x"])}
 
 
@@ -228,9 +228,18 @@ OPINFOS = (
             _update(24576, 352, "ademamix"),
             _update(24576, 352, "mars"),
         ),
-        quick=(_update(3072, 352, "adam"), _update(3072, 352, "heavy_ball", norm="affine")),
+        quick=(
+            _update(3072, 352, "adam"),
+            _update(3072, 352, "heavy_ball", norm="affine"),
+            _update(8192, 1024, "adam"),
+        ),
         cost=_cost_update,
         baselines={"published": _adapted(published_momentum_update)},
+        yardsticks={"three_clones": three_clones},
+        sweeps=(Sweep("T", tuple(_update(t, 4096, "adam") for t in (1024, 4096, 16384, 65536))),),
+        quick_sweeps=(
+            Sweep("T", tuple(_update(t, 352, "adam") for t in (1024, 2048, 4096, 8192))),
+        ),
         compiled=(
             _update(64, 1024, "heavy_ball", norm="affine", learned=True),
             _update(64, 4096, "heavy_ball", norm="affine", learned=True),
@@ -287,6 +296,7 @@ OPINFOS = (
             "published": _adapted(published_moe_mlp_momentum),
             "library": _adapted(library_moe_mlp_momentum),
         },
+        stand_in="published",
         compiled=(
             _moe(64, 128, 128, 4, 2, "heavy_ball", norm="affine", dropout=0.1),
             _moe(64, 1024, 128, 4, 2, "adam", norm="affine", dropout=0.1),

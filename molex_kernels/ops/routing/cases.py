@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from molex_kernels._dispatch import CPU, REFERENCE, TRITON
-from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo
+from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 from molex_kernels.ops.routing import baselines, reference
 from molex_kernels.ops.routing.api import ac_route, ac_weights, route_plan, topk_route
 from molex_kernels.ops.routing.losses import load_balance_loss, router_z_loss
@@ -256,6 +256,14 @@ OPINFOS = (
             *(_route(64, 64, e, 8) for e in (16, 64, 128, 256, 512, 1024)),
             _route(64, 64, 1024, 16, score="softmax", expert_bias=True, bias=True),
         ),
+        sweeps=(
+            Sweep("T", tuple(_route(t, 2048, 128, 8) for t in (2048, 8192, 32768, 131072))),
+            Sweep("E", tuple(_route(32768, 1024, e, 8) for e in (16, 64, 256))),
+        ),
+        quick_sweeps=(
+            Sweep("T", tuple(_route(t, 352, 16, 2) for t in (1024, 2048, 4096, 8192))),
+            Sweep("E", tuple(_route(4096, 128, e, 2) for e in (8, 16, 32, 64))),
+        ),
     ),
     OpInfo(
         name="ac_route",
@@ -287,6 +295,12 @@ OPINFOS = (
             "library": baselines.library_ac_route,
         },
         compiled=tuple(_mixed(64, 64, e, 2, 8, cosine=True) for e in (16, 64, 128, 256, 512, 1024)),
+        sweeps=(
+            Sweep("T", tuple(_route(t, 352, 16, 2, cosine=True) for t in (4096, 16384, 65536))),
+        ),
+        quick_sweeps=(
+            Sweep("T", tuple(_route(t, 352, 16, 2, cosine=True) for t in (1024, 2048, 4096, 8192))),
+        ),
     ),
     OpInfo(
         name="ac_weights",
@@ -314,13 +328,21 @@ OPINFOS = (
             _weights(3072, 128, 16, stat="pairwise"),
             _weights(6144, 352, 16, stat="pairwise"),
         ),
-        quick=(_weights(6144, 352, 16),),
+        quick=(_weights(6144, 352, 16), _weights(6144, 352, 16, stat="pairwise")),
         cost=_cost_ac_weights,
         baselines={
             "published": baselines.published_ac_weights,
             "library": baselines.library_ac_weights,
         },
         compiled=tuple(_weights(64, 64, 1024, stat=stat) for stat in ("mad", "pairwise")),
+        sweeps=(
+            Sweep(
+                "T", tuple(_weights(t, 128, 16, stat="pairwise") for t in (1024, 2048, 4096, 8192))
+            ),
+        ),
+        quick_sweeps=(
+            Sweep("T", tuple(_weights(t, 64, 16, stat="pairwise") for t in (256, 512, 1024, 2048))),
+        ),
     ),
     OpInfo(
         name="route_plan",
@@ -349,6 +371,14 @@ OPINFOS = (
             "library": baselines.library_route_plan,
         },
         compiled=(_plan(16384, 1024, 8), _plan(16384, 128, 8), _plan(16384, 16, 8)),
+        sweeps=(
+            Sweep("T", tuple(_plan(t, 128, 8) for t in (8192, 32768, 131072, 524288))),
+            Sweep("E", tuple(_plan(32768, e, 8) for e in (16, 64, 256, 1024))),
+        ),
+        quick_sweeps=(
+            Sweep("T", tuple(_plan(t, 16, 2) for t in (2048, 4096, 8192, 16384))),
+            Sweep("E", tuple(_plan(8192, e, 2) for e in (8, 32, 128, 512))),
+        ),
     ),
     OpInfo(
         name="load_balance_loss",

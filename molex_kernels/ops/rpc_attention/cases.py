@@ -10,10 +10,11 @@ from torch import Tensor
 
 from molex_kernels._dispatch import CPU, CUDA, REFERENCE, SDPA, TRITON
 from molex_kernels._dtypes import accumulate_dtype
-from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo
+from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 from molex_kernels.ops.rpc_attention import reference
 from molex_kernels.ops.rpc_attention.api import rpc_attention, scaled_attention
 from molex_kernels.ops.rpc_attention.baselines import (
+    attention_per_iteration,
     library_rpc_attention,
     published_rpc_attention,
     published_scaled_attention,
@@ -50,12 +51,12 @@ def _make_rpc(
         wide = accumulate_dtype(dtype)
         inputs["threshold"] = draw.normal(batch, heads, *rows, dtype=wide).abs() + 0.5
     if options.get("mask"):
-        there = torch.rand(batch, tokens, generator=generator) < 0.7
+        there = draw.normal(batch, tokens, dtype=torch.float32) < 0.5  # two in three
         there[:1] = False  # nothing at all, for one of the batch
-        inputs["key_mask"] = there.to(device)
+        inputs["key_mask"] = there
     if options.get("dropout"):
         inputs["dropout_p"] = options["dropout"]
-        inputs["dropout_seed"] = torch.randint(2**62, (), generator=generator).to(device)
+        inputs["dropout_seed"] = draw.integers(2**62)
     if options.get("sparse"):
         inputs["return_sparse"] = True
     if 0 < inputs["k"].numel() <= _TESTED:
@@ -203,6 +204,15 @@ OPINFOS = (
         quick=(_rpc(8, 3, 197, 64, 4), _rpc(8, 8, 256, 16, 2, causal=True)),
         cost=_cost_rpc,
         baselines={"published": published_rpc_attention, "library": library_rpc_attention},
+        yardsticks={"sdpa_per_iteration": attention_per_iteration},
+        sweeps=(
+            Sweep("N", tuple(_rpc(4, 16, n, 64, 4) for n in (256, 1024, 4096))),
+            Sweep("n", tuple(_rpc(64, 3, 197, 64, iters) for iters in (1, 2, 4, 8))),
+        ),
+        quick_sweeps=(
+            Sweep("N", tuple(_rpc(2, 3, n, 64, 4) for n in (64, 128, 256, 512))),
+            Sweep("n", tuple(_rpc(2, 3, 197, 64, iters) for iters in (1, 2, 4, 8))),
+        ),
         # fp32 with dropout and d > 64 is left out: it spills up to 12 bytes, in the one dtype whose
         # products hold whole rows in registers. It is right, and rare.
         compiled=(

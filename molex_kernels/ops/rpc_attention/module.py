@@ -66,10 +66,16 @@ class _Attention(nn.Module):
         _published.load(self, state_dict, names)
 
 
+def _no_mask(attn_mask: Any, instead: str) -> None:
+    if attn_mask is not None:
+        raise ValueError(f"attn_mask: expected None ({instead}), got {type(attn_mask).__name__}")
+
+
 class RPCAttention(_Attention):
     """Robust attention (`rpc_attention`) between two linear layers: [B, N, C] -> [B, N, C].
 
-    A drop-in for the attention of a timm vision transformer.
+    A drop-in for the attention of a timm vision transformer, whose blocks call it as they stand;
+    `integrations.timm.install_rpc_attention` puts it into a model with the model's own weights.
 
     Args:
         dim: C. num_heads: H, a divisor of C. Where d = C / H is above 128, the reference runs.
@@ -122,8 +128,20 @@ class RPCAttention(_Attention):
         self.mu_divisor = mu_divisor
         self.causal = causal
 
-    def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        """x [B, N, C], key_mask [B, N] bool or None -> [B, N, C]."""
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: None = None,
+        is_causal: bool = False,
+        *,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, N, C], key_mask [B, N] bool or None -> [B, N, C].
+
+        `attn_mask` and `is_causal` are what timm's blocks hand on: a mask of scores is refused
+        (ValueError), and `is_causal=True` makes this call causal.
+        """
+        _no_mask(attn_mask, "key_mask [B, N] tells which tokens there are")
         *q, k, v = self._heads(x)
         split: Any = {"num_iters": 1, "threshold": torch.inf}
         if self.robust:
@@ -139,7 +157,7 @@ class RPCAttention(_Attention):
             v,
             q=q[0] if q else None,
             **split,
-            causal=self.causal,
+            causal=self.causal or is_causal,
             key_mask=key_mask,
             dropout_p=self.attn_drop if self.training else 0.0,
             impl=self.impl,
@@ -190,7 +208,10 @@ class ScaledAttention(_Attention):
         super().reset_parameters()
         nn.init.zeros_(self.s)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, C] -> [B, N, C]."""
+    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
+        """[B, N, C] -> [B, N, C]. timm's blocks hand on two more arguments, which have no use."""
+        _no_mask(attn_mask, "scaled attention has no mask")
+        if is_causal:
+            raise ValueError("is_causal: expected False, scaled attention has no mask; got True")
         q, k, v = self._heads(x)
         return self._out(scaled_attention(q, k, v, self.s, impl=self.impl))

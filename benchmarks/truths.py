@@ -1,0 +1,113 @@
+"""The fp64 results that a group's rows are held against, and at which size.
+
+The reference of a mixture sends every token through every expert: at a large shape that takes
+minutes. There a baseline stands in for it, in fp64, after it has agreed with the reference at a few
+tokens. Where memory does not suffice, a smaller case is checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks import check
+from benchmarks.rows import Group
+from molex_kernels._opinfo import Case, Inputs
+
+PROBE = 512  # tokens at which the reference's time is taken
+AGREE = 1e-9  # relatively, between two fp64 results
+SHRINK = ("T", "B", "S", "H")  # sizes that may be smaller for a check, in this order
+
+Made = tuple[Inputs, "check.Tensors | None"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """The truth, the inputs it belongs to, and what a reader should know of it."""
+
+    truth: check.Truth
+    case: Case
+    inputs: Inputs
+    upstream: check.Tensors | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What the reference of one group takes, from a few tokens: seconds in the dtype and in all."""
+
+    call: float
+    truth: float
+
+
+def find(group: Group, make: Callable[[Case], Made], dense: Dense | None, seconds: float) -> Known:
+    """The truth of the group at the largest size that the machine can check.
+
+    `dense` is known where the op has a stand-in; it is used if the reference takes more than
+    `seconds`.
+    """
+    stand_in = dense is not None and dense.truth > seconds
+    note = f"checked against `{group.info.stand_in}` in fp64" if stand_in else ""
+    case = group.case
+    while True:
+        inputs, upstream = make(case)
+        try:
+            found = check.truth(group.info, inputs, upstream, group.dtype, stand_in=stand_in)
+        except torch.OutOfMemoryError:
+            smaller = shrink(case)
+            if smaller is None:
+                raise
+            case = smaller
+        else:
+            if case is not group.case:
+                note = f"{note or 'checked'} at {case.id}"
+            return Known(found, case, inputs, upstream, note)
+        if group.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def probe(group: Group, make: Callable[[Case], Made]) -> Dense | None:
+    """Times the reference at a few tokens where the op has a stand-in, and tries the stand-in.
+
+    Raises where the two do not agree in fp64.
+    """
+    info, tokens = group.info, group.case.sizes.get("T", 0)
+    if info.stand_in is None or tokens <= PROBE:
+        return None
+    few = dataclasses.replace(group.case, sizes={**group.case.sizes, "T": PROBE})
+    inputs, upstream = make(few)
+    exact = check.double(inputs), upstream and check.double(upstream)
+    started = _now(group)
+    wanted = check.Pass(info, check.exact_function(info, stand_in=False), *exact).tensors()
+    in_double = _now(group) - started
+    own = check.Pass(info, check.exact_function(info, stand_in=False), inputs, upstream)
+    own.tensors()
+    started = _now(group)
+    own.tensors()
+    in_own = _now(group) - started
+    for name, got in check.Pass(info, check.exact_function(info), *exact).tensors().items():
+        error = check.tolerance.error(got, wanted[name])
+        if not error <= AGREE * check.tolerance.largest(wanted[name]):
+            raise AssertionError(f"{info.stand_in} is not the reference in fp64: {name}, {error}")
+    growth = tokens / PROBE
+    return Dense(in_own * growth, (in_own + in_double) * growth)
+
+
+def shrink(case: Case) -> Case | None:
+    """A quarter of the tokens, or of whatever else only repeats the work; None at the smallest."""
+    for letter in SHRINK:
+        size = case.sizes.get(letter, 1)
+        if size > (PROBE // 8 if letter == "T" else 1):
+            sizes = {**case.sizes, letter: max(size // 4, 1)}
+            return dataclasses.replace(case, sizes=sizes)
+    return None
+
+
+def _now(group: Group) -> float:
+    if group.device.type == "cuda":
+        torch.cuda.synchronize(group.device)
+    return time.perf_counter()

@@ -1,0 +1,118 @@
+"""The experts of transformers' mixture-of-experts models on this package's dispatch.
+
+    from molex_kernels.integrations.transformers import install_experts
+    install_experts()
+    model.set_experts_implementation("molex")     # or from_pretrained(..., experts_implementation=)
+
+Weights, names and checkpoints stay as they are, adapters of PEFT on the expert weights included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
+from molex_kernels.ops.routing.api import route_plan
+
+NAME = "molex"
+
+
+def install_experts() -> str:
+    """Registers "molex" with transformers' experts implementations, and returns that name.
+
+    It serves every model whose experts transformers keeps in stacked weights (Mixtral, OLMoE,
+    Qwen-MoE, DeepSeek, gpt-oss and others): with or without gate and bias, in either layout. Known
+    activations run as one `moe_mlp`; experts with a gate, activation or norm of their own run that
+    code between two `grouped_gemm`. Routers stay the model's. Dropless, deterministic, without
+    waiting for the device; ids of experts on other ranks contribute nothing.
+
+    Raises NotImplementedError where transformers (before 5.0) or its absence leaves nothing to
+    register with.
+    """
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
+        raise NotImplementedError(
+            f"install_experts: expected transformers 5.0 or later with its experts interface: "
+            f"{error}"
+        ) from error
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    return NAME
+
+
+def experts_forward(
+    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """What transformers calls in the place of an experts module's forward.
+
+    hidden_states [T, D], top_k_index [T, K], top_k_weights [T, K] -> [T, D].
+    """
+    w_up, w_down, b_up, b_down = _weights(experts)
+    weights = top_k_weights.to(torch.promote_types(top_k_weights.dtype, hidden_states.dtype))
+    activation = _activation(experts)
+    if activation is not None:
+        return moe_mlp(
+            hidden_states,
+            top_k_index,
+            weights,
+            w_up,
+            w_down,
+            b_up=b_up,
+            b_down=b_down,
+            activation=activation,
+            gate_layout="concat" if experts.is_concatenated else "interleaved",
+        )
+    top_k = top_k_index.shape[1]
+    plan = route_plan(top_k_index, w_down.shape[0])
+    # Every row is taken once, so that the gradient of the gather adds nothing up in a free order.
+    rows = hidden_states.repeat_interleave(top_k, 0)[plan.permutation]
+    hidden = grouped_gemm(rows, w_up, plan.offsets, bias=b_up)
+    hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
+    rows = grouped_gemm(hidden.to(rows.dtype), w_down, plan.offsets, bias=b_down)
+    if experts.has_post_expert_norm:
+        rows = experts.post_expert_norm(rows)
+    by_token = rows[plan.inverse].view(*top_k_index.shape, -1)
+    return (by_token * weights[..., None]).sum(1, dtype=weights.dtype).to(hidden_states.dtype)
+
+
+def _weights(experts: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """w_up and w_down as `moe_mlp` has them (views), and their biases."""
+    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    w_up, w_down = getattr(experts, name), experts.down_proj
+    if experts.is_transposed:
+        w_up, w_down = w_up.mT, w_down.mT
+    if not experts.has_bias:
+        return w_up, w_down, None, None
+    return w_up, w_down, getattr(experts, f"{name}_bias"), experts.down_proj_bias
+
+
+def _activation(experts: Any) -> str | None:
+    """The name that `moe_mlp` has for what these experts do; None for code of their own."""
+    from transformers.integrations.moe import _default_apply_gate
+
+    if experts.has_post_expert_norm:
+        return None
+    pointwise = _pointwise(experts.act_fn) if hasattr(experts, "act_fn") else None
+    if not experts.has_gate:
+        return pointwise
+    if type(experts)._apply_gate is not _default_apply_gate:
+        return None
+    return {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}.get(pointwise or "")
+
+
+def _pointwise(function: Any) -> str | None:
+    from transformers import activations
+
+    kinds = {
+        "silu": (nn.SiLU, getattr(activations, "SiLUActivation", nn.SiLU)),
+        "relu": (nn.ReLU,),
+        "gelu_tanh": (activations.GELUTanh, activations.NewGELUActivation),
+    }
+    for name, classes in kinds.items():
+        if type(function) in classes:
+            return name
+    exact = isinstance(function, nn.GELU) and function.approximate == "none"
+    return "gelu" if exact or type(function) is activations.GELUActivation else None

@@ -1,0 +1,276 @@
+"""Other libraries' models on this package's ops, against the same models as they came."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+import molex_kernels as mk
+from molex_kernels.integrations.timm import install_rpc_attention
+
+WIDTH, HIDDEN, EXPERTS, TOP_K, TOKENS = 16, 24, 4, 2, 13
+
+SIZES = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), HIDDEN),
+    **dict.fromkeys(("hidden_size", "moe_hidden_size", "moe_latent_size"), WIDTH),
+}
+
+# Experts in stacked weights: model type, class, what the configuration adds.
+EXPERTS_CLASSES = {
+    "silu": ("mixtral", "MixtralExperts", {}),
+    "gelu": ("olmoe", "OlmoeExperts", {"hidden_act": "gelu"}),
+    "gelu_tanh": ("olmoe", "OlmoeExperts", {"hidden_act": "gelu_pytorch_tanh"}),
+    "relu": ("olmoe", "OlmoeExperts", {"hidden_act": "relu"}),
+    "own_activation": ("olmoe", "OlmoeExperts", {"hidden_act": "relu2"}),
+    "own_gate-interleaved-transposed-bias": ("gpt_oss", "GptOssExperts", {}),
+    "own_gate": ("deepseek_v4", "DeepseekV4Experts", {"swiglu_limit": 0.2}),
+    "plain-own_activation": ("nemotron_h", "NemotronHExperts", {"mlp_hidden_act": "relu2"}),
+    "plain-silu": ("nemotron_h", "NemotronHExperts", {"mlp_hidden_act": "silu"}),
+    "post_norm": ("muse_spark", "MuseSparkExperts", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    module = pytest.importorskip("transformers", exc_type=ImportError)
+    pytest.importorskip("transformers.integrations.moe", exc_type=ImportError)
+    from molex_kernels.integrations.transformers import install_experts
+
+    assert install_experts() == "molex"
+    return module
+
+
+def _experts(transformers, kind, generator, dtype):
+    model_type, name, options = EXPERTS_CLASSES[kind]
+    if model_type not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {model_type}")
+    config = transformers.AutoConfig.for_model(model_type, **options).get_text_config()
+    for size, value in SIZES.items():
+        if hasattr(config, size):
+            setattr(config, size, value)
+    code = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    experts = getattr(code, name)(config).to(dtype)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return experts
+
+
+def _routing(generator, dtype):
+    index = torch.rand(TOKENS, EXPERTS, generator=generator).topk(TOP_K).indices
+    index = torch.where(index == EXPERTS - 1, 0, index)  # an expert without tokens, and twins
+    return index, torch.rand(TOKENS, TOP_K, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("kind", EXPERTS_CLASSES)
+def test_experts_of_transformers(transformers, kind, generator):
+    experts = _experts(transformers, kind, generator, torch.float64)
+    index, weight = _routing(generator, torch.float64)
+    x = torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64)
+    found = {}
+    for name in ("eager", "molex"):
+        experts.config._experts_implementation = name
+        leaves = (x.clone().requires_grad_(), weight.clone().requires_grad_())
+        out = experts(leaves[0], index, leaves[1])
+        inputs = {"x": leaves[0], "weight": leaves[1], **dict(experts.named_parameters())}
+        gradients = torch.autograd.grad(out, list(inputs.values()), upstream)
+        found[name] = {"out": out, **dict(zip(inputs, gradients, strict=True))}
+    close = 1e-5 if kind == "post_norm" else 1e-10  # that norm computes in fp32
+    for name, value in found["molex"].items():
+        torch.testing.assert_close(value, found["eager"][name], atol=close, rtol=close, msg=name)
+
+
+def _model(transformers, generator):
+    config = transformers.MixtralConfig(
+        **{**SIZES, "num_experts_per_tok": TOP_K, "num_hidden_layers": 2, "vocab_size": 31},
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    model = transformers.MixtralForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def _loss_and_gradients(model, tokens):
+    model.zero_grad()
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    return loss.detach(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def test_a_model_of_transformers_trains_alike(transformers, generator):
+    model = _model(transformers, generator)
+    tokens = torch.randint(31, (2, 11), generator=generator)
+    model.set_experts_implementation("eager")
+    loss, gradients = _loss_and_gradients(model, tokens)
+    model.set_experts_implementation("molex")
+    ours, our_gradients = _loss_and_gradients(model, tokens)
+    torch.testing.assert_close(ours, loss)
+    assert our_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        close = 1e-4 * gradient.abs().max().item()
+        torch.testing.assert_close(our_gradients[name], gradient, atol=close, rtol=0, msg=name)
+
+
+def test_experts_run_the_op_and_compile_whole(transformers, generator, monkeypatch):
+    from molex_kernels.integrations import transformers as integration
+
+    experts = _experts(transformers, "silu", generator, torch.float32)
+    experts.config._experts_implementation = "molex"
+    calls = []
+    monkeypatch.setattr(
+        integration, "moe_mlp", lambda *a, **k: calls.append(k) or mk.moe_mlp(*a, **k)
+    )
+    index, weight = _routing(generator, torch.float32)
+    x = torch.randn(TOKENS, WIDTH, generator=generator)
+    expected = experts(x, index, weight)
+    assert [call["activation"] for call in calls] == ["swiglu"]
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    compiled = torch.compile(experts, fullgraph=True)(x, index, weight)
+    torch.testing.assert_close(compiled, expected)
+
+
+def test_adapters_of_peft_on_the_experts(transformers, generator):
+    peft = pytest.importorskip("peft", exc_type=ImportError)
+    model = _model(transformers, generator)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_parameters=names))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    tokens = torch.randint(31, (2, 11), generator=generator)
+    base = model.get_base_model()
+    base.set_experts_implementation("eager")
+    loss, gradients = _loss_and_gradients(model, tokens)
+    base.set_experts_implementation("molex")
+    ours, our_gradients = _loss_and_gradients(model, tokens)
+    torch.testing.assert_close(ours, loss)
+    assert any("experts" in name for name in gradients)
+    for name, gradient in gradients.items():
+        close = 1e-4 * gradient.abs().max().item()
+        torch.testing.assert_close(our_gradients[name], gradient, atol=close, rtol=0, msg=name)
+
+
+def test_ids_of_other_ranks_contribute_nothing(transformers, generator):
+    for kind in ("silu", "own_gate-interleaved-transposed-bias"):
+        experts = _experts(transformers, kind, generator, torch.float64)
+        experts.config._experts_implementation = "molex"
+        index, weight = _routing(generator, torch.float64)
+        x = torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64)
+        away = torch.rand(index.shape, generator=generator) < 0.5
+        expected = experts(x, index, weight.masked_fill(away, 0))
+        got = experts(x, index.masked_fill(away, EXPERTS), weight)
+        torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-10)
+
+
+class _Attention(nn.Module):
+    """timm's attention: q, k and v of one linear layer, scores scaled, then `proj`."""
+
+    def __init__(self, dim, num_heads, **extras):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.q_norm, self.norm = extras.get("q_norm", nn.Identity()), nn.Identity()
+        self.attn_drop, self.proj_drop = nn.Dropout(0.1), nn.Dropout(0.2)
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        parts = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = nn.functional.scaled_dot_product_attention(*parts, attn_mask, is_causal=is_causal)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+class _ViT(nn.Module):
+    """Blocks that call their attention as timm's do."""
+
+    def __init__(self, dim=24, num_heads=3, depth=3, **extras):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Module() for _ in range(depth))
+        for block in self.blocks:
+            block.attn = _Attention(dim, num_heads, **extras)
+
+    def forward(self, x, is_causal=False):
+        for block in self.blocks:
+            x = x + block.attn(x, attn_mask=None, is_causal=is_causal)
+        return x
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_timm_blocks_run_robust_attention_on_their_own_weights(is_causal, generator):
+    model = _ViT().double().eval()
+    x = torch.randn(2, 7, 24, generator=generator, dtype=torch.float64)
+    plain, before = model(x, is_causal), dict(model.named_parameters())
+    # One iteration with S empty attends with q to k itself: nothing may change.
+    assert install_rpc_attention(model, layers=None, robust=False) == [0, 1, 2]
+    assert dict(model.named_parameters()).keys() == before.keys()
+    assert all(p is before[n] for n, p in model.named_parameters())
+    torch.testing.assert_close(model(x, is_causal), plain)
+    assert not model.blocks[0].attn.training
+    assert model.blocks[0].attn.attn_drop == 0.1
+    assert model.blocks[0].attn.proj_drop.p == 0.2
+
+
+def test_timm_blocks_run_the_published_form(generator):
+    model, x = _ViT().double().eval(), torch.randn(2, 7, 24, generator=generator).double()
+    old = copy.deepcopy(model.blocks[1].attn)
+    assert install_rpc_attention(model, layers=[1], projection="kv", num_iters=2, lam=0.5) == [1]
+    assert isinstance(model.blocks[0].attn, _Attention)
+    k, v = old.qkv(x)[..., 24:].unflatten(-1, (2, 3, 8)).permute(2, 0, 3, 1, 4)
+    expected = mk.rpc_attention(k, v, num_iters=2, lam=0.5).transpose(1, 2).flatten(2)
+    new = model.blocks[1].attn
+    torch.testing.assert_close(new(x), old.proj(expected))
+    new(x).sum().backward()
+    assert new.qkv.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda: nn.Linear(2, 2), {}, "model: expected one with blocks"),
+        (_ViT, {"layers": [3]}, "layers: expected at least 0 and at most 2"),
+        (_ViT, {"projection": "q"}, "projection: expected one of"),
+        (
+            lambda: _ViT(q_norm=nn.LayerNorm(8)),
+            {},
+            r"blocks\.0\.attn .* got _Attention with q_norm",
+        ),
+        (_ViT, {"num_iters": 0}, "num_iters: expected at least 1"),
+    ],
+)
+def test_bad_models_are_refused_and_left_as_they_are(make, options, message):
+    model = make()
+    before = list(model.modules())
+    with pytest.raises(ValueError, match=message):
+        install_rpc_attention(model, **options)
+    assert list(model.modules()) == before
+
+
+def test_masks_of_scores_are_refused():
+    x = torch.randn(1, 4, 24)
+    for attention in (mk.RPCAttention(24, 3), mk.ScaledAttention(24, 3)):
+        with pytest.raises(ValueError, match="attn_mask: expected None"):
+            attention(x, attn_mask=torch.ones(4, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="is_causal: expected False"):
+        mk.ScaledAttention(24, 3)(x, is_causal=True)
+
+
+def test_a_model_of_timm(generator):
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval()
+    images = torch.randn(2, 3, 32, 32, generator=generator)
+    plain = model(images)
+    install_rpc_attention(model, robust=False)
+    torch.testing.assert_close(model(images), plain, atol=1e-5, rtol=1e-5)
+    install_rpc_attention(model, layers=[1], num_iters=2, lam=0.5)
+    assert torch.isfinite(model(images)).all()
