@@ -98,6 +98,25 @@ def test_against_a_loop(activation, gate_layout, impl, generator):
     )
 
 
+@pytest.mark.parametrize("impl", [i for i in IMPLS if i != "reference"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_slopes_where_the_gate_is_nearly_1(activation, impl):
+    """One expert of two identities: the gradient of x is the activation's slope."""
+    width = 64
+    x = torch.linspace(-9, 9, 16 * width, dtype=torch.float64).view(16, width)
+    leaf = x.requires_grad_()
+    function = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}.get(activation)
+    acted = function(leaf) if function else F.gelu(leaf, approximate="tanh")
+    slope = torch.autograd.grad(acted.sum(), leaf)[0]
+    ours = x.detach().to(DEVICE, torch.float32).requires_grad_()
+    identity = torch.eye(width, device=DEVICE)[None]
+    index = torch.zeros(16, 1, dtype=torch.int64, device=DEVICE)
+    one = torch.ones(16, 1, device=DEVICE)
+    y = moe_mlp(ours, index, one, identity, identity, activation=activation, impl=impl)
+    (got,) = torch.autograd.grad(y.sum(), ours)
+    assert (got.cpu().double() - slope).abs().max() <= 6 * torch.finfo(torch.float32).eps
+
+
 def test_reference_equals_the_loop_in_fp64(generator):
     inputs = draw(generator, 5, 7, 6, 3, 2, gated=True, dtype=torch.float64)
     y = moe_mlp(**inputs, activation="swiglu")
