@@ -22,10 +22,27 @@ def test_an_unlucky_draw_is_judged_with_others():
     judge(lambda: {"y": Errors(5.0, next(lucky), 1.0)})
 
 
-@pytest.mark.parametrize("ours", [(5.0,) * DRAWS, (5.0, *(0.0,) * (DRAWS - 1))])
+def test_a_badly_conditioned_draw_is_judged_by_others():
+    judge(_draws(5.0, *(0.0,) * (DRAWS - 1), *(4.0,) * DRAWS))
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [
+        (5.0,) * 2 * DRAWS,
+        (5.0, *(0.0,) * (2 * DRAWS - 2), 5.0),
+        (7.0, *(0.0,) * (DRAWS - 1)),  # grossly
+    ],
+)
 def test_what_is_outside_in_all_draws_together_fails(ours):
-    with pytest.raises(AssertionError, match=r"y: error 5 > 4 \(reference's own 1\)"):
+    with pytest.raises(AssertionError, match=r"y: error \d > 4 \(reference's own 1\)"):
         judge(_draws(*ours))
+
+
+def test_what_has_to_be_exact_is():
+    with pytest.raises(AssertionError, match="y: error"):
+        judge(lambda: {"y": Errors(1e-30, 0.0, 0.0)})
+    judge(lambda: {"y": Errors(0.0, 0.0, 0.0)})
 
 
 def test_elements_count_by_the_largest_error():

@@ -8,6 +8,7 @@ gradient of a scalar, the reference's own error is a matter of luck.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 DRAWS = 8
+GROSS = 1.5
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -67,13 +69,37 @@ def within_budget(
 
 
 def judge(draw: Callable[[], dict[str, Errors]]) -> None:
-    """Fails unless what `draw` measures is inside the budget, once or over `DRAWS` draws."""
+    """Fails unless what `draw` measures is inside the budget, once or over `DRAWS` draws.
+
+    Less than `GROSS` outside, another `DRAWS` decide: one draw in hundreds is conditioned so badly
+    that its error stands alone. What is wrong by construction is outside again.
+    """
     errors = draw()
-    if any(e.ours > e.allowed for e in errors.values()):
-        for _ in range(DRAWS - 1):
-            more = draw()
-            errors = {name: errors[name] | more[name] for name in errors}
+    if _excess(errors) > 1:
+        errors = _together(draw, DRAWS - 1, errors)
+    if 1 < _excess(errors) < GROSS:
+        errors = _together(draw, DRAWS - 1, draw())
     _check(errors)
+
+
+def _excess(errors: dict[str, Errors]) -> float:
+    """The largest error as a share of what is allowed."""
+    return max((_share(e) for e in errors.values()), default=0.0)
+
+
+def _share(e: Errors) -> float:
+    if e.allowed:
+        return e.ours / e.allowed
+    return math.inf if e.ours else 0.0
+
+
+def _together(
+    draw: Callable[[], dict[str, Errors]], count: int, errors: dict[str, Errors]
+) -> dict[str, Errors]:
+    for _ in range(count):
+        more = draw()
+        errors = {name: errors[name] | more[name] for name in errors}
+    return errors
 
 
 def _check(errors: dict[str, Errors]) -> None:
