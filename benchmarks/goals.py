@@ -373,10 +373,10 @@ _CPU = (
     *(
         Goal(
             "cpu",
-            "adaptive-clustering router, MAD",
+            "adaptive-clustering router, MAD, 8192 x 1024, 64 clusters",
             f"against `{name}`",
             least,
-            speedup("ac_route", name, "T6144-D352-E16-K2-cosine"),
+            speedup("ac_route", name, "T8192-D1024-E64-K2"),
         )
         for name, least in (("published", 4.0), ("compiled", 2.0))
     ),

@@ -288,7 +288,7 @@ OPINFOS = (
             _route(3072, 128, 16, 2, stat="pairwise", cosine=True),
             _route(6144, 352, 16, 2, stat="pairwise", cosine=True),
         ),
-        quick=(_route(6144, 352, 16, 2, cosine=True),),
+        quick=(_route(6144, 352, 16, 2, cosine=True), _route(8192, 1024, 64, 2)),
         cost=_cost_ac_route,
         baselines={
             "published": baselines.published_ac_route,
