@@ -340,7 +340,7 @@ def test_baselines_compute_the_same(info, generator):
             torch.testing.assert_close(gradient, expected, atol=1e-3, rtol=1e-3)
 
 
-def test_liger_takes_what_it_computes_alike(generator):
+def test_liger_baseline_says_where_it_cannot_run(generator):
     info = OPINFOS[1]
     inputs = info.make(info.compiled[1], torch.float32, torch.device("cpu"), generator)
     with pytest.raises(NotImplementedError, match=r"SwiGLU experts|needs a GPU"):

@@ -85,7 +85,7 @@ MOLEX_INLINE V float_of(Bits bits) {
   }
 }
 
-// e^x for x <= 88, of a float or of each lane, with Cephes' polynomial, within an ulp; 0 where that is no
+// e^x for x <= 88, of a float or of each lane, with Cephes' polynomial, to about an ulp; 0 where that is no
 // normal number. NaN stays.
 template <class V>
 MOLEX_INLINE V exponential(V x) {
