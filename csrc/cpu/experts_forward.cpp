@@ -28,12 +28,6 @@ struct Layer {
   molex::Activation activation;
 };
 
-void clear_rows(const Target& to, int64_t first, int64_t last, int64_t width) {
-  const int64_t row = width * molex::size_of(to.dtype);
-  if (to && last > first && row)
-    std::memset(static_cast<char*>(to.data) + first * row, 0, (last - first) * row);
-}
-
 // Rows `packed` [R, D], of the dtype for products or of x's, and `kept` [R, H] of x's where it is wanted.
 void run_experts(const Layer& layer,
                  const molex::Assignments& plan,
@@ -92,7 +86,7 @@ void run_experts(const Layer& layer,
       }
     }
   });
-  clear_rows(kept, plan.here, plan.rows, hidden);
+  if (kept) clear_rows(molex::matrix_of(kept.data, kept.dtype, plan.rows, hidden), plan.here);
 }
 
 Tensor kept_of(const Tensor& x, int64_t rows, int64_t hidden, bool keeps) {
@@ -118,7 +112,7 @@ std::tuple<Tensor, Tensor> moe_experts_fwd_cpu(const Tensor& x,
               plan,
               rows,
               keeps_hidden ? molex::target_of(kept) : Target{});
-  clear_rows(rows.target(), plan.here, plan.rows, x.size(1));
+  clear_rows(rows, plan.here);
   return {packed, kept};
 }
 

@@ -50,12 +50,6 @@ void product(
   }
 }
 
-void clear_rows(const Matrix& rows, int64_t first) {
-  const Matrix rest = rows.band(first, rows.rows - first);
-  if (rest.rows && rest.columns)
-    std::memset(rest.data, 0, rest.rows * rest.columns * molex::size_of(rest.dtype));
-}
-
 Tensor grouped_gemm_fwd_cpu(const Tensor& x,
                             const Tensor& weight,
                             const Tensor& offsets,

@@ -89,15 +89,18 @@ inline Matrix matrix_of(Tensor& tensor, int64_t columns) {
       tensor.mutable_data_ptr(), tensor.scalar_type(), columns ? tensor.numel() / columns : 0, columns);
 }
 
+// Zeros in the rows from `first` on.
+inline void clear_rows(const Matrix& to, int64_t first) {
+  if (to.columns == 0) return;
+  for (int64_t row = first; row < to.rows; ++row) {
+    std::memset(to.band(row, 1).data, 0, to.columns * size_of(to.dtype));
+  }
+}
+
 // out = a b; out has contiguous rows.
 inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b) {
   if (out.rows == 0 || out.columns == 0) return;
-  if (a.columns == 0) {
-    for (int64_t row = 0; row < out.rows; ++row) {
-      std::memset(out.band(row, 1).data, 0, out.columns * size_of(out.dtype));
-    }
-    return;
-  }
+  if (a.columns == 0) return clear_rows(out, 0);
   const Tensor to = out.tensor(), left = a.tensor(), right = b.tensor();
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(to.get(), left.get(), right.get()));
 }
