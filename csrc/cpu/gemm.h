@@ -29,7 +29,7 @@ MOLEX_INLINE void product_tile(const float* a,
   for (int r = 0; r < ROWS; ++r) {
     for (int v = 0; v < VECTORS; ++v) {
       float* to = c + r * ldc + v * LANES;
-      store<LANES>(to, add ? load<LANES>(to) + sum[r][v] : sum[r][v]);
+      store(to, add ? load<LANES>(to) + sum[r][v] : sum[r][v]);
     }
   }
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "rows.h"
 
 namespace {
 

@@ -44,10 +44,10 @@ MOLEX_VERSIONS(
       const auto da = inside ? Floats<kLanes>{} : direct - through;
       sum += a > 0.0f ? da : a < 0.0f ? -da : a * da;
       const auto more = first ? (inside ? through : direct) : (inside ? dual : dual + 2.0f * da);
-      store<kLanes>(dk + c, load<kLanes>(dk + c) + more);
-      store<kLanes>(dlow + c, -da);
-      store<kLanes>(du + c, inside ? dual - through : dual + direct - 2.0f * through);
-    }* dbound -= sum_of<kLanes>(sum);)
+      store(dk + c, load<kLanes>(dk + c) + more);
+      store(dlow + c, -da);
+      store(du + c, inside ? dual - through : dual + direct - 2.0f * through);
+    }* dbound -= sum_of_lanes(sum);)
 
 // What the backward pass reads beside the problem, and where it writes; data is null where there is none.
 struct Gradients {

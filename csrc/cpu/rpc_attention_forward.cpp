@@ -43,7 +43,7 @@ MOLEX_INLINE void find_largest(const Scores& scores, float* by_column, const Vis
     }
     visit(r, row);
   }
-  for (int v = 0; v < vectors; ++v) store<LANES>(by_column + v * LANES, columns[v]);
+  for (int v = 0; v < vectors; ++v) store(by_column + v * LANES, columns[v]);
 }
 
 // How far a score exceeds the shift of its row and, where it serves them, of its column.
@@ -58,13 +58,13 @@ MOLEX_VERSIONS(
                      : find_largest<kLanes, false>(scores, columns, visit);
     for (int64_t c = 0; column_shift && c < scores.width(); c += kLanes) {
       most = larger(load<kLanes>(columns + c) - load<kLanes>(column_shift + c), most);
-    }* excess = largest_of<kLanes>(most);)
+    }* excess = largest_lane(most);)
 
 MOLEX_VERSIONS(
     largest_block,
     (const Scores& scores, float* by_row, float* by_column),
     const auto visit = [&](int64_t r, Floats<kLanes> row)
-                           MOLEX_LAMBDA_INLINE { by_row[r] = largest_of<kLanes>(row); };
+                           MOLEX_LAMBDA_INLINE { by_row[r] = largest_lane(row); };
     scores.partial() ? find_largest<kLanes, true>(scores, by_column, visit)
                      : find_largest<kLanes, false>(scores, by_column, visit);)
 
@@ -84,19 +84,19 @@ MOLEX_INLINE void weigh(
       if constexpr (PARTIAL)
         above = count_from<LANES>(v * LANES) < seen ? above : broadcast<LANES>(-kInfinity);
       Floats<LANES> weight = exponential(above);
-      store<LANES>(by_row + r * kBlock + v * LANES, weight);
+      store(by_row + r * kBlock + v * LANES, weight);
       sum += weight;
       if constexpr (TURNED) {
         weight = exponential(z - load<LANES>(columns.shift + v * LANES));
-        store<LANES>(by_column + r * kBlock + v * LANES, weight);
+        store(by_column + r * kBlock + v * LANES, weight);
         sums[v] += weight;
       }
     }
-    store<LANES>(rows.lanes + r * kPad, sum);
+    store(rows.lanes + r * kPad, sum);
   }
   if constexpr (TURNED) {
     for (int v = 0; v < vectors; ++v) {
-      store<LANES>(columns.sums + v * LANES, load<LANES>(columns.sums + v * LANES) + sums[v]);
+      store(columns.sums + v * LANES, load<LANES>(columns.sums + v * LANES) + sums[v]);
     }
   }
 }
