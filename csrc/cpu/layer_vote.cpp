@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "memory.h"
 #include "rows.h"
 #include "softmax.h"
 
@@ -70,8 +71,7 @@ MOLEX_INLINE void add_votes(
         sums[first_largest(row, layers)] += 1.0f;
       } else {
         for (int64_t i = 0; i < whole; i += kWide) {
-          molex::store(sums + i,
-                       molex::load(sums + i) + molex::sigmoid_of(molex::load(row + i)));
+          molex::store(sums + i, molex::load(sums + i) + molex::sigmoid_of(molex::load(row + i)));
         }
       }
     }
@@ -106,7 +106,7 @@ Tensor layer_vote_cpu(const Tensor& logits, std::optional<Tensor> mask, std::str
       add(z, counts ? counts + first : nullptr, count, layers, row[0], &sums[chunk * whole]);
     }
   });
-  Tensor result = torch::stable::new_empty(logits, {}, ScalarType::Long);
+  Tensor result = molex::new_result(logits, {}, ScalarType::Long);
   double largest = -std::numeric_limits<double>::infinity();
   int64_t best = 0;
   for (int64_t layer = 0; layer < layers; ++layer) {

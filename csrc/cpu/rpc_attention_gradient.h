@@ -59,8 +59,7 @@ MOLEX_INLINE void weigh(const Scores& scores,
     for (int v = 0; v < vectors; ++v) {
       const int64_t at = r * kBlock + v * LANES;
       const Floats<LANES> z = load<LANES>(scores.z + at) * scores.scale;
-      Floats<LANES> weight = exponential(z - shift) * inverse,
-                    upstream = load<LANES>(by_row.upstream + at);
+      Floats<LANES> weight = exponential(z - shift) * inverse, upstream = load<LANES>(by_row.upstream + at);
       if constexpr (PARTIAL) {
         const auto sees = count_from<LANES>(v * LANES) < seen;
         weight = sees ? weight : Floats<LANES>{};
