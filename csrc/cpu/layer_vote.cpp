@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "memory.h"
 #include "rows.h"
 #include "softmax.h"
 
@@ -102,7 +103,7 @@ Tensor layer_vote_cpu(const Tensor& logits, std::optional<Tensor> mask, std::str
       add(z, counts ? counts + first : nullptr, count, layers, row[0], &sums[chunk * whole]);
     }
   });
-  Tensor result = torch::stable::new_empty(logits, {}, ScalarType::Long);
+  Tensor result = molex::new_result(logits, {}, ScalarType::Long);
   double largest = -std::numeric_limits<double>::infinity();
   int64_t best = 0;
   for (int64_t layer = 0; layer < layers; ++layer) {

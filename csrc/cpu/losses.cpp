@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "indices.h"
+#include "memory.h"
 #include "rows.h"
 #include "softmax.h"
 
@@ -113,7 +114,7 @@ float scalar_of(const Tensor& tensor) {
 }
 
 Tensor scalar_like(const Tensor& like, double value) {
-  Tensor result = torch::stable::new_empty(like, {}, ScalarType::Float);
+  Tensor result = molex::new_result(like, {}, ScalarType::Float);
   *result.mutable_data_ptr<float>() = static_cast<float>(value);
   return result;
 }
@@ -124,7 +125,7 @@ Tensor logits_gradient(const Tensor& logits, const Run& run) {
   const int64_t tokens = logits.size(0), experts = logits.size(1);
   const Tensor packed = torch::stable::contiguous(logits);
   const Source from = molex::source_of(packed);
-  Tensor result = torch::stable::new_empty(logits, {tokens, experts});
+  Tensor result = molex::new_result(logits, {tokens, experts});
   const Target to = molex::target_of(result);
   if (experts == 0) return result;
   for_chunks(tokens, experts, [&](int64_t first, int64_t last, int64_t) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "memory.h"
 #include "rows.h"
 
 namespace {
@@ -91,7 +92,7 @@ Tensor camex_deltas_cpu(const Tensor& base,
                         std::optional<Tensor> majority) {
   const int64_t count = experts.size(0), rows = base.size(0), width = base.size(1), size = rows * width;
   const Reader from(experts), start(base);
-  Tensor result = torch::stable::new_empty(experts, experts.sizes(), ScalarType::Float);
+  Tensor result = molex::new_result(experts, experts.sizes(), ScalarType::Float);
   if (size == 0) return result;
   float* out = result.mutable_data_ptr<float>();
   const std::optional<Tensor> most = molex::packed(majority);
@@ -123,7 +124,7 @@ Tensor camex_deltas_cpu(const Tensor& base,
     return kept[which].const_data_ptr<float>() + (rank * count + e) * side * side;
   };
   const int64_t block = o2 * width, pieces = (block + kColumns - 1) / kColumns;
-  Tensor between = torch::stable::new_empty(experts, experts.sizes(), ScalarType::Float);
+  Tensor between = molex::new_result(experts, experts.sizes(), ScalarType::Float);
   float* half = between.mutable_data_ptr<float>();
   for (int64_t rank = 0; rank < ranks; ++rank) {
     // in2, in1 and out2 touch one block of o2 rows.
@@ -281,7 +282,7 @@ Tensor camex_merge_bwd_cpu(const Tensor& dweights,
       }
     }
   });
-  Tensor result = torch::stable::new_empty(gates, {needs_gates ? segments : 0, count}, ScalarType::Float);
+  Tensor result = molex::new_result(gates, {needs_gates ? segments : 0, count}, ScalarType::Float);
   std::vector<double> sums(pairs, 0.0);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     for (int64_t i = 0; i < pairs; ++i) sums[i] += partial[chunk * pairs + i];

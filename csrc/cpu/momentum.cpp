@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "layer_norm.h"
+#include "memory.h"
 #include "philox.h"
 #include "rows.h"
 
@@ -317,13 +318,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd_cpu(const Tensor
       molex::source_of(packed[2]), molex::source_of(packed[3]), molex::source_of(packed[4])};
   const ScalarType state_dtype = s0 ? s0->scalar_type() : ScalarType::Float;
 
-  Tensor y = torch::stable::new_empty(x, {tokens, width});
+  Tensor y = molex::new_result(x, {tokens, width});
   std::vector<Tensor> states;
   for (int64_t i = 0; i < 3; ++i) {
-    states.push_back(i < num_states ? torch::stable::new_empty(x, {tokens, width}, state_dtype)
-                                    : torch::stable::new_empty(x, {0}, state_dtype));
+    states.push_back(i < num_states ? molex::new_result(x, {tokens, width}, state_dtype)
+                                    : molex::new_result(x, {0}, state_dtype));
   }
-  Tensor kept = keeps_f ? torch::stable::new_empty(f, {tokens, width}) : torch::stable::new_empty(f, {0});
+  Tensor kept = keeps_f ? molex::new_result(f, {tokens, width}) : torch::stable::new_empty(f, {0});
   const Target to_y = molex::target_of(y), to_kept = molex::target_of(kept);
   const Target to_n[] = {
       molex::target_of(states[0]), molex::target_of(states[1]), molex::target_of(states[2])};
@@ -452,8 +453,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd_
   std::vector<Tensor> gradients;
   Target to[kOutputs];
   for (int i = 0; i < kOutputs; ++i) {
-    gradients.push_back(needs[i] ? torch::stable::new_empty(like, {tokens, width}, dtypes[i])
-                                 : torch::stable::new_empty(like, {0}, dtypes[i]));
+    gradients.push_back(needs[i] ? molex::new_result(like, {tokens, width}, dtypes[i])
+                                 : molex::new_result(like, {0}, dtypes[i]));
     if (needs[i]) to[i] = molex::target_of(gradients[i]);
   }
   const bool needs_norm = needs[5], needs_numbers = needs[6];
@@ -526,9 +527,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd_
     }
   });
   Tensor dnorm = needs_norm ? torch::stable::new_zeros(like, {2, width}, ScalarType::Float)
-                            : torch::stable::new_empty(like, {0}, ScalarType::Float);
+                            : molex::new_result(like, {0}, ScalarType::Float);
   Tensor dnumbers = needs_numbers ? torch::stable::new_zeros(like, {2}, ScalarType::Float)
-                                  : torch::stable::new_empty(like, {0}, ScalarType::Float);
+                                  : molex::new_result(like, {0}, ScalarType::Float);
   double mu_sum = 0.0, gamma_sum = 0.0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     if (needs_norm)

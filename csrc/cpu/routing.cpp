@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "indices.h"
+#include "memory.h"
 #include "rows.h"
 #include "softmax.h"
 
@@ -97,7 +98,7 @@ std::tuple<Tensor, Tensor> cluster_statistics_cpu(const Tensor& x,
   const Tensor rows = torch::stable::contiguous(x);
   const Source from = molex::source_of(rows);
   const std::vector<int64_t> labels = labels_of(cluster, num_clusters);
-  Tensor totals = torch::stable::new_empty(x, {num_clusters, width}, ScalarType::Float);
+  Tensor totals = molex::new_result(x, {num_clusters, width}, ScalarType::Float);
   Tensor sizes = torch::stable::new_zeros(x, {num_clusters}, ScalarType::Int);
   float* out = totals.mutable_data_ptr<float>();
   int32_t* own = sizes.mutable_data_ptr<int32_t>();
@@ -174,7 +175,7 @@ Tensor feature_weights_cpu(
   const int64_t clusters = packed.size(0), width = packed.size(1);
   const float* s = packed.const_data_ptr<float>();
   const int32_t* members = sizes.const_data_ptr<int32_t>();
-  Tensor result = torch::stable::new_empty(packed, {clusters, width});
+  Tensor result = molex::new_result(packed, {clusters, width});
   float* w = result.mutable_data_ptr<float>();
   const auto present = [&](int64_t c) { return !mask || members[c] > 0; };
   const auto minimum = [](float value, float limit) { return value > limit ? limit : value; };  // NaN stays
@@ -273,8 +274,8 @@ std::tuple<Tensor, Tensor> select_experts_cpu(const Tensor& logits,
     const float* from = molex::read(molex::source_of(biases), 0, experts, bias.data());
     if (from != bias.data()) std::copy_n(from, experts, bias.data());
   }
-  Tensor index = torch::stable::new_empty(logits, {tokens, top_k}, ScalarType::Long);
-  Tensor weight = torch::stable::new_empty(logits, {tokens, top_k}, ScalarType::Float);
+  Tensor index = molex::new_result(logits, {tokens, top_k}, ScalarType::Long);
+  Tensor weight = molex::new_result(logits, {tokens, top_k}, ScalarType::Float);
   int64_t* chosen = index.mutable_data_ptr<int64_t>();
   float* scores = weight.mutable_data_ptr<float>();
   const bool softmax = score == "softmax", sigmoid = score == "sigmoid", biased = expert_bias.has_value();
@@ -321,7 +322,7 @@ Tensor router_logits_bwd_cpu(const Tensor& logits,
   const float* direct = of_logits ? of_logits->const_data_ptr<float>() : nullptr;
   const float *from = z.const_data_ptr<float>(), *w = scores.const_data_ptr<float>();
   const int64_t* chosen = ids.const_data_ptr<int64_t>();
-  Tensor result = torch::stable::new_empty(logits, {tokens, experts});
+  Tensor result = molex::new_result(logits, {tokens, experts});
   float* out = result.mutable_data_ptr<float>();
   const bool softmax = score == "softmax", sigmoid = score == "sigmoid";
   torch::stable::parallel_for(

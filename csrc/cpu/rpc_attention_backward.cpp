@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "memory.h"
 #include "rpc_attention_gradient.h"
 
 namespace molex::rpc {
@@ -199,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_bwd_cpu(const Tensor& d
                                                                  std::vector<bool> needs) {
   const Problem p(k, v, q, threshold, key_mask, seed, num_iters, scale, is_causal, dropout_p);
   const auto like = [&](const Tensor& t, bool needed) {
-    return needed ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(t, {0});
+    return needed ? molex::new_result(t, t.sizes()) : torch::stable::new_empty(t, {0});
   };
   Tensor gradients[] = {like(k, needs[0]), like(k, needs[1]), like(k, needs[2]), like(threshold, needs[3])};
   const auto target = [&](int which) { return needs[which] ? target_of(gradients[which]) : Target{}; };

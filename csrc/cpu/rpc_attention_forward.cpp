@@ -6,6 +6,7 @@
 #include <limits>
 #include <tuple>
 
+#include "memory.h"
 #include "rpc_attention.h"
 
 namespace molex::rpc {
@@ -255,10 +256,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_fwd_cpu(const Tensor& k
   const Problem p(k, v, q, threshold, key_mask, seed, num_iters, scale, is_causal, dropout_p);
   const int64_t b = p.batch, h = p.heads, n = p.length, d = p.width;
   const auto floats = [&](bool wanted, std::initializer_list<int64_t> sizes) {
-    return wanted ? torch::stable::new_empty(k, sizes, ScalarType::Float)
-                  : torch::stable::new_empty(k, {0}, ScalarType::Float);
+    return wanted ? molex::new_result(k, sizes, ScalarType::Float)
+                  : molex::new_result(k, {0}, ScalarType::Float);
   };
-  Tensor out = torch::stable::new_empty(k, {b, h, n, d});
+  Tensor out = molex::new_result(k, {b, h, n, d});
   Tensor sparse = floats(returns_sparse, {b, h, n, d});
   Tensor lows = floats(keeps_state, {num_iters - 1, b, h, n, d});
   Tensor stats = floats(keeps_state, {num_iters, 2, b, h, n});
