@@ -156,6 +156,12 @@ inline Source source_of(const std::optional<Tensor>& tensor) {
   return tensor ? source_of(*tensor) : Source{};
 }
 
+// The value of a tensor of one element.
+inline float scalar_of(const Tensor& tensor) {
+  float scratch;
+  return *read(source_of(tensor), 0, 1, &scratch);
+}
+
 inline Target target_of(Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.scalar_type()}; }
 
 }  // namespace molex
