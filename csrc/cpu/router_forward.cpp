@@ -15,7 +15,7 @@
 namespace molex::router {
 namespace {
 
-constexpr int64_t kFew = 32;  // tokens that are not worth turning the gate for
+constexpr int64_t kFew = 384;  // tokens that are not worth turning the gate for
 
 // Floats [count] of an optional vector; empty where there is none.
 std::vector<float> floats_of(const std::optional<Tensor>& tensor) {
@@ -27,16 +27,23 @@ std::vector<float> floats_of(const std::optional<Tensor>& tensor) {
   return values;
 }
 
-// The gate [E, D] as floats [D, wide], with zeros behind E.
+// The gate [E, D] as floats [D, wide], with zeros behind E. A line of the result is written at a time.
 void turn(const Source& gate, int64_t experts, int64_t width, int64_t wide, float* to) {
-  constexpr int64_t kBlock = 64;  // rows of the result that the first cache holds
+  constexpr int64_t kBlock = 64;  // features
   torch::stable::parallel_for(0, (width + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
-    float scratch[kBlock];
+    const std::vector<float> zeros(kBlock);
+    std::vector<float> scratch(kWide * kBlock);
     for (int64_t first = begin * kBlock; first < std::min(end * kBlock, width); first += kBlock) {
       const int64_t count = std::min(kBlock, width - first);
-      for (int64_t e = 0; e < wide; ++e) {
-        const float* from = e < experts ? read(gate, e * width + first, count, scratch) : nullptr;
-        for (int64_t i = 0; i < count; ++i) to[(first + i) * wide + e] = from ? from[i] : 0.0f;
+      for (int64_t start = 0; start < wide; start += kWide) {
+        const float* from[kWide];
+        for (int64_t i = 0; i < kWide; ++i) {
+          const int64_t e = start + i;
+          from[i] = e < experts ? read(gate, e * width + first, count, &scratch[i * kBlock]) : zeros.data();
+        }
+        for (int64_t q = 0; q < count; ++q) {
+          for (int64_t i = 0; i < kWide; ++i) to[(first + q) * wide + start + i] = from[i][q];
+        }
       }
     }
   });
@@ -131,12 +138,14 @@ std::tuple<Tensor, Tensor, Tensor> router_fwd_cpu(const Tensor& x,
   }
   const int64_t depth = few ? width : std::min(kFeatures, width);
 
-  torch::stable::parallel_for(0, (tokens + kPiece - 1) / kPiece, 1, [&](int64_t begin, int64_t end) {
-    Arena arena(Arena::bytes(kPiece * depth) + Arena::bytes(kPiece * wide) + Arena::bytes(choose.size()));
-    float *tile = arena.floats(kPiece * depth), *z = arena.floats(kPiece * wide);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t piece = few ? kFew : std::min(kPiece, (tokens + threads - 1) / threads);
+  torch::stable::parallel_for(0, (tokens + piece - 1) / piece, 1, [&](int64_t begin, int64_t end) {
+    Arena arena(Arena::bytes(piece * depth) + Arena::bytes(piece * wide) + Arena::bytes(choose.size()));
+    float *tile = arena.floats(piece * depth), *z = arena.floats(piece * wide);
     float* scratch = arena.floats(choose.size());
-    for (int64_t first = begin * kPiece; first < std::min(end * kPiece, tokens); first += kPiece) {
-      const int64_t count = std::min(kPiece, tokens - first);
+    for (int64_t first = begin * piece; first < std::min(end * piece, tokens); first += piece) {
+      const int64_t count = std::min(piece, tokens - first);
       for (int64_t feature = 0; feature < width; feature += depth) {
         const int64_t features = std::min(depth, width - feature);
         const Rows left = from.weighed(first, count, feature, features, tile);
