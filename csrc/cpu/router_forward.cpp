@@ -139,7 +139,8 @@ std::tuple<Tensor, Tensor, Tensor> router_fwd_cpu(const Tensor& x,
   const int64_t depth = few ? width : std::min(kFeatures, width);
 
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t piece = few ? kFew : std::min(kPiece, (tokens + threads - 1) / threads);
+  const int64_t piece =
+      few ? std::max<int64_t>(tokens, 1) : std::min(kPiece, (tokens + threads - 1) / threads);
   torch::stable::parallel_for(0, (tokens + piece - 1) / piece, 1, [&](int64_t begin, int64_t end) {
     Arena arena(Arena::bytes(piece * depth) + Arena::bytes(piece * wide) + Arena::bytes(choose.size()));
     float *tile = arena.floats(piece * depth), *z = arena.floats(piece * wide);
