@@ -83,15 +83,21 @@ def test_memory_of_the_kernels_grows_by_the_gates_partial_sums_alone(without_ker
 def test_memory_of_the_deltas_does_not_grow_with_the_rank(impl, generator):
     from molex_kernels.ops.merging.kernels import launch
 
-    module = cpu if impl == "cpu" else launch
+    if impl == "cpu":
+        forward, backward = (
+            torch.ops.molex.camex_deltas_fwd_cpu,
+            torch.ops.molex.camex_deltas_bwd_cpu,
+        )
+    else:
+        forward, backward = launch.deltas_forward, launch.deltas_backward
     base, experts = (draw(generator, *s).float().cpu() for s in ((OUT, D), (E, OUT, D)))
     peaks = []
     for rank in (9, 33):
         curvature = KroneckerCurvature.identity(E, OUT, D, rank)
         needs = [True] * 2 + [False] * 4
         calls = (
-            partial(module.deltas_forward, base, experts, *curvature, True),
-            partial(module.deltas_backward, experts, base, experts, *curvature, True, needs),
+            partial(forward, base, experts, *curvature, True),
+            partial(backward, experts, base, experts, *curvature, True, needs),
         )
         peaks.append([peak_bytes(call, torch.device("cpu")) for call in calls])
     factors = 4 * 24 * E * (3 * 3 + 4 * 4 + 2 * 2 + 5 * 5)

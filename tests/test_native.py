@@ -58,10 +58,10 @@ def _merging(generator):
     stack = torch.randn(experts, rows, width, generator=generator)
     factors = [torch.randn(2, experts, m, m, generator=generator) for m in (30, 40, 4, 101)]
     gates = torch.rand(segments, experts, generator=generator)
-    majority = molex.camex_majority_cpu(base, stack)
-    yield majority
-    yield molex.camex_deltas_cpu(base, stack, None, None, None, None, majority)
-    yield molex.camex_deltas_cpu(base, stack, *factors, majority)
+    for curvature in ([None] * 4, factors):
+        yield molex.camex_deltas_fwd_cpu(base, stack, *curvature, True)
+        needs = [True, True] + [factor is not None for factor in curvature]
+        yield from molex.camex_deltas_bwd_cpu(stack, base, stack, *curvature, True, needs)
     weights = torch.empty(segments, rows, width)
     molex.camex_merge_cpu(base, stack, gates, weights)
     yield weights
