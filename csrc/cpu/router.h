@@ -19,6 +19,9 @@ constexpr int64_t kPiece = 96;      // tokens: a multiple of the products' rows
 constexpr int64_t kFeatures = 256;  // of them at a time
 constexpr int64_t kGrain = 16384;   // elements below which a thread is not worth waking
 
+// Of `size` each, but for the last.
+inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
 enum class Score { kSoftmax, kSigmoid, kChosen };
 
 inline Score score_of(const std::string& name) {
@@ -50,6 +53,7 @@ class Tokens {
       : x_(torch::stable::contiguous(x)), from_(source_of(x_)), width_(x.size(1)) {
     if (!table || !labels) return;
     table_ = torch::stable::contiguous(*table);
+    entries_ = table_->const_data_ptr<float>();
     mix_ = packed(mix);
     share_ = source_of(mix_);
     clusters_ = table->size(0), parts_ = labels->size(1);
@@ -92,13 +96,14 @@ class Tokens {
  private:
   const float* entry(int64_t part, int64_t feature) const {
     const int64_t label = labels_[part];
-    return label < clusters_ ? table_->const_data_ptr<float>() + label * width_ + feature : ones_.data();
+    return label < clusters_ ? entries_ + label * width_ + feature : ones_.data();
   }
 
   Tensor x_;
   Source from_;
   int64_t width_, clusters_ = 0, parts_ = 0;
   std::optional<Tensor> table_, mix_;
+  const float* entries_ = nullptr;
   Source share_;
   std::vector<int64_t> labels_;
   std::vector<float> ones_;

@@ -44,8 +44,88 @@ void logits_gradient(const Choice& c, int64_t t, float* dz, float* probability) 
   }
 }
 
-// Gradients of x, the gate and its bias; those not needed are empty. Sums over tokens go to chunks of a size
-// that depends on the shape alone, which are added in order.
+// Sums over tokens go to chunks of a size that depends on the shape alone, which are added in order.
+struct Shape {
+  int64_t tokens, width, experts;
+  int64_t chunk = std::max<int64_t>(10 * kPiece, parts(8 * experts, kPiece) * kPiece);
+  int64_t chunks = parts(tokens, chunk);
+};
+
+// dx = w (dz gate), where `to` is given, and the chunks' sums dz^T (w x) [chunks, E, D], where `sums` are.
+void multiply_back(
+    const Shape& n, const float* dz, const Tokens& from, const Source& gate, const Target& to, float* sums) {
+  const bool direct = from.plain() && to.dtype == ScalarType::Float;
+  const int64_t blocks = parts(n.width, kFeatures), most = std::min(kFeatures, n.width);
+  const int64_t grain = n.tokens * n.width < kGrain ? n.chunks * blocks : 1;
+  torch::stable::parallel_for(0, n.chunks * blocks, grain, [&](int64_t begin, int64_t end) {
+    Arena arena(Arena::bytes(n.experts * most) + 2 * Arena::bytes(kPiece * most) + Arena::bytes(most));
+    float *right = arena.floats(n.experts * most), *tile = arena.floats(kPiece * most);
+    float *made = arena.floats(kPiece * most), *scratch = arena.floats(most);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task / blocks, feature = task % blocks * kFeatures;
+      const int64_t features = std::min(kFeatures, n.width - feature);
+      for (int64_t e = 0; e < n.experts && to; ++e) {
+        float* row = right + e * features;
+        const float* there = read(gate, e * n.width + feature, features, row);
+        if (there != row) std::copy_n(there, features, row);
+      }
+      const int64_t start = part * n.chunk, stop = std::min(n.tokens, start + n.chunk);
+      for (int64_t first = start; first < stop; first += kPiece) {
+        const int64_t count = std::min(kPiece, stop - first);
+        const float* upstream = dz + first * n.experts;
+        if (sums) {
+          const Rows x = from.weighed(first, count, feature, features, tile);
+          float* sum = sums + part * n.experts * n.width + feature;
+          const bool more = first > start;
+          product_turned(
+              upstream, n.experts, x.data, x.stride, sum, n.width, n.experts, features, count, more);
+        }
+        if (!to) continue;
+        float* out = direct ? place(to, first * n.width + feature, made) : made;
+        const int64_t stride = direct ? n.width : features;
+        product(upstream, n.experts, right, features, out, stride, count, features, n.experts, false);
+        for (int64_t t = 0; t < count && !direct; ++t) {
+          const int64_t at = (first + t) * n.width + feature;
+          float *row = made + t * features, *there = place(to, at, row);
+          if (from.weighted()) {
+            multiply(there, row, from.weights(first + t, feature, features, scratch), features);
+          }
+          write(to, at, features, there);
+        }
+      }
+    }
+  });
+}
+
+// The chunks' sums, added in order.
+void add_chunks(const Shape& n, const float* sums, const Target& to) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / (n.width * n.chunks + 1));
+  torch::stable::parallel_for(0, n.experts, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(n.width);
+    for (int64_t e = begin; e < end; ++e) {
+      float* row = place(to, e * n.width, scratch.data());
+      std::fill_n(row, n.width, 0.0f);
+      for (int64_t part = 0; part < n.chunks; ++part)
+        add(row, sums + (part * n.experts + e) * n.width, n.width);
+      write(to, e * n.width, n.width, row);
+    }
+  });
+}
+
+// sum_t dz_te
+void sum_tokens(const Shape& n, const float* dz, float* out) {
+  std::vector<double> sums(n.chunks * n.experts, 0.0), total(n.experts, 0.0);
+  torch::stable::parallel_for(0, n.chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin * n.chunk; t < std::min(end * n.chunk, n.tokens); ++t) {
+      double* sum = sums.data() + t / n.chunk * n.experts;
+      for (int64_t e = 0; e < n.experts; ++e) sum[e] += dz[t * n.experts + e];
+    }
+  });
+  for (size_t i = 0; i < sums.size(); ++i) total[i % n.experts] += sums[i];
+  std::copy(total.begin(), total.end(), out);
+}
+
+// Gradients of x, the gate and its bias; those not needed are empty.
 std::tuple<Tensor, Tensor, Tensor> router_bwd_cpu(const Tensor& x,
                                                   const Tensor& gate,
                                                   const Tensor& logits,
@@ -58,8 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> router_bwd_cpu(const Tensor& x,
                                                   std::optional<Tensor> mix,
                                                   std::string score,
                                                   std::vector<bool> needs) {
-  const int64_t tokens = x.size(0), width = x.size(1), experts = gate.size(0), top_k = index.size(1);
-  const bool needs_x = needs[0], needs_gate = needs[1], needs_bias = needs[2];
+  const Shape n{x.size(0), x.size(1), gate.size(0)};
   const Tokens from(x, table, labels, mix);
   const Tensor kept[] = {torch::stable::contiguous(logits),
                          torch::stable::contiguous(weight),
@@ -71,111 +150,28 @@ std::tuple<Tensor, Tensor, Tensor> router_bwd_cpu(const Tensor& x,
                       kept[2].const_data_ptr<int64_t>(),
                       upstream[0] ? upstream[0]->const_data_ptr<float>() : nullptr,
                       upstream[1] ? upstream[1]->const_data_ptr<float>() : nullptr,
-                      experts,
-                      top_k,
+                      n.experts,
+                      index.size(1),
                       score_of(score)};
-  const Source given = source_of(kept[3]);
-
-  const int64_t chunk = std::max<int64_t>(10 * kPiece, (8 * experts + kPiece - 1) / kPiece * kPiece);
-  const int64_t chunks = (tokens + chunk - 1) / chunk, blocks = (width + kFeatures - 1) / kFeatures;
-  Tensor dx = needs_x ? new_result(x, {tokens, width}) : new_result(x, {0});
-  Tensor dgate = needs_gate ? new_result(gate, {experts, width}) : new_result(gate, {0});
-  Tensor dbias = new_result(logits, {needs_bias ? experts : 0}, ScalarType::Float);
-  Tensor dlogits = new_result(logits, {tokens, experts}, ScalarType::Float);
-  Tensor partial = new_result(logits, {needs_gate ? chunks * experts * width : 0}, ScalarType::Float);
+  const bool needs_x = needs[0], needs_gate = needs[1], needs_bias = needs[2];
+  Tensor dx = needs_x ? new_result(x, {n.tokens, n.width}) : new_result(x, {0});
+  Tensor dgate = needs_gate ? new_result(gate, {n.experts, n.width}) : new_result(gate, {0});
+  Tensor dbias = new_result(logits, {needs_bias ? n.experts : 0}, ScalarType::Float);
+  Tensor dlogits = new_result(logits, {n.tokens, n.experts}, ScalarType::Float);
+  Tensor partial = new_result(logits, {needs_gate ? n.chunks * n.experts * n.width : 0}, ScalarType::Float);
   float *dz = dlogits.mutable_data_ptr<float>(), *sums = partial.mutable_data_ptr<float>();
 
-  torch::stable::parallel_for(
-      0, tokens, std::max<int64_t>(1, kGrain / experts), [&](int64_t begin, int64_t end) {
-        std::vector<float> probability(wide_of(experts));
-        for (int64_t t = begin; t < end; ++t) {
-          logits_gradient(choice, t, dz + t * experts, probability.data());
-        }
-      });
-
-  const Target to = target_of(dx);
-  const bool direct = from.plain() && to.dtype == ScalarType::Float;
-  const int64_t most = std::min(kFeatures, width), grain = tokens * width < kGrain ? chunks * blocks : 1;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (n.experts + 1));
+  torch::stable::parallel_for(0, n.tokens, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> probability(wide_of(n.experts));
+    for (int64_t t = begin; t < end; ++t) logits_gradient(choice, t, dz + t * n.experts, probability.data());
+  });
   if (needs_x || needs_gate) {
-    torch::stable::parallel_for(0, chunks * blocks, grain, [&](int64_t begin, int64_t end) {
-      Arena arena(Arena::bytes(experts * most) + 2 * Arena::bytes(kPiece * most) + Arena::bytes(most));
-      float *right = arena.floats(experts * most), *tile = arena.floats(kPiece * most);
-      float *made = arena.floats(kPiece * most), *scratch = arena.floats(most);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t part = task / blocks, feature = task % blocks * kFeatures;
-        const int64_t features = std::min(kFeatures, width - feature);
-        for (int64_t e = 0; e < experts && needs_x; ++e) {
-          float* row = right + e * features;
-          const float* there = read(given, e * width + feature, features, row);
-          if (there != row) std::copy_n(there, features, row);
-        }
-        const int64_t stop = std::min(tokens, (part + 1) * chunk);
-        for (int64_t first = part * chunk; first < stop; first += kPiece) {
-          const int64_t count = std::min(kPiece, stop - first);
-          const float* upstream_here = dz + first * experts;
-          if (needs_gate) {
-            const Rows left = from.weighed(first, count, feature, features, tile);
-            product_turned(upstream_here,
-                           experts,
-                           left.data,
-                           left.stride,
-                           sums + part * experts * width + feature,
-                           width,
-                           experts,
-                           features,
-                           count,
-                           first > part * chunk);
-          }
-          if (!needs_x) continue;
-          float* out = direct ? static_cast<float*>(to.data) + first * width + feature : made;
-          product(upstream_here,
-                  experts,
-                  right,
-                  features,
-                  out,
-                  direct ? width : features,
-                  count,
-                  features,
-                  experts,
-                  false);
-          if (direct) continue;
-          for (int64_t t = 0; t < count; ++t) {
-            const int64_t at = (first + t) * width + feature;
-            float *row = made + t * features, *there = place(to, at, row);
-            if (from.weighted())
-              multiply(there, row, from.weights(first + t, feature, features, scratch), features);
-            write(to, at, features, there);
-          }
-        }
-      }
-    });
+    const Target to = needs_x ? target_of(dx) : Target{};
+    multiply_back(n, dz, from, source_of(kept[3]), to, needs_gate ? sums : nullptr);
   }
-
-  if (needs_gate) {
-    const Target there = target_of(dgate);
-    torch::stable::parallel_for(
-        0, experts, std::max<int64_t>(1, kGrain / (width * chunks + 1)), [&](int64_t begin, int64_t end) {
-          std::vector<float> scratch(width);
-          for (int64_t e = begin; e < end; ++e) {
-            float* row = place(there, e * width, scratch.data());
-            std::fill_n(row, width, 0.0f);
-            for (int64_t part = 0; part < chunks; ++part)
-              add(row, sums + (part * experts + e) * width, width);
-            write(there, e * width, width, row);
-          }
-        });
-  }
-  if (needs_bias) {
-    std::vector<double> parts(chunks * experts, 0.0), total(experts, 0.0);
-    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin * chunk; t < std::min(end * chunk, tokens); ++t) {
-        double* sum = parts.data() + t / chunk * experts;
-        for (int64_t e = 0; e < experts; ++e) sum[e] += dz[t * experts + e];
-      }
-    });
-    for (size_t i = 0; i < parts.size(); ++i) total[i % experts] += parts[i];
-    std::copy(total.begin(), total.end(), dbias.mutable_data_ptr<float>());
-  }
+  if (needs_gate) add_chunks(n, sums, target_of(dgate));
+  if (needs_bias) sum_tokens(n, dz, dbias.mutable_data_ptr<float>());
   return {dx, dgate, dbias};
 }
 

@@ -16,6 +16,7 @@ namespace molex::router {
 namespace {
 
 constexpr int64_t kFew = 384;  // tokens that are not worth turning the gate for
+constexpr int64_t kRows = 12;  // a multiple of those that products take at a time, 6 and 4
 
 // Floats [count] of an optional vector; empty where there is none.
 std::vector<float> floats_of(const std::optional<Tensor>& tensor) {
@@ -30,7 +31,7 @@ std::vector<float> floats_of(const std::optional<Tensor>& tensor) {
 // The gate [E, D] as floats [D, wide], with zeros behind E. A line of the result is written at a time.
 void turn(const Source& gate, int64_t experts, int64_t width, int64_t wide, float* to) {
   constexpr int64_t kBlock = 64;  // features
-  torch::stable::parallel_for(0, (width + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, parts(width, kBlock), 1, [&](int64_t begin, int64_t end) {
     const std::vector<float> zeros(kBlock);
     std::vector<float> scratch(kWide * kBlock);
     for (int64_t first = begin * kBlock; first < std::min(end * kBlock, width); first += kBlock) {
@@ -126,45 +127,35 @@ std::tuple<Tensor, Tensor, Tensor> router_fwd_cpu(const Tensor& x,
   float *scores = weight.mutable_data_ptr<float>(), *out = logits.mutable_data_ptr<float>();
 
   const Tensor rows = torch::stable::contiguous(gate);
-  const Source given = source_of(rows);
   const bool few = tokens < kFew;
   Arena gates(Arena::bytes(width * (few ? experts : wide)));
-  float* mine = gates.floats(width * (few ? experts : wide));
+  float* const floats = gates.floats(width * (few ? experts : wide));
+  const float* right = floats;
   if (few) {
-    const float* there = read(given, 0, experts * width, mine);
-    mine = const_cast<float*>(there);
+    right = read(source_of(rows), 0, experts * width, floats);
   } else {
-    turn(given, experts, width, wide, mine);
+    turn(source_of(rows), experts, width, wide, floats);
   }
   const int64_t depth = few ? width : std::min(kFeatures, width);
 
+  // As many pieces for one thread as for another, of whole groups of the products' rows: which rows share
+  // a group must not depend on the number of threads.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t piece =
-      few ? std::max<int64_t>(tokens, 1) : std::min(kPiece, (tokens + threads - 1) / threads);
-  torch::stable::parallel_for(0, (tokens + piece - 1) / piece, 1, [&](int64_t begin, int64_t end) {
+  const int64_t turns = std::max<int64_t>(1, parts(tokens, threads * kPiece));
+  const int64_t piece = std::max(kRows, parts(parts(tokens, threads * turns), kRows) * kRows);
+  torch::stable::parallel_for(0, parts(tokens, piece), 1, [&](int64_t begin, int64_t end) {
     Arena arena(Arena::bytes(piece * depth) + Arena::bytes(piece * wide) + Arena::bytes(choose.size()));
     float *tile = arena.floats(piece * depth), *z = arena.floats(piece * wide);
     float* scratch = arena.floats(choose.size());
     for (int64_t first = begin * piece; first < std::min(end * piece, tokens); first += piece) {
       const int64_t count = std::min(piece, tokens - first);
-      for (int64_t feature = 0; feature < width; feature += depth) {
-        const int64_t features = std::min(depth, width - feature);
-        const Rows left = from.weighed(first, count, feature, features, tile);
+      for (int64_t at = 0; at < width; at += depth) {
+        const int64_t features = std::min(depth, width - at);
+        const Rows x = from.weighed(first, count, at, features, tile);
         if (few) {
-          const Matrix a{const_cast<float*>(left.data), ScalarType::Float, count, features, left.stride};
-          const Matrix b = matrix_of(mine, ScalarType::Float, experts, width);
-          molex::multiply({z, ScalarType::Float, count, experts, wide}, a, b.transposed());
+          product_inner(x.data, x.stride, right, width, z, wide, count, experts, features, false);
         } else {
-          product(left.data,
-                  left.stride,
-                  mine + feature * wide,
-                  wide,
-                  z,
-                  wide,
-                  count,
-                  wide,
-                  features,
-                  feature > 0);
+          product(x.data, x.stride, right + at * wide, wide, z, wide, count, wide, features, at > 0);
         }
       }
       for (int64_t t = 0; t < count; ++t) {

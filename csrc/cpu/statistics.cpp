@@ -74,7 +74,7 @@ void sum_by_cluster(const Tokens& tokens, const Tensor& like, const Add& add, fl
   });
   if (chunks == 1) return;
   torch::stable::parallel_for(
-      0, clusters, std::max<int64_t>(1, kGrain / width / chunks), [&](int64_t begin, int64_t end) {
+      0, clusters, std::max<int64_t>(1, kGrain / (width * chunks + 1)), [&](int64_t begin, int64_t end) {
         std::copy(sums + begin * width, sums + end * width, out + begin * width);
         for (int64_t part = 1; part < chunks; ++part) {
           molex::add(out + begin * width, sums + part * size + begin * width, (end - begin) * width);
@@ -84,6 +84,8 @@ void sum_by_cluster(const Tokens& tokens, const Tensor& like, const Add& add, fl
 
 // sum_{i != j} |x_i - x_j| / (n - 1) = 2 / (n - 1) sum_r (2r - n + 1) (x_(r) - mean) over the sorted values.
 float pairwise(float* values, int64_t count, float mean) {
+  // Sorting needs an order, which NaN has not; and x - mean is NaN for an infinite x or its mean.
+  if (!std::isfinite(mean)) return std::numeric_limits<float>::quiet_NaN();
   std::sort(values, values + count);
   double half = 0.0;
   for (int64_t rank = 0; rank < count; ++rank) {
@@ -178,7 +180,10 @@ Tensor feature_weights_cpu(
   Tensor result = molex::new_result(packed, {clusters, width});
   float* w = result.mutable_data_ptr<float>();
   const auto present = [&](int64_t c) { return !mask || members[c] > 0; };
-  const auto minimum = [](float value, float limit) { return value > limit ? limit : value; };  // NaN stays
+  // Of a NaN, NaN, whichever of the two it is.
+  const auto minimum = [](float value, float limit) {
+    return value <= limit || std::isnan(value) ? value : limit;
+  };
 
   int64_t rows = 0;
   double before = 0.0;
