@@ -294,3 +294,16 @@ def test_autocast_makes_the_deltas_before_it_casts(generator):
         moved = mk.camex_linear(v["x"], zero, None, v["gates"], deltas=experts - base)
     moved_exactly = torch.bmm(v["x"], (weights - base).mT)
     assert (moved.float() - moved_exactly).abs().max() < 0.02 * moved_exactly.abs().max()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("sizes", [(1, 0, 2, 3), (2, 3, 1, 0)])
+def test_the_factors_of_an_empty_weight_get_zeros(sizes, impl, generator):
+    o1, o2, d1, d2 = sizes
+    base = draw(generator, o1 * o2, d1 * d2, dtype=torch.float32)
+    experts = draw(generator, 3, *base.shape, dtype=torch.float32)
+    factors = [draw(generator, 2, 3, m, m, dtype=torch.float32).requires_grad_() for m in sizes]
+    deltas = mk.camex_deltas(base, experts, curvature=mk.KroneckerCurvature(*factors), impl=impl)
+    assert deltas.shape == experts.shape
+    for factor, gradient in zip(factors, torch.autograd.grad(deltas.sum(), factors), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(factor))

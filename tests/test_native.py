@@ -27,7 +27,7 @@ def _routing(generator):
     for stat in ("mad", "variance", "pairwise"):
         yield from molex.cluster_statistics_cpu(x, cluster, None, None, experts, stat)
         yield mk.ac_weights(x, cluster, experts, stat=stat, impl="cpu")
-    for tokens_of in (x, x[:200]):
+    for tokens_of in (x, x[:200], x[:5]):
         count = tokens_of.shape[0]
         gate = torch.randn(experts, width, generator=generator)
         table = torch.rand(experts + 1, width, generator=generator)

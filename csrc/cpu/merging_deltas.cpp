@@ -73,7 +73,6 @@ class Weights {
 
   int64_t size() const { return size_; }
   int64_t count() const { return count_; }
-  bool masked() const { return !majority_.empty(); }
 
   // tau_e of some elements.
   void tau(int64_t e, int64_t first, int64_t length, float* out) const {
@@ -293,18 +292,17 @@ class FactorSums {
   std::vector<float> parts_[4];
 };
 
-// One rank of one expert. `upstream` gives some elements of the gradient of M_e tau_e; `half` and `down` are
-// scratch, [o1, block] each. Adds M_re^T upstream to `dtau` from the second rank on, where it is wanted.
+// Back through out1, which goes across the blocks: down [o1, block] = out1^T upstream, and out1's gradient.
+// `upstream` gives some elements of the gradient of M_e tau_e; `half` is scratch, [o1, block].
 template <class Upstream>
-void transform_backward(const Factors& f,
-                        const Weights& weights,
-                        const Upstream& upstream,
-                        int64_t rank,
-                        int64_t e,
-                        FactorSums& sums,
-                        float* half,
-                        float* down,
-                        float* dtau) {
+void back_through_out1(const Factors& f,
+                       const Weights& weights,
+                       const Upstream& upstream,
+                       int64_t rank,
+                       int64_t e,
+                       FactorSums& sums,
+                       float* half,
+                       float* down) {
   if (sums.wanted()) apply_inner(f, weights, rank, e, half);
   for_columns(f, [&](int64_t column, int64_t length) {
     std::vector<float> given(f.o1 * length);
@@ -316,9 +314,21 @@ void transform_backward(const Factors& f,
     product_turned(
         f.out1(rank, e), f.o1, given.data(), length, down + column, f.block, f.o1, length, f.o1, false);
   });
+}
+
+// Back from `down` through the other three, block by block. Adds to `dtau` from the second rank on, where it
+// is wanted.
+void back_through_blocks(const Factors& f,
+                         const Weights& weights,
+                         int64_t rank,
+                         int64_t e,
+                         FactorSums& sums,
+                         const float* down,
+                         float* dtau) {
+  const int64_t kept = sums.wanted() ? f.block : 0;
   torch::stable::parallel_for(0, f.o1, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> tau(f.block), by_in2(f.block), by_in1(f.block);
-    std::vector<float> from_out2(f.block), from_in1(f.block), turned(2 * f.block);
+    std::vector<float> from_out2(f.block), from_in1(f.block);
+    std::vector<float> tau(kept), by_in2(kept), by_in1(kept), turned(kept), other(kept);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * f.block;
       const float* above = down + first;
@@ -333,28 +343,21 @@ void transform_backward(const Factors& f,
       for (int64_t at = 0; at < f.block; at += f.width) {
         product_turned(
             f.in1(rank, e), f.d1, &from_out2[at], f.d2, &from_in1[at], f.d2, f.d1, f.d2, f.d1, false);
-        if (!sums.wanted()) continue;
-        Factors::turn(&from_out2[at], f.d1, f.d2, &turned[at]);
-        Factors::turn(&by_in2[at], f.d1, f.d2, &turned[f.block + at]);
       }
       if (sums.wanted()) {
-        const float* other = &turned[f.block];
-        product_turned(
-            turned.data(), f.d1, other, f.d1, sums.part(2, i), f.d1, f.d1, f.d1, f.o2 * f.d2, false);
-        product_turned(
-            from_in1.data(), f.d2, tau.data(), f.d2, sums.part(3, i), f.d2, f.d2, f.d2, f.o2 * f.d1, false);
+        // in1's index is not the first of a block: turned, all of a block's rows are one product.
+        for (int64_t at = 0; at < f.block; at += f.width) {
+          Factors::turn(&from_out2[at], f.d1, f.d2, &turned[at]);
+          Factors::turn(&by_in2[at], f.d1, f.d2, &other[at]);
+        }
+        float *in1 = sums.part(2, i), *in2 = sums.part(3, i);
+        product_turned(turned.data(), f.d1, other.data(), f.d1, in1, f.d1, f.d1, f.d1, f.o2 * f.d2, false);
+        product_turned(from_in1.data(), f.d2, tau.data(), f.d2, in2, f.d2, f.d2, f.d2, f.o2 * f.d1, false);
       }
-      if (dtau)
-        product(from_in1.data(),
-                f.d2,
-                f.in2(rank, e),
-                f.d2,
-                dtau + first,
-                f.d2,
-                f.o2 * f.d1,
-                f.d2,
-                f.d2,
-                rank > 0);
+      if (!dtau) continue;
+      const float* in2 = f.in2(rank, e);
+      const int64_t rows = f.o2 * f.d1;
+      product(from_in1.data(), f.d2, in2, f.d2, dtau + first, f.d2, rows, f.d2, f.d2, rank > 0);
     }
   });
 }
@@ -383,7 +386,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> camex_deltas_bwd_cpu(
   const auto outcome = [&] {
     return std::tuple(dbase, dexperts, dfactors[0], dfactors[1], dfactors[2], dfactors[3]);
   };
-  if (size == 0) return outcome();
+  if (size == 0) {  // factors may have gradients even so: sums of nothing
+    for (Tensor& dfactor : dfactors) torch::stable::zero_(dfactor);
+    return outcome();
+  }
 
   // dtau of one expert goes to its own gradient and, with the opposite sign, to the base's.
   const Target to = molex::target_of(dexperts), to_base = molex::target_of(dbase);
@@ -415,7 +421,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> camex_deltas_bwd_cpu(
                   : both ? spare.mutable_data_ptr<float>()
                          : nullptr;
     for (int64_t rank = 0; factors && rank < factors->ranks; ++rank) {
-      transform_backward(*factors, weights, upstream, rank, e, *sums, half, down, dtau);
+      back_through_out1(*factors, weights, upstream, rank, e, *sums, half, down);
+      back_through_blocks(*factors, weights, rank, e, *sums, down, dtau);
       for (int i = 0; i < 4; ++i) {
         const int64_t area = factors->side(i) * factors->side(i);
         if (needs[2 + i]) sums->write(i, molex::target_of(dfactors[i]), (rank * count + e) * area);

@@ -260,6 +260,7 @@ OPINFOS = (
             _weight(18, 44, 1, 3, mask="ties"),
             _weight(17, 17, 9, 0),
         ),
+        large=(_weight(60, 77, 3, 2, mask="ties"),),
         benchmarks=(_weight(3072, 768, 7, 1, mask="ties"), _weight(3072, 768, 7, 8, mask="ties")),
         quick=(_weight(1536, 384, 7, 1, mask="ties"),),
         cost=_cost_deltas,

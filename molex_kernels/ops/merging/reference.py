@@ -39,7 +39,7 @@ def linear(x: Tensor, base: Tensor, deltas: Tensor, gates: Tensor, bias: Tensor 
 
 def _curved(tau: Tensor, factors: Sequence[Tensor]) -> Tensor:
     sizes = [factor.shape[2] for factor in factors]
-    split = tau.reshape(-1, *sizes)
+    split = tau.reshape(tau.shape[0], *sizes)
     out = torch.zeros_like(split)
     for out1, out2, in1, in2 in zip(*factors, strict=True):
         part = torch.einsum("exm,ejklm->ejklx", in2, split)

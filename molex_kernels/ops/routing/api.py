@@ -229,7 +229,7 @@ def ac_route(
     )
     gate = normalized_gate(gate_weight) if cosine else gate_weight
     labels = prev_index if mix else prev_index[:, :1]
-    mixture = prev_weight.detach() if mix and prev_weight is not None else None
+    mixture = prev_weight.detach().to(table.dtype) if mix and prev_weight is not None else None
     arguments = (x, gate, gate_bias, None, table, labels, mixture, top_k, "softmax_topk")
     return reference.route(*arguments) if chosen == "reference" else op.route(*arguments, chosen)
 
