@@ -57,8 +57,8 @@ def topk_route(
 
     Returns:
         Routing(expert_index [T, K] int64, expert_weight [T, K] fp32, logits [T, E] fp32).
-        Differentiable in x, gate_weight and gate_bias through weights and logits; once with
-        impl="triton" (no second derivative). Deterministic, no host synchronisation.
+        Differentiable in x, gate_weight and gate_bias through weights and logits; a second time
+        with impl="reference" alone. Deterministic, no host synchronisation.
 
     Raises:
         TypeError, ValueError: a bad argument, which the message names.
@@ -168,9 +168,9 @@ def ac_route(
         z_te = sum_q w_tq x_tq g_eq + b_e;   g = gate_weight, or its rows normalised (cosine)
         the K largest logits, descending, ties to the lower expert; softmax over those K
 
-    impl="triton" forms the rows w_t inside the matrix product, so that no [T, D] tensor of them
-    exists. The weight of a label outside [0, E) is 1. The experts are meant to receive the plain x,
-    as in the published language models; the published Swin gives them w * x. Differences from the
+    "triton" and "cpu" form the rows w_t inside the matrix product: no [T, D] tensor of them exists.
+    The weight of a label outside [0, E) is 1. The experts are meant to receive the plain x, as in
+    the published language models; the published Swin gives them w * x. Differences from the
     published code: C is the largest previous id plus one there (a host read), E here; the cosine
     gate's rows are rescaled in place at each forward pass there (see `ACRouter.renormalize_`); its
     cosine gate replaces non-finite logits by the least finite one, here only the selection does.
@@ -193,8 +193,8 @@ def ac_route(
 
     Returns:
         Routing, as `topk_route`. Differentiable in x, gate_weight and gate_bias with W constant: no
-        gradient reaches stats_from, prev_weight or x through W. Once with impl="triton".
-        Deterministic, no host synchronisation.
+        gradient reaches stats_from, prev_weight or x through W. A second time with impl="reference"
+        alone. Deterministic, no host synchronisation.
 
     Raises:
         TypeError, ValueError: a bad argument, which the message names.

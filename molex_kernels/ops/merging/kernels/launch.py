@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from molex_kernels._dtypes import dot_precision
-from molex_kernels.ops.merging import plan
-from molex_kernels.ops.merging.kernels import config
+from molex_kernels.ops.merging.kernels import config, order
 from molex_kernels.ops.merging.kernels.parts import (
     launch_contract,
     launch_linear,
@@ -39,7 +38,7 @@ def deltas_forward(
     curved = torch.empty_like(out, dtype=torch.float32) if several else out
     precision = _precision(base)
     for mine, tau in _tau(base, experts, group):
-        plan.transform(
+        order.transform(
             tau,
             [factor[:, mine] for factor in factors],
             partial(launch_product, precision),
@@ -84,7 +83,7 @@ def deltas_backward(
         found = [torch.empty_like(factor, dtype=torch.float32) for factor in factors]
         precision = _precision(base)
         for mine, tau in _tau(base, experts, group):
-            plan.transform_backward(
+            order.transform_backward(
                 tau,
                 upstream[mine, None],
                 [factor[:, mine] for factor in factors],

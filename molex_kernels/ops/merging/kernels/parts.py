@@ -14,8 +14,8 @@ from molex_kernels.ops.merging.kernels import config
 from molex_kernels.ops.merging.kernels.linear import _merging_fwd_linear
 from molex_kernels.ops.merging.kernels.mask import _merging_fwd_mask
 from molex_kernels.ops.merging.kernels.modes import _merging_bwd_mode, _merging_fwd_mode
+from molex_kernels.ops.merging.kernels.order import Mode
 from molex_kernels.ops.merging.kernels.weights import _merging_bwd_weights
-from molex_kernels.ops.merging.plan import Mode
 
 MAX_BLOCK_E = 8
 
