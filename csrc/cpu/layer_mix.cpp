@@ -74,15 +74,6 @@ void mix(const Branches& outputs,
   }
 }
 
-std::vector<float> floats_of(const Tensor& tensor) {
-  const Tensor kept = torch::stable::contiguous(tensor);
-  const int64_t count = kept.numel();
-  std::vector<float> values(count);
-  const float* from = molex::read(molex::source_of(kept), 0, count, values.data());
-  if (from != values.data()) std::copy_n(from, count, values.data());
-  return values;
-}
-
 // Null where there is no tensor.
 const float* data_of(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
 
@@ -97,9 +88,9 @@ std::tuple<Tensor, Tensor> layer_mix_fwd_cpu(const Tensor& outputs,
   Tensor normed = eps ? molex::new_result(outputs, {tokens, width}) : torch::stable::new_empty(outputs, {0});
   const Target to = molex::target_of(y), to_normed = molex::target_of(normed);
   const Branches from(outputs), moved(residual);
-  const std::vector<float> coefficients = floats_of(coeff);
-  const std::vector<float> scale = weight ? floats_of(*weight) : std::vector<float>();
-  const std::vector<float> shift = bias ? floats_of(*bias) : std::vector<float>();
+  const std::vector<float> coefficients = molex::floats_of(coeff);
+  const std::vector<float> scale = molex::floats_of(weight);
+  const std::vector<float> shift = molex::floats_of(bias);
   if (tokens * width == 0) return {y, normed};
   torch::stable::parallel_for(
       0, tokens, std::max<int64_t>(1, kGrain / width), [&](int64_t begin, int64_t end) {
@@ -143,8 +134,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_mix_bwd_cpu(std::optional<Tensor> dy,
   const Source direct = molex::source_of(packed[0]), through = molex::source_of(packed[1]);
   const Target to = molex::target_of(doutputs);
   const Branches from(outputs), moved(residual);
-  const std::vector<float> coefficients = floats_of(coeff);
-  const std::vector<float> scale = weight ? floats_of(*weight) : std::vector<float>();
+  const std::vector<float> coefficients = molex::floats_of(coeff);
+  const std::vector<float> scale = molex::floats_of(weight);
 
   const int64_t chunks = std::min(kChunks, tokens);
   std::vector<float> norm_sums(needs_norm ? chunks * 2 * width : 0);

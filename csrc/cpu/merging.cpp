@@ -11,6 +11,7 @@
 
 namespace {
 
+using molex::floats_in;
 using molex::product;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -19,17 +20,11 @@ constexpr int64_t kChunk = 512;  // elements of a weight that every expert contr
 
 int64_t chunks_of(int64_t size) { return (size + kChunk - 1) / kChunk; }
 
-const float* floats(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(),
-                  "expected a contiguous float32 tensor");
-  return tensor.const_data_ptr<float>();
-}
-
 // out_s = base + sum_e gates_se deltas_e for a few segments: out [G, O D], all fp32 and contiguous.
 void camex_merge_cpu(const Tensor& base, const Tensor& deltas, const Tensor& gates, Tensor out) {
   const int64_t segments = gates.size(0), count = gates.size(1), size = base.numel();
-  const float *start = floats(base), *from = floats(deltas), *gate = floats(gates);
-  floats(out);
+  const float *start = floats_in(base), *from = floats_in(deltas), *gate = floats_in(gates);
+  floats_in(out);
   float* to = out.mutable_data_ptr<float>();
   torch::stable::parallel_for(0, chunks_of(size), 8, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * kChunk; first < std::min(end * kChunk, size); first += kChunk) {
@@ -51,7 +46,7 @@ Tensor camex_merge_bwd_cpu(const Tensor& dweights,
                            bool needs_gates) {
   const int64_t segments = gates.size(0), count = gates.size(1);
   const int64_t size = segments ? dweights.numel() / segments : 0, chunks = chunks_of(size);
-  const float *from = floats(dweights), *with = floats(deltas), *gate = floats(gates);
+  const float *from = floats_in(dweights), *with = floats_in(deltas), *gate = floats_in(gates);
   float* to_base = dbase ? dbase->mutable_data_ptr<float>() : nullptr;
   float* to_deltas = ddeltas ? ddeltas->mutable_data_ptr<float>() : nullptr;
   const int64_t pairs = needs_gates ? segments * count : 0;

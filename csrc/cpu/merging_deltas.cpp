@@ -128,12 +128,7 @@ class Factors {
         block(o2 * width),
         experts_(first.size(1)) {
     const Tensor* given[] = {&first, &second, &third, &fourth};
-    for (int i = 0; i < 4; ++i) {
-      const Tensor kept = torch::stable::contiguous(*given[i]);
-      values_[i].resize(kept.numel());
-      const float* from = molex::read(molex::source_of(kept), 0, kept.numel(), values_[i].data());
-      if (from != values_[i].data()) std::copy_n(from, kept.numel(), values_[i].data());
-    }
+    for (int i = 0; i < 4; ++i) values_[i] = molex::floats_of(*given[i]);
     turned_.resize(values_[3].size());
     const int64_t area = d2 * d2;
     for (int64_t i = 0; i < ranks * experts_; ++i)

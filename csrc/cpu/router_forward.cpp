@@ -16,17 +16,7 @@ namespace molex::router {
 namespace {
 
 constexpr int64_t kFew = 384;  // tokens that are not worth turning the gate for
-constexpr int64_t kRows = 12;  // a multiple of those that products take at a time, 6 and 4
-
-// Floats [count] of an optional vector; empty where there is none.
-std::vector<float> floats_of(const std::optional<Tensor>& tensor) {
-  if (!tensor) return {};
-  const Tensor kept = torch::stable::contiguous(*tensor);
-  std::vector<float> values(kept.numel());
-  const float* from = read(source_of(kept), 0, kept.numel(), values.data());
-  if (from != values.data()) std::copy_n(from, kept.numel(), values.data());
-  return values;
-}
+constexpr int64_t kRows = 12;  // a multiple of those that products take at a time, 6 or 4
 
 // The gate [E, D] as floats [D, wide], with zeros behind E. A line of the result is written at a time.
 void turn(const Source& gate, int64_t experts, int64_t width, int64_t wide, float* to) {
@@ -138,8 +128,8 @@ std::tuple<Tensor, Tensor, Tensor> router_fwd_cpu(const Tensor& x,
   }
   const int64_t depth = few ? width : std::min(kFeatures, width);
 
-  // As many pieces for one thread as for another, of whole groups of the products' rows: which rows share
-  // a group must not depend on the number of threads.
+  // As many pieces for one thread as for another, of whole groups of the products' rows: rows by themselves
+  // take longer.
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t turns = std::max<int64_t>(1, parts(tokens, threads * kPiece));
   const int64_t piece = std::max(kRows, parts(parts(tokens, threads * turns), kRows) * kRows);

@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -154,6 +155,27 @@ inline Source source_of(const Tensor& tensor) {
 
 inline Source source_of(const std::optional<Tensor>& tensor) {
   return tensor ? source_of(*tensor) : Source{};
+}
+
+// A tensor's elements as floats, in a copy.
+inline std::vector<float> floats_of(const Tensor& tensor) {
+  const Tensor kept = torch::stable::contiguous(tensor);
+  std::vector<float> values(kept.numel());
+  const float* from = read(source_of(kept), 0, kept.numel(), values.data());
+  if (from != values.data()) std::copy_n(from, kept.numel(), values.data());
+  return values;
+}
+
+// Empty where there is no tensor.
+inline std::vector<float> floats_of(const std::optional<Tensor>& tensor) {
+  return tensor ? floats_of(*tensor) : std::vector<float>();
+}
+
+// A contiguous fp32 tensor's own memory.
+inline const float* floats_in(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(),
+                  "expected a contiguous float32 tensor");
+  return tensor.const_data_ptr<float>();
 }
 
 // The value of a tensor of one element.
