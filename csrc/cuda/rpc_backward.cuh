@@ -8,7 +8,8 @@
 // and the recurrences of the dual and the threshold follow for the same rows in the epilogue.
 //
 // dZ_ji = P_ji (dP_ji - D_j), dP = G V^T, where D_j is <G_j, L_j>. Of peaked attention the difference is
-// small, so in fp32 a launch before takes D_j = sum_i P_ji dP_ji from the very numbers that it meets.
+// small, so in fp32 a launch before takes D_j from the very numbers that it meets: with c = <G_j, L_j> it is
+// c + sum_i P_ji (dP_ji - c), whose terms are small where P is, and where it is not.
 //
 // Budget. gradient: 128 threads, at most 255 registers; shared memory (3 * 64 + 6 columns) (D + 8)
 // bytes(E) + 24 columns, at most 157,056 bytes (fp32, D = 128), so that it runs on sm_80. No spills.
@@ -212,11 +213,24 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
 
   const Sight sees(p, head);
   const Dropout keeps(p, head, t + 1 == p.iterations);
-  const float scale2 = p.scale * kLog2e;
+  const float scale2 = score_scale(p);
   struct Own {
     float largest[2], inverse[2], delta[2];
     bool real[2];
   };
+  float center[2] = {0.0f, 0.0f};  // <G, L>
+  if constexpr (Sums) {
+    const float* lows = t + 1 == p.iterations ? static_cast<const float*>(b.out) : b.lows + t * p.all_heads() * p.length * p.width;
+    MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+      const int mine = row + lane_row() + 8 * i;
+      if (mine >= p.length) continue;
+      const float* low = lows + (head * p.length + mine) * p.width;
+      for (int column = lane() % 4; column < p.width; column += 4) {
+        center[i] += kept_matrices.upstream[mine * D + column] * low[column];
+      }
+    }
+    MOLEX_UNROLL for (int i = 0; i < 2; ++i) center[i] = row_sum(center[i]);
+  }
   const auto load_own = [&] {
     const Matrices of = T::kReloads ? matrices() : kept_matrices;
     Own own;
@@ -224,7 +238,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
       const int mine = row + lane_row() + 8 * i;
       own.largest[i] = mine < p.length ? of.largest[mine] : 0.0f;
       own.inverse[i] = mine < p.length ? 1.0f / of.total[mine] : 0.0f;
-      own.delta[i] = Sums ? 0.0f : of.delta[mine];
+      own.delta[i] = Sums ? center[i] : of.delta[mine];
       own.real[i] = sees.exists(mine);
     }
     return own;
@@ -298,7 +312,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
 
   if constexpr (Sums) {
     MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-      const float sum = row_sum(inner[i]);
+      const float sum = center[i] + row_sum(inner[i]);
       if (lane_column() == 0) s.delta[head * rows + row + lane_row() + 8 * i] = sum;
     }
     return;
