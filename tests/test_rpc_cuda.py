@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import peaked
 import pytest
 import torch
 from rpc_cuda import ROOT, Call, Library, build
@@ -128,6 +129,10 @@ CASES = {
     "N37-d17": (37, 17, FLOAT, {"sparse": 0.0, "n": 3}),
     "N37-d44-q": (37, 44, BFLOAT, {"has_q": True, "n": 3}),
     "N37-d58-negative": (37, 58, HALF, {"scale": -0.2, "mask": True}),
+    "N37-d58-peaked": (37, 58, FLOAT, {"sparse": 0.95, "mask": True, "causal": True}),
+    "N37-d58-even": (37, 58, FLOAT, {"scale": 0.0, "mask": True, "heads": (2, 1)}),
+    "N37-d58-even-q": (37, 58, HALF, {"scale": 0.0, "causal": True, "has_q": True}),
+    "N37-d64-negative": (37, 64, FLOAT, {"scale": -3.0, "causal": True}),
     "N37-d64-causal": (37, 64, FLOAT, {"sparse": 0.5, "causal": True}),
     "N37-d128-everything": (
         *(37, 128, FLOAT),
@@ -202,6 +207,14 @@ def test_a_threshold_for_a_head_is_one_for_each_row(library: Library, generator:
     assert torch.equal(of_rows["k"], of_head["k"])
     sums, terms = of_rows["threshold"].double().sum(-1), of_rows["threshold"].abs().sum(-1)
     assert ((of_head["threshold"] - sums).abs() <= 1e-6 * terms).all()
+
+
+def test_of_peaked_attention_half_a_rounding_is_left(library: Library, generator: torch.Generator):
+    k, v, upstream = peaked.draw(generator)
+    threshold = torch.full(k.shape[:2], float("inf"))
+    call = Call(k, v, None, threshold, None, 1, k.shape[-1] ** -0.5, is_causal=False)
+    dk = library.backward(call, library.forward(call), upstream, None)["k"]
+    assert peaked.roundings(dk, k, v, upstream) < 0.55
 
 
 @pytest.mark.parametrize("form", [{}, ITERATED])
