@@ -1,4 +1,4 @@
-"""Symmetric attention in which each token attends mostly to itself, and what its gradient errs by."""
+"""Attention in which each token sees mostly itself, and what its gradient errs by."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def draw(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
 def roundings(dk: Tensor, k: Tensor, v: Tensor, upstream: Tensor) -> float:
     """The root mean square error of dk, where 1 is that of D off by half a unit in its last place.
 
-    With dZ = P (dP - D), dk = scale (dZ + dZ^T) k. Where P is close to 1, what is rounded in dP or in P
-    cancels in dP - D, for a D of the same numbers; what is rounded in D stays.
+    With dZ = P (dP - D), dk = scale (dZ + dZ^T) k. Where P is close to 1, what is rounded in dP or
+    in P cancels in dP - D, for a D of the same numbers; what is rounded in D stays.
     """
     leaf, scale = k.double().requires_grad_(), k.shape[-1] ** -0.5
     out = (leaf @ leaf.mT * scale).softmax(-1) @ v.double()

@@ -201,7 +201,11 @@ def test_the_scale_of_scores(scale: float, has_q: bool, impl: str, generator: to
     got = mk.rpc_attention(
         *singles[:2],
         q=singles[2] if has_q else None,
-        **{"num_iters": 2, "threshold": math.inf, "causal": True, "scale": scale, "impl": impl},
+        num_iters=2,
+        threshold=math.inf,
+        causal=True,
+        scale=scale,
+        impl=impl,
     )
     same(got, wanted, 1e-5)
     upstream = draw(generator, B, H, N, D)

@@ -121,6 +121,7 @@ def _check(library: Library, call: Call, generator: torch.Generator, **limits: i
 CASES = {
     "N1-d16": (1, 16, FLOAT, {"n": 1}),
     "N1-d44-causal": (1, 44, HALF, {"causal": True, "n": 1}),
+    "N1-d58-q": (1, 58, FLOAT, {"n": 1, "has_q": True, "dropout_p": 0.3, "heads": (2, 4)}),
     "N1-d128": (1, 128, BFLOAT, {"n": 1, "sparse": 0.95}),
     "N16-d16": (16, 16, BFLOAT, {"heads": (2, 3)}),
     "N16-d58-q": (16, 58, FLOAT, {"has_q": True, "heads": (2, 2)}),

@@ -220,7 +220,8 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   };
   float center[2] = {0.0f, 0.0f};  // <G, L>
   if constexpr (Sums) {
-    const float* lows = t + 1 == p.iterations ? static_cast<const float*>(b.out) : b.lows + t * p.all_heads() * p.length * p.width;
+    const float* lows = t + 1 == p.iterations ? static_cast<const float*>(b.out)
+                                              : b.lows + t * p.all_heads() * p.length * p.width;
     MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
       const int mine = row + lane_row() + 8 * i;
       if (mine >= p.length) continue;
@@ -275,9 +276,10 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
           const int j = row + lane_row() + e / 2 * 8, i = other + 8 * n + lane_column() + e % 2;
           const float probability =
               device::exp2((z[0][n][e] - own.largest[e / 2]) * scale2) * own.inverse[e / 2];
-          const float keep = keeps.active ? keeps(j, i) : 1.0f;
+          // Rounded, so that the difference is 0 where D is this very product.
+          const float kept = keeps.active ? device::multiply(dp[0][n][e], keeps(j, i)) : dp[0][n][e];
           const bool seen = all || (sees.exists(i) && !sees.later(j, i));
-          if (seen) dz[0][n][e] = probability * (dp[0][n][e] * keep - own.delta[e / 2]);
+          if (seen) dz[0][n][e] = probability * (kept - own.delta[e / 2]);
         }
       }
     }
@@ -300,8 +302,9 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
           const float weight = device::exp2((z[0][n][e] - numbers[column]) * scale2);
           const float probability = seen ? weight * numbers[T::kColumns + column] : 0.0f;
           const float keep = keeps.active ? keeps(i, j) : 1.0f;
+          const float kept = keeps.active ? device::multiply(dp[0][n][e], keep) : dp[0][n][e];
           z[0][n][e] = probability * keep;
-          if (seen) dz[0][n][e] += probability * (dp[0][n][e] * keep - numbers[2 * T::kColumns + column]);
+          if (seen) dz[0][n][e] += probability * (kept - numbers[2 * T::kColumns + column]);
         }
       }
       multiply_columns<E>(grad_values, z, tile + 2 * kTileSize);

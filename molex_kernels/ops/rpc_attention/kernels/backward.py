@@ -186,8 +186,8 @@ def _rpc_bwd_attention(
     Without q the scores of both roles are one symmetric product:
     dC_i = scale sum_j (dZ_ij + dZ_ji) C_j,  dv_i = sum_j P_ji dL_j,  dZ = P (dL v^T - <dL, L>).
     With q the roles share nothing and are a launch each: rows give dq, keys give dC and dv.
-    IS_SUM, as rows: <dL, L> once more, from the numbers that it is subtracted from: with c for what it
-    was, c + sum_j P_ij (<dL_i, v_j> - c), whose terms are small where P is, and where it is not.
+    IS_SUM, as rows: <dL, L> once more, from the numbers that it is subtracted from. With c for what
+    it was: c + sum_j P_ij (<dL_i, v_j> - c), whose terms are small where P is, and where it is not.
     """
     head = tl.program_id(1).to(tl.int64)
     batch = head // num_heads
@@ -215,7 +215,7 @@ def _rpc_bwd_attention(
         top_i = tl.load(top_ptr + offs_i, mask=inside, other=0.0)
         total_i = tl.load(total_ptr + offs_i, mask=inside, other=float("inf"))
         inner_i = tl.load(inner_ptr + offs_i, mask=inside, other=0.0)
-        amiss = tl.zeros((BLOCK_I,), tl.float32)  # of inner_i
+        amiss = tl.zeros((BLOCK_I,), tl.float32)  # what inner_i lacks
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
     down = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)  # gradient of own_i

@@ -33,7 +33,10 @@ def forward(
     keeps_state: bool,
     returns_sparse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """L, S of the last iteration, L of all others, and by row the score of the largest scaled one and the sum."""
+    """L, S of the last iteration, L of all others, and the rows' extreme scores and sums.
+
+    The extreme score is the one that is largest when scaled.
+    """
     wide: Any = {"dtype": torch.float32}
     out = k.new_empty(k.shape)
     sparse = k.new_empty(k.shape if returns_sparse else (0,), **wide)
