@@ -210,6 +210,16 @@ def test_a_threshold_for_a_head_is_one_for_each_row(library: Library, generator:
     assert ((of_head["threshold"] - sums).abs() <= 1e-6 * terms).all()
 
 
+def test_scores_keep_every_bit(library: Library, generator: torch.Generator):
+    """Two numbers of TF32 hold 23 bits of this one, and a row's largest score is its square's."""
+    call = _make(37, 16, FLOAT, generator, n=1)
+    call.k.copy_(call.k.sign() * torch.tensor(0x3F800BFF, dtype=torch.int32).view(FLOAT))
+    call.threshold.fill_(2.0)
+    largest = library.forward(call).stats[0, 0].double()
+    expected = call.k.double().square().sum(-1)
+    assert ((largest - expected).abs() < torch.finfo(FLOAT).eps * expected).all()
+
+
 def test_of_peaked_attention_half_a_rounding_is_left(library: Library, generator: torch.Generator):
     k, v, upstream = peaked.draw(generator)
     threshold = torch.full(k.shape[:2], float("inf"))

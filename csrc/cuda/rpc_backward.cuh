@@ -265,10 +265,10 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
     float z[1][T::kColumns / 8][4], dz[1][T::kColumns / 8][4], dp[1][T::kColumns / 8][4];
     clear(z);
     clear(dz);
-    multiply_rows<E, D, T::kAhead>(z, own_left + warp_row, tile);
+    multiply_rows<E, D, T::kAhead, true>(z, own_left + warp_row, tile);
     if (query) {  // row j sees key i
       clear(dp);
-      multiply_rows<E, D, T::kAhead>(dp, own_upstream + warp_row, tile + kTileSize);
+      multiply_rows<E, D, T::kAhead, false>(dp, own_upstream + warp_row, tile + kTileSize);
       const bool all = sees.all(row, other, T::kColumns);
       const Own own = T::kReloads ? load_own() : kept_own;
       MOLEX_UNROLL for (int n = 0; n < T::kColumns / 8; ++n) {
@@ -292,7 +292,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
     }
     if (!Sums && key) {  // row j is seen by query i
       clear(dp);
-      multiply_rows<E, D, T::kAhead>(dp, own_values + warp_row, tile + 2 * kTileSize);
+      multiply_rows<E, D, T::kAhead, false>(dp, own_values + warp_row, tile + 2 * kTileSize);
       const Own own = T::kReloads ? load_own() : kept_own;
       MOLEX_UNROLL for (int n = 0; n < T::kColumns / 8; ++n) {
         MOLEX_UNROLL for (int e = 0; e < 4; ++e) {

@@ -43,7 +43,7 @@ struct Attention {
                         int key) {
     float z[M][Columns / 8][4];
     clear(z);
-    multiply_rows<E, D, sizeof(E) == 4 ? 16 : D>(z, rows, keys);
+    multiply_rows<E, D, sizeof(E) == 4 ? 16 : D, true>(z, rows, keys);
     if (scale2 < 0.0f) {  // the largest are then the smallest
       scale2 = -scale2;
       MOLEX_UNROLL for (int m = 0; m < M; ++m) {
