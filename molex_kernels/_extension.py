@@ -1,4 +1,4 @@
-"""Loads the compiled library once and keeps the reason if it cannot."""
+"""Loads the compiled library once and keeps the reason if it cannot be used."""
 
 from __future__ import annotations
 
@@ -8,17 +8,35 @@ from typing import Any
 
 import torch  # noqa: F401  (the library links against torch's, which have to be loaded first)
 
+from molex_kernels import _register
+
+_BUILD = "pip install --no-build-isolation -e ."
+_NAMED = 3  # operators that a message names
+
 
 @functools.cache
 def _load() -> tuple[Any, str | None]:
     try:
-        return importlib.import_module("molex_kernels._C"), None
+        module = importlib.import_module("molex_kernels._C")
     except ModuleNotFoundError as error:
         if error.name != "molex_kernels._C":
             return None, f"the compiled extension does not load: {error}"
-        return None, "the compiled extension is not built (pip install --no-build-isolation -e .)"
+        return None, f"the compiled extension is not built ({_BUILD})"
     except (ImportError, OSError, RuntimeError) as error:
         return None, f"the compiled extension does not load: {error}"
+    return module, _outdated(module.build_facts())
+
+
+def _outdated(facts: dict[str, Any]) -> str | None:
+    """That the package has operators that this build lacks on one of its devices."""
+    devices = ("_cpu", "_cuda") if facts["cuda_version"] else ("_cpu",)
+    built = set(facts["operators"].split(","))
+    lacking = [n for n in _register.COMPILED if n.endswith(devices) and n not in built]
+    if not lacking:
+        return None
+    named = ", ".join(lacking[:_NAMED])
+    more = f" and {len(lacking) - _NAMED} more" if len(lacking) > _NAMED else ""
+    return f"the compiled extension is older than the package and lacks {named}{more} ({_BUILD})"
 
 
 def why_not() -> str | None:

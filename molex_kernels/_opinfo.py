@@ -76,8 +76,10 @@ class OpInfo:
     A baseline takes the same keyword arguments as the function and returns the same; `stand_in` is
     the one that gives the fp64 results where the reference does much more work than is asked for.
     A yardstick takes them too, and does as much work as a library's kernel for something else.
-    `compiled` are sizes that reach launch configurations which `tests` do not, for ahead-of-time
-    compilation. `sweeps` are for a GPU, `quick_sweeps` take seconds on a CPU.
+    `large` are tests, too: they fill more than one piece of a native kernel, and would take
+    Triton's interpreter minutes. `compiled` are sizes that reach launch configurations which
+    `tests` do not, for ahead-of-time compilation. `sweeps` are for a GPU, `quick_sweeps` take
+    seconds on a CPU.
     """
 
     name: str
@@ -93,6 +95,7 @@ class OpInfo:
     baselines: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     stand_in: str | None = None
     yardsticks: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    large: tuple[Case, ...] = ()
     compiled: tuple[Case, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
     quick_sweeps: tuple[Sweep, ...] = ()

@@ -15,6 +15,9 @@ from torch import Tensor
 
 _LIBRARY = torch.library.Library("molex", "DEF")
 
+# The operators that are left to the compiled extension, named after their device: `<pass>_cpu`.
+COMPILED: list[str] = []
+
 
 def define(
     name: str,
@@ -30,7 +33,9 @@ def define(
     allocates the outputs (`new_empty`), exactly as the implementation does.
     """
     _LIBRARY.define(name + schema)
-    if run is not None:
+    if run is None:
+        COMPILED.append(name)
+    else:
         _LIBRARY.impl(name, _on_device_of_first_tensor(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"molex::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.molex, name).default

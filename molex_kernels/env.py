@@ -45,8 +45,9 @@ def _devices() -> Iterator[str]:
 
 def _built() -> Iterator[str]:
     facts = _extension.build_facts()
+    if reason := _extension.why_not():
+        yield f"extension     no: {reason}"
     if not facts["built"]:
-        yield f"extension     no: {facts['reason']}"
         return
     cuda = f"CUDA {facts['cuda_version']}" if facts["cuda_version"] else "CPU only"
     yield f"extension     built against torch {facts['torch_version']}, {cuda}"

@@ -1,4 +1,4 @@
-"""The compiled library: built, described, and never in the way when it is missing or broken."""
+"""The compiled library: built, described, and never in the way when it is missing or outdated."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from molex_kernels import _extension, env
+from molex_kernels import _extension, _register, env
 
 ROOT = Path(__file__).parents[1]
 
-ABSENT = """
-import sys, logging, torch
-sys.modules["molex_kernels._C"] = None  # an import of it raises, as where it is not built
+# Both come before the package is imported; importing None raises, as where it is not built.
+ABSENT = "sys.modules['molex_kernels._C'] = None"
+OUTDATED = """
+class Old:
+    build_facts = lambda: {"operators": "route_plan_cpu,layer_vote_cpu", "cuda_version": ""}
+sys.modules["molex_kernels._C"] = Old
+"""
+CALLS = """
 import molex_kernels as mk
 from molex_kernels import _extension
 print(_extension.why_not())
@@ -42,14 +47,39 @@ def test_its_facts_name_operators_that_exist():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"molex::{name}", key)
 
 
-def test_the_ops_run_without_it():
-    run = subprocess.run([sys.executable, "-c", ABSENT], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [(ABSENT, "is not built"), (OUTDATED, "is older than the package and lacks")],
+    ids=["absent", "outdated"],
+)
+def test_the_ops_run_without_it(state, reason):
+    script = "import sys, torch\n" + state + CALLS
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    reason, counts, error = run.stdout.splitlines()
-    assert "the compiled extension" in reason
+    why, counts, error = run.stdout.splitlines()
+    assert f"the compiled extension {reason}" in why
     assert counts == "[1, 2, 1]"
-    assert "route_plan: impl='cpu' cannot run: the compiled extension" in error
-    assert "taking the next implementation" in run.stderr
+    assert f"route_plan: impl='cpu' cannot run: {why}" in error
+    assert f"taking the next implementation: {why}" in run.stderr
+
+
+def test_what_an_outdated_one_lacks_is_named():
+    facts = {**_extension.build_facts(), "cuda_version": ""}
+    assert _extension._outdated(facts) is None
+    kept = [name for name in facts["operators"].split(",") if "momentum" not in name]
+    reason = _extension._outdated({**facts, "operators": ",".join(kept)})
+    assert "lacks momentum_fwd_cpu, momentum_bwd_cpu (pip install" in reason
+    reason = _extension._outdated({**facts, "operators": ""})
+    natives = [name for name in _register.COMPILED if name.endswith("_cpu")]
+    assert f"lacks {', '.join(natives[:3])} and {len(natives) - 3} more (pip install" in reason
+
+
+def test_operators_on_cuda_are_missed_only_where_it_was_built_with_cuda():
+    operators = ",".join(name for name in _register.COMPILED if name.endswith("_cpu"))
+    facts = {"operators": operators, "cuda_version": ""}
+    assert _extension._outdated(facts) is None
+    reason = _extension._outdated({**facts, "cuda_version": "13.0"})
+    assert "lacks rpc_attention_fwd_cuda, rpc_attention_bwd_cuda (pip install" in reason
 
 
 def test_sources_use_only_the_stable_interface():

@@ -20,22 +20,27 @@ molex = torch.ops.molex
 
 
 def _routing(generator):
-    tokens, width, experts = 3000, 150, 12
+    tokens, width, experts = 3000, 300, 12
     x = torch.randn(tokens, width, generator=generator)
     cluster = torch.randint(experts + 1, (tokens,), generator=generator)
-    logits = torch.randn(tokens, experts, generator=generator)
     upstream = torch.randn(tokens, 2, generator=generator)
     for stat in ("mad", "variance", "pairwise"):
         yield from molex.cluster_statistics_cpu(x, cluster, None, None, experts, stat)
         yield mk.ac_weights(x, cluster, experts, stat=stat, impl="cpu")
-    index, weight = molex.select_experts_cpu(logits, None, 2, "softmax_topk")
-    yield index
-    yield weight
-    yield molex.router_logits_bwd_cpu(logits, index, weight, upstream, logits, "softmax_topk")
-    out = torch.empty_like(x)
-    table = torch.rand(experts + 1, width, generator=generator)
-    molex.weigh_tokens_cpu(x, table, cluster[:, None], None, out)
-    yield out
+    for tokens_of in (x, x[:200]):
+        count = tokens_of.shape[0]
+        gate = torch.randn(experts, width, generator=generator)
+        table = torch.rand(experts + 1, width, generator=generator)
+        labels = torch.stack([cluster[:count], cluster[:count].flip(0)], 1)
+        weighing = (table, labels, torch.rand(count, 2, generator=generator))
+        routed = molex.router_fwd_cpu(tokens_of, gate, gate[:, 0], None, *weighing, 2, "softmax")
+        index, weight, logits = routed
+        yield from routed
+        yield from molex.router_bwd_cpu(
+            tokens_of, gate, logits, index, weight, upstream[:count], logits, *weighing, "softmax",
+            [True] * 3,
+        )  # fmt: skip
+    index, weight, logits = mk.topk_route(x, gate, top_k=2, impl="cpu")
     yield from mk.route_plan(index, experts, impl="cpu")
     logits.requires_grad_()
     for kind in ("switch", "published"):
@@ -53,10 +58,10 @@ def _merging(generator):
     stack = torch.randn(experts, rows, width, generator=generator)
     factors = [torch.randn(2, experts, m, m, generator=generator) for m in (30, 40, 4, 101)]
     gates = torch.rand(segments, experts, generator=generator)
-    majority = molex.camex_majority_cpu(base, stack)
-    yield majority
-    yield molex.camex_deltas_cpu(base, stack, None, None, None, None, majority)
-    yield molex.camex_deltas_cpu(base, stack, *factors, majority)
+    for curvature in ([None] * 4, factors):
+        yield molex.camex_deltas_fwd_cpu(base, stack, *curvature, True)
+        needs = [True, True] + [factor is not None for factor in curvature]
+        yield from molex.camex_deltas_bwd_cpu(stack, base, stack, *curvature, True, needs)
     weights = torch.empty(segments, rows, width)
     molex.camex_merge_cpu(base, stack, gates, weights)
     yield weights

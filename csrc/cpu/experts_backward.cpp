@@ -10,6 +10,7 @@
 
 #include "activation.h"
 #include "experts.h"
+#include "memory.h"
 
 namespace {
 
@@ -254,16 +255,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_bwd_cpu(const
   const Backward backward(dy, x, hidden, expert_weight, w_up, w_down, b_down, plan, act, needs);
 
   const auto gradient = [](const Tensor& like, bool need, std::vector<int64_t> sizes) {
-    return torch::stable::new_empty(like, need ? sizes : std::vector<int64_t>{0});
+    return molex::new_result(like, need ? sizes : std::vector<int64_t>{0});
   };
   Tensor dx = gradient(x, needs.x, {x.size(0), width});
   Tensor dweight = needs.weight ? torch::stable::new_zeros(expert_weight, {x.size(0), expert_weight.size(1)})
-                                : torch::stable::new_empty(expert_weight, {0});
+                                : molex::new_result(expert_weight, {0});
   Tensor dw_up = gradient(x, needs.w_up, {experts, outer, width});
   Tensor dw_down = gradient(x, needs.w_down, {experts, width, inner});
   Tensor db_up = gradient(x, needs.b_up, {experts, outer});
   Tensor db_down = gradient(x, needs.b_down, {experts, width});
-  Tensor rows = torch::stable::new_empty(x, {needs.x ? plan.rows : 0, width}, dtype);
+  Tensor rows = molex::new_result(x, {needs.x ? plan.rows : 0, width}, dtype);
   const Matrix dpacked = molex::matrix_of(rows.mutable_data_ptr(), dtype, rows.size(0), width);
 
   const std::vector<Group> groups = groups_of(plan.bounds);

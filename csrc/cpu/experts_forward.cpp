@@ -8,6 +8,7 @@
 
 #include "activation.h"
 #include "experts.h"
+#include "memory.h"
 
 namespace {
 
@@ -90,7 +91,7 @@ void run_experts(const Layer& layer,
 }
 
 Tensor kept_of(const Tensor& x, int64_t rows, int64_t hidden, bool keeps) {
-  return torch::stable::new_empty(x, {keeps ? rows : 0, hidden});
+  return molex::new_result(x, {keeps ? rows : 0, hidden});
 }
 
 std::tuple<Tensor, Tensor> moe_experts_fwd_cpu(const Tensor& x,
@@ -106,7 +107,7 @@ std::tuple<Tensor, Tensor> moe_experts_fwd_cpu(const Tensor& x,
                                                bool keeps_hidden) {
   const molex::Assignments plan(offsets, permutation, x.size(0), top_k);
   Tensor kept = kept_of(x, plan.rows, w_up.size(1), keeps_hidden);
-  Tensor packed = torch::stable::new_empty(x, {plan.rows, x.size(1)});
+  Tensor packed = molex::new_result(x, {plan.rows, x.size(1)});
   const Matrix rows = molex::matrix_of(packed.mutable_data_ptr(), x.scalar_type(), plan.rows, x.size(1));
   run_experts({x, w_up, w_down, b_up, b_down, {activation, layout}},
               plan,
@@ -130,13 +131,13 @@ std::tuple<Tensor, Tensor> moe_mlp_fwd_cpu(const Tensor& x,
                                            bool keeps_hidden) {
   const molex::Assignments plan(offsets, permutation, x.size(0), expert_weight.size(1));
   Tensor kept = kept_of(x, plan.rows, w_up.size(1), keeps_hidden);
-  Tensor packed = torch::stable::new_empty(x, {plan.rows, x.size(1)}, molex::product_dtype(x.scalar_type()));
+  Tensor packed = molex::new_result(x, {plan.rows, x.size(1)}, molex::product_dtype(x.scalar_type()));
   const Matrix rows = molex::matrix_of(packed.mutable_data_ptr(), packed.scalar_type(), plan.rows, x.size(1));
   run_experts({x, w_up, w_down, b_up, b_down, {activation, layout}},
               plan,
               rows,
               keeps_hidden ? molex::target_of(kept) : Target{});
-  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor y = molex::new_result(x, {x.size(0), x.size(1)});
   molex::combine(rows, inverse, expert_weight, plan.here, y);
   return {y, kept};
 }

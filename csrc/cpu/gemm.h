@@ -29,7 +29,7 @@ MOLEX_INLINE void product_tile(const float* a,
   for (int r = 0; r < ROWS; ++r) {
     for (int v = 0; v < VECTORS; ++v) {
       float* to = c + r * ldc + v * LANES;
-      store<LANES>(to, add ? load<LANES>(to) + sum[r][v] : sum[r][v]);
+      store(to, add ? load<LANES>(to) + sum[r][v] : sum[r][v]);
     }
   }
 }
@@ -54,11 +54,17 @@ MOLEX_INLINE void product_rows(const float* a,
   if constexpr (MOST >= 3) take.template operator()<3>();
   if constexpr (MOST >= 2) take.template operator()<2>();
   take.template operator()<1>();
-  for (; n < columns; ++n) {
-    for (int r = 0; r < ROWS; ++r) {
-      float sum = 0.0f;
-      for (int64_t k = 0; k < depth; ++k) sum += (TURNED ? a[k * lda + r] : a[r * lda + k]) * b[k * ldb + n];
-      c[r * ldc + n] = add ? c[r * ldc + n] + sum : sum;
+  if (n == columns) return;
+  if constexpr (LANES > 4) {
+    product_rows<LANES / 2, ROWS, 1, TURNED>(a, lda, b + n, ldb, c + n, ldc, columns - n, depth, add);
+  } else {
+    for (; n < columns; ++n) {
+      for (int r = 0; r < ROWS; ++r) {
+        float sum = 0.0f;
+        for (int64_t k = 0; k < depth; ++k)
+          sum += (TURNED ? a[k * lda + r] : a[r * lda + k]) * b[k * ldb + n];
+        c[r * ldc + n] = add ? c[r * ldc + n] + sum : sum;
+      }
     }
   }
 }
@@ -88,8 +94,76 @@ MOLEX_INLINE void product_of(const float* a,
   take.template operator()<1>();
 }
 
+// ROWS x COLUMNS inner products of rows of a with rows of b, each in LANES partial sums.
+template <int LANES, int ROWS, int COLUMNS>
+MOLEX_INLINE void inner_tile(const float* a,
+                             int64_t lda,
+                             const float* b,
+                             int64_t ldb,
+                             float* c,
+                             int64_t ldc,
+                             int64_t depth,
+                             bool add) {
+  Floats<LANES> sum[ROWS][COLUMNS] = {};
+  int64_t k = 0;
+  for (; k + LANES <= depth; k += LANES) {
+    Floats<LANES> right[COLUMNS];
+    for (int n = 0; n < COLUMNS; ++n) right[n] = load<LANES>(b + n * ldb + k);
+    for (int r = 0; r < ROWS; ++r) {
+      const Floats<LANES> left = load<LANES>(a + r * lda + k);
+      for (int n = 0; n < COLUMNS; ++n) sum[r][n] += left * right[n];
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    for (int n = 0; n < COLUMNS; ++n) {
+      float total = sum_of_lanes(sum[r][n]);
+      for (int64_t i = k; i < depth; ++i) total += a[r * lda + i] * b[n * ldb + i];
+      c[r * ldc + n] = add ? c[r * ldc + n] + total : total;
+    }
+  }
+}
+
+template <int LANES, int ROWS, int MOST>
+MOLEX_INLINE void inner_rows(const float* a,
+                             int64_t lda,
+                             const float* b,
+                             int64_t ldb,
+                             float* c,
+                             int64_t ldc,
+                             int64_t columns,
+                             int64_t depth,
+                             bool add) {
+  int64_t n = 0;
+  for (; n + MOST <= columns; n += MOST) {
+    inner_tile<LANES, ROWS, MOST>(a, lda, b + n * ldb, ldb, c + n, ldc, depth, add);
+  }
+  for (; n < columns; ++n) inner_tile<LANES, ROWS, 1>(a, lda, b + n * ldb, ldb, c + n, ldc, depth, add);
+}
+
+template <int LANES, bool MANY>
+MOLEX_INLINE void inner_of(const float* a,
+                           int64_t lda,
+                           const float* b,
+                           int64_t ldb,
+                           float* c,
+                           int64_t ldc,
+                           int64_t rows,
+                           int64_t columns,
+                           int64_t depth,
+                           bool add) {
+  constexpr int kMost = MANY ? 4 : 2;
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    inner_rows<LANES, 4, kMost>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, columns, depth, add);
+  }
+  for (; r < rows; ++r) {
+    inner_rows<LANES, 1, kMost>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, columns, depth, add);
+  }
+}
+
 // c [rows, columns] (+)= a b with a [rows, depth] and b [depth, columns], all row-major with rows `ld`
-// apart. `product_turned` takes a [depth, rows] and multiplies with its transpose.
+// apart. `product_turned` takes a [depth, rows] and multiplies with its transpose, `product_inner` takes
+// b [columns, depth] and multiplies with its transpose.
 using Product = void (*const)(const float* a,
                               int64_t lda,
                               const float* b,
@@ -100,6 +174,6 @@ using Product = void (*const)(const float* a,
                               int64_t columns,
                               int64_t depth,
                               bool add);
-extern Product product, product_turned;
+extern Product product, product_turned, product_inner;
 
 }  // namespace molex

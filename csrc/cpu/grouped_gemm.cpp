@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "experts.h"
+#include "memory.h"
 
 namespace {
 
@@ -55,7 +56,7 @@ Tensor grouped_gemm_fwd_cpu(const Tensor& x,
                             const Tensor& offsets,
                             std::optional<Tensor> bias) {
   const int64_t tokens = x.size(0), width = x.size(1), columns = weight.size(1);
-  Tensor y = torch::stable::new_empty(x, {tokens, columns});
+  Tensor y = molex::new_result(x, {tokens, columns});
   const Matrix out = molex::matrix_of(y.mutable_data_ptr(), y.scalar_type(), tokens, columns);
   const std::vector<int64_t> bounds = molex::bounds_of(offsets, tokens);
   const std::vector<Piece> pieces = molex::pieces_of(bounds, 0, bounds.size() - 1);
@@ -85,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd_cpu(
   const int64_t tokens = x.size(0), width = x.size(1), experts = weight.size(0), columns = weight.size(1);
   const ScalarType dtype = x.scalar_type();
   const auto gradient = [&](bool need, std::vector<int64_t> sizes) {
-    return torch::stable::new_empty(x, need ? sizes : std::vector<int64_t>{0});
+    return molex::new_result(x, need ? sizes : std::vector<int64_t>{0});
   };
   Tensor dx = gradient(needs[0], {tokens, width});
   Tensor dweight = gradient(needs[1], {experts, columns, width});

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "layer_norm.h"
+#include "memory.h"
 #include "rows.h"
 
 namespace {
@@ -92,9 +93,8 @@ std::tuple<Tensor, Tensor> layer_mix_fwd_cpu(const Tensor& outputs,
                                              std::optional<Tensor> bias,
                                              std::optional<double> eps) {
   const int64_t tokens = outputs.size(1), width = outputs.size(2);
-  Tensor y = torch::stable::new_empty(outputs, {tokens, width});
-  Tensor normed =
-      eps ? torch::stable::new_empty(outputs, {tokens, width}) : torch::stable::new_empty(outputs, {0});
+  Tensor y = molex::new_result(outputs, {tokens, width});
+  Tensor normed = eps ? molex::new_result(outputs, {tokens, width}) : torch::stable::new_empty(outputs, {0});
   const Target to = molex::target_of(y), to_normed = molex::target_of(normed);
   const Branches from(outputs), moved(residual);
   const std::vector<float> coefficients = floats_of(coeff);
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_mix_bwd_cpu(std::optional<Tensor> dy,
   const auto gradient = [&](bool need, std::vector<int64_t> sizes, ScalarType dtype) {
     return torch::stable::new_zeros(outputs, need ? sizes : std::vector<int64_t>{0}, dtype);
   };
-  Tensor doutputs = torch::stable::new_empty(
+  Tensor doutputs = molex::new_result(
       outputs, needs_outputs ? std::vector<int64_t>{branches, tokens, width} : std::vector<int64_t>{0});
   Tensor dcoeff = gradient(needs_coeff, {branches}, ScalarType::Float);
   Tensor dnorm = gradient(needs_norm, {2, width}, ScalarType::Float);

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "memory.h"
 #include "rows.h"
 #include "softmax.h"
 
@@ -22,9 +23,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kChunk = 512;  // tokens
 
-typedef int32_t WideKeys __attribute__((vector_size(kWide * sizeof(int32_t))));
-
-MOLEX_INLINE WideKeys larger_key(WideKeys a, WideKeys b) { return a > b ? a : b; }
+using WideKeys = molex::Ints<kWide>;
 
 // Integers in the order of the floats: both zeros are equal, NaN is the largest.
 MOLEX_INLINE WideKeys keys_of(Wide x) {
@@ -36,9 +35,8 @@ MOLEX_INLINE WideKeys keys_of(Wide x) {
 // The first largest of `count` values; `row` has whole vectors, the last filled up with -inf.
 MOLEX_INLINE int64_t first_largest(const float* row, int64_t count) {
   WideKeys most = WideKeys{} + std::numeric_limits<int32_t>::min();
-  for (int64_t i = 0; i < count; i += kWide) most = larger_key(keys_of(molex::load(row + i)), most);
-  MOLEX_FOLD(most, larger_key);
-  const WideKeys largest = WideKeys{} + most[0];
+  for (int64_t i = 0; i < count; i += kWide) most = molex::larger(keys_of(molex::load(row + i)), most);
+  const WideKeys largest = WideKeys{} + molex::largest_lane(most);
   for (int64_t i = 0; i < count; i += kWide) {
     const WideKeys same = keys_of(molex::load(row + i)) == largest;
     for (int lane = 0; lane < kWide; ++lane) {
@@ -70,8 +68,7 @@ MOLEX_INLINE void add_votes(
         sums[first_largest(row, layers)] += 1.0f;
       } else {
         for (int64_t i = 0; i < whole; i += kWide) {
-          molex::store(sums + i,
-                       molex::load(sums + i) + molex::sigmoid_of(molex::load(row + i)));
+          molex::store(sums + i, molex::load(sums + i) + molex::sigmoid_of(molex::load(row + i)));
         }
       }
     }
@@ -106,7 +103,7 @@ Tensor layer_vote_cpu(const Tensor& logits, std::optional<Tensor> mask, std::str
       add(z, counts ? counts + first : nullptr, count, layers, row[0], &sums[chunk * whole]);
     }
   });
-  Tensor result = torch::stable::new_empty(logits, {}, ScalarType::Long);
+  Tensor result = molex::new_result(logits, {}, ScalarType::Long);
   double largest = -std::numeric_limits<double>::infinity();
   int64_t best = 0;
   for (int64_t layer = 0; layer < layers; ++layer) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "indices.h"
+#include "memory.h"
 #include "rows.h"
 #include "softmax.h"
 
@@ -107,13 +108,8 @@ MOLEX_CLONES void z_backward(
   for (int64_t t = 0; t < count; ++t, dz += experts) scale_row(dz, values[t], experts, dz);
 }
 
-float scalar_of(const Tensor& tensor) {
-  float spare;
-  return *molex::read(molex::source_of(tensor), 0, 1, &spare);
-}
-
 Tensor scalar_like(const Tensor& like, double value) {
-  Tensor result = torch::stable::new_empty(like, {}, ScalarType::Float);
+  Tensor result = molex::new_result(like, {}, ScalarType::Float);
   *result.mutable_data_ptr<float>() = static_cast<float>(value);
   return result;
 }
@@ -124,7 +120,7 @@ Tensor logits_gradient(const Tensor& logits, const Run& run) {
   const int64_t tokens = logits.size(0), experts = logits.size(1);
   const Tensor packed = torch::stable::contiguous(logits);
   const Source from = molex::source_of(packed);
-  Tensor result = torch::stable::new_empty(logits, {tokens, experts});
+  Tensor result = molex::new_result(logits, {tokens, experts});
   const Target to = molex::target_of(result);
   if (experts == 0) return result;
   for_chunks(tokens, experts, [&](int64_t first, int64_t last, int64_t) {
@@ -177,7 +173,7 @@ Tensor load_balance_bwd_cpu(const Tensor& grad,
                             const Tensor& logits,
                             const Tensor& slopes,
                             double temperature) {
-  const float upstream = scalar_of(grad), scale = static_cast<float>(1.0 / temperature);
+  const float upstream = molex::scalar_of(grad), scale = static_cast<float>(1.0 / temperature);
   const float* slope = slopes.const_data_ptr<float>();
   return logits_gradient(logits, [&](const float* z, int64_t count, float* row, float* dz) {
     balance_backward(z, scale, upstream, slope, count, logits.size(1), row, dz);
@@ -202,7 +198,7 @@ Tensor router_z_fwd_cpu(const Tensor& logits) {
 
 Tensor router_z_bwd_cpu(const Tensor& grad, const Tensor& logits) {
   const double tokens = static_cast<double>(std::max<int64_t>(logits.size(0), 1));
-  const float upstream = static_cast<float>(2.0 * scalar_of(grad) / tokens);
+  const float upstream = static_cast<float>(2.0 * molex::scalar_of(grad) / tokens);
   return logits_gradient(logits, [&](const float* z, int64_t count, float* row, float* dz) {
     z_backward(z, upstream, count, logits.size(1), row, dz);
   });

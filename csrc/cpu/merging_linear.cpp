@@ -9,6 +9,7 @@
 
 #include "gemm.h"
 #include "matmul.h"
+#include "memory.h"
 
 namespace {
 
@@ -40,7 +41,7 @@ Tensor camex_linear_cpu(const Tensor& x,
   const Tensor kept = torch::stable::contiguous(x);
   const std::optional<Tensor> packed = molex::packed(bias);
   const Source rows = molex::source_of(kept), biases = molex::source_of(packed);
-  Tensor y = torch::stable::new_empty(x, {segments, tokens, columns});
+  Tensor y = molex::new_result(x, {segments, tokens, columns});
   const molex::Target to = molex::target_of(y);
   // Products go straight to y where both are fp32.
   const ScalarType dtype = molex::product_dtype(rows.dtype);

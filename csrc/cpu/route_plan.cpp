@@ -13,6 +13,8 @@
 #include <tuple>
 #include <vector>
 
+#include "memory.h"
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -80,10 +82,10 @@ void sort_by_expert(const Index* ids, int64_t total, int64_t num_experts, const 
 std::tuple<Tensor, Tensor, Tensor, Tensor> route_plan_cpu(const Tensor& expert_index, int64_t num_experts) {
   const Tensor ids = torch::stable::contiguous(expert_index);
   const int64_t total = ids.numel();
-  Tensor counts = torch::stable::new_empty(ids, {num_experts}, ScalarType::Int);
-  Tensor offsets = torch::stable::new_empty(ids, {num_experts}, ScalarType::Int);
-  Tensor permutation = torch::stable::new_empty(ids, {total}, ScalarType::Long);
-  Tensor inverse = torch::stable::new_empty(ids, {total}, ScalarType::Long);
+  Tensor counts = molex::new_result(ids, {num_experts}, ScalarType::Int);
+  Tensor offsets = molex::new_result(ids, {num_experts}, ScalarType::Int);
+  Tensor permutation = molex::new_result(ids, {total}, ScalarType::Long);
+  Tensor inverse = molex::new_result(ids, {total}, ScalarType::Long);
   const Plan plan{counts.mutable_data_ptr<int32_t>(),
                   offsets.mutable_data_ptr<int32_t>(),
                   permutation.mutable_data_ptr<int64_t>(),

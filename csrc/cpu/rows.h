@@ -12,23 +12,7 @@
 #include <optional>
 #include <vector>
 
-// One copy of a function for each level of the instruction set, chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(MOLEX_SANITIZE)
-#define MOLEX_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MOLEX_CLONES
-#endif
-// Before a loop: no output overlaps an input, so that it is vectorised however many there are.
-#if defined(__clang__)
-#define MOLEX_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#elif defined(__GNUC__)
-#define MOLEX_INDEPENDENT _Pragma("GCC ivdep")
-#else
-#define MOLEX_INDEPENDENT
-#endif
-#define MOLEX_INLINE inline __attribute__((always_inline))
-#define MOLEX_LAMBDA_INLINE __attribute__((always_inline))
+#include "vector.h"
 
 namespace molex {
 
@@ -92,31 +76,6 @@ inline void write(const Target& target, int64_t first, int64_t count, const floa
   } else if (target.dtype == ScalarType::Half) {
     narrow(from, static_cast<c10::Half*>(target.data) + first, count);
   }
-}
-
-// Vectors of floats, whatever the registers' own width.
-constexpr int kWide = 16;
-typedef float Wide __attribute__((vector_size(kWide * sizeof(float))));
-typedef float LoadedWide __attribute__((vector_size(kWide * sizeof(float)), aligned(4), may_alias));
-
-MOLEX_INLINE Wide load(const float* from) { return *reinterpret_cast<const LoadedWide*>(from); }
-
-MOLEX_INLINE void store(float* to, Wide x) { *reinterpret_cast<LoadedWide*>(to) = x; }
-
-#define MOLEX_UPPER(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
-
-// Lanes folded onto one another: always the same order.
-#define MOLEX_FOLD(x, COMBINE)                                                          \
-  x = COMBINE(x, MOLEX_UPPER(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)); \
-  x = COMBINE(x, MOLEX_UPPER(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)); \
-  x = COMBINE(x, MOLEX_UPPER(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)); \
-  x = COMBINE(x, MOLEX_UPPER(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))
-
-MOLEX_INLINE Wide added(Wide a, Wide b) { return a + b; }
-
-MOLEX_INLINE float sum_of_lanes(Wide x) {
-  MOLEX_FOLD(x, added);
-  return x[0];
 }
 
 // Sums of term(i), many side by side: the order depends on the count alone.
@@ -195,6 +154,12 @@ inline Source source_of(const Tensor& tensor) {
 
 inline Source source_of(const std::optional<Tensor>& tensor) {
   return tensor ? source_of(*tensor) : Source{};
+}
+
+// The value of a tensor of one element.
+inline float scalar_of(const Tensor& tensor) {
+  float scratch;
+  return *read(source_of(tensor), 0, 1, &scratch);
 }
 
 inline Target target_of(Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.scalar_type()}; }

@@ -97,9 +97,9 @@ MOLEX_VERSIONS(
       const V shift = a > 0.0f ? broadcast<kLanes>(bound) : a < 0.0f ? broadcast<kLanes>(-bound) : a * bound;
       const V outside = a - shift;
       const auto inside = (a < 0.0f ? -a : a) < bound;
-      store<kLanes>(clean + c, inside ? key - dual : before - (dual + dual) + shift + (outside - outside));
-      store<kLanes>(w + c, inside ? dual + key : before + shift);
-      if (sparse) store<kLanes>(sparse + c, inside ? V{} : outside);
+      store(clean + c, inside ? key - dual : before - (dual + dual) + shift + (outside - outside));
+      store(w + c, inside ? dual + key : before + shift);
+      if (sparse) store(sparse + c, inside ? V{} : outside);
     })
 
 // Four rows at once, four columns of each.
@@ -110,7 +110,7 @@ MOLEX_CLONES void turn(const float* from, int64_t rows, int64_t width, int64_t p
     for (int64_t c = 0; c < width; c += 4) {
       for (int i = 0; i < 4; ++i) row[i] = r + i < rows ? load<4>(from + (r + i) * padded + c) : V{};
       for (int i = 0; i < 4 && c + i < width; ++i) {
-        store<4>(to + (c + i) * kBlock + r, V{row[0][i], row[1][i], row[2][i], row[3][i]});
+        store(to + (c + i) * kBlock + r, V{row[0][i], row[1][i], row[2][i], row[3][i]});
       }
     }
   }

@@ -18,6 +18,7 @@
 
 #include "gemm.h"
 #include "philox.h"
+#include "rows.h"
 
 namespace molex::rpc {
 

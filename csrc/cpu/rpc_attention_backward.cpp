@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "memory.h"
 #include "rpc_attention_gradient.h"
 
 namespace molex::rpc {
@@ -44,10 +45,10 @@ MOLEX_VERSIONS(
       const auto da = inside ? Floats<kLanes>{} : direct - through;
       sum += a > 0.0f ? da : a < 0.0f ? -da : a * da;
       const auto more = first ? (inside ? through : direct) : (inside ? dual : dual + 2.0f * da);
-      store<kLanes>(dk + c, load<kLanes>(dk + c) + more);
-      store<kLanes>(dlow + c, -da);
-      store<kLanes>(du + c, inside ? dual - through : dual + direct - 2.0f * through);
-    }* dbound -= sum_of<kLanes>(sum);)
+      store(dk + c, load<kLanes>(dk + c) + more);
+      store(dlow + c, -da);
+      store(du + c, inside ? dual - through : dual + direct - 2.0f * through);
+    }* dbound -= sum_of_lanes(sum);)
 
 // What the backward pass reads beside the problem, and where it writes; data is null where there is none.
 struct Gradients {
@@ -70,7 +71,8 @@ class HeadBackward {
     for (int64_t t = 0; t < p.iterations; ++t) duals_.push_back(scratch_.take(size));
     for (float** array : {&clean_turned_, &v_turned_, &dlow_turned_})
       *array = scratch_.take(blocks * p.width);
-    for (float** array : {&statistics_.shift, &statistics_.inverse, &statistics_.center, &statistics_.along}) {
+    for (float** array :
+         {&statistics_.shift, &statistics_.inverse, &statistics_.center, &statistics_.along}) {
       *array = scratch_.take(blocks);
       // What stands behind the last token only has to be a number.
       std::fill_n(*array, blocks, 0.0f);
@@ -207,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_bwd_cpu(const Tensor& d
                                                                  std::vector<bool> needs) {
   const Problem p(k, v, q, threshold, key_mask, seed, num_iters, scale, is_causal, dropout_p);
   const auto like = [&](const Tensor& t, bool needed) {
-    return needed ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(t, {0});
+    return needed ? molex::new_result(t, t.sizes()) : torch::stable::new_empty(t, {0});
   };
   Tensor gradients[] = {like(k, needs[0]), like(k, needs[1]), like(k, needs[2]), like(threshold, needs[3])};
   const auto target = [&](int which) { return needs[which] ? target_of(gradients[which]) : Target{}; };

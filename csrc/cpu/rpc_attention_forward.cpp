@@ -6,6 +6,7 @@
 #include <limits>
 #include <tuple>
 
+#include "memory.h"
 #include "rpc_attention.h"
 
 namespace molex::rpc {
@@ -43,7 +44,7 @@ MOLEX_INLINE void find_largest(const Scores& scores, float* by_column, const Vis
     }
     visit(r, row);
   }
-  for (int v = 0; v < vectors; ++v) store<LANES>(by_column + v * LANES, columns[v]);
+  for (int v = 0; v < vectors; ++v) store(by_column + v * LANES, columns[v]);
 }
 
 // How far a score exceeds the shift of its row and, where it serves them, of its column.
@@ -58,13 +59,13 @@ MOLEX_VERSIONS(
                      : find_largest<kLanes, false>(scores, columns, visit);
     for (int64_t c = 0; column_shift && c < scores.width(); c += kLanes) {
       most = larger(load<kLanes>(columns + c) - load<kLanes>(column_shift + c), most);
-    }* excess = largest_of<kLanes>(most);)
+    }* excess = largest_lane(most);)
 
 MOLEX_VERSIONS(
     largest_block,
     (const Scores& scores, float* by_row, float* by_column),
     const auto visit = [&](int64_t r, Floats<kLanes> row)
-                           MOLEX_LAMBDA_INLINE { by_row[r] = largest_of<kLanes>(row); };
+                           MOLEX_LAMBDA_INLINE { by_row[r] = largest_lane(row); };
     scores.partial() ? find_largest<kLanes, true>(scores, by_column, visit)
                      : find_largest<kLanes, false>(scores, by_column, visit);)
 
@@ -84,19 +85,19 @@ MOLEX_INLINE void weigh(
       if constexpr (PARTIAL)
         above = count_from<LANES>(v * LANES) < seen ? above : broadcast<LANES>(-kInfinity);
       Floats<LANES> weight = exponential(above);
-      store<LANES>(by_row + r * kBlock + v * LANES, weight);
+      store(by_row + r * kBlock + v * LANES, weight);
       sum += weight;
       if constexpr (TURNED) {
         weight = exponential(z - load<LANES>(columns.shift + v * LANES));
-        store<LANES>(by_column + r * kBlock + v * LANES, weight);
+        store(by_column + r * kBlock + v * LANES, weight);
         sums[v] += weight;
       }
     }
-    store<LANES>(rows.lanes + r * kPad, sum);
+    store(rows.lanes + r * kPad, sum);
   }
   if constexpr (TURNED) {
     for (int v = 0; v < vectors; ++v) {
-      store<LANES>(columns.sums + v * LANES, load<LANES>(columns.sums + v * LANES) + sums[v]);
+      store(columns.sums + v * LANES, load<LANES>(columns.sums + v * LANES) + sums[v]);
     }
   }
 }
@@ -255,10 +256,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_fwd_cpu(const Tensor& k
   const Problem p(k, v, q, threshold, key_mask, seed, num_iters, scale, is_causal, dropout_p);
   const int64_t b = p.batch, h = p.heads, n = p.length, d = p.width;
   const auto floats = [&](bool wanted, std::initializer_list<int64_t> sizes) {
-    return wanted ? torch::stable::new_empty(k, sizes, ScalarType::Float)
-                  : torch::stable::new_empty(k, {0}, ScalarType::Float);
+    return wanted ? molex::new_result(k, sizes, ScalarType::Float)
+                  : molex::new_result(k, {0}, ScalarType::Float);
   };
-  Tensor out = torch::stable::new_empty(k, {b, h, n, d});
+  Tensor out = molex::new_result(k, {b, h, n, d});
   Tensor sparse = floats(returns_sparse, {b, h, n, d});
   Tensor lows = floats(keeps_state, {num_iters - 1, b, h, n, d});
   Tensor stats = floats(keeps_state, {num_iters, 2, b, h, n});

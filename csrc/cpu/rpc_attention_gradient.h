@@ -39,10 +39,10 @@ MOLEX_INLINE Floats<LANES> place(
   if constexpr (DROPS) {
     const Floats<LANES> by = load<LANES>(side.kept + at), none{};
     upstream = by == 0.0f ? none : upstream * by;
-    store<LANES>(side.upstream + at, upstream);
-    store<LANES>(side.dropped + at, by == 0.0f ? none : weight * by);
+    store(side.upstream + at, upstream);
+    store(side.dropped + at, by == 0.0f ? none : weight * by);
   }
-  store<LANES>(side.weights + at, weight);
+  store(side.weights + at, weight);
   return weight * (upstream - center);
 }
 
@@ -64,13 +64,12 @@ MOLEX_INLINE void weigh(const Scores& scores,
     for (int v = 0; v < vectors; ++v) {
       const int64_t at = r * kBlock + v * LANES;
       const Floats<LANES> z = load<LANES>(scores.z + at) * scores.scale;
-      Floats<LANES> weight = exponential(z - shift) * inverse,
-                    upstream = load<LANES>(by_row.upstream + at);
+      Floats<LANES> weight = exponential(z - shift) * inverse, upstream = load<LANES>(by_row.upstream + at);
       if constexpr (PARTIAL) {
         const auto sees = count_from<LANES>(v * LANES) < seen;
         weight = sees ? weight : Floats<LANES>{};
         upstream = sees ? upstream : Floats<LANES>{};
-        store<LANES>(by_row.upstream + at, upstream);
+        store(by_row.upstream + at, upstream);
       }
       sum += place<LANES, DROPS>(by_row, at, weight, upstream, center);
       if constexpr (TURNED) {
@@ -83,7 +82,7 @@ MOLEX_INLINE void weigh(const Scores& scores,
                                        load<LANES>(columns.center + v * LANES));
       }
     }
-    store<LANES>(rows.lanes + r * kPad, sum);
+    store(rows.lanes + r * kPad, sum);
     if (TURNED && (r % kRun == kRun - 1 || r == scores.rows - 1)) {
       for (int v = 0; v < vectors; ++v) {
         totals[v] += sums[v];
@@ -93,7 +92,7 @@ MOLEX_INLINE void weigh(const Scores& scores,
   }
   if constexpr (TURNED) {
     for (int v = 0; v < vectors; ++v) {
-      store<LANES>(columns.along + v * LANES, load<LANES>(columns.along + v * LANES) + totals[v]);
+      store(columns.along + v * LANES, load<LANES>(columns.along + v * LANES) + totals[v]);
     }
   }
 }
@@ -135,7 +134,7 @@ MOLEX_VERSIONS(
           const auto upstream = load<kLanes>(by_column.upstream + at) - load<kLanes>(columns.along + c);
           slope += load<kLanes>(by_column.weights + at) * upstream;
         }
-        store<kLanes>(slopes + at, slope * scores.scale);
+        store(slopes + at, slope * scores.scale);
       }
     })
 

@@ -40,11 +40,6 @@ MOLEX_INLINE float log_of(float x) {
   return x < std::numeric_limits<float>::infinity() ? made : x;
 }
 
-MOLEX_INLINE float largest_lane(Wide x) {
-  MOLEX_FOLD(x, larger<Wide>);
-  return x[0];
-}
-
 // Floats of a row in whole vectors.
 constexpr int64_t wide_of(int64_t count) { return (count + kWide - 1) / kWide * kWide; }
 

@@ -1,35 +1,44 @@
-// Vectors of floats in the registers' own width, and functions written once for every width.
+// Vectors of floats of any width, and functions written once for all of them and for a single float.
 
 #pragma once
 
 #include <bit>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
-#include "rows.h"
+#include "target.h"
 
 namespace molex {
 
-// `Loaded` is what memory holds, wherever a float may start.
 template <int LANES>
 struct VectorOf {
   typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
   typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(float))));
-  typedef float Loaded __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
 };
 template <int LANES>
 using Floats = typename VectorOf<LANES>::Floats;
 template <int LANES>
 using Ints = typename VectorOf<LANES>::Ints;
 
-template <int LANES>
+// The width where the order of a sum may not depend on the machine's registers.
+constexpr int kWide = 16;
+using Wide = Floats<kWide>;
+
+// A vector wherever a float may start. It may alias floats alone, as every vector may its elements.
+template <class V>
+struct InMemory {
+  typedef V Type __attribute__((aligned(4)));
+};
+
+template <int LANES = kWide>
 MOLEX_INLINE Floats<LANES> load(const float* from) {
-  return *reinterpret_cast<const typename VectorOf<LANES>::Loaded*>(from);
+  return *reinterpret_cast<const typename InMemory<Floats<LANES>>::Type*>(from);
 }
 
-template <int LANES>
-MOLEX_INLINE void store(float* to, Floats<LANES> x) {
-  *reinterpret_cast<typename VectorOf<LANES>::Loaded*>(to) = x;
+template <class V>
+MOLEX_INLINE void store(float* to, V x) {
+  *reinterpret_cast<typename InMemory<V>::Type*>(to) = x;
 }
 
 template <int LANES>
@@ -51,20 +60,30 @@ MOLEX_INLINE V larger(V a, V b) {
   return a > b ? a : b;
 }
 
-template <int LANES>
-MOLEX_INLINE float sum_of(Floats<LANES> x) {
-  for (int half = LANES / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) x[lane] += x[lane + half];
-  }
-  return x[0];
+template <int DISTANCE, class V, int... LANE>
+MOLEX_INLINE V swapped(V x, std::integer_sequence<int, LANE...>) {
+  return __builtin_shufflevector(x, x, (LANE ^ DISTANCE)...);
 }
 
-template <int LANES>
-MOLEX_INLINE float largest_of(Floats<LANES> x) {
-  for (int half = LANES / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) x[lane] = larger(x[lane + half], x[lane]);
+// All lanes combined into each, halves first: always the same order.
+template <class V, class Combine, int DISTANCE = sizeof(V) / sizeof(V{}[0]) / 2>
+MOLEX_INLINE V folded(V x, const Combine& combine) {
+  if constexpr (DISTANCE == 0) {
+    return x;
+  } else {
+    constexpr std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])> kLanes;
+    return folded<V, Combine, DISTANCE / 2>(combine(x, swapped<DISTANCE>(x, kLanes)), combine);
   }
-  return x[0];
+}
+
+template <class V>
+MOLEX_INLINE auto sum_of_lanes(V x) {
+  return folded(x, [](V a, V b) MOLEX_LAMBDA_INLINE { return a + b; })[0];
+}
+
+template <class V>
+MOLEX_INLINE auto largest_lane(V x) {
+  return folded(x, [](V a, V b) MOLEX_LAMBDA_INLINE { return larger(a, b); })[0];
 }
 
 // A float's bits, or those of each lane, and back.
@@ -107,37 +126,3 @@ MOLEX_INLINE V exponential(V x) {
 }
 
 }  // namespace molex
-
-// MOLEX_VERSIONS(name, (int64_t count, ...), body) defines `name`, a pointer to a function, with a copy
-// of the body for each width of vector registers, of which the machine's is taken. In it kLanes floats
-// fill a register, and there are 32 registers where kMany, else 16. Helpers have to be MOLEX_INLINE.
-#define MOLEX_VERSION_(NAME, PARAMETERS, LANES, MANY, ...) \
-  void NAME PARAMETERS {                                   \
-    constexpr int kLanes = LANES;                          \
-    [[maybe_unused]] constexpr bool kMany = MANY;          \
-    __VA_ARGS__                                            \
-  }
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(MOLEX_SANITIZE)
-#define MOLEX_TARGET(LEVEL) __attribute__((target("arch=" LEVEL)))
-#define MOLEX_VERSIONS(NAME, PARAMETERS, ...)                                                        \
-  namespace versions {                                                                               \
-  MOLEX_TARGET("x86-64-v4")                                                                          \
-  static MOLEX_VERSION_(NAME##_v4, PARAMETERS, 16, true, __VA_ARGS__)                                \
-      MOLEX_TARGET("x86-64-v3") static MOLEX_VERSION_(NAME##_v3, PARAMETERS, 8, false, __VA_ARGS__)  \
-          MOLEX_TARGET("x86-64") static MOLEX_VERSION_(NAME##_v1, PARAMETERS, 4, false, __VA_ARGS__) \
-  }                                                                                                  \
-  void(*const NAME) PARAMETERS = __builtin_cpu_supports("x86-64-v4")   ? versions::NAME##_v4         \
-                                 : __builtin_cpu_supports("x86-64-v3") ? versions::NAME##_v3         \
-                                                                       : versions::NAME##_v1;
-#else
-#if defined(__aarch64__)
-#define MOLEX_MANY true
-#else
-#define MOLEX_MANY false
-#endif
-#define MOLEX_VERSIONS(NAME, PARAMETERS, ...)                               \
-  namespace versions {                                                      \
-  static MOLEX_VERSION_(NAME##_any, PARAMETERS, 4, MOLEX_MANY, __VA_ARGS__) \
-  }                                                                         \
-  void(*const NAME) PARAMETERS = versions::NAME##_any;
-#endif

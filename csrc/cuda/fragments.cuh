@@ -5,10 +5,10 @@
 // (row + 8, column), (row + 8, column + 1).
 //
 // fp16 and bf16 use m16n8k16. fp32 uses m16n8k8 three times: x = high + low, each of TF32's 11 bits, and
-// high high + high low + low high keeps about 22 bits of a product. Scores need all of them, as an exponential
-// makes their absolute error a relative one: `Exact` adds low low and, with lost = x - high - low, which can be
-// one bit, lost x + x lost, as one m16n8k16 of bf16. Tensor cores cut sums off where fp32 rounds them: a long
-// sum would drift, so each of 8 products is added by an fp32 addition.
+// high high + high low + low high keeps about 22 bits of a product. Scores need all of them, as an
+// exponential makes their absolute error a relative one: `Exact` adds low low and, as one m16n8k16 of bf16,
+// lost x + x lost, where lost = x - high - low can be one bit. Tensor cores cut sums off where fp32 rounds
+// them: a long sum would drift, so each of 8 products is added by an fp32 addition.
 
 #pragma once
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -80,14 +79,6 @@ def _linear_backward_triton(*arguments: Any) -> Tensors:
     return launch.linear_backward(*arguments)
 
 
-def _majority_fake(base: Tensor, experts: Tensor) -> Tensor:
-    return base.new_empty(base.shape, dtype=torch.float32)
-
-
-def _native_deltas_fake(base: Tensor, experts: Tensor, *_: Any) -> Tensor:
-    return experts.new_empty(experts.shape, dtype=torch.float32)
-
-
 def _merge_fake(base: Tensor, deltas: Tensor, gates: Tensor, out: Tensor) -> None:
     return None
 
@@ -112,15 +103,6 @@ _LINEAR_BACKWARD = (
 
 # The native steps of the CPU implementation.
 _register.define(
-    "camex_majority_cpu", "(Tensor base, Tensor experts) -> Tensor", fake=_majority_fake
-)
-_register.define(
-    "camex_deltas_cpu",
-    "(Tensor base, Tensor experts, Tensor? out1, Tensor? out2, Tensor? in1, Tensor? in2, "
-    "Tensor? majority) -> Tensor",
-    fake=_native_deltas_fake,
-)
-_register.define(
     "camex_merge_cpu",
     "(Tensor base, Tensor deltas, Tensor gates, Tensor(a!) out) -> ()",
     fake=_merge_fake,
@@ -143,9 +125,7 @@ _deltas_forward = {
         fake=_deltas_forward_fake,
         run=_deltas_forward_triton,
     ),
-    "cpu": _register.define(
-        "camex_deltas_fwd_cpu", _DELTAS_FORWARD, fake=_deltas_forward_fake, run=cpu.deltas_forward
-    ),
+    "cpu": _register.define("camex_deltas_fwd_cpu", _DELTAS_FORWARD, fake=_deltas_forward_fake),
 }
 _deltas_backward = {
     "triton": _register.define(
@@ -158,7 +138,6 @@ _deltas_backward = {
         "camex_deltas_bwd_cpu",
         _DELTAS_BACKWARD,
         fake=_deltas_backward_fake,
-        run=cpu.deltas_backward,
     ),
 }
 _linear_forward = {

@@ -242,6 +242,7 @@ OPINFOS = (
             _route(37, 65, 33, 2, fp32_gate=True),
             _route(17, 17, 1, 1),
         ),
+        large=(_route(1300, 300, 17, 2, bias=True, score="softmax", expert_bias=True),),
         benchmarks=(
             _route(6144, 352, 16, 2),
             _route(25088, 384, 16, 2),
@@ -280,6 +281,10 @@ OPINFOS = (
             _mixed(37, 44, 16, 1, 8, stats_from=True, recipe="softmoe", clusters="empty"),
             _route(37, 44, 16, 2, stats_from=True, stat="variance", empty="published", bias=True),
             _route(17, 17, 5, 2, stats_from=True, stat="pairwise", eps=0.1, cosine=True),
+        ),
+        large=(
+            _mixed(1300, 300, 17, 2, 2, stats_from=True, cosine=True),
+            _route(1300, 300, 17, 2, stats_from=True, stat="variance", clusters="elsewhere"),
         ),
         benchmarks=(
             _route(6144, 352, 16, 2, cosine=True),
@@ -321,6 +326,7 @@ OPINFOS = (
             _weights(150, 65, 5, stat="pairwise", clusters="one"),
             _weights(150, 17, 3),
         ),
+        large=(_weights(2500, 300, 300, clusters="elsewhere"),),
         benchmarks=(
             _weights(6144, 352, 16),
             _weights(25088, 384, 16, recipe="swin"),

@@ -10,7 +10,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from molex_kernels import _register
-from molex_kernels.ops.routing import cpu
 from molex_kernels.ops.routing.plan import RoutePlan, Routing
 
 Tensors = tuple[Tensor, ...]
@@ -136,26 +135,6 @@ def _weights_triton(
     return statistics.launch_weights(deviations, counts, eps, clip, norm, mask)
 
 
-def _select_fake(logits: Tensor, expert_bias: Tensor | None, top_k: int, score: str) -> Tensors:
-    shape = (logits.shape[0], top_k)
-    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape)
-
-
-def _weigh_fake(x: Tensor, table: Tensor, labels: Tensor, mix: Tensor | None, out: Tensor) -> None:
-    return None
-
-
-def _logits_backward_fake(
-    logits: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    grad_weight: Tensor | None,
-    grad_logits: Tensor | None,
-    score: str,
-) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
 def _statistics_fake(
     x: Tensor,
     cluster: Tensor,
@@ -189,9 +168,7 @@ _route = {
     "triton": _register.define(
         "router_fwd_triton", _ROUTE_SCHEMA, fake=_route_fake, run=_route_triton
     ),
-    "cpu": _register.define(
-        "router_fwd_cpu", _ROUTE_SCHEMA, fake=_route_fake, run=cpu.router_forward
-    ),
+    "cpu": _register.define("router_fwd_cpu", _ROUTE_SCHEMA, fake=_route_fake),
 }
 _route_backward = {
     "triton": _register.define(
@@ -200,30 +177,8 @@ _route_backward = {
         fake=_route_backward_fake,
         run=_route_backward_triton,
     ),
-    "cpu": _register.define(
-        "router_bwd_cpu",
-        _ROUTE_BACKWARD_SCHEMA,
-        fake=_route_backward_fake,
-        run=cpu.router_backward,
-    ),
+    "cpu": _register.define("router_bwd_cpu", _ROUTE_BACKWARD_SCHEMA, fake=_route_backward_fake),
 }
-# Parts of the CPU router.
-_register.define(
-    "select_experts_cpu",
-    "(Tensor logits, Tensor? expert_bias, int top_k, str score) -> (Tensor, Tensor)",
-    fake=_select_fake,
-)
-_register.define(
-    "weigh_tokens_cpu",
-    "(Tensor x, Tensor table, Tensor labels, Tensor? mix, Tensor(a!) out) -> ()",
-    fake=_weigh_fake,
-)
-_register.define(
-    "router_logits_bwd_cpu",
-    "(Tensor logits, Tensor index, Tensor weight, Tensor? grad_weight, Tensor? grad_logits, "
-    "str score) -> Tensor",
-    fake=_logits_backward_fake,
-)
 PLAN_TRITON = _register.define("route_plan_triton", _PLAN_SCHEMA, fake=_plan_fake, run=_plan_triton)
 PLAN_CPU = _register.define("route_plan_cpu", _PLAN_SCHEMA, fake=_plan_fake)
 SUM_TRITON = _register.define(
@@ -258,7 +213,7 @@ def _scalar(logits: Tensor) -> Tensor:
 def _balance_fake(
     logits: Tensor, index: Tensor, temperature: float, per_assignment: bool
 ) -> Tensors:
-    padded = -(-logits.shape[1] // 16) * 16  # whole vectors, kWide of csrc/cpu/rows.h
+    padded = -(-logits.shape[1] // 16) * 16  # whole vectors, kWide of csrc/cpu/vector.h
     return _scalar(logits), logits.new_empty(padded, dtype=torch.float32)
 
 

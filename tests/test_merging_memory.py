@@ -1,0 +1,113 @@
+"""Merging's memory: it grows neither with the segments nor with the rank."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from merging import OUT, D, E, draw
+
+from benchmarks.memory import peak_bytes
+from molex_kernels import KroneckerCurvature, _extension
+from molex_kernels.ops.merging import cpu
+
+
+def _extra_bytes(passes, segments: int, generator: torch.Generator) -> dict[str, int]:
+    """Peak bytes of each pass beyond its results, at this many segments."""
+    tokens, width, num_experts = 4, 16, 3
+
+    def make(*sizes):
+        return draw(generator, *sizes).float().cpu()
+
+    x, dy = make(segments, tokens, width), make(segments, tokens, width)
+    base, deltas = make(width, width), make(num_experts, width, width)
+    gates = make(segments, num_experts)
+    arguments = {
+        "forward": (x, base, deltas, gates, None),
+        "backward": (dy, x, base, deltas, gates, [True] * 5),
+    }
+    extra = {}
+    for name, function in passes.items():
+        peak = peak_bytes(lambda f=function, given=arguments[name]: f(*given), torch.device("cpu"))
+        results = function(*arguments[name])
+        results = results if isinstance(results, tuple) else (results,)
+        extra[name] = peak - sum(r.untyped_storage().nbytes() for r in results)
+    return extra
+
+
+@pytest.fixture
+def native():
+    if reason := _extension.why_not():
+        pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("native")
+def test_memory_does_not_grow_with_the_segments_on_a_cpu(generator):
+    passes = {"forward": cpu.linear_forward, "backward": cpu.linear_backward}
+    few, many = (_extra_bytes(passes, segments, generator) for segments in (8, 64))
+    # Forward, all but the result is a thread's own memory for a few rows, outside the allocator.
+    assert few["forward"] == many["forward"] == 0
+    # Not equal: results that come after the peak are taken off it as well.
+    assert 0 < many["backward"] <= few["backward"]
+    assert many["backward"] <= 4 * (2 * 3 + 2 * cpu.GROUP + 3) * 16 * 16
+
+
+class _NoKernel:
+    """Stands in for a kernel: the interpreter's own copies would count as memory."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: None
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    from molex_kernels.ops.merging.kernels import parts
+
+    for name in vars(parts).copy():
+        if name.startswith("_merging_"):
+            monkeypatch.setattr(parts, name, _NoKernel())
+
+
+def test_memory_of_the_kernels_grows_by_the_gates_partial_sums_alone(without_kernels, generator):
+    from molex_kernels.ops.merging.kernels import launch
+
+    passes = {"forward": launch.linear_forward, "backward": launch.linear_backward}
+    few, many = (_extra_bytes(passes, segments, generator) for segments in (8, 64))
+    assert few["forward"] == many["forward"] == 0
+    assert many["backward"] - few["backward"] <= 4 * 56 * 3  # one tile holds this weight
+
+
+@pytest.mark.usefixtures("native", "without_kernels")
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+def test_memory_of_the_deltas_does_not_grow_with_the_rank(impl, generator):
+    from molex_kernels.ops.merging.kernels import launch
+
+    if impl == "cpu":
+        forward, backward = (
+            torch.ops.molex.camex_deltas_fwd_cpu,
+            torch.ops.molex.camex_deltas_bwd_cpu,
+        )
+    else:
+        forward, backward = launch.deltas_forward, launch.deltas_backward
+    base, experts = (draw(generator, *s).float().cpu() for s in ((OUT, D), (E, OUT, D)))
+    peaks = []
+    for rank in (9, 33):
+        curvature = KroneckerCurvature.identity(E, OUT, D, rank)
+        needs = [True] * 2 + [False] * 4
+        calls = (
+            partial(forward, base, experts, *curvature, True),
+            partial(backward, experts, base, experts, *curvature, True, needs),
+        )
+        peaks.append([peak_bytes(call, torch.device("cpu")) for call in calls])
+    factors = 4 * 24 * E * (3 * 3 + 4 * 4 + 2 * 2 + 5 * 5)
+    assert all(many - few <= factors for few, many in zip(*peaks, strict=True))
+
+
+def test_the_measure_of_memory_sees_merged_weights(generator):
+    from molex_kernels.ops.merging import reference
+
+    few, many = (
+        _extra_bytes({"forward": reference.linear}, segments, generator) for segments in (8, 64)
+    )
+    assert many["forward"] - few["forward"] >= 56 * 16 * 16 * 4
