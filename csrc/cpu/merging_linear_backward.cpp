@@ -83,8 +83,9 @@ void input_gradient(const Layer& l, const Target& to) {
   const int64_t threads = torch::stable::get_num_threads(), groups = l.groups();
   // Columns are shared out where the segments do not keep the threads busy.
   const int64_t shares = groups ? (threads + groups - 1) / groups : 1;
-  const int64_t block =
-      std::clamp<int64_t>((l.width + shares - 1) / shares, std::min<int64_t>(64, l.width), l.width);
+  // Whole vectors: where a column stands in its block decides nothing.
+  const int64_t share = ((l.width + shares - 1) / shares + molex::kWide - 1) / molex::kWide * molex::kWide;
+  const int64_t block = std::min(std::max<int64_t>(share, 64), l.width);
   const int64_t blocks = (l.width + block - 1) / block;
   // Of the width alone, for it says where sums are cut.
   const int64_t height = std::max(kMerged / (kSegments * l.width) / kRows * kRows, kRows);
