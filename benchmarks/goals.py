@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.formats import count, percent, ratio, seconds
 from benchmarks.readings import (
     Figures,
     Read,
+    Reading,
     against_op,
     attention_output,
     fact,
@@ -28,6 +29,7 @@ from benchmarks.rows import MODES
 
 MET, MISSED, PARTLY, UNMEASURED = "met", "missed", "partly measured", "not measured"
 
+COLUMNS = ("what", "figure", "goal", "pass", "measured", "share of ceiling", "status")
 MEAN, EACH = "geometric mean", "each shape"
 
 
@@ -54,7 +56,10 @@ class Goal:
 
 @dataclass(frozen=True)
 class Standing:
-    """A goal beside what was measured in one mode. `measured` is the mean, or the worst shape's."""
+    """A goal beside what was measured in one mode. `measured` is the mean, or the worst shape's.
+
+    `bound` says how near to the ceiling our implementation is at the shape that decided.
+    """
 
     goal: Goal
     mode: str
@@ -62,6 +67,7 @@ class Standing:
     shape: str
     found: int
     expected: int
+    bound: str = "-"
 
     @property
     def status(self) -> str:
@@ -75,20 +81,30 @@ class Standing:
         return MET if self.found == self.expected else PARTLY
 
     def cells(self, *, worst: bool) -> tuple[str, ...]:
-        """Subject, what, goal, mode, measured, status; `worst` names the shape that decided."""
+        """The fields of `COLUMNS`; `worst` names the shape that decided."""
         shown = "-" if self.measured is None else self.goal.show(self.measured)
         if self.measured is not None and self.expected > 1:
             which = f", worst {self.shape}" if worst and self.goal.over == EACH else ""
             shown += f" ({self.found} of {self.expected} shapes{which})"
         goal = self.goal
-        return goal.subject, goal.what, goal.wording, self.mode, shown, self.status
+        return goal.subject, goal.what, goal.wording, self.mode, shown, self.bound, self.status
 
 
 def standings(found: Results) -> list[Standing]:
     """Every goal of the device of this run, by mode."""
     device = found["environment"].get("device")
     wanted = [goal for goal in GOALS if goal.device == device]
-    return [_standing(goal, mode, goal.read(found, mode)) for goal in wanted for mode in goal.modes]
+    stands = [
+        _standing(goal, mode, goal.read(found, mode)) for goal in wanted for mode in goal.modes
+    ]
+    return [replace(standing, bound=_bound(standing, found)) for standing in stands]
+
+
+def _bound(standing: Standing, found: Results) -> str:
+    read = standing.goal.read
+    rows = read.rows(found, standing.mode) if isinstance(read, Reading) else {}
+    row = rows.get(standing.shape)
+    return "-" if row is None else f"{percent(row['share'])} of {row['ceiling']}"
 
 
 def _standing(goal: Goal, mode: str, figures: Figures) -> Standing:

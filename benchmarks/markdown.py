@@ -78,8 +78,8 @@ def goals_table(found: Results) -> Iterator[str]:
     standings = goals.standings(found)
     if not standings:
         return
-    yield cells(["what", "figure", "goal", "pass", "measured", "status"])
-    yield f"|{'---|' * 6}"
+    yield cells(goals.COLUMNS)
+    yield f"|{'---|' * len(goals.COLUMNS)}"
     for standing in standings:
         *shown, status = standing.cells(worst=True)
         yield cells([*shown, f"**{status}**" if status == goals.MET else status])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from benchmarks import results, scaling
 from benchmarks.results import Results, Row
@@ -20,25 +21,32 @@ def _groups(found: Results, op: str, mode: str, patterns: tuple[str, ...]) -> It
             yield results.members(found, op, mode, shape)
 
 
-def _read(op: str, patterns: tuple[str, ...], figure: Callable[[Row], float | None]) -> Read:
+@dataclass(frozen=True)
+class Reading:
     """The figure of the fastest of our implementations at each of the shapes."""
 
-    def read(found: Results, mode: str) -> Figures:
-        groups = list(_groups(found, op, mode, patterns))
-        best = [(group[0]["shape"], results.best(group)) for group in groups]
-        return [(shape, figure(ours) if ours else None) for shape, ours in best]
+    op: str
+    patterns: tuple[str, ...]
+    figure: Callable[[Row], float | None]
 
-    return read
+    def __call__(self, found: Results, mode: str) -> Figures:
+        best = self.rows(found, mode)
+        return [(shape, self.figure(ours) if ours else None) for shape, ours in best.items()]
+
+    def rows(self, found: Results, mode: str) -> dict[str, Row | None]:
+        """The row of that implementation by shape."""
+        groups = _groups(found, self.op, mode, self.patterns)
+        return {group[0]["shape"]: results.best(group) for group in groups}
 
 
-def speedup(op: str, against: str, *patterns: str) -> Read:
+def speedup(op: str, against: str, *patterns: str) -> Reading:
     """Times as fast as a baseline, or the share of a yardstick's speed."""
-    return _read(op, patterns, lambda row: (g := results.speedup(row, against)) and g.median)
+    return Reading(op, patterns, lambda row: (g := results.speedup(row, against)) and g.median)
 
 
 def slowdown(op: str, against: str, *patterns: str) -> Read:
     """Times as long as a yardstick takes."""
-    return _read(op, patterns, lambda row: (g := results.speedup(row, against)) and 1 / g.median)
+    return Reading(op, patterns, lambda row: (g := results.speedup(row, against)) and 1 / g.median)
 
 
 def share(op: str, *patterns: str) -> Read:
@@ -46,19 +54,19 @@ def share(op: str, *patterns: str) -> Read:
 
     def of_copy(found: Results, mode: str) -> Figures:
         copy = {dtype: c["copy"] * 1e-9 for dtype, c in found["ceilings"].items()}
-        return _read(op, patterns, lambda row: row["gb_per_s"] / copy[row["dtype"]])(found, mode)
+        return Reading(op, patterns, lambda row: row["gb_per_s"] / copy[row["dtype"]])(found, mode)
 
     return of_copy
 
 
 def fact(op: str, name: str, *patterns: str) -> Read:
     """A figure that the row carries."""
-    return _read(op, patterns, lambda row: row.get(name))
+    return Reading(op, patterns, lambda row: row.get(name))
 
 
 def per(op: str, name: str, unit: Callable[[Row], int], *patterns: str) -> Read:
     """A number of bytes, as a multiple of what the shape implies."""
-    return _read(op, patterns, lambda row: row[name] / unit(row) if name in row else None)
+    return Reading(op, patterns, lambda row: row[name] / unit(row) if name in row else None)
 
 
 def together(parts: tuple[str, ...], patterns: tuple[str, ...], figure: str) -> Read:

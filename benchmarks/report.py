@@ -119,7 +119,7 @@ def _coloured(found: Ratio | None) -> str:
 
 def _goals(standings: list[goals.Standing]) -> Table:
     table = Table(title="Goals")
-    for column in ("what", "figure", "goal", "pass", "measured", "status"):
+    for column in goals.COLUMNS:
         table.add_column(column, overflow="fold")
     colours = {goals.MET: "green", goals.MISSED: "red"}
     for standing in standings:

@@ -336,6 +336,7 @@ def test_a_goal_is_met_missed_or_not_measured(published: float | None, status: s
         s for s in goals.standings(run) if s.goal.subject.startswith("momentum, Adam, 3072")
     )
     assert (goal.mode, goal.status) == ("forward", status)
+    assert goal.bound == ("50% of copy" if published else "-")
     table = list(markdown.goals_table(run))
     assert any("at least 8.00x" in line and status in line for line in table)
 

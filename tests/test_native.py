@@ -62,15 +62,11 @@ def _merging(generator):
         yield molex.camex_deltas_fwd_cpu(base, stack, *curvature, True)
         needs = [True, True] + [factor is not None for factor in curvature]
         yield from molex.camex_deltas_bwd_cpu(stack, base, stack, *curvature, True, needs)
-    weights = torch.empty(segments, rows, width)
-    molex.camex_merge_cpu(base, stack, gates, weights)
-    yield weights
     x = torch.randn(segments, 33, width, generator=generator)
     bias = torch.randn(segments, rows, generator=generator)
-    yield molex.camex_linear_cpu(x, base, stack, gates, bias)
-    dbase, ddeltas = torch.zeros_like(base), torch.zeros_like(stack)
-    yield molex.camex_merge_bwd_cpu(weights, stack, gates, dbase, ddeltas, True)
-    yield from (dbase, ddeltas)
+    y = molex.camex_linear_fwd_cpu(x, base, stack, gates, bias)
+    yield y
+    yield from molex.camex_linear_bwd_cpu(y, x, base, stack, gates, [True] * 5)
 
 
 def _dispatch(generator):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import peaked
 import pytest
 import torch
 import torch.nn.functional as F
@@ -166,12 +167,54 @@ def test_what_cancels_in_the_gradient_of_k_leaves_no_rounding_error(
     judge(measured)
 
 
+@pytest.mark.parametrize("impl", IMPLS[:-1])
+def test_of_peaked_attention_half_a_rounding_is_left(impl: str, generator: torch.Generator):
+    k, v, upstream = (x.to(DEVICE) for x in peaked.draw(generator))
+    leaf = k.clone().requires_grad_()
+    out = mk.rpc_attention(leaf, v, num_iters=1, threshold=math.inf, impl=impl)
+    dk = torch.autograd.grad(out, leaf, upstream)[0]
+    assert peaked.roundings(dk, k, v, upstream) < 0.55
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_q_attends_in_place_of_the_keys(impl: str, generator: torch.Generator):
     k, v = heads(generator, torch.float32)
     q = draw(generator, B, H, N, D, dtype=torch.float32)
     got = mk.rpc_attention(k, v, q=q, num_iters=1, threshold=math.inf, scale=0.2, impl=impl)
     same(got, F.scaled_dot_product_attention(q, k, v, scale=0.2), 1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("has_q", [False, True])
+@pytest.mark.parametrize("scale", [0.0, 1e-40, -0.7])
+def test_the_scale_of_scores(scale: float, has_q: bool, impl: str, generator: torch.Generator):
+    """Hidden keys stay hidden where all scores are 0; a negative scale prefers the smallest."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        later = torch.ones(N, N, dtype=torch.bool, device=DEVICE).triu(1)
+        return (q @ k.mT * scale).masked_fill(later, -math.inf).softmax(-1) @ v
+
+    k, v, q = (x.requires_grad_() for x in (*heads(generator), draw(generator, B, H, N, D)))
+    once = attend(q if has_q else k, k, v)
+    wanted = attend(q if has_q else once, once, v)
+    singles = [x.detach().float().requires_grad_() for x in (k, v, q)]
+    got = mk.rpc_attention(
+        *singles[:2],
+        q=singles[2] if has_q else None,
+        num_iters=2,
+        threshold=math.inf,
+        causal=True,
+        scale=scale,
+        impl=impl,
+    )
+    same(got, wanted, 1e-5)
+    upstream = draw(generator, B, H, N, D)
+    leaves = slice(None) if has_q else slice(2)
+    gradients = torch.autograd.grad(got, singles[leaves], upstream.float())
+    for a, b in zip(
+        gradients, torch.autograd.grad(wanted, [k, v, q][leaves], upstream), strict=True
+    ):
+        same(a, b, 1e-4)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import peaked
 import pytest
 import torch
 from rpc_cuda import ROOT, Call, Library, build
@@ -120,6 +121,7 @@ def _check(library: Library, call: Call, generator: torch.Generator, **limits: i
 CASES = {
     "N1-d16": (1, 16, FLOAT, {"n": 1}),
     "N1-d44-causal": (1, 44, HALF, {"causal": True, "n": 1}),
+    "N1-d58-q": (1, 58, FLOAT, {"n": 1, "has_q": True, "dropout_p": 0.3, "heads": (2, 4)}),
     "N1-d128": (1, 128, BFLOAT, {"n": 1, "sparse": 0.95}),
     "N16-d16": (16, 16, BFLOAT, {"heads": (2, 3)}),
     "N16-d58-q": (16, 58, FLOAT, {"has_q": True, "heads": (2, 2)}),
@@ -128,6 +130,10 @@ CASES = {
     "N37-d17": (37, 17, FLOAT, {"sparse": 0.0, "n": 3}),
     "N37-d44-q": (37, 44, BFLOAT, {"has_q": True, "n": 3}),
     "N37-d58-negative": (37, 58, HALF, {"scale": -0.2, "mask": True}),
+    "N37-d58-peaked": (37, 58, FLOAT, {"sparse": 0.95, "mask": True, "causal": True}),
+    "N37-d58-even": (37, 58, FLOAT, {"scale": 0.0, "mask": True, "heads": (2, 1)}),
+    "N37-d58-even-q": (37, 58, HALF, {"scale": 0.0, "causal": True, "has_q": True}),
+    "N37-d64-negative": (37, 64, FLOAT, {"scale": -3.0, "causal": True}),
     "N37-d64-causal": (37, 64, FLOAT, {"sparse": 0.5, "causal": True}),
     "N37-d128-everything": (
         *(37, 128, FLOAT),
@@ -202,6 +208,24 @@ def test_a_threshold_for_a_head_is_one_for_each_row(library: Library, generator:
     assert torch.equal(of_rows["k"], of_head["k"])
     sums, terms = of_rows["threshold"].double().sum(-1), of_rows["threshold"].abs().sum(-1)
     assert ((of_head["threshold"] - sums).abs() <= 1e-6 * terms).all()
+
+
+def test_scores_keep_every_bit(library: Library, generator: torch.Generator):
+    """Two numbers of TF32 hold 23 bits of this one, and a row's largest score is its square's."""
+    call = _make(37, 16, FLOAT, generator, n=1)
+    call.k.copy_(call.k.sign() * torch.tensor(0x3F800BFF, dtype=torch.int32).view(FLOAT))
+    call.threshold.fill_(2.0)
+    largest = library.forward(call).stats[0, 0].double()
+    expected = call.k.double().square().sum(-1)
+    assert ((largest - expected).abs() < torch.finfo(FLOAT).eps * expected).all()
+
+
+def test_of_peaked_attention_half_a_rounding_is_left(library: Library, generator: torch.Generator):
+    k, v, upstream = peaked.draw(generator)
+    threshold = torch.full(k.shape[:2], float("inf"))
+    call = Call(k, v, None, threshold, None, 1, k.shape[-1] ** -0.5, is_causal=False)
+    dk = library.backward(call, library.forward(call), upstream, None)["k"]
+    assert peaked.roundings(dk, k, v, upstream) < 0.55
 
 
 @pytest.mark.parametrize("form", [{}, ITERATED])

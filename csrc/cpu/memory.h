@@ -1,4 +1,4 @@
-// Memory for results.
+// Memory for results, and operands as floats.
 
 #pragma once
 
@@ -8,6 +8,8 @@
 
 #include <cstdint>
 #include <optional>
+
+#include "rows.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -39,5 +41,26 @@ inline Tensor new_result(const Tensor& like,
   prefer_huge_pages(result);
   return result;
 }
+
+// A tensor as contiguous floats, itself where it is that already.
+class AsFloats {
+ public:
+  explicit AsFloats(const Tensor& tensor) : kept_(torch::stable::contiguous(tensor)) {
+    const Source source = source_of(kept_);
+    if (source.dtype == ScalarType::Float) return;
+    Tensor wide = new_result(tensor, tensor.sizes(), ScalarType::Float);
+    float* to = wide.mutable_data_ptr<float>();
+    constexpr int64_t kGrain = 1 << 15;
+    torch::stable::parallel_for(0, kept_.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      read(source, begin, end - begin, to + begin);
+    });
+    kept_ = wide;
+  }
+
+  const float* data() const { return kept_.const_data_ptr<float>(); }
+
+ private:
+  Tensor kept_;
+};
 
 }  // namespace molex

@@ -14,7 +14,7 @@
 namespace {
 
 using molex::Arena;
-using molex::floats_in;
+using molex::AsFloats;
 using molex::Matrix;
 using molex::Piece;
 using molex::Source;
@@ -24,15 +24,16 @@ using torch::stable::Tensor;
 constexpr int64_t kSegments = 4;  // whose weights are merged together
 constexpr int64_t kChunk = 512;   // elements of a weight that every expert contributes to in one turn
 
-// y_s = x_s (base + sum_e gates_se deltas_e)^T + bias_s. x [S, T, D]; base, deltas and gates in fp32.
-Tensor camex_linear_cpu(const Tensor& x,
-                        const Tensor& base,
-                        const Tensor& deltas,
-                        const Tensor& gates,
-                        std::optional<Tensor> bias) {
+// y_s = x_s (base + sum_e gates_se deltas_e)^T + bias_s. x [S, T, D].
+Tensor camex_linear_fwd_cpu(const Tensor& x,
+                            const Tensor& base,
+                            const Tensor& deltas,
+                            const Tensor& gates,
+                            std::optional<Tensor> bias) {
   const int64_t segments = x.size(0), tokens = x.size(1), width = x.size(2), columns = base.size(0);
   const int64_t count = deltas.size(0), size = columns * width;
-  const float *start = floats_in(base), *from = floats_in(deltas), *gate = floats_in(gates);
+  const AsFloats from_base(base), from_deltas(deltas), from_gates(gates);
+  const float *start = from_base.data(), *from = from_deltas.data(), *gate = from_gates.data();
   const Tensor kept = torch::stable::contiguous(x);
   const std::optional<Tensor> packed = molex::packed(bias);
   const Source rows = molex::source_of(kept), biases = molex::source_of(packed);
@@ -101,5 +102,5 @@ Tensor camex_linear_cpu(const Tensor& x,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
-  library.impl("camex_linear_cpu", TORCH_BOX(&camex_linear_cpu));
+  library.impl("camex_linear_fwd_cpu", TORCH_BOX(&camex_linear_fwd_cpu));
 }

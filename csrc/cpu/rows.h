@@ -171,13 +171,6 @@ inline std::vector<float> floats_of(const std::optional<Tensor>& tensor) {
   return tensor ? floats_of(*tensor) : std::vector<float>();
 }
 
-// A contiguous fp32 tensor's own memory.
-inline const float* floats_in(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(),
-                  "expected a contiguous float32 tensor");
-  return tensor.const_data_ptr<float>();
-}
-
 // The value of a tensor of one element.
 inline float scalar_of(const Tensor& tensor) {
   float scratch;

@@ -52,7 +52,7 @@ MOLEX_VERSIONS(
 
 // What the backward pass reads beside the problem, and where it writes; data is null where there is none.
 struct Gradients {
-  Heads dout, dsparse;
+  Heads dout, dsparse, out;
   const float *lows, *stats;
   Target dk, dv, dq;
   float* dthreshold;
@@ -71,10 +71,13 @@ class HeadBackward {
     for (int64_t t = 0; t < p.iterations; ++t) duals_.push_back(scratch_.take(size));
     for (float** array : {&clean_turned_, &v_turned_, &dlow_turned_})
       *array = scratch_.take(blocks * p.width);
-    statistics_ = {
-        scratch_.take(blocks), scratch_.take(blocks), scratch_.take(blocks), scratch_.take(blocks * kPad)};
-    // What stands behind the last token only has to be a number.
-    for (float* array : {statistics_.shift, statistics_.inverse}) std::fill_n(array, blocks, 0.0f);
+    for (float** array :
+         {&statistics_.shift, &statistics_.inverse, &statistics_.center, &statistics_.along}) {
+      *array = scratch_.take(blocks);
+      // What stands behind the last token only has to be a number.
+      std::fill_n(*array, blocks, 0.0f);
+    }
+    statistics_.lanes = scratch_.take(blocks * kPad);
   }
 
   void operator()(int64_t head) {
@@ -111,6 +114,8 @@ class HeadBackward {
     const int64_t rows = p_.length * p_.width, heads = rows * p_.heads;
     if (t == 0) {
       std::fill_n(to, used, 0.0f);
+    } else if (t == p_.iterations) {
+      tokens.read_rows(g_.out, to);
     } else {
       Heads saved;
       saved.source = {g_.lows + (t - 1) * heads * p_.batch};
@@ -141,6 +146,10 @@ class HeadBackward {
     tokens.read_numbers(g_.stats + 2 * t * all, statistics_.shift);
     tokens.read_numbers(g_.stats + (2 * t + 1) * all, statistics_.inverse);
     subtract_duals(du_, dlow_, used);
+    read_low(tokens, used, t + 1, dclean_);
+    for (int64_t i = 0; i < count; ++i) {
+      statistics_.center[i] = dot(dlow_ + i * padded, dclean_ + i * padded, padded);
+    }
     if (p_.symmetric()) turn_blocks(dlow_, count, p_.width, padded, dlow_turned_);
     std::fill_n(dclean_, used, 0.0f);
     const Operands operands{p_.q ? q_ : clean_,
@@ -179,7 +188,7 @@ class HeadBackward {
   float *q_ = nullptr, *dq_ = nullptr, *push_ = nullptr;
   float *clean_turned_, *v_turned_, *dlow_turned_;
   std::vector<float*> duals_;
-  Statistics statistics_;
+  Statistics statistics_{};
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_bwd_cpu(const Tensor& dout,
@@ -208,6 +217,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_bwd_cpu(const Tensor& d
   const Optional upstream_sparse = dense(dsparse);
   const Gradients g{Heads(upstream),
                     heads_of(upstream_sparse),
+                    Heads(out),
                     lows.const_data_ptr<float>(),
                     stats.const_data_ptr<float>(),
                     target(0),

@@ -2,8 +2,9 @@
 //
 // Scores are remade from the cleaned keys, and probabilities P from the saved row statistics. With dL for
 // the gradient of the iteration's L, a block of rows i and columns j needs dP = dL_i v_j^T and
-// dZ = P (dP - D_i), D_i = sum_j P dP. D is not taken as <dL_i, L_i>, which rounds in another way: where P
-// is close to 1, all of dP - D_i would be that. So a group of blocks first gets P, dP and D, and then dZ.
+// dZ = P (dP - D_i), D_i = sum_j P dP. D is not taken as c = <dL_i, L_i>, which rounds in another way: where
+// P is close to 1, all of dP - D_i would be that. It is c + sum_j P (dP - c), whose terms are small where P
+// is, and where it is not. So a group of blocks first gets P, dP and D, and then dZ.
 // A block that serves its columns, too, has the same with i and j exchanged, kept as the transpose: then
 // (dZ + dZ^T) K~ is one product a side.
 
@@ -15,11 +16,14 @@ namespace molex::rpc {
 
 constexpr int64_t kWhole = 512;  // tokens up to which the blocks of a head are one group
 
-// P = exp(score - shift) * inverse of a row; its D, which gathers in the lanes of `lanes` [rows, kPad], too.
+// P = exp(score - shift) * inverse of a row; its c; and D, of which sum P (dP - c) gathers in `along` and in
+// the lanes of `lanes` [rows, kPad].
 struct Statistics {
-  float *shift, *inverse, *along, *lanes;
+  float *shift, *inverse, *center, *along, *lanes;
 
-  Statistics at(int64_t row) const { return {shift + row, inverse + row, along + row, lanes + row * kPad}; }
+  Statistics at(int64_t row) const {
+    return {shift + row, inverse + row, center + row, along + row, lanes + row * kPad};
+  }
 };
 
 // Blocks [kBlock, kBlock] of one side: P, dP (in which dropout is undone), and what the values are
@@ -28,9 +32,10 @@ struct Side {
   float *weights, *upstream, *dropped, *kept;
 };
 
-// P and dP of LANES places, and the sum P dP.
-template <int LANES, bool DROPS>
-MOLEX_INLINE Floats<LANES> place(const Side& side, int64_t at, Floats<LANES> weight, Floats<LANES> upstream) {
+// P and dP of LANES places, and P (dP - c).
+template <int LANES, bool DROPS, class Center>
+MOLEX_INLINE Floats<LANES> place(
+    const Side& side, int64_t at, Floats<LANES> weight, Floats<LANES> upstream, Center center) {
   if constexpr (DROPS) {
     const Floats<LANES> by = load<LANES>(side.kept + at), none{};
     upstream = by == 0.0f ? none : upstream * by;
@@ -38,7 +43,7 @@ MOLEX_INLINE Floats<LANES> place(const Side& side, int64_t at, Floats<LANES> wei
     store(side.dropped + at, by == 0.0f ? none : weight * by);
   }
   store(side.weights + at, weight);
-  return weight * upstream;
+  return weight * (upstream - center);
 }
 
 template <int LANES, bool PARTIAL, bool TURNED, bool DROPS>
@@ -53,7 +58,7 @@ MOLEX_INLINE void weigh(const Scores& scores,
   constexpr int64_t kRun = 8;
   Floats<LANES> sums[kVectors] = {}, totals[kVectors] = {};
   for (int64_t r = 0; r < scores.rows; ++r) {
-    const float shift = rows.shift[r], inverse = rows.inverse[r];
+    const float shift = rows.shift[r], inverse = rows.inverse[r], center = rows.center[r];
     const int32_t seen = scores.seen(r);
     Floats<LANES> sum = load<LANES>(rows.lanes + r * kPad);
     for (int v = 0; v < vectors; ++v) {
@@ -66,11 +71,15 @@ MOLEX_INLINE void weigh(const Scores& scores,
         upstream = sees ? upstream : Floats<LANES>{};
         store(by_row.upstream + at, upstream);
       }
-      sum += place<LANES, DROPS>(by_row, at, weight, upstream);
+      sum += place<LANES, DROPS>(by_row, at, weight, upstream, center);
       if constexpr (TURNED) {
         weight = exponential(z - load<LANES>(columns.shift + v * LANES));
         weight *= load<LANES>(columns.inverse + v * LANES);
-        sums[v] += place<LANES, DROPS>(by_column, at, weight, load<LANES>(by_column.upstream + at));
+        sums[v] += place<LANES, DROPS>(by_column,
+                                       at,
+                                       weight,
+                                       load<LANES>(by_column.upstream + at),
+                                       load<LANES>(columns.center + v * LANES));
       }
     }
     store(rows.lanes + r * kPad, sum);
@@ -174,7 +183,7 @@ class AttentionBackward {
       for (int64_t i = first; i < end; ++i) {
         double sum = statistics.along[i];
         for (int64_t lane = 0; lane < kPad; ++lane) sum += statistics.lanes[i * kPad + lane];
-        statistics.along[i] = static_cast<float>(sum);
+        statistics.along[i] = static_cast<float>(statistics.center[i] + sum);
       }
       visit(first, end, count, [&](int64_t i, int64_t j, float* blocks) {
         differentiate(tokens, o, statistics, i, j, blocks);

@@ -78,6 +78,9 @@ MOLEX_DEVICE float exp2(float x) {
   return y;
 }
 
+// x * y, rounded before anything is added to it.
+MOLEX_DEVICE float multiply(float x, float y) { return __fmul_rn(x, y); }
+
 MOLEX_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 MOLEX_DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }

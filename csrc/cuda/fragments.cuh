@@ -5,8 +5,9 @@
 // (row + 8, column), (row + 8, column + 1).
 //
 // fp16 and bf16 use m16n8k16. fp32 uses m16n8k8 three times: x = high + low, each of TF32's 11 bits, and
-// high high + high low + low high keeps about 23 bits of a product; `Exact` adds low low, as scores need it,
-// whose absolute error an exponential makes a relative one. Tensor cores cut sums off where fp32 rounds
+// high high + high low + low high keeps about 22 bits of a product. Scores need all of them, as an
+// exponential makes their absolute error a relative one: `Exact` adds low low and, as one m16n8k16 of bf16,
+// lost x + x lost, where lost = x - high - low can be one bit. Tensor cores cut sums off where fp32 rounds
 // them: a long sum would drift, so each of 8 products is added by an fp32 addition.
 
 #pragma once
@@ -78,24 +79,29 @@ template <>
 struct Fragments<float> {
   static constexpr int kDepth = 8;
   struct Left {
-    uint32_t high[4], low[4];
+    uint32_t high[4], low[4], lost[4];  // of `lost` the second half is x
   };
   struct Right {
-    uint32_t high[2][2], low[2][2];
+    uint32_t high[2][2], low[2][2], lost[2][2];  // of `lost` the first half is x
   };
 
   MOLEX_DEVICE static void load(Left& a, const float* at, int pitch) {
     MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
       const float* row = at + (lane_row() + 8 * i) * pitch + lane_column();
-      split(row[0], a.high[i], a.low[i]);
-      split(row[1], a.high[i + 2], a.low[i + 2]);
+      const float first = split(row[0], a.high[i], a.low[i]);
+      const float second = split(row[1], a.high[i + 2], a.low[i + 2]);
+      a.lost[i] = device::pack<device::BFloat>(first, second);
+      a.lost[i + 2] = device::pack<device::BFloat>(row[0], row[1]);
     }
   }
 
   MOLEX_DEVICE static void load_rows(Right& b, const float* at, int pitch) {
     MOLEX_UNROLL for (int half = 0; half < 2; ++half) {
       const float* row = at + (lane_row() + 8 * half) * pitch + lane_column();
-      MOLEX_UNROLL for (int i = 0; i < 2; ++i) split(row[i], b.high[half][i], b.low[half][i]);
+      const float first = split(row[0], b.high[half][0], b.low[half][0]);
+      const float second = split(row[1], b.high[half][1], b.low[half][1]);
+      b.lost[half][0] = device::pack<device::BFloat>(row[0], row[1]);
+      b.lost[half][1] = device::pack<device::BFloat>(first, second);
     }
   }
 
@@ -116,7 +122,10 @@ struct Fragments<float> {
   template <bool Exact = false>
   MOLEX_DEVICE static void multiply(float (&c)[4], const Left& a, const Right& b, int half) {
     float rest[4] = {0.0f, 0.0f, 0.0f, 0.0f}, whole[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if constexpr (Exact) device::mma_tf32(rest, a.low, b.low[half]);
+    if constexpr (Exact) {
+      device::mma_16<device::BFloat>(rest, a.lost, b.lost[half]);
+      device::mma_tf32(rest, a.low, b.low[half]);
+    }
     device::mma_tf32(rest, a.low, b.high[half]);
     device::mma_tf32(rest, a.high, b.low[half]);
     device::mma_tf32(whole, a.high, b.high[half]);
@@ -124,9 +133,12 @@ struct Fragments<float> {
   }
 
  private:
-  MOLEX_DEVICE static void split(float x, uint32_t& high, uint32_t& low) {
+  // Returns what is lost.
+  MOLEX_DEVICE static float split(float x, uint32_t& high, uint32_t& low) {
     high = device::to_tf32(x);
-    low = device::to_tf32(x - device::as_float(high));
+    const float rest = x - device::as_float(high);
+    low = device::to_tf32(rest);
+    return rest - device::as_float(low);
   }
 };
 
@@ -141,7 +153,7 @@ MOLEX_DEVICE void clear(float (&c)[M][N][4]) {
 
 // c += a b^T: a of 16 M rows and b of 8 N rows, both of `Depth` columns in shared memory. `Ahead` columns
 // are one round of the loop, which bounds the registers of operands loaded ahead.
-template <class E, int Depth, int Ahead = Depth, int M, int N>
+template <class E, int Depth, int Ahead, bool Exact, int M, int N>
 MOLEX_DEVICE void multiply_rows(float (&c)[M][N][4], const E* a, const E* b) {
   using F = Fragments<E>;
   constexpr int kLength = kPitch<Depth>;
@@ -152,8 +164,8 @@ MOLEX_DEVICE void multiply_rows(float (&c)[M][N][4], const E* a, const E* b) {
       typename F::Right right;
       F::load_rows(right, b + 8 * n * kLength + k, kLength);
       MOLEX_UNROLL for (int m = 0; m < M; ++m) {
-        F::template multiply<true>(c[m][n], left[m], right, 0);
-        F::template multiply<true>(c[m][n + 1], left[m], right, 1);
+        F::template multiply<Exact>(c[m][n], left[m], right, 0);
+        F::template multiply<Exact>(c[m][n + 1], left[m], right, 1);
       }
     }
   }

@@ -8,7 +8,8 @@
 // and the recurrences of the dual and the threshold follow for the same rows in the epilogue.
 //
 // dZ_ji = P_ji (dP_ji - D_j), dP = G V^T, where D_j is <G_j, L_j>. Of peaked attention the difference is
-// small, so in fp32 a launch before takes D_j = sum_i P_ji dP_ji from the very numbers that it meets.
+// small, so in fp32 a launch before takes D_j from the very numbers that it meets: with c = <G_j, L_j> it is
+// c + sum_i P_ji (dP_ji - c), whose terms are small where P is, and where it is not.
 //
 // Budget. gradient: 128 threads, at most 255 registers; shared memory (3 * 64 + 6 columns) (D + 8)
 // bytes(E) + 24 columns, at most 157,056 bytes (fp32, D = 128), so that it runs on sm_80. No spills.
@@ -212,11 +213,25 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
 
   const Sight sees(p, head);
   const Dropout keeps(p, head, t + 1 == p.iterations);
-  const float scale2 = p.scale * kLog2e;
+  const float scale2 = score_scale(p);
   struct Own {
     float largest[2], inverse[2], delta[2];
     bool real[2];
   };
+  float center[2] = {0.0f, 0.0f};  // <G, L>
+  if constexpr (Sums) {
+    const float* lows = t + 1 == p.iterations ? static_cast<const float*>(b.out)
+                                              : b.lows + t * p.all_heads() * p.length * p.width;
+    MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+      const int mine = row + lane_row() + 8 * i;
+      if (mine >= p.length) continue;
+      const float* low = lows + (head * p.length + mine) * p.width;
+      for (int column = lane() % 4; column < p.width; column += 4) {
+        center[i] += kept_matrices.upstream[mine * D + column] * low[column];
+      }
+    }
+    MOLEX_UNROLL for (int i = 0; i < 2; ++i) center[i] = row_sum(center[i]);
+  }
   const auto load_own = [&] {
     const Matrices of = T::kReloads ? matrices() : kept_matrices;
     Own own;
@@ -224,7 +239,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
       const int mine = row + lane_row() + 8 * i;
       own.largest[i] = mine < p.length ? of.largest[mine] : 0.0f;
       own.inverse[i] = mine < p.length ? 1.0f / of.total[mine] : 0.0f;
-      own.delta[i] = Sums ? 0.0f : of.delta[mine];
+      own.delta[i] = Sums ? center[i] : of.delta[mine];
       own.real[i] = sees.exists(mine);
     }
     return own;
@@ -250,10 +265,10 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
     float z[1][T::kColumns / 8][4], dz[1][T::kColumns / 8][4], dp[1][T::kColumns / 8][4];
     clear(z);
     clear(dz);
-    multiply_rows<E, D, T::kAhead>(z, own_left + warp_row, tile);
+    multiply_rows<E, D, T::kAhead, true>(z, own_left + warp_row, tile);
     if (query) {  // row j sees key i
       clear(dp);
-      multiply_rows<E, D, T::kAhead>(dp, own_upstream + warp_row, tile + kTileSize);
+      multiply_rows<E, D, T::kAhead, false>(dp, own_upstream + warp_row, tile + kTileSize);
       const bool all = sees.all(row, other, T::kColumns);
       const Own own = T::kReloads ? load_own() : kept_own;
       MOLEX_UNROLL for (int n = 0; n < T::kColumns / 8; ++n) {
@@ -261,9 +276,10 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
           const int j = row + lane_row() + e / 2 * 8, i = other + 8 * n + lane_column() + e % 2;
           const float probability =
               device::exp2((z[0][n][e] - own.largest[e / 2]) * scale2) * own.inverse[e / 2];
-          const float keep = keeps.active ? keeps(j, i) : 1.0f;
+          // Rounded, so that the difference is 0 where D is this very product.
+          const float kept = keeps.active ? device::multiply(dp[0][n][e], keeps(j, i)) : dp[0][n][e];
           const bool seen = all || (sees.exists(i) && !sees.later(j, i));
-          if (seen) dz[0][n][e] = probability * (dp[0][n][e] * keep - own.delta[e / 2]);
+          if (seen) dz[0][n][e] = probability * (kept - own.delta[e / 2]);
         }
       }
     }
@@ -276,7 +292,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
     }
     if (!Sums && key) {  // row j is seen by query i
       clear(dp);
-      multiply_rows<E, D, T::kAhead>(dp, own_values + warp_row, tile + 2 * kTileSize);
+      multiply_rows<E, D, T::kAhead, false>(dp, own_values + warp_row, tile + 2 * kTileSize);
       const Own own = T::kReloads ? load_own() : kept_own;
       MOLEX_UNROLL for (int n = 0; n < T::kColumns / 8; ++n) {
         MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
@@ -286,8 +302,9 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
           const float weight = device::exp2((z[0][n][e] - numbers[column]) * scale2);
           const float probability = seen ? weight * numbers[T::kColumns + column] : 0.0f;
           const float keep = keeps.active ? keeps(i, j) : 1.0f;
+          const float kept = keeps.active ? device::multiply(dp[0][n][e], keep) : dp[0][n][e];
           z[0][n][e] = probability * keep;
-          if (seen) dz[0][n][e] += probability * (dp[0][n][e] * keep - numbers[2 * T::kColumns + column]);
+          if (seen) dz[0][n][e] += probability * (kept - numbers[2 * T::kColumns + column]);
         }
       }
       multiply_columns<E>(grad_values, z, tile + 2 * kTileSize);
@@ -298,7 +315,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
 
   if constexpr (Sums) {
     MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-      const float sum = row_sum(inner[i]);
+      const float sum = center[i] + row_sum(inner[i]);
       if (lane_column() == 0) s.delta[head * rows + row + lane_row() + 8 * i] = sum;
     }
     return;

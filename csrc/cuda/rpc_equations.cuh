@@ -60,7 +60,12 @@ MOLEX_HOST_DEVICE int64_t padded_rows(const Problem& p) {
   return (p.length + kRowsMultiple - 1) / kRowsMultiple * kRowsMultiple;
 }
 
-constexpr float kLog2e = 1.4426950408889634f;
+// The scale of scores in powers of 2; of 0 the smallest number, as hidden scores are -infinity.
+MOLEX_DEVICE float score_scale(const Problem& p) {
+  constexpr float kLog2e = 1.4426950408889634f, kSmallest = 0x1p-126f;
+  const float scale2 = p.scale * kLog2e;
+  return scale2 > -kSmallest && scale2 < kSmallest ? kSmallest : scale2;
+}
 
 // One iteration's S, K~ = k - S - u, and w = u + k - S, from which u' = w - L'.
 struct Step {

@@ -43,7 +43,7 @@ struct Attention {
                         int key) {
     float z[M][Columns / 8][4];
     clear(z);
-    multiply_rows<E, D, sizeof(E) == 4 ? 16 : D>(z, rows, keys);
+    multiply_rows<E, D, sizeof(E) == 4 ? 16 : D, true>(z, rows, keys);
     if (scale2 < 0.0f) {  // the largest are then the smallest
       scale2 = -scale2;
       MOLEX_UNROLL for (int m = 0; m < M; ++m) {
@@ -278,7 +278,7 @@ void on_chip(MOLEX_PARAMS OnChipForward<E, D> s) {
     attention.start();
     const Sight sees(p, head);
     const Dropout keeps(p, head, results.last());
-    const float scale2 = p.scale * kLog2e;
+    const float scale2 = score_scale(p);
     const E* rows = p.q.data ? queries + 16 * warp() * kPitch<D> : keys + row * kPitch<D>;
     const int end = p.causal && row + 16 < p.length ? row + 16 : p.length;
     MOLEX_NO_UNROLL for (int key = 0; key < end; key += kColumns) {
@@ -408,7 +408,7 @@ void step(MOLEX_PARAMS ForwardStep<E> s) {
 
   const Sight sees(p, head);
   const Dropout keeps(p, head, results.last());
-  const float scale2 = p.scale * kLog2e;
+  const float scale2 = score_scale(p);
   Attention<E, D, T::kTiles, T::kColumns> attention;
   attention.start();
   const int end = p.causal && first + T::kRows < p.length ? first + T::kRows : p.length;

@@ -119,6 +119,11 @@ inline float exp2(float x) {
   const float result = y + y * off;
   return result < 0x1p-126f ? 0.0f : result;
 }
+inline float multiply(float x, float y) {
+  float product = x * y;
+  asm("" : "+m"(product));  // or the compiler adds to it before it rounds
+  return product;
+}
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
 
 struct Grid {

@@ -10,7 +10,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from molex_kernels import _register
-from molex_kernels.ops.merging import cpu
 
 Tensors = tuple[Tensor, ...]
 Factors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -79,14 +78,6 @@ def _linear_backward_triton(*arguments: Any) -> Tensors:
     return launch.linear_backward(*arguments)
 
 
-def _merge_fake(base: Tensor, deltas: Tensor, gates: Tensor, out: Tensor) -> None:
-    return None
-
-
-def _merge_backward_fake(dweights: Tensor, deltas: Tensor, gates: Tensor, *rest: Any) -> Tensor:
-    return gates.new_empty(gates.shape[0] if rest[-1] else 0, gates.shape[1])
-
-
 _DELTAS_FORWARD = (
     "(Tensor base, Tensor experts, Tensor? out1, Tensor? out2, Tensor? in1, Tensor? in2, "
     "bool ties) -> Tensor"
@@ -101,23 +92,6 @@ _LINEAR_BACKWARD = (
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
-# The native steps of the CPU implementation.
-_register.define(
-    "camex_merge_cpu",
-    "(Tensor base, Tensor deltas, Tensor gates, Tensor(a!) out) -> ()",
-    fake=_merge_fake,
-)
-_register.define(
-    "camex_merge_bwd_cpu",
-    "(Tensor dweights, Tensor deltas, Tensor gates, Tensor(a!)? dbase, Tensor(b!)? ddeltas, "
-    "bool needs_gates) -> Tensor",
-    fake=_merge_backward_fake,
-)
-_register.define(
-    "camex_linear_cpu",
-    "(Tensor x, Tensor base, Tensor deltas, Tensor gates, Tensor? bias) -> Tensor",
-    fake=_linear_forward_fake,
-)
 _deltas_forward = {
     "triton": _register.define(
         "camex_deltas_fwd_triton",
@@ -147,9 +121,7 @@ _linear_forward = {
         fake=_linear_forward_fake,
         run=_linear_forward_triton,
     ),
-    "cpu": _register.define(
-        "camex_linear_fwd_cpu", _LINEAR_FORWARD, fake=_linear_forward_fake, run=cpu.linear_forward
-    ),
+    "cpu": _register.define("camex_linear_fwd_cpu", _LINEAR_FORWARD, fake=_linear_forward_fake),
 }
 _linear_backward = {
     "triton": _register.define(
@@ -162,7 +134,6 @@ _linear_backward = {
         "camex_linear_bwd_cpu",
         _LINEAR_BACKWARD,
         fake=_linear_backward_fake,
-        run=cpu.linear_backward,
     ),
 }
 

@@ -230,8 +230,8 @@ OPINFOS = (
         ),
         quick=(
             _update(3072, 352, "adam"),
-            _update(3072, 352, "heavy_ball", norm="affine"),
             _update(8192, 1024, "adam"),
+            _update(3072, 352, "heavy_ball", norm="affine"),
         ),
         cost=_cost_update,
         baselines={"published": _adapted(published_momentum_update)},

@@ -186,7 +186,8 @@ def _rpc_bwd_attention(
     Without q the scores of both roles are one symmetric product:
     dC_i = scale sum_j (dZ_ij + dZ_ji) C_j,  dv_i = sum_j P_ji dL_j,  dZ = P (dL v^T - <dL, L>).
     With q the roles share nothing and are a launch each: rows give dq, keys give dC and dv.
-    IS_SUM, as rows: <dL, L> as sum_j P_ij <dL_i, v_j>, from the numbers that it is subtracted from.
+    IS_SUM, as rows: <dL, L> once more, from the numbers that it is subtracted from. With c for what
+    it was: c + sum_j P_ij (<dL_i, v_j> - c), whose terms are small where P is, and where it is not.
     """
     head = tl.program_id(1).to(tl.int64)
     batch = head // num_heads
@@ -211,11 +212,10 @@ def _rpc_bwd_attention(
         own_i = load_rows(clean_ptr, num_features, 1, offs_i, mask_i, offs_d, num_features)
     if AS_ROWS:
         dlow_i = load_rows(dlow_ptr, num_features, 1, offs_i, mask_i, offs_d, num_features)
-        top_i = tl.load(top_ptr + offs_i, mask=inside, other=float("inf"))
-        total_i = tl.load(total_ptr + offs_i, mask=inside, other=1.0)
-        inner_i = tl.zeros((BLOCK_I,), tl.float32)
-        if not IS_SUM:
-            inner_i = tl.load(inner_ptr + offs_i, mask=inside, other=0.0)
+        top_i = tl.load(top_ptr + offs_i, mask=inside, other=0.0)
+        total_i = tl.load(total_ptr + offs_i, mask=inside, other=float("inf"))
+        inner_i = tl.load(inner_ptr + offs_i, mask=inside, other=0.0)
+        amiss = tl.zeros((BLOCK_I,), tl.float32)  # what inner_i lacks
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
     down = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)  # gradient of own_i
@@ -228,11 +228,11 @@ def _rpc_bwd_attention(
             other_j = load_rows(q_ptr, stride_qn, stride_qd, offs_j, mask_j, offs_d, num_features)
         else:
             other_j = load_rows(clean_ptr, num_features, 1, offs_j, mask_j, offs_d, num_features)
-        scores = tl.dot(own_i, tl.trans(other_j), input_precision=PRECISION) * score_scale
+        scores = tl.dot(own_i, tl.trans(other_j), input_precision=PRECISION)
         dscores = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
         if AS_ROWS:  # [i, j] is row i on key j
             v_j = load_rows(v_ptr, stride_vn, stride_vd, offs_j, mask_j, offs_d, num_features)
-            weights = tl.exp2(scores - top_i[:, None]) / total_i[:, None]
+            weights = tl.exp2((scores - top_i[:, None]) * score_scale) / total_i[:, None]
             seen = mask_j[None, :]
             if IS_CAUSAL:
                 seen = seen & (offs_j[None, :] <= offs_i[:, None])
@@ -242,16 +242,15 @@ def _rpc_bwd_attention(
                 position = (head * num_tokens + offs_i)[:, None] * num_tokens + offs_j[None, :]
                 kept = keep_mask(seed, position, drop_threshold)
                 dweights = tl.where(kept, dweights * keep_scale, 0.0)
+            dscores += weights * (dweights - inner_i[:, None])
             if IS_SUM:
-                inner_i += tl.sum(weights * dweights, axis=1)
-            else:
-                dscores += weights * (dweights - inner_i[:, None])
+                amiss += tl.sum(dscores, axis=1)
         if AS_KEYS:  # [i, j] is row j on key i
             dlow_j = load_rows(dlow_ptr, num_features, 1, offs_j, mask_j, offs_d, num_features)
-            top_j = tl.load(top_ptr + offs_j, mask=inside_j, other=float("inf"))
-            total_j = tl.load(total_ptr + offs_j, mask=inside_j, other=1.0)
+            top_j = tl.load(top_ptr + offs_j, mask=inside_j, other=0.0)
+            total_j = tl.load(total_ptr + offs_j, mask=inside_j, other=float("inf"))
             inner_j = tl.load(inner_ptr + offs_j, mask=inside_j, other=0.0)
-            weights = tl.exp2(scores - top_j[None, :]) / total_j[None, :]
+            weights = tl.exp2((scores - top_j[None, :]) * score_scale) / total_j[None, :]
             seen = mask_i[:, None]
             if IS_CAUSAL:
                 seen = seen & (offs_i[:, None] <= offs_j[None, :])
@@ -270,7 +269,7 @@ def _rpc_bwd_attention(
 
     down *= scale
     if IS_SUM:
-        tl.store(inner_ptr + offs_i, inner_i, mask=inside)
+        tl.store(inner_ptr + offs_i, inner_i + amiss, mask=inside)
     elif AS_KEYS:
         store_rows(dclean_ptr + own, down, offs_i, inside, offs_d, num_features)
         if not IS_LAST:

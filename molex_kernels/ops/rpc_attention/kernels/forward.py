@@ -80,9 +80,12 @@ def _rpc_fwd(
         q = (wide - soft(wide, bound)).to(raw.dtype)
     else:
         q = load_rows(clean_ptr + own, num_features, 1, offs_i, mask_i, offs_d, num_features)
+    if score_scale < 0:  # the largest are then the smallest
+        q = -q
+    steep = tl.abs(score_scale)
 
     # Finite, so that rows that have seen nothing yet stay finite.
-    top = tl.full((BLOCK_I,), -1e30, tl.float32)
+    top = tl.full((BLOCK_I,), -3.4e38, tl.float32)
     total = tl.zeros((BLOCK_I,), tl.float32)
     low = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
     end = num_tokens
@@ -103,14 +106,15 @@ def _rpc_fwd(
                 clean_ptr + own, num_features, 1, offs_j, mask_j, offs_d, num_features
             )
         v = load_rows(v_ptr, stride_vn, stride_vd, offs_j, mask_j, offs_d, num_features)
-        scores = tl.dot(q, tl.trans(clean), input_precision=PRECISION) * score_scale
+        scores = tl.dot(q, tl.trans(clean), input_precision=PRECISION)
         seen = mask_j[None, :]
         if IS_CAUSAL:
             seen = seen & (offs_j[None, :] <= offs_i[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         above = tl.maximum(top, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - above[:, None])
-        shrunk = tl.exp2(top - above)
+        # Scaled is the difference: a rounding is then a share of that, and not of the score.
+        weights = tl.exp2((scores - above[:, None]) * steep)
+        shrunk = tl.exp2((top - above) * steep)
         total = total * shrunk + tl.sum(weights, axis=1)
         top = above
         if HAS_DROPOUT:
@@ -124,11 +128,12 @@ def _rpc_fwd(
     low = tl.where(mask_i[:, None], low / total[:, None], 0.0)
     inside = offs_i < num_tokens
     if HAS_STATE:
-        # exp2(score - inf) is 0: a masked row has no weights.
+        # A masked row gets an infinite sum: it has no weights.
         stats_ptr += head * num_tokens
-        tl.store(stats_ptr + offs_i, tl.where(mask_i, top, float("inf")), mask=inside)
+        top = tl.where(score_scale < 0, -top, top)
+        tl.store(stats_ptr + offs_i, tl.where(mask_i, top, 0.0), mask=inside)
         stats_ptr += tl.num_programs(1).to(tl.int64) * num_tokens
-        tl.store(stats_ptr + offs_i, total, mask=inside)
+        tl.store(stats_ptr + offs_i, tl.where(mask_i, total, float("inf")), mask=inside)
     if IS_LAST:
         store_rows(out_ptr + own, low, offs_i, inside, offs_d, num_features)
         if IS_FIRST and HAS_SPARSE:

@@ -16,6 +16,8 @@ from molex_kernels.ops.rpc_attention.kernels import config
 from molex_kernels.ops.rpc_attention.kernels.backward import _rpc_bwd_attention, _rpc_bwd_rows
 from molex_kernels.ops.rpc_attention.kernels.forward import _rpc_fwd
 
+SMALLEST = torch.finfo(torch.float32).tiny
+
 
 def forward(
     k: Tensor,
@@ -31,7 +33,10 @@ def forward(
     keeps_state: bool,
     returns_sparse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """L, S of the last iteration, L of all others, and the rows' largest score and sum."""
+    """L, S of the last iteration, L of all others, and the rows' extreme scores and sums.
+
+    The extreme score is the one that is largest when scaled.
+    """
     wide: Any = {"dtype": torch.float32}
     out = k.new_empty(k.shape)
     sparse = k.new_empty(k.shape if returns_sparse else (0,), **wide)
@@ -191,9 +196,15 @@ def backward(
 
 
 def _scales(scale: float, dropout_p: float) -> tuple[float, float, int, float]:
-    """In the kernels' order: of the gradients, of the scores in powers of 2, of dropout."""
+    """In the kernels' order: of the gradients, of the scores in powers of 2, of dropout.
+
+    The scores' is at least the smallest number: a hidden score is minus infinity, and 0 of it NaN.
+    """
+    steep = scale / math.log(2)
+    if abs(steep) < SMALLEST:
+        steep = SMALLEST
     kept = 1.0 / (1.0 - dropout_p)
-    return scale, scale / math.log(2), _philox.threshold(dropout_p), kept
+    return scale, steep, _philox.threshold(dropout_p), kept
 
 
 def _padded(width: int) -> int:
