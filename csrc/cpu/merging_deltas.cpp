@@ -338,13 +338,12 @@ void back_through_blocks(const Factors& f,
       for (int64_t at = 0; at < f.block; at += f.width) {
         product_turned(
             f.in1(rank, e), f.d1, &from_out2[at], f.d2, &from_in1[at], f.d2, f.d1, f.d2, f.d1, false);
+        if (!sums.wanted()) continue;
+        // in1's index is not the first of a block: turned, all of a block's rows are one product.
+        Factors::turn(&from_out2[at], f.d1, f.d2, &turned[at]);
+        Factors::turn(&by_in2[at], f.d1, f.d2, &other[at]);
       }
       if (sums.wanted()) {
-        // in1's index is not the first of a block: turned, all of a block's rows are one product.
-        for (int64_t at = 0; at < f.block; at += f.width) {
-          Factors::turn(&from_out2[at], f.d1, f.d2, &turned[at]);
-          Factors::turn(&by_in2[at], f.d1, f.d2, &other[at]);
-        }
         float *in1 = sums.part(2, i), *in2 = sums.part(3, i);
         product_turned(turned.data(), f.d1, other.data(), f.d1, in1, f.d1, f.d1, f.d1, f.o2 * f.d2, false);
         product_turned(from_in1.data(), f.d2, tau.data(), f.d2, in2, f.d2, f.d2, f.d2, f.o2 * f.d1, false);
