@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from conftest import DEVICE
-from tolerance import within_budget
+from tolerance import judge, measure
 
 import molex_kernels as mk
 from molex_kernels import _extension
@@ -154,21 +154,27 @@ def _run(inputs, impl, dtype=torch.float32):
     return out, sparse, list(leaves.values())
 
 
-def _check_attention(inputs, generator, *, gradients=True):
+def _check_attention(draw_inputs, generator, *, gradients=True):
     """Results and gradients within the budget."""
-    outcomes = []
-    for impl, dtype in (("cpu", torch.float32), ("reference", torch.float64), ("reference", None)):
-        out, sparse, leaves = _run(inputs, impl, dtype or torch.float32)
-        outcomes.append([out, sparse])
-        if not gradients:
-            continue
-        if len(outcomes) == 1:
-            upstream = [torch.randn(out.shape, generator=generator) + 1 for _ in range(2)]
-        outcomes[-1] += torch.autograd.grad(
-            [out, sparse], leaves, [g.to(out.dtype) for g in upstream]
-        )
-    for name, got, want, own in zip("LSkvtq", *outcomes, strict=False):
-        within_budget(name, got, want, own, torch.float32)
+
+    def draw():
+        inputs, outcomes = draw_inputs(), []
+        for impl, dtype in (("cpu", None), ("reference", torch.float64), ("reference", None)):
+            out, sparse, leaves = _run(inputs, impl, dtype or torch.float32)
+            outcomes.append([out, sparse])
+            if not gradients:
+                continue
+            if len(outcomes) == 1:
+                upstream = [torch.randn(out.shape, generator=generator) + 1 for _ in range(2)]
+            outcomes[-1] += torch.autograd.grad(
+                [out, sparse], leaves, [g.to(out.dtype) for g in upstream]
+            )
+        return {
+            name: measure(name, *values, torch.float32)
+            for name, *values in zip("LSkvtq", *outcomes, strict=False)
+        }
+
+    judge(draw)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +194,7 @@ def _check_attention(inputs, generator, *, gradients=True):
     ids=lambda options: "-".join(f"{n}_{v}" for n, v in options.items()),
 )
 def test_attention_over_several_blocks(options, generator):
-    _check_attention(_clear_of_kinks(generator, **options), generator)
+    _check_attention(lambda: _clear_of_kinks(generator, **options), generator)
 
 
 @pytest.mark.parametrize("growth", [0.01, 0.03])
@@ -196,14 +202,18 @@ def test_attention_over_several_blocks(options, generator):
 @pytest.mark.parametrize("has_q", [False, True])
 def test_attention_whose_scores_change_along_the_tokens(has_q, order, growth, generator):
     """The largest scores are far from the diagonal, which a row's block starts with."""
-    inputs = _clear_of_kinks(generator, 160, 16, has_q=has_q)
     steps = torch.arange(160.0) if order == "rising" else torch.arange(159.0, -1, -1)
-    # All in one direction: scores without near ties, which rounding would decide.
-    inputs["k"] = inputs["k"][:, :, :1].sign() * torch.exp(growth * steps)[:, None] / 8
-    inputs["threshold"] = torch.full((1, 2, 160), math.inf)
-    inputs["num_iters"] = 1
+
+    def draw_inputs():
+        inputs = _clear_of_kinks(generator, 160, 16, has_q=has_q)
+        # All in one direction: scores without near ties, which rounding would decide.
+        inputs["k"] = inputs["k"][:, :, :1].sign() * torch.exp(growth * steps)[:, None] / 8
+        inputs["threshold"] = torch.full((1, 2, 160), math.inf)
+        inputs["num_iters"] = 1
+        return inputs
+
     # Where a softmax is 0 and 1, the gradient's small rest is a matter of rounding.
-    _check_attention(inputs, generator, gradients=growth < 0.02)
+    _check_attention(draw_inputs, generator, gradients=growth < 0.02)
 
 
 @pytest.mark.parametrize("kernels", [_routing, _merging, _attention, _dispatch, _layer_mixing])

@@ -12,7 +12,7 @@ import peaked
 import pytest
 import torch
 from rpc_cuda import ROOT, Call, Library, build
-from tolerance import within_budget
+from tolerance import Errors, judge, measure
 from torch import Tensor
 
 import molex_kernels as mk
@@ -103,18 +103,27 @@ def _upstream(call: Call, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return grad_out, call.k.sign().float() * (0.5 + torch.rand(shape, generator=generator))
 
 
-def _check(library: Library, call: Call, generator: torch.Generator, **limits: int) -> None:
-    grad_out, grad_sparse = _upstream(call, generator)
+def _errors(call: Call, got: dict[str, Tensor], *upstream: Tensor) -> dict[str, Errors]:
+    """Of the results and of the gradients."""
+    expected = _reference(call, torch.float64, *upstream)
+    own = _reference(call, call.k.dtype, *upstream)
+    assert got.keys() == expected.keys()
+    return {
+        name: measure(name, value, expected[name], own[name], call.k.dtype)
+        for name, value in got.items()
+    }
+
+
+def _measured(
+    library: Library, call: Call, generator: torch.Generator, **limits: int
+) -> dict[str, Errors]:
+    upstream = _upstream(call, generator)
     library.schedule(int(torch.randint(2**31, (), generator=generator)))
     result = library.forward(call, **limits)
-    gradients = library.backward(call, result, grad_out, grad_sparse)
+    gradients = library.backward(call, result, *upstream)
     got = {"out": result.out, "sparse": result.sparse}
     got |= {f"gradient of {n}": g for n, g in gradients.items()}
-    expected = _reference(call, torch.float64, grad_out, grad_sparse)
-    own = _reference(call, call.k.dtype, grad_out, grad_sparse)
-    assert got.keys() == expected.keys()
-    for name, value in got.items():
-        within_budget(name, value, expected[name], own[name], call.k.dtype)
+    return _errors(call, got, *upstream)
 
 
 # Of one token and two iterations gradients are exactly 0, which rounding is not.
@@ -159,11 +168,14 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_within_budget(library: Library, name: str, form: str, generator: torch.Generator):
     tokens, width, dtype, options = CASES[name]
-    call = _make(tokens, width, dtype, generator, **options)
     limits = ITERATED if form == "iterated" else {}
-    if library.runs_on_chip(call, **limits) != (form == "on_chip"):
+
+    def make() -> Call:
+        return _make(tokens, width, dtype, generator, **options)
+
+    if library.runs_on_chip(make(), **limits) != (form == "on_chip"):
         pytest.skip("does not fit on the chip")
-    _check(library, call, generator, **limits)
+    judge(lambda: _measured(library, make(), generator, **limits))
 
 
 def test_what_fits_on_the_chip(library: Library, generator: torch.Generator):
@@ -409,14 +421,16 @@ def with_cuda() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_within_budget_on_a_gpu(name: str, with_cuda: None, generator: torch.Generator):
     tokens, width, dtype, options = CASES[name]
-    call = _make(tokens, width, dtype, generator, **options)
-    upstream = _upstream(call, generator)
-    got, again = _on_a_gpu(call, *upstream), _on_a_gpu(call, *upstream)
-    expected = _reference(call, torch.float64, *upstream)
-    own = _reference(call, dtype, *upstream)
-    for name, value in got.items():
-        within_budget(name, value, expected[name], own[name], dtype)
-        assert torch.equal(value, again[name]), f"{name} differs when repeated"
+
+    def draw() -> dict[str, Errors]:
+        call = _make(tokens, width, dtype, generator, **options)
+        upstream = _upstream(call, generator)
+        got, again = _on_a_gpu(call, *upstream), _on_a_gpu(call, *upstream)
+        for name, value in got.items():
+            assert torch.equal(value, again[name]), f"{name} differs when repeated"
+        return _errors(call, got, *upstream)
+
+    judge(draw)
 
 
 SANITIZED = """
