@@ -15,8 +15,9 @@
 namespace molex::router {
 namespace {
 
-constexpr int64_t kFew = 384;  // tokens that are not worth turning the gate for
-constexpr int64_t kRows = 12;  // a multiple of those that products take at a time, 6 or 4
+constexpr int64_t kFew = 384;         // tokens that are not worth turning the gate for
+constexpr int64_t kCached = 1 << 16;  // floats of the gate, and of weighed tokens, that are at hand at a time
+constexpr int64_t kRows = 12;         // a multiple of those that products take at a time, 6 or 4
 
 // The gate [E, D] as floats [D, wide], with zeros behind E. A line of the result is written at a time.
 void turn(const Source& gate, int64_t experts, int64_t width, int64_t wide, float* to) {
@@ -126,12 +127,14 @@ std::tuple<Tensor, Tensor, Tensor> router_fwd_cpu(const Tensor& x,
   } else {
     turn(source_of(rows), experts, width, wide, floats);
   }
-  const int64_t depth = few ? width : std::min(kFeatures, width);
+  // Rows of x as long as the gate's share of the cache allows: whole rows come from memory fastest.
+  const int64_t depth = few ? width : std::min(std::max(kCached / wide, kFeatures), width);
+  const int64_t most = std::clamp(kCached / std::max<int64_t>(depth, 1), kRows, kPiece);
 
   // As many pieces for one thread as for another, of whole groups of the products' rows: rows by themselves
   // take longer.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t turns = std::max<int64_t>(1, parts(tokens, threads * kPiece));
+  const int64_t turns = std::max<int64_t>(1, parts(tokens, threads * most));
   const int64_t piece = std::max(kRows, parts(parts(tokens, threads * turns), kRows) * kRows);
   torch::stable::parallel_for(0, parts(tokens, piece), 1, [&](int64_t begin, int64_t end) {
     Arena arena(Arena::bytes(piece * depth) + Arena::bytes(piece * wide) + Arena::bytes(choose.size()));
