@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import ceilings, environment, presets, rows
+from benchmarks import ceilings, environment, goals, presets, rows
 from benchmarks.measure import OK, Meter, Outcome, Outcomes
 from benchmarks.progress import Progress
 from benchmarks.rows import Group, Row
@@ -40,7 +41,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     preset = presets.PRESETS[metafunc.config.getoption("--preset")]
     device = _device(metafunc.config)
     dtype = presets.default_dtype(device)
-    found = [r for g in rows.groups(load_ops(), preset, device, dtype) for r in rows.rows(g)]
+    wanted = partial(goals.speaks_of, device.type)
+    groups = rows.groups(load_ops(), preset, device, dtype, wanted)
+    found = [row for group in groups for row in rows.rows(group)]
     metafunc.parametrize("row", found, ids=[row.name for row in found])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -98,6 +99,14 @@ def standings(found: Results) -> list[Standing]:
         _standing(goal, mode, goal.read(found, mode)) for goal in wanted for mode in goal.modes
     ]
     return [replace(standing, bound=_bound(standing, found)) for standing in stands]
+
+
+def speaks_of(device: str, op: str, shape: str) -> bool:
+    """Whether a goal of this device is about this shape, and not about any shape of the op."""
+    reads = [goal.read for goal in GOALS if goal.device == device]
+    mine = [read for read in reads if isinstance(read, Reading) and read.op == op]
+    patterns = {pattern for read in mine for pattern in read.patterns} - {"*"}
+    return any(fnmatch.fnmatchcase(shape, pattern) for pattern in patterns)
 
 
 def _bound(standing: Standing, found: Results) -> str:

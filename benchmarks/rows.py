@@ -91,12 +91,17 @@ class Row:
 
 
 def groups(
-    ops: dict[str, OpInfo], preset: Preset, device: torch.device, dtype: torch.dtype
+    ops: dict[str, OpInfo],
+    preset: Preset,
+    device: torch.device,
+    dtype: torch.dtype,
+    wanted: Callable[[str, str], bool] = lambda op, shape: False,
 ) -> list[Group]:
     """Every op's first shape, then every op's second, ...: a time limit cuts all ops alike.
 
-    Ops that have kernels of their own for this device come before those that have not. The sweeps
-    follow in the same way, so that a time limit cuts the largest sizes of all.
+    Of first shapes, of second ones, ..., those that are `wanted` come first, then those of ops that
+    have kernels of their own for this device. The sweeps follow in the same way, so that a time
+    limit cuts the largest sizes of all.
     """
 
     def has_kernels(name: str) -> bool:
@@ -105,8 +110,11 @@ def groups(
 
     names = sorted(ops, key=lambda name: not has_kernels(name))
     shapes = _by_rank(
-        [Group(ops[name], case, dtype, device) for case in getattr(ops[name], preset.cases)]
-        for name in names
+        (
+            [Group(ops[name], case, dtype, device) for case in getattr(ops[name], preset.cases)]
+            for name in names
+        ),
+        lambda group: wanted(group.info.name, group.case.id),
     )
     sweeps = _by_rank(
         [Group(ops[name], case, dtype, device, sweep.letter) for case in sweep.cases]
@@ -116,10 +124,12 @@ def groups(
     return shapes + sweeps
 
 
-def _by_rank(series: Iterable[list[Group]]) -> list[Group]:
-    """The first of every series, then the second of every series, ..."""
-    ranks = itertools.zip_longest(*series)
-    return [group for rank in ranks for group in rank if group is not None]
+def _by_rank(
+    series: Iterable[list[Group]], wanted: Callable[[Group], bool] = lambda group: False
+) -> list[Group]:
+    """The first of every series, then the second of every series, ...; of each the wanted first."""
+    ranks = ([g for g in rank if g is not None] for rank in itertools.zip_longest(*series))
+    return [group for rank in ranks for group in sorted(rank, key=lambda g: not wanted(g))]
 
 
 def rows(group: Group) -> list[Row]:

@@ -273,6 +273,20 @@ def test_every_op_has_its_first_shape_before_any_has_its_second():
         assert len({g.name for g in found}) == len(found)
 
 
+def test_of_second_shapes_those_of_a_goal_come_first():
+    def wanted(op: str, shape: str) -> bool:
+        return goals.speaks_of("cpu", op, shape)
+
+    ops = load_ops()
+    found = [g for g in rows.groups(ops, QUICK, CPU, torch.float32, wanted) if not g.sweep]
+    assert {g.info.name for g in found[: len(ops)]} == set(ops)
+    seconds = [(g.info.name, g.case.id) for g in found[len(ops) :]]
+    speaks = [wanted(*second) for second in seconds]
+    assert speaks == sorted(speaks, reverse=True)
+    assert not all(speaks[: len(ops)])
+    assert ("momentum_update", "T8192-D1024-adam") in seconds[:3]
+
+
 def test_a_spent_limit_skips_what_is_left(monkeypatch: Any):
     """By a clock that stands still but for the shapes: each takes 40 s of a limit of 100 s."""
     now = [0.0]
