@@ -407,7 +407,11 @@ _CPU = (
     ),
     *(
         Goal(
-            "cpu", "RPC attention", f"against `{name}`", least, speedup("rpc_attention", name, "*")
+            "cpu",
+            "RPC attention, 197 x 64, 4 iterations",
+            f"against `{name}`",
+            least,
+            speedup("rpc_attention", name, "B*-H3-N197-d64-n4"),
         )
         for name, least in (("published", 2.0), ("compiled", 1.1))
     ),

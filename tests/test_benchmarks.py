@@ -332,7 +332,7 @@ def test_goals_speak_of_shapes_that_are_measured(device: str):
         assert counts["momentum update"] == 9
         assert counts["adaptive-clustering router"] == 3
     else:
-        assert counts["RPC attention"] == 2
+        assert counts["RPC attention, 197 x 64, 4 iterations"] == 1
     for name in ("library", "published", "liger"):
         assert ("moe_mlp", name) in known
     assert ("grouped_gemm", "bmm") in known

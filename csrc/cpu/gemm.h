@@ -2,9 +2,14 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "vector.h"
 
 namespace molex {
+
+// Terms that are summed one after the other. Sums of so many are added: a long sum in one go loses digits.
+constexpr int64_t kTerms = 128;
 
 // Rows [0, ROWS) and VECTORS * LANES columns of c (+)= a b. TURNED: a is given as its transpose.
 template <int LANES, int ROWS, int VECTORS, bool TURNED>
@@ -81,17 +86,23 @@ MOLEX_INLINE void product_of(const float* a,
                              int64_t depth,
                              bool add) {
   constexpr int kMost = MANY ? 4 : 2;
-  const int64_t step = TURNED ? 1 : lda;
-  int64_t r = 0;
-  const auto take = [&]<int ROWS>() MOLEX_LAMBDA_INLINE {
-    for (; r + ROWS <= rows; r += ROWS) {
-      product_rows<LANES, ROWS, kMost, TURNED>(
-          a + r * step, lda, b, ldb, c + r * ldc, ldc, columns, depth, add);
-    }
-  };
-  take.template operator()<6>();
-  take.template operator()<4>();
-  take.template operator()<1>();
+  const int64_t step = TURNED ? 1 : lda, along = TURNED ? lda : 1;
+  int64_t k = 0;
+  do {
+    const int64_t part = std::min(kTerms, depth - k);
+    const bool more = add || k > 0;
+    int64_t r = 0;
+    const auto take = [&]<int ROWS>() MOLEX_LAMBDA_INLINE {
+      for (; r + ROWS <= rows; r += ROWS) {
+        product_rows<LANES, ROWS, kMost, TURNED>(
+            a + r * step + k * along, lda, b + k * ldb, ldb, c + r * ldc, ldc, columns, part, more);
+      }
+    };
+    take.template operator()<6>();
+    take.template operator()<4>();
+    take.template operator()<1>();
+    k += part;
+  } while (k < depth);
 }
 
 // ROWS x COLUMNS inner products of rows of a with rows of b, each in LANES partial sums.

@@ -242,7 +242,10 @@ OPINFOS = (
             _route(37, 65, 33, 2, fp32_gate=True),
             _route(17, 17, 1, 1),
         ),
-        large=(_route(1300, 300, 17, 2, bias=True, score="softmax", expert_bias=True),),
+        large=(
+            _route(1300, 300, 17, 2, bias=True, score="softmax", expert_bias=True),
+            _route(500, 2048, 16, 2),
+        ),
         benchmarks=(
             _route(6144, 352, 16, 2),
             _route(25088, 384, 16, 2),
