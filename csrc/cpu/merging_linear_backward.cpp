@@ -1,6 +1,6 @@
 // The merged linear layer's backward pass on a CPU. Weights are merged, and their gradients sent on, some
 // rows at a time for a few segments: neither is ever written as a whole, and deltas are read once for a few
-// segments.
+// segments. Operands that are not fp32 are widened as a whole, x and dy with all their segments.
 
 #include <torch/csrc/stable/library.h>
 

@@ -129,7 +129,8 @@ def camex_linear(
     curvature sum_r (out1_re (x) out2_re) and its own mask. The merged weights are never written:
     tiles are merged on their way into the product, forward and backward, and the gates' gradient
     <dW_s, Delta_e> is taken while a tile of dW_s = dy_s^T x_s is at hand. Extra memory does not
-    grow with S, but for a partial sum per segment and tile of the gates' gradient.
+    grow with S, but for a partial sum per segment and tile of the gates' gradient and, in fp16 and
+    bf16 on a CPU, for x and dy in fp32 during the backward pass.
 
     One op for a family: no curvature and no mask is soft merging of task vectors, "ties" TIES,
     expert_dropout DARE-like dropout of whole experts.

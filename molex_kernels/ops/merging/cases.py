@@ -217,6 +217,8 @@ OPINFOS = (
             _layer(2, 65, 32, 64, 3, 0, deltas=True, alpha=2.0),
             _layer(0, 5, 17, 17, 2, 0),
         ),
+        # More than one group of segments, and several tiles of rows.
+        large=(_layer(9, 150, 60, 700, 3, 0, deltas=True, bias=True),),
         benchmarks=(*_PAPER, *_KEPT),
         quick=(
             _layer(16, 128, 1536, 384, 7, 1, mask="ties"),

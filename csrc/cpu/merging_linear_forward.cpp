@@ -1,6 +1,6 @@
-// The merged linear layer on a CPU. A thread merges some rows of the weight for a few segments and multiplies
-// at once: merged weights never leave a cache. The segments that need the same rows follow one another, so
-// that the deltas come from memory once.
+// The merged linear layer's forward pass on a CPU. A thread merges some rows of the weight for a few segments
+// and multiplies at once: merged weights never leave a cache. The segments that need the same rows follow one
+// another, so that the deltas come from memory once.
 
 #include <torch/csrc/stable/library.h>
 
