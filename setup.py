@@ -1,69 +1,154 @@
-"""Builds `molex_kernels._C` against the installed torch.
+"""Builds `molex_kernels._C` against the installed torch, or fails and says how to go on without.
 
-CUDA sources are built when `torch.version.cuda` and `CUDA_HOME` are both set; no GPU is needed.
-`MOLEX_CUDA=0|1` forbids or demands CUDA, `MOLEX_EXTENSION=1` makes a failed build an error rather
-than a warning, `MOLEX_SANITIZE=1` builds for AddressSanitizer and UndefinedBehaviorSanitizer;
-`MAX_JOBS` and `TORCH_CUDA_ARCH_LIST` are honoured.
+`MOLEX_EXTENSION=0` leaves it out: nothing is compiled, and no torch is needed to build. The CUDA
+sources are part of it where torch is built with CUDA and a toolkit that fits it is found; no GPU is
+needed. Elsewhere, and where they do not compile, they are left out, which is said. `MOLEX_CUDA=0`
+forbids them, `MOLEX_CUDA=1` makes it an error that they cannot be built. `MOLEX_SANITIZE=1` builds
+for AddressSanitizer and UndefinedBehaviorSanitizer; `CXX`, `MAX_JOBS`, `CUDA_HOME` and
+`TORCH_CUDA_ARCH_LIST` are honoured.
 """
 
+from __future__ import annotations
+
+import json
 import os
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
-from setuptools import setup
-
-try:
-    import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
-except ImportError:
-    sys.exit(
-        "molex_kernels is built against the installed torch, and there is none here.\n"
-        "Install torch first, then: pip install --no-build-isolation ."
-    )
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
+INSTALL = "pip install --no-build-isolation ."
 # The oldest torch whose stable ABI serves: one build runs on 2.11 and later.
-TORCH_TARGET_VERSION = "0x020b000000000000"
+OLDEST_TORCH = (2, 11)
+TORCH_TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
 # Nobody reads errno or floating-point traps, and both forbid vectorising a square root or a choice.
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall"]
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 # Vectors are only passed to functions that are inlined: no ABI is involved.
 CXX_FLAGS += ["-Wno-psabi"]
+# Python's own flags ask for debug information, which would be nine tenths of the library.
+NO_DEBUG = ["-g0"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
 # PTX of 9.0a would run on no later chip, and clusters of blocks come with 9.0.
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
-class OptionalBuild(BuildExtension):
-    """Goes on without the extension where it cannot be compiled: the ops have other paths."""
+def fail(reason: str, how: str = "") -> NoReturn:
+    without = "To go on without the compiled extension (about 8 times slower on a CPU)"
+    sys.exit(f"error: {reason}\n{how or f'{without}: MOLEX_EXTENSION=0 {INSTALL}'}")
+
+
+def switch(name: str) -> bool | None:
+    """What the environment says: on, off, or nothing."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        sys.exit(f"error: {name}: expected 0 or 1, or nothing, got {value!r}")
+    return value == "1" if value else None
+
+
+EXTENSION, CUDA, SANITIZED = map(switch, ("MOLEX_EXTENSION", "MOLEX_CUDA", "MOLEX_SANITIZE"))
+if EXTENSION is False and CUDA:
+    sys.exit("error: MOLEX_CUDA=1 asks for CUDA code, and MOLEX_EXTENSION=0 for none at all")
+try:
+    import torch
+    from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import BuildExtension
+except ImportError as error:
+    if EXTENSION is not False:
+        fail(
+            f"molex_kernels is built against the installed torch, which cannot be imported: {error}"
+            f"\nInstall torch first, then: {INSTALL}"
+        )
+    BuildExtension = object  # nothing will be compiled
+
+
+class Build(BuildExtension):
+    """Compiles with CUDA where that is possible, else without; fails where nothing compiles."""
 
     def build_extensions(self) -> None:
+        if reason := torch_misfit() or compiler_misfit():
+            fail(reason)
+        reason = without_cuda()
+        if reason is None:
+            try:
+                self._compile(None)
+                return
+            except Exception as error:
+                reason = f"its build failed: {error}"
+        if CUDA:
+            fail(
+                f"MOLEX_CUDA=1, and the CUDA code cannot be built: {reason}",
+                f"To go on without the CUDA code: MOLEX_CUDA=0 {INSTALL}",
+            )
+        if torch.version.cuda and CUDA is None:
+            print(f"warning: the CUDA code is left out: {reason}", file=sys.stderr)
+            print("warning: MOLEX_CUDA=1 makes this an error", file=sys.stderr)
         try:
-            super().build_extensions()
+            self._compile(reason)
         except Exception as error:
-            if os.environ.get("MOLEX_EXTENSION") == "1":
-                raise
-            self.extensions = []
-            print(f"warning: molex_kernels._C is not built: {error}", file=sys.stderr)
-            print("warning: the ops will run on their other implementations", file=sys.stderr)
+            fail(f"molex_kernels._C cannot be built: {error}")
 
-    def copy_extensions_to_source(self) -> None:
-        """Copies what was built into the tree, for editable installs."""
-        if self.extensions:
-            super().copy_extensions_to_source()
+    def _compile(self, no_cuda: str | None) -> None:
+        (target,) = self.extensions
+        facts = Path(self.build_temp, "facts").absolute()
+        facts.mkdir(parents=True, exist_ok=True)
+        vars(target).update(vars(extension(no_cuda, facts)))
+        super().build_extensions()
 
 
-def sources(folder: str, suffix: str) -> list[str]:
-    return [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc" / folder).glob(f"*{suffix}"))]
+def torch_misfit() -> str | None:
+    found = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if found >= OLDEST_TORCH:
+        return None
+    return "expected torch {}.{} or later, got torch ".format(*OLDEST_TORCH) + torch.__version__
 
 
-def with_cuda(cuda_sources: list[str]) -> bool:
-    wanted = os.environ.get("MOLEX_CUDA")
-    possible = torch.version.cuda is not None and CUDA_HOME is not None
-    if wanted == "1" and not possible:
-        sys.exit("MOLEX_CUDA=1 needs a torch built with CUDA, and CUDA_HOME or nvcc on PATH")
-    return bool(cuda_sources) and possible and wanted != "0"
+def compiler_misfit() -> str | None:
+    """Why the C++ compiler cannot be used, as far as that is known before anything is compiled."""
+    compiler = cpp_extension.get_cxx_compiler()
+    ask = [*shlex.split(compiler), "-dM", "-E", "-x", "c++", os.devnull]
+    try:
+        answer = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"there is no working C++ compiler (set CXX to one): {error}"
+    defined = dict(re.findall(r"#define (__GNUC__|__clang_major__) (\d+)", answer))
+    name, oldest = ("clang", 14) if "__clang_major__" in defined else ("GCC", 11)
+    version = int(defined.get("__clang_major__") or defined.get("__GNUC__") or 0)
+    if version >= oldest:
+        return None
+    return f"expected GCC 11 or later, or clang 14 or later (set CXX), got {compiler}: {name} {version}"
+
+
+def without_cuda() -> str | None:
+    """Why the CUDA code is left out, as far as that is known before anything is compiled."""
+    if CUDA is False:
+        return "MOLEX_CUDA=0"
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    home = cpp_extension.CUDA_HOME
+    if home is None:
+        return "no CUDA toolkit is found: neither CUDA_HOME nor nvcc on PATH"
+    if not Path(home, "include/cuda_runtime.h").exists():
+        return f"{home} holds no CUDA toolkit: set CUDA_HOME to the folder with include/cuda_runtime.h"
+    nvcc = Path(home, "bin/nvcc")
+    try:
+        answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"nvcc does not run: {error}"
+    release = re.search(r"release (\d+)\.(\d+)", answer)
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        found = release[0] if release else "an unknown release"
+        return f"{nvcc} is CUDA {found}, and torch is built with {torch.version.cuda}"
+    return None
+
+
+def sources(*patterns: str) -> list[str]:
+    return [str(p.relative_to(ROOT)) for pattern in patterns for p in sorted(ROOT.glob(pattern))]
 
 
 def operators(paths: list[str]) -> str:
@@ -72,38 +157,46 @@ def operators(paths: list[str]) -> str:
     return ",".join(sorted(set(re.findall(r'\.impl\(\s*"(\w+)"', text))))
 
 
-def extension() -> CppExtension:
-    cuda_sources = sources("cuda", ".cu")
-    cuda = with_cuda(cuda_sources)
-    kernels = sources("cpu", ".cpp") + (cuda_sources if cuda else [])
-    macros = [
-        ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
-        ("MOLEX_CXX_FLAGS", f'"{" ".join(CXX_FLAGS)}"'),
-        ("MOLEX_TORCH_VERSION", f'"{torch.__version__}"'),
-        ("MOLEX_OPERATORS", f'"{operators(kernels)}"'),
-    ]
-    flags = {"cxx": CXX_FLAGS}
-    link = []
-    if os.environ.get("MOLEX_SANITIZE") == "1":
-        macros.append(("MOLEX_SANITIZE", None))
-        flags["cxx"] = [*CXX_FLAGS, *SANITIZE]
-        link = SANITIZE
+def write_facts(path: Path, facts: dict[str, str]) -> None:
+    """The header that bindings.cpp includes; texts are C strings as JSON writes them."""
+    plain = {name: text.encode("ascii", "backslashreplace").decode() for name, text in facts.items()}
+    pairs = ", ".join(f"{{{json.dumps(n)}, {json.dumps(text)}}}" for n, text in plain.items())
+    path.write_text(f"#define MOLEX_BUILD_FACTS {pairs}\n")
+
+
+def extension(no_cuda: str | None, facts: Path) -> Extension:
+    cuda = no_cuda is None
+    kernels = sources("csrc/cpu/*.cpp", *(["csrc/cuda/*.cu"] if cuda else []))
+    flags = CXX_FLAGS + (SANITIZE if SANITIZED else NO_DEBUG)
+    nvcc = ["-O3", "-std=c++20", "-lineinfo", "--threads=2", "-DUSE_CUDA"]
     if cuda:
-        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-        macros += [
-            ("USE_CUDA", None),
-            ("MOLEX_CUDA_VERSION", f'"{torch.version.cuda}"'),
-            ("MOLEX_CUDA_ARCHITECTURES", f'"{architectures}"'),
-        ]
-        flags["nvcc"] = ["-O3", "-std=c++20", "-lineinfo", "--threads=2"]
-    build = CUDAExtension if cuda else CppExtension
-    return build(
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    write_facts(
+        facts / "build_facts.h",
+        {
+            "torch_version": torch.__version__,
+            "torch_target_version": TORCH_TARGET_VERSION,
+            "cxx_flags": " ".join(flags),
+            "cuda_version": torch.version.cuda if cuda else "",
+            "cuda_architectures": os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else "",
+            "without_cuda": no_cuda or "",
+            "operators": operators(kernels),
+        },
+    )
+    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
+    kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    return kind(
         "molex_kernels._C",
         ["csrc/bindings.cpp", *kernels],
-        define_macros=macros,
-        extra_compile_args=flags,
-        extra_link_args=link,
+        depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
+        include_dirs=[str(facts)],
+        define_macros=[*macros, ("MOLEX_SANITIZE", None)] if SANITIZED else macros,
+        extra_compile_args={"cxx": flags, "nvcc": nvcc},
+        extra_link_args=SANITIZE if SANITIZED else [],
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": OptionalBuild.with_options(use_ninja=True)})
+if EXTENSION is False:
+    setup()
+else:  # its sources are chosen when it is built
+    setup(ext_modules=[Extension("molex_kernels._C", [])], cmdclass={"build_ext": Build})

@@ -1,31 +1,43 @@
 // The Python module: build facts only. Operators register themselves with PyTorch's dispatcher when
 // the library is loaded, and tensors never cross this boundary.
 
-#include <pybind11/pybind11.h>
+#include <Python.h>
 
-#ifndef MOLEX_CUDA_VERSION
-#define MOLEX_CUDA_VERSION ""
-#endif
-#ifndef MOLEX_CUDA_ARCHITECTURES
-#define MOLEX_CUDA_ARCHITECTURES ""
-#endif
-#define MOLEX_STRINGIFY_(x) #x
-#define MOLEX_STRINGIFY(x) MOLEX_STRINGIFY_(x)
+#include <cstdint>
+#include <string>
 
-namespace py = pybind11;
+#include "build_facts.h"  // written by setup.py: MOLEX_BUILD_FACTS, pairs of a name and a text
+#include "cpu/target.h"
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.doc() = "Compiled operators of molex_kernels and how they were built.";
-  module.def("build_facts", [] {
-    py::dict facts;
-    facts["built"] = true;
-    facts["compiler"] = __VERSION__;
-    facts["cxx_flags"] = MOLEX_CXX_FLAGS;
-    facts["torch_version"] = MOLEX_TORCH_VERSION;
-    facts["torch_target_version"] = MOLEX_STRINGIFY(TORCH_TARGET_VERSION);
-    facts["cuda_version"] = MOLEX_CUDA_VERSION;
-    facts["cuda_architectures"] = MOLEX_CUDA_ARCHITECTURES;
-    facts["operators"] = MOLEX_OPERATORS;
-    return facts;
-  });
+namespace molex {
+
+MOLEX_VERSIONS(lanes_of, (int64_t* lanes), *lanes = kLanes;)
+
+PyObject* build_facts(PyObject*, PyObject*) {
+  int64_t lanes = 0;
+  lanes_of(&lanes);
+  const std::string vectors = std::to_string(lanes) + " floats";
+  const char* const facts[][2] = {{"compiler", __VERSION__}, {"vectors", vectors.c_str()}, MOLEX_BUILD_FACTS};
+  PyObject* const named = PyDict_New();
+  for (const auto& [name, text] : facts) {
+    PyObject* const value = named ? PyUnicode_FromString(text) : nullptr;
+    if (!value || PyDict_SetItemString(named, name, value)) {
+      Py_XDECREF(value);
+      Py_XDECREF(named);
+      return nullptr;
+    }
+    Py_DECREF(value);
+  }
+  return named;
 }
+
+PyMethodDef functions[] = {{"build_facts", build_facts, METH_NOARGS, nullptr}, {}};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                          "_C",
+                          "Compiled operators of molex_kernels and how they were built.",
+                          -1,
+                          functions};
+
+}  // namespace molex
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&molex::definition); }

@@ -72,10 +72,9 @@ def _extension_missing() -> str | None:
 
 @_constant
 def _cuda_missing() -> str | None:
-    reason = _extension.why_not()
-    if reason is None and not _extension.build_facts()["cuda_version"]:
-        return "the compiled extension was built without CUDA"
-    return reason
+    if reason := _extension.why_not():
+        return reason
+    return _extension.without_cuda(_extension.build_facts())
 
 
 @_constant

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
+from pathlib import Path
 from typing import Any
 
 import torch  # noqa: F401  (the library links against torch's, which have to be loaded first)
@@ -11,6 +13,7 @@ import torch  # noqa: F401  (the library links against torch's, which have to be
 from molex_kernels import _register
 
 _BUILD = "pip install --no-build-isolation -e ."
+_PACKAGE = Path(__file__).parent
 _NAMED = 3  # operators that a message names
 
 
@@ -21,10 +24,24 @@ def _load() -> tuple[Any, str | None]:
     except ModuleNotFoundError as error:
         if error.name != "molex_kernels._C":
             return None, f"the compiled extension does not load: {error}"
-        return None, f"the compiled extension is not built ({_BUILD})"
+        return None, _absent()
     except (ImportError, OSError, RuntimeError) as error:
         return None, f"the compiled extension does not load: {error}"
     return module, _outdated(module.build_facts())
+
+
+def _absent() -> str:
+    """That there is no library where the package was imported from, and how that came about."""
+    cost = f"about 8 times slower on a CPU; {_BUILD}"
+    reason = f"the compiled extension is not built in {_PACKAGE} ({cost})"
+    for installed in importlib.metadata.distributions(name="molex_kernels"):
+        folder = Path(str(installed.locate_file("molex_kernels")))
+        if folder.exists() and folder.resolve() != _PACKAGE.resolve():
+            return f"{reason}; another molex_kernels is installed in {folder}"
+        # The tag of a wheel that was built with MOLEX_EXTENSION=0.
+        if "Root-Is-Purelib: true" in (installed.read_text("WHEEL") or ""):
+            return f"the compiled extension was left out by choice, MOLEX_EXTENSION=0 ({cost})"
+    return reason
 
 
 def _outdated(facts: dict[str, Any]) -> str | None:
@@ -39,6 +56,14 @@ def _outdated(facts: dict[str, Any]) -> str | None:
     return f"the compiled extension is older than the package and lacks {named}{more} ({_BUILD})"
 
 
+def without_cuda(facts: dict[str, Any]) -> str | None:
+    """That a build has no CUDA code, and why; None where it has."""
+    if facts["cuda_version"]:
+        return None
+    # Builds that do not know why are older than the package.
+    return f"the compiled extension has no CUDA code: {facts.get('without_cuda', 'an older build')}"
+
+
 def why_not() -> str | None:
     """Why the compiled library cannot be used, or None where it can. Loads it at the first call."""
     return _load()[1]
@@ -47,4 +72,6 @@ def why_not() -> str | None:
 def build_facts() -> dict[str, Any]:
     """What the library was built with: compiler, flags, CUDA version, architectures, operators."""
     module, reason = _load()
-    return {"built": False, "reason": reason} if module is None else module.build_facts()
+    if module is None:
+        return {"built": False, "reason": reason}
+    return {"built": True, **module.build_facts()}

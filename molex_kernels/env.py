@@ -14,6 +14,7 @@ from molex_kernels import _dispatch, _extension, _tuning
 from molex_kernels.ops import load_ops
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "timm")
+FACTS = ("without_cuda", "cuda_architectures", "compiler", "cxx_flags", "vectors", "operators")
 
 
 def report() -> str:
@@ -51,8 +52,8 @@ def _built() -> Iterator[str]:
         return
     cuda = f"CUDA {facts['cuda_version']}" if facts["cuda_version"] else "CPU only"
     yield f"extension     built against torch {facts['torch_version']}, {cuda}"
-    for key in ("cuda_architectures", "compiler", "cxx_flags", "operators"):
-        if facts[key]:
+    for key in FACTS:
+        if facts.get(key):
             yield f"  {key:<18} {facts[key]}"
 
 

@@ -192,7 +192,7 @@ class Backward {
       Arena scratch(Arena::bytes(spare));
       float* wide = scratch.floats(spare);
       for (size_t index = next(); index < tasks.size(); index = next()) {
-        const auto& [kind, part] = tasks[index];
+        const Piece part = tasks[index].part;
         const int64_t first = plan_.bounds[part.expert], rows = plan_.bounds[part.expert + 1] - first;
         const auto of = [&](const Matrix& matrix) { return matrix.band(first - group.first, rows); };
         // stack[e] = left^T right, some rows of it.
@@ -203,7 +203,7 @@ class Backward {
           multiply(to, of(left).transposed().band(part.first, part.rows), of(right));
           if (narrows) molex::write(out.target(), 0, part.rows * right.columns, wide);
         };
-        switch (kind) {
+        switch (tasks[index].kind) {
           case Kind::kDown:
             product(dw_down, kept.upstream, kept.acted);
             break;

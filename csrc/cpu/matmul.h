@@ -3,6 +3,7 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <atomic>
@@ -102,7 +103,7 @@ inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b) {
   if (out.rows == 0 || out.columns == 0) return;
   if (a.columns == 0) return clear_rows(out, 0);
   const Tensor to = out.tensor(), left = a.tensor(), right = b.tensor();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(to.get(), left.get(), right.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(to.get(), left.get(), right.get()));
 }
 
 // Uninitialised memory of one thread, in pieces that start on cache lines.

@@ -2,10 +2,30 @@
 
 #pragma once
 
+// Clang has one version of everything, for the instructions that its flags allow (-march=...).
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(MOLEX_SANITIZE)
+#define MOLEX_SEVERAL
+#endif
+
+// How GCC names the levels of the instruction set. Version 11 chooses clones by single features alone.
+#if __GNUC__ >= 12
+#define MOLEX_CLONE_LEVELS "arch=x86-64-v4", "arch=x86-64-v3", "default"
+#define MOLEX_SUPPORTS_V4 __builtin_cpu_supports("x86-64-v4")
+#define MOLEX_SUPPORTS_V3 __builtin_cpu_supports("x86-64-v3")
+#else
+#define MOLEX_CLONE_LEVELS "avx512f", "avx2", "default"
+#define MOLEX_SUPPORTS_V3                                                                              \
+  (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && \
+   __builtin_cpu_supports("bmi2"))
+#define MOLEX_SUPPORTS_V4                                                                          \
+  (MOLEX_SUPPORTS_V3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
+   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&                     \
+   __builtin_cpu_supports("avx512vl"))
+#endif
+
 // One copy of a function for each level of the instruction set, chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(MOLEX_SANITIZE)
-#define MOLEX_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#if defined(MOLEX_SEVERAL) && defined(__linux__)
+#define MOLEX_CLONES __attribute__((target_clones(MOLEX_CLONE_LEVELS)))
 #else
 #define MOLEX_CLONES
 #endif
@@ -29,7 +49,7 @@
     [[maybe_unused]] constexpr bool kMany = MANY;          \
     __VA_ARGS__                                            \
   }
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(MOLEX_SANITIZE)
+#if defined(MOLEX_SEVERAL)
 #define MOLEX_TARGET(LEVEL) __attribute__((target("arch=" LEVEL)))
 #define MOLEX_VERSIONS(NAME, PARAMETERS, ...)                                                        \
   namespace versions {                                                                               \
@@ -38,18 +58,23 @@
       MOLEX_TARGET("x86-64-v3") static MOLEX_VERSION_(NAME##_v3, PARAMETERS, 8, false, __VA_ARGS__)  \
           MOLEX_TARGET("x86-64") static MOLEX_VERSION_(NAME##_v1, PARAMETERS, 4, false, __VA_ARGS__) \
   }                                                                                                  \
-  void(*const NAME) PARAMETERS = __builtin_cpu_supports("x86-64-v4")   ? versions::NAME##_v4         \
-                                 : __builtin_cpu_supports("x86-64-v3") ? versions::NAME##_v3         \
-                                                                       : versions::NAME##_v1;
+  void(*const NAME) PARAMETERS = MOLEX_SUPPORTS_V4   ? versions::NAME##_v4                           \
+                                 : MOLEX_SUPPORTS_V3 ? versions::NAME##_v3                           \
+                                                     : versions::NAME##_v1;
 #else
-#if defined(__aarch64__)
-#define MOLEX_MANY true
+#if defined(__AVX512F__)
+#define MOLEX_REGISTERS 16, true
+#elif defined(__AVX2__)
+#define MOLEX_REGISTERS 8, false
+#elif defined(__aarch64__)
+#define MOLEX_REGISTERS 4, true
 #else
-#define MOLEX_MANY false
+#define MOLEX_REGISTERS 4, false
 #endif
-#define MOLEX_VERSIONS(NAME, PARAMETERS, ...)                               \
-  namespace versions {                                                      \
-  static MOLEX_VERSION_(NAME##_any, PARAMETERS, 4, MOLEX_MANY, __VA_ARGS__) \
-  }                                                                         \
+#define MOLEX_ONE_VERSION_(...) MOLEX_VERSION_(__VA_ARGS__)
+#define MOLEX_VERSIONS(NAME, PARAMETERS, ...)                                     \
+  namespace versions {                                                            \
+  static MOLEX_ONE_VERSION_(NAME##_any, PARAMETERS, MOLEX_REGISTERS, __VA_ARGS__) \
+  }                                                                               \
   void(*const NAME) PARAMETERS = versions::NAME##_any;
 #endif

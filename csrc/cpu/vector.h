@@ -62,7 +62,11 @@ MOLEX_INLINE V larger(V a, V b) {
 
 template <int DISTANCE, class V, int... LANE>
 MOLEX_INLINE V swapped(V x, std::integer_sequence<int, LANE...>) {
+#if __has_builtin(__builtin_shufflevector)
   return __builtin_shufflevector(x, x, (LANE ^ DISTANCE)...);
+#else  // GCC 11
+  return __builtin_shuffle(x, Ints<sizeof...(LANE)>{(LANE ^ DISTANCE)...});
+#endif
 }
 
 // All lanes combined into each, halves first: always the same order.

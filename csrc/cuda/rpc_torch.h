@@ -6,8 +6,10 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <cmath>
@@ -30,9 +32,7 @@ inline Optional packed(const Optional& t) {
   return t ? Optional(torch::stable::contiguous(*t)) : std::nullopt;
 }
 
-inline Tensor4 view(const Tensor& t) {
-  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
-}
+inline Tensor4 view(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 inline Tensor4 view(const Optional& t) { return t ? view(*t) : Tensor4{nullptr, 0, 0, 0}; }
 
 inline Dtype dtype_of(const Tensor& t) {
@@ -55,7 +55,7 @@ inline int attribute(cudaDeviceAttr name, int device) {
 
 inline cudaStream_t current_stream(int device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
