@@ -54,17 +54,18 @@ def switch(name: str) -> bool | None:
 EXTENSION, CUDA, SANITIZED = map(switch, ("MOLEX_EXTENSION", "MOLEX_CUDA", "MOLEX_SANITIZE"))
 if EXTENSION is False and CUDA:
     sys.exit("error: MOLEX_CUDA=1 asks for CUDA code, and MOLEX_EXTENSION=0 for none at all")
-try:
-    import torch
-    from torch.utils import cpp_extension
-    from torch.utils.cpp_extension import BuildExtension
-except ImportError as error:
-    if EXTENSION is not False:
+if EXTENSION is False:
+    BuildExtension = object  # nothing will be compiled
+else:
+    try:
+        import torch
+        from torch.utils import cpp_extension
+        from torch.utils.cpp_extension import BuildExtension
+    except ImportError as error:
         fail(
             f"molex_kernels is built against the installed torch, which cannot be imported: {error}"
             f"\nInstall torch first, then: {INSTALL}"
         )
-    BuildExtension = object  # nothing will be compiled
 
 
 class Build(BuildExtension):
@@ -121,7 +122,7 @@ def compiler_misfit() -> str | None:
     version = int(defined.get("__clang_major__") or defined.get("__GNUC__") or 0)
     if version >= oldest:
         return None
-    return f"expected GCC 11 or later, or clang 14 or later (set CXX), got {compiler}: {name} {version}"
+    return f"expected GCC 11 or clang 14 or later (set CXX), got {compiler}: {name} {version}"
 
 
 def without_cuda() -> str | None:
@@ -134,10 +135,14 @@ def without_cuda() -> str | None:
     if home is None:
         return "no CUDA toolkit is found: neither CUDA_HOME nor nvcc on PATH"
     if not Path(home, "include/cuda_runtime.h").exists():
-        return f"{home} holds no CUDA toolkit: set CUDA_HOME to the folder with include/cuda_runtime.h"
+        return (
+            f"{home} holds no CUDA toolkit: set CUDA_HOME to the folder with include/cuda_runtime.h"
+        )
     nvcc = Path(home, "bin/nvcc")
     try:
-        answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        answer = subprocess.run(
+            [nvcc, "--version"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         return f"nvcc does not run: {error}"
     release = re.search(r"release (\d+)\.(\d+)", answer)
@@ -159,7 +164,9 @@ def operators(paths: list[str]) -> str:
 
 def write_facts(path: Path, facts: dict[str, str]) -> None:
     """The header that bindings.cpp includes; texts are C strings as JSON writes them."""
-    plain = {name: text.encode("ascii", "backslashreplace").decode() for name, text in facts.items()}
+    plain = {
+        name: text.encode("ascii", "backslashreplace").decode() for name, text in facts.items()
+    }
     pairs = ", ".join(f"{{{json.dumps(n)}, {json.dumps(text)}}}" for n, text in plain.items())
     path.write_text(f"#define MOLEX_BUILD_FACTS {pairs}\n")
 
