@@ -21,7 +21,8 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest
 PARALLEL = $(shell $(PY) -c "import xdist; print('-n $(JOBS)')" 2>/dev/null)
 
-.PHONY: bench bench-compare test gpu sanitize build env lint format clean
+.PHONY: bench bench-compare test gpu sanitize build env lint format clean \
+	rehearse rehearse-tree rehearse-build rehearse-kernels rehearse-tests
 
 bench: $(READY)
 	$(PY) -m benchmarks --preset quick
@@ -43,18 +44,60 @@ gpu: $(READY)
 	$(PY) -m benchmarks --preset gpu --out "$(GPU_OUT)" --save-results
 	tar -C "$(GPU_OUT)" -czf "$(GPU_OUT).tgz" . && mv "$(GPU_OUT).tgz" "$(GPU_OUT)/all.tgz"
 
+# A copy of the tree without what was built in this one; what was built in the copy is kept.
+define copy_tree
+mkdir -p $(1)
+find $(1) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+tar -c --exclude='*.so' --exclude=__pycache__ csrc tests benchmarks molex_kernels setup.py pyproject.toml \
+	README.md LICENSE | tar -C $(1) -x
+endef
+
 # The native CPU code under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree.
 SANITIZED := build/sanitized
 sanitize: $(READY)
-	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
-	cp -r csrc tests benchmarks setup.py pyproject.toml README.md LICENSE $(SANITIZED)
-	mkdir $(SANITIZED)/molex_kernels
-	tar -C molex_kernels -c --exclude='*.so' --exclude=__pycache__ . | tar -C $(SANITIZED)/molex_kernels -x
+	$(call copy_tree,$(SANITIZED))
 	cd $(SANITIZED) && MOLEX_SANITIZE=1 MOLEX_CUDA=0 MOLEX_EXTENSION=1 \
 		$(abspath $(PY)) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(abspath $(PY)) -m pytest -q -p no:cacheprovider \
 		tests/test_native.py tests/test_contract.py -k "native or (cpu and (budget or strided))"
+
+# All of a GPU machine but the GPU: its versions in a venv of their own (several GB, made once), in a copy
+# of the tree. Triton 3.6 cannot interpret with its numpy, so no interpreted kernels are tested.
+CACHE       := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/molex_kernels
+REHEARSE    := $(CACHE)/rehearse-$(shell sha256sum .ci/rehearse.txt | cut -c1-12)
+REHEARSE_PY := $(REHEARSE)/bin/python
+REHEARSED   := build/rehearsed
+IN_REHEARSED = cd $(REHEARSED) && OMP_NUM_THREADS=1
+
+$(REHEARSE)/.ready:
+	python=$$(.ci/python312 "$(REHEARSE_PYTHON)") && "$$python" -m venv --clear $(REHEARSE)
+	$(REHEARSE_PY) -m pip install -q -r .ci/rehearse.txt
+	touch $@
+
+rehearse: rehearse-build rehearse-kernels rehearse-tests
+
+rehearse-tree: $(REHEARSE)/.ready
+	$(call copy_tree,$(REHEARSED))
+
+# The extension with CUDA: it compiles, loads and has every operator.
+rehearse-build: export CUDA_HOME := $(or $(CUDA_HOME),/usr/local/cuda)
+rehearse-build: rehearse-tree
+	cd $(REHEARSED) && MOLEX_EXTENSION=1 MOLEX_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 \
+		$(REHEARSE_PY) setup.py --quiet build_ext --inplace
+	cd $(REHEARSED) && $(REHEARSE_PY) -m molex_kernels.env
+	cd $(REHEARSED) && $(REHEARSE_PY) -c "from molex_kernels import _extension as built; \
+		raise SystemExit(built.why_not() or built.without_cuda(built.build_facts()))"
+
+# Every kernel, compiled for the GPU by its Triton.
+rehearse-kernels: rehearse-tree
+	$(IN_REHEARSED) MOLEX_AOT_TARGETS=sm_90 MOLEX_AOT_DTYPES=bfloat16 \
+		$(REHEARSE_PY) -m pytest -q -n $(JOBS) tests/test_aot.py
+
+REHEARSE_TESTS := extension native implementations integrations rpc_cuda
+rehearse-tests: rehearse-build
+	$(IN_REHEARSED) $(REHEARSE_PY) -m pytest -q -n $(JOBS) \
+		$(REHEARSE_TESTS:%=tests/test_%.py)
 
 env: $(READY)
 	$(PY) -m molex_kernels.env

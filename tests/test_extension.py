@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from molex_kernels import _extension, _register, env
+from molex_kernels import _dispatch, _extension, _register, env
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,6 +83,53 @@ def test_operators_on_cuda_are_missed_only_where_it_was_built_with_cuda():
     assert "lacks rpc_attention_fwd_cuda, rpc_attention_bwd_cuda (pip install" in reason
 
 
+def test_a_build_without_cuda_says_why():
+    facts = {"cuda_version": "", "without_cuda": "no CUDA toolkit is found"}
+    expected = "the compiled extension has no CUDA code: no CUDA toolkit is found"
+    assert _extension.without_cuda(facts) == expected
+    assert _extension.without_cuda({"cuda_version": "13.0"}) is None
+
+
+def test_an_op_names_the_reason_that_a_build_has_no_cuda(monkeypatch):
+    facts = {"cuda_version": "", "without_cuda": "no CUDA toolkit is found"}
+    monkeypatch.setattr(_extension, "why_not", lambda: None)
+    monkeypatch.setattr(_extension, "build_facts", lambda: facts)
+    assert "no CUDA toolkit is found" in (_dispatch.CUDA.why_not() or "")
+
+
+class _Installed:
+    """What importlib.metadata knows of an installed package: its WHEEL file and its folder."""
+
+    def __init__(self, wheel: str, folder: Path):
+        self.wheel, self.folder = wheel, folder
+
+    def read_text(self, name: str) -> str | None:
+        return self.wheel if name == "WHEEL" else None
+
+    def locate_file(self, name: str) -> Path:
+        return self.folder / name
+
+
+def test_a_missing_library_is_explained(monkeypatch, tmp_path):
+    def reason(wheel: str, folder: Path) -> str:
+        found = [_Installed(wheel, folder)]
+        monkeypatch.setattr(importlib.metadata, "distributions", lambda name: found)
+        return _extension._absent()
+
+    here, built = Path(_extension.__file__).parents[1], "Root-Is-Purelib: false\n"
+    expected = f"the compiled extension is not built in {here / 'molex_kernels'} (about 8 times"
+    assert reason(built, here).startswith(expected)
+    assert reason(built, tmp_path).startswith(expected)  # an editable install
+    pure = "Root-Is-Purelib: true\n"
+    for place in (here, tmp_path):
+        assert "left out by choice, MOLEX_EXTENSION=0" in reason(pure, place)
+    (tmp_path / "molex_kernels").mkdir()
+    for wheel in (built, pure):
+        hidden = f"; another molex_kernels is installed in {tmp_path / 'molex_kernels'}"
+        assert reason(wheel, tmp_path).startswith(expected)
+        assert reason(wheel, tmp_path).endswith(hidden)
+
+
 def test_sources_use_only_the_stable_interface():
     sources = [*ROOT.glob("csrc/cpu/*"), *ROOT.glob("csrc/cuda/*")]
     assert sources
@@ -96,16 +144,11 @@ def test_env_reports_what_runs(capsys: pytest.CaptureFixture):
     for expected in (
         "torch",
         "extension     built",
+        "vectors",
         "route_plan",
         "reference  runs",
         "needs a GPU",
     ):
-        if expected == "needs a GPU" and (torch.cuda.is_available() or _interpreting()):
+        if expected == "needs a GPU" and (torch.cuda.is_available() or _dispatch.interpreted()):
             continue
         assert expected in text
-
-
-def _interpreting() -> bool:
-    from molex_kernels import _dispatch
-
-    return _dispatch.interpreted()
