@@ -54,12 +54,13 @@ endef
 
 # The native CPU code under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree.
 SANITIZED := build/sanitized
+PY_PATH    = $(abspath $(shell command -v $(PY)))
 sanitize: $(READY)
 	$(call copy_tree,$(SANITIZED))
 	cd $(SANITIZED) && MOLEX_SANITIZE=1 MOLEX_CUDA=0 MOLEX_EXTENSION=1 \
-		$(abspath $(PY)) setup.py --quiet build_ext --inplace
+		$(PY_PATH) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(abspath $(PY)) -m pytest -q -p no:cacheprovider \
+		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(PY_PATH) -m pytest -q -p no:cacheprovider \
 		tests/test_native.py tests/test_contract.py -k "native or (cpu and (budget or strided))"
 
 # All of a GPU machine but the GPU: its versions in a venv of their own (several GB, made once), in a copy
