@@ -38,10 +38,10 @@ print(_extension._load()[0].build_facts()["without_cuda"])
 """
 
 
-def _copy(to: Path) -> Path:
+def _copy(to: Path, *beside: str) -> Path:
     to.mkdir()
     left = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in ("csrc", "molex_kernels"):
+    for name in ("csrc", "molex_kernels", *beside):
         shutil.copytree(ROOT / name, to / name, ignore=left)
     for name in FILES:
         shutil.copy(ROOT / name, to)
@@ -61,7 +61,7 @@ def tree(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tree = _copy(tmp_path_factory.mktemp("sdist") / "tree")
+    tree = _copy(tmp_path_factory.mktemp("sdist") / "tree", "tests", "benchmarks")
     _succeeds(_setup(tree, "sdist", MOLEX_EXTENSION="0"))
     return next((tree / "dist").glob("*.tar.gz"))
 
