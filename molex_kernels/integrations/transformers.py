@@ -9,6 +9,7 @@ Weights, names and checkpoints stay as they are, adapters of PEFT on the expert 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -56,7 +57,24 @@ def install_experts() -> str:
             f"{_MISSING}"
         ) from _MISSING
     moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    _let_the_name_through()
     return NAME
+
+
+def _let_the_name_through() -> None:
+    """Early releases of transformers 5 check names against a fixed list, whatever is registered."""
+    from transformers import PreTrainedModel
+
+    check: Any = PreTrainedModel.get_correct_experts_implementation
+    try:
+        check(None, NAME)  # the model matters to names of their own only
+    except ValueError:
+
+        @functools.wraps(check)
+        def with_ours(model: Any, requested: str | None) -> str:
+            return NAME if requested == NAME else check(model, requested)
+
+        PreTrainedModel.get_correct_experts_implementation = with_ours  # type: ignore[method-assign]
 
 
 def experts_forward(
