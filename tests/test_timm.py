@@ -1,4 +1,4 @@
-"""timm's own models with robust attention. timm needs a torchvision made for the installed torch."""
+"""Models of timm with robust attention. timm needs a torchvision that fits the installed torch."""
 
 from __future__ import annotations
 

