@@ -32,19 +32,28 @@ class Case:
 
 @dataclass(frozen=True)
 class Draw:
-    """Random tensors whose values the dtype holds exactly, drawn alike for every dtype."""
+    """Random tensors whose values the dtype holds exactly, drawn alike for every dtype.
+
+    Without a generator nothing is drawn: the values are what the memory happens to hold (integers
+    are 0), for who reads only shapes, strides and dtypes. Memory that is never touched costs
+    nothing, so that tensors larger than the machine can be had.
+    """
 
     dtype: torch.dtype
     device: torch.device
-    generator: torch.Generator
+    generator: torch.Generator | None
 
     def normal(self, *sizes: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """Normal numbers with this standard deviation."""
+        if self.generator is None:
+            return torch.empty(sizes, device=self.device, dtype=dtype or self.dtype)
         drawn = torch.randn(sizes, generator=self.generator, device=self.generator.device)
         return (drawn * scale).to(self.device, dtype or self.dtype)
 
     def integers(self, below: int, *sizes: int) -> Tensor:
         """Integers from 0 to `below`, which is not one of them."""
+        if self.generator is None:
+            return torch.zeros(sizes, device=self.device, dtype=torch.int64)
         place = self.generator.device
         return torch.randint(below, sizes, generator=self.generator, device=place).to(self.device)
 
@@ -69,7 +78,8 @@ class Sweep:
 class OpInfo:
     """A public function with everything that tests and benchmarks need to know of it.
 
-    `make(case, dtype, device, generator)` gives the keyword arguments, fresh random at unit scale;
+    `make(case, dtype, device, generator)` gives the keyword arguments, fresh random at unit scale
+    (see `Draw` for a generator of None);
     floating tensors named in `differentiable` receive gradients. `results` turns what the function
     returns into named tensors: floating ones are compared within the error budget, integer ones
     exactly. `cost(case, dtype, backward)` counts a forward pass, or a forward and backward pass.
@@ -85,7 +95,7 @@ class OpInfo:
     name: str
     function: Callable[..., Any]
     declared: tuple[Implementation, ...]
-    make: Callable[[Case, torch.dtype, torch.device, torch.Generator], Inputs]
+    make: Callable[[Case, torch.dtype, torch.device, torch.Generator | None], Inputs]
     results: Callable[[Any], dict[str, Tensor]]
     differentiable: tuple[str, ...]
     tests: tuple[Case, ...]

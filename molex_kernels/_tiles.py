@@ -58,7 +58,7 @@ def sum_expert_rows(
         packed = tl.load(packed_ptrs, mask=here[:, None] & mask_d[None, :], other=0.0)
         packed = packed.to(tl.float32)
         if IS_WEIGHTED:
-            weight_ptrs = expert_weight_ptr + offs_t * stride_et + k * stride_ek
+            weight_ptrs = expert_weight_ptr + offs_t * stride_et + tl.cast(k, tl.int64) * stride_ek
             packed *= tl.load(weight_ptrs, mask=here, other=0.0).to(tl.float32)[:, None]
         out += packed
     return out

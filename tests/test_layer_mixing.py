@@ -47,6 +47,29 @@ def test_ties_go_to_the_lower_layer(impl):
     assert mk.layer_vote(logits, mask=nothing, impl=impl).item() == 0
 
 
+NAN, INF = float("nan"), float("inf")
+ODD_LOGITS = {
+    "nan": [[0.0, NAN, 1.0], [2.0, 0.0, 0.0], [0.0, 1.0, NAN]],
+    "all nan": [[NAN] * 3] * 2,
+    "inf": [[0.0, 1.0, INF], [INF, 0.0, INF]],
+    "minus inf": [[-INF, -INF, -INF], [-INF, 0.0, -INF]],
+    "nan and inf": [[INF, NAN, 0.0], [0.0, INF, 1.0], [0.0, INF, 1.0]],
+    "negative": [[-3.0, -2.0, -1.0]],
+}
+
+
+@pytest.mark.parametrize("values", ODD_LOGITS.values(), ids=ODD_LOGITS)
+@pytest.mark.parametrize("mode", ["mode", "mean_softmax", "mean_sigmoid"])
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_the_vote_is_a_layer_whatever_the_logits(impl, mode, values):
+    """A NaN is the largest, as in torch.argmax, and all implementations agree."""
+    logits = torch.tensor(values, device=DEVICE)
+    for rows in (logits, logits[:1], logits[:0]):
+        got = mk.layer_vote(rows, mode=mode, impl=impl).item()
+        assert 0 <= got < 3
+        assert got == mk.layer_vote(rows, mode=mode, impl="reference").item()
+
+
 def test_the_index_is_never_read():
     """A fake tensor has no values, so whatever read one would raise."""
     with FakeTensorMode():

@@ -47,7 +47,7 @@ def _expert_index(case: Case, draw: Draw) -> Tensor:
 
 
 def make_moe_mlp(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
     tokens, width, hidden, num_experts, top_k = (case.sizes[name] for name in "TDIEK")
     options = case.options
@@ -70,7 +70,7 @@ def make_moe_mlp(
         inputs["b_down"] = draw.normal(num_experts, width)
     if gated:
         inputs["gate_layout"] = options.get("gate_layout", "concat")
-    if ACTIVATIONS[activation][0] == "relu" and tokens <= SMALL:
+    if draw.generator is not None and ACTIVATIONS[activation][0] == "relu" and tokens <= SMALL:
         _leave_kinks(inputs, draw)
     return inputs
 
@@ -88,7 +88,7 @@ def _leave_kinks(inputs: Inputs, draw: Draw) -> None:
 
 
 def _make_grouped_gemm(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
     tokens, width, columns, num_experts = (case.sizes[name] for name in "TDNE")
     draw = Draw(dtype, device, generator)

@@ -54,7 +54,7 @@ def _mix(
 
 
 def _make_vote(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
     draw = Draw(dtype, device, generator)
     tokens, layers = case.sizes["T"], case.sizes["L"]
@@ -69,7 +69,7 @@ def _make_vote(
 
 
 def _make_linear(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
     draw = Draw(dtype, device, generator)
     branches, tokens, features, columns, layers, rank = (case.sizes[n] for n in "GTDNLr")
@@ -92,7 +92,7 @@ def _make_linear(
 
 
 def _make_mix(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
     draw = Draw(dtype, device, generator)
     branches, tokens, features = (case.sizes[n] for n in "GTD")

@@ -67,16 +67,17 @@ class _Draw(Draw):
         """Base and experts, no task vector and no sum of task vectors near 0."""
         base = self.normal(*sizes, scale=scale)
         experts = self.normal(num_experts, *sizes, scale=scale)
-        while True:
+        while self.generator is not None:
             tau = experts.double() - base.double()
             near = (tau.abs() < KINK * scale) | (tau.sum(0).abs() < KINK * scale)
             if not near.any():
                 return base, experts
             experts = torch.where(near, self.normal(*experts.shape, scale=scale), experts)
+        return base, experts
 
 
 def _make_deltas(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
     out_features, in_features, num_experts, rank = (case.sizes[name] for name in "ODEr")
     draw = _Draw(dtype, device, generator)
@@ -90,7 +91,7 @@ def _make_deltas(
 
 
 def _make_merge(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
     draw = _Draw(dtype, device, generator)
     inputs = _make_deltas(case, dtype, device, generator)
@@ -104,7 +105,7 @@ def _make_merge(
 
 
 def _make_linear(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
     draw = _Draw(dtype, device, generator)
     inputs = _make_merge(case, dtype, device, generator)

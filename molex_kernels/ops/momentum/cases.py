@@ -119,7 +119,7 @@ def _rule_inputs(case: Case, draw: Draw, x: Tensor) -> Inputs:
 
 
 def _make_update(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
     sizes = tuple(case.sizes.values())
     draw = Draw(dtype, device, generator)
@@ -130,7 +130,7 @@ def _make_update(
 
 
 def _make_moe(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
     draw = Draw(dtype, device, generator)
     tokens, width = case.sizes["T"], case.sizes["D"]

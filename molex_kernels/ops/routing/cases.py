@@ -46,7 +46,7 @@ def _clear_choice(key: Tensor, top_k: int) -> Tensor:
 def _draw_until_clear(inputs: Inputs, draw: Draw, key: Callable[[Inputs], Tensor]) -> None:
     """Draws tokens anew until every choice is clear in fp64."""
     x = inputs["x"]
-    while x.shape[0]:
+    while draw.generator is not None and x.shape[0]:
         doubles = {
             k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
             for k, v in inputs.items()
@@ -70,7 +70,7 @@ def _gate(case: Case, draw: Draw) -> Inputs:
 
 
 def _make_topk_route(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
     draw = Draw(dtype, device, generator)
     inputs = {"x": draw.normal(case.sizes["T"], case.sizes["D"]), **_gate(case, draw)}
@@ -89,7 +89,7 @@ def _make_topk_route(
 
 
 def _make_ac_weights(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
     draw = Draw(dtype, device, generator)
     tokens, dim, clusters = (case.sizes[name] for name in "TDC")
@@ -102,7 +102,7 @@ def _make_ac_weights(
 
 
 def _make_ac_route(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
     draw = Draw(dtype, device, generator)
     tokens, dim, experts = (case.sizes[name] for name in "TDE")
@@ -123,7 +123,7 @@ def _make_ac_route(
 
 
 def _make_route_plan(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
     tokens, experts, top_k = (case.sizes[name] for name in "TEK")
     index = _labels(
@@ -136,7 +136,7 @@ def _make_route_plan(
 
 
 def _make_load_balance(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
     draw = Draw(dtype, device, generator)
     tokens, experts, top_k = (case.sizes[name] for name in "TEK")
@@ -148,7 +148,7 @@ def _make_load_balance(
 
 
 def _make_z_loss(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
     draw = Draw(dtype, device, generator)
     return {"logits": draw.normal(case.sizes["T"], case.sizes["E"])}

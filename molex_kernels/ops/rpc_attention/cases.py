@@ -28,7 +28,7 @@ _TESTED = 2**15  # elements of k up to which a case is for tests
 
 
 def _make_rpc(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
     draw = Draw(dtype, device, generator)
     sizes = tuple(case.sizes[name] for name in "BHNd")
@@ -114,7 +114,7 @@ def _results(result: Any) -> dict[str, Tensor]:
 
 
 def _make_scaled(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
     draw = Draw(dtype, device, generator)
     sizes = tuple(case.sizes[name] for name in "BHNd")
@@ -173,6 +173,8 @@ def _scaled(b: int, h: int, n: int, d: int, **options: Any) -> Case:
 
 _VISION = (256, 3, 197, 64)
 
+_WIDTHS = (16, 32, 64, 65, 128)
+
 OPINFOS = (
     OpInfo(
         name="rpc_attention",
@@ -213,11 +215,11 @@ OPINFOS = (
             Sweep("N", tuple(_rpc(2, 3, n, 64, 4) for n in (64, 128, 256, 512))),
             Sweep("n", tuple(_rpc(2, 3, 197, 64, iters) for iters in (1, 2, 4, 8))),
         ),
-        # fp32 with dropout and d > 64 is left out: it spills up to 12 bytes, in the one dtype whose
-        # products hold whole rows in registers. It is right, and rare.
         compiled=(
-            *(_rpc(1, 1, 256, d, 2, causal=True, mask=True, dropout=0.1) for d in (16, 32, 64)),
+            *(_rpc(1, 1, 256, d, 2, causal=True, mask=True, dropout=0.1) for d in _WIDTHS),
             *(_rpc(1, 1, 256, d, 2, causal=True, mask=True) for d in (65, 128)),
+            # More heads than a grid's second dimension may have.
+            _rpc(300, 256, 2, 16, 2),
         ),
     ),
     OpInfo(

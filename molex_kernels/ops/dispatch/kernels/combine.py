@@ -102,7 +102,7 @@ def _dispatch_bwd_weight(
         offs_d = tl.arange(0, BLOCK_D)
         inner = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         for d in range(0, num_features, BLOCK_D):
-            offs = (d + offs_d)[None, :]
+            offs = (d + offs_d).to(tl.int64)[None, :]
             mask = here[:, None] & (offs < num_features)
             dy_ptrs = dy_ptr + token[:, None] * stride_yt + offs * stride_yd
             bias_ptrs = bias_ptr + expert[:, None] * stride_be + offs * stride_bd

@@ -54,6 +54,7 @@ def _dispatch_fwd_gemm(
     offs_n = column.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_columns
     gate_n = offs_n * gate_step
+    up_shift = tl.cast(up_shift, tl.int64)
     if HAS_ZERO_TAIL:
         # The tiles are at least as many as the rows need: each also clears its share of the tail.
         tail_t = tile * BLOCK_T + tl.arange(0, BLOCK_T)

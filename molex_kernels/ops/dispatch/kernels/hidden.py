@@ -83,6 +83,7 @@ def _dispatch_bwd_hidden(
     rows = offs_t.to(tl.int64)
     mask = mask_t[:, None] & mask_n[None, :]
     gate_n = offs_n[None, :] * gate_step
+    up_shift = tl.cast(up_shift, tl.int64)
     hidden_ptrs = hidden_ptr + rows[:, None] * stride_ht + gate_n * stride_hn
     hidden = tl.load(hidden_ptrs, mask=mask, other=0.0).to(tl.float32)
     acted, slope = activate_with_slope(hidden, ACTIVATION)

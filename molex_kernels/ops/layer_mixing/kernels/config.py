@@ -9,6 +9,7 @@ from molex_kernels._tuning import Config
 
 MAX_PROGRAMS = 1024  # of mixing backwards: as many rows of partial sums
 BIAS = Config({"BLOCK_T": 32, "BLOCK_N": 64}, 4, 2)
+TABLE = Config({}, 1, 1)
 VOTE_ELEMENTS = 4096
 
 Options = tuple[Config, tuple[Config, ...]]  # the pinned configuration, and what a sweep tries

@@ -300,7 +300,11 @@ def _table(tensors: Sequence[Tensor], dims: int) -> Group | None:
     table = tensors[0].new_empty(count, dtype=torch.int64)
     padded = [*tensors, *[tensors[0]] * (count - len(tensors))]
     for first in range(0, count, ADDRESSES):
-        _layer_mixing_fwd_table[(1,)](table[first:], *padded[first : first + ADDRESSES])
+        _layer_mixing_fwd_table[(1,)](
+            table[first:],
+            *padded[first : first + ADDRESSES],
+            **config.TABLE.launch_options(),
+        )
     return Group(tensors[0], table, all(t.data_ptr() % 16 == 0 for t in tensors))
 
 

@@ -15,12 +15,14 @@ def chosen_layer(index_ptr, stride_ig, g, num_layers):
 @triton.jit
 def layer_start(ptr, stride_l, table_ptr, layer, IS_ALIGNED: tl.constexpr):
     """Elements from ptr, the first layer's start, to that of `layer`."""
+    # One return: Triton compiles what follows a return inside a compile-time `if`.
     if table_ptr is None:
-        return layer * stride_l
-    start = tl.load(table_ptr + layer) - ptr.to(tl.int64)
-    start = start // (ptr.dtype.element_ty.primitive_bitwidth // 8)
-    if IS_ALIGNED:
-        start = tl.multiple_of(start, 16)
+        start = layer * stride_l
+    else:
+        start = tl.load(table_ptr + layer) - ptr.to(tl.int64)
+        start = start // (ptr.dtype.element_ty.primitive_bitwidth // 8)
+        if IS_ALIGNED:
+            start = tl.multiple_of(start, 16)
     return start
 
 

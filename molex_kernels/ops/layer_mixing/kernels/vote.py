@@ -5,6 +5,21 @@ import triton.language as tl
 
 
 @triton.jit
+def _first_largest(values, offs, mask, axis: tl.constexpr, NONE: tl.constexpr):
+    """The lowest place of the largest value, whatever the reduction's order; NaN is the largest.
+
+    Where the mask is False there is no value; NONE is larger than every place.
+    """
+    is_nan = mask & (values != values)
+    largest = tl.max(
+        tl.where(mask & (values == values), values, float("-inf")), axis=axis, keep_dims=True
+    )
+    has_nan = tl.max(is_nan.to(tl.int32), axis=axis, keep_dims=True) > 0
+    candidates = tl.where(has_nan, is_nan, mask & (values == largest))
+    return tl.min(tl.where(candidates, offs, NONE), axis=axis)
+
+
+@triton.jit
 def _layer_mixing_fwd_vote(
     logits_ptr,  # [T, L]
     stride_lt,
@@ -33,9 +48,7 @@ def _layer_mixing_fwd_vote(
             counted = counted & (given != 0)
         logits = tl.where(mask_l[None, :], logits, float("-inf"))
         if MODE == "mode":
-            top = tl.max(logits, axis=1)
-            # The lowest of the largest, whatever the reduction's order.
-            best = tl.min(tl.where(logits == top[:, None], offs_l[None, :], BLOCK_L), axis=1)
+            best = _first_largest(logits, offs_l[None, :], mask_l[None, :], 1, BLOCK_L)
             score = (offs_l[None, :] == best[:, None]).to(tl.float32)
         elif MODE == "mean_softmax":
             score = tl.exp(logits - tl.max(logits, axis=1)[:, None])
@@ -43,6 +56,5 @@ def _layer_mixing_fwd_vote(
         else:
             score = 1.0 / (1.0 + tl.exp(-logits))
         scores += tl.sum(tl.where(counted[:, None], score, 0.0), axis=0)
-    scores = tl.where(mask_l, scores, -1.0)
-    winner = tl.min(tl.where(scores == tl.max(scores, axis=0), offs_l, BLOCK_L), axis=0)
+    winner = _first_largest(scores, offs_l, mask_l, 0, BLOCK_L)
     tl.store(out_ptr, winner.to(tl.int64))

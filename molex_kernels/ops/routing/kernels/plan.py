@@ -116,22 +116,21 @@ def launch_plan(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
 
     def launch(config: Config) -> None:
         block_a = config.blocks["BLOCK_A"]
-        options = {"num_warps": config.num_warps}
         blocks = triton.cdiv(total, block_a)
         histogram = expert_index.new_empty(blocks, block_e, dtype=torch.int32)
         strides = expert_index.stride()
         _plan_fwd_count[(blocks,)](
             expert_index, *strides, histogram, block_e, total, top_k, num_experts,
-            BLOCK_A=block_a, BLOCK_E=block_e, **options,
+            BLOCK_E=block_e, **config.launch_options(),
         )  # fmt: skip
         block_b = min(triton.next_power_of_2(blocks), max(1, _SCAN_TILE // block_e))
         _plan_fwd_scan[(1,)](
             histogram, block_e, counts, offsets, blocks, num_experts,
-            BLOCK_B=block_b, BLOCK_E=block_e, num_warps=_scan_warps(block_b * block_e),
+            **_scan_config(block_b, block_e).launch_options(),
         )  # fmt: skip
         _plan_fwd_scatter[(blocks,)](
             expert_index, *strides, histogram, block_e, permutation, inverse,
-            total, top_k, num_experts, BLOCK_A=block_a, **options,
+            total, top_k, num_experts, **config.launch_options(),
         )  # fmt: skip
 
     pinned = _config(total)
@@ -148,6 +147,7 @@ def _config(total: int) -> Config:
     return Config({"BLOCK_A": 1024 if total < 2**17 else 2048}, num_warps=4 if total < 2**17 else 8)
 
 
-def _scan_warps(elements: int) -> int:
-    """Warps that hold a tile at 32 counts a thread."""
-    return min(16, max(4, elements // 1024))
+def _scan_config(block_b: int, block_e: int) -> Config:
+    """As many warps as hold a tile at 32 counts a thread."""
+    warps = min(16, max(4, block_b * block_e // 1024))
+    return Config({"BLOCK_B": block_b, "BLOCK_E": block_e}, warps)

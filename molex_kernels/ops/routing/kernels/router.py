@@ -85,7 +85,7 @@ def _router_fwd(
 
     z = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     for start in range(0, D, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D)
+        offs_d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         mask_d = offs_d < D
         x = _load_x(
             x_ptr, stride_xt, stride_xd, table_ptr, stride_wc, stride_wd,

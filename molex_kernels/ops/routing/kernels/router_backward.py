@@ -155,8 +155,10 @@ def _router_bwd_gate(
         dbias += tl.sum(dz, axis=1)
     pointers = dgate_ptr + (split * E + offs_e[:, None]) * D + offs_d[None, :]
     tl.store(pointers, dgate, mask=mask_e[:, None] & mask_d[None, :])
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + split * E + offs_e, dbias, mask=mask_e & (pid_d == 0))
+    # Two ifs: the first one is decided at compile time.
+    if dbias_ptr is not None:  # noqa: SIM102
+        if pid_d == 0:
+            tl.store(dbias_ptr + split * E + offs_e, dbias, mask=mask_e)
 
 
 def launch_bwd(
@@ -205,10 +207,11 @@ def _launch_logits(
     tokens, experts = logits.shape
     block_e = max(16, triton.next_power_of_2(experts))
     block_t = max(1, min(64, 4096 // block_e))
+    config = Config({"BLOCK_T": block_t, "BLOCK_E": block_e})
     _router_bwd_logits[(triton.cdiv(tokens, block_t),)](
         *matrix(grad_weight), *matrix(grad_logits), logits, index, weight, dz,
         tokens, experts, index.shape[1],
-        SCORE=score, BLOCK_T=block_t, BLOCK_E=block_e, num_warps=4,
+        SCORE=score, **config.launch_options(),
     )  # fmt: skip
 
 
@@ -238,7 +241,8 @@ def _launch_gate(
     tokens, dim = x.shape
     experts = gate.shape[0]
     block_e = min(64, max(16, triton.next_power_of_2(experts)))
-    blocks = {"BLOCK_T": 32, "BLOCK_D": 64, "BLOCK_E": block_e}
+    config = Config({"BLOCK_T": 32, "BLOCK_D": 64, "BLOCK_E": block_e}, 8, 2)
+    blocks = config.blocks
     tiles = triton.cdiv(dim, blocks["BLOCK_D"]) * triton.cdiv(experts, block_e)
     splits = min(triton.cdiv(_PROGRAMS, tiles), triton.cdiv(tokens, 128))
     rows = triton.cdiv(triton.cdiv(tokens, splits), blocks["BLOCK_T"]) * blocks["BLOCK_T"]
@@ -249,7 +253,7 @@ def _launch_gate(
         dz, x, *x.stride(), *weights_of(*mixture), partial, partial_bias,
         tokens, dim, experts, rows, *sizes_of(*mixture[:2]),
         PRECISION=precision(x.dtype, True), HAS_WEIGHTS=mixture[0] is not None,
-        HAS_MIX=mixture[2] is not None, **blocks, num_warps=8, num_stages=2,
+        HAS_MIX=mixture[2] is not None, **config.launch_options(),
     )  # fmt: skip
     dgate = partial.sum(0) if splits > 1 else partial[0].clone()
     return dgate.to(gate.dtype), partial_bias if wants_bias else dz

@@ -14,6 +14,11 @@ from torch import Tensor
 from molex_kernels._tiles import segment_of_tile
 from molex_kernels._tuning import Config, choose
 
+_KEYS = Config({"BLOCK_T": 64, "BLOCK_D": 32})
+_RANKS = Config({"BLOCK_T": 128, "BLOCK_D": 16})
+_REDUCE = Config({"BLOCK_T": 32, "BLOCK_D": 64})
+_WEIGHTS = Config({"BLOCK_D": 64, "BLOCK_C": 32})
+
 
 @triton.jit
 def _cluster_mean(sums_ptr, counts_ptr, cluster, offs_d, mask_d, D):
@@ -252,19 +257,22 @@ def launch_pairwise(
     if tokens == 0 or dim == 0:
         return x.new_zeros(clusters, dim, dtype=torch.float32)
     keys = x.new_empty(dim, tokens, dtype=torch.int64)
-    _pairwise_fwd_keys[(triton.cdiv(tokens, 64), triton.cdiv(dim, 32))](
+    blocks = _KEYS.blocks
+    grid = (triton.cdiv(tokens, blocks["BLOCK_T"]), triton.cdiv(dim, blocks["BLOCK_D"]))
+    _pairwise_fwd_keys[grid](
         x, *x.stride(), cluster, cluster.stride(0), keys, tokens, dim, clusters,
-        BLOCK_T=64, BLOCK_D=32, num_warps=4,
+        **_KEYS.launch_options(),
     )  # fmt: skip
     keys = torch.sort(keys, dim=1).values
     block_c = _block_c(clusters)
-    tiles = triton.cdiv(tokens, 128) + clusters
+    rows = _RANKS.blocks["BLOCK_T"]
+    tiles = triton.cdiv(tokens, rows) + clusters
     partial = x.new_empty(tiles, dim, dtype=torch.float32)
-    _pairwise_fwd_tile[(tiles, triton.cdiv(dim, 16))](
+    _pairwise_fwd_tile[(tiles, triton.cdiv(dim, _RANKS.blocks["BLOCK_D"]))](
         keys, offsets, sums, counts, partial, tokens, dim, clusters,
-        BLOCK_T=128, BLOCK_D=16, BLOCK_C=block_c, num_warps=4,
+        BLOCK_C=block_c, **_RANKS.launch_options(),
     )  # fmt: skip
-    return _reduce(partial, offsets, counts, 128, block_c)
+    return _reduce(partial, offsets, counts, rows, block_c)
 
 
 def launch_weights(
@@ -273,13 +281,10 @@ def launch_weights(
     """Feature weights W [C, D] fp32."""
     clusters, dim = deviations.shape
     out = deviations.new_empty(clusters, dim)
-    block_d = 64
-    block_c = 32
     has_clip = math.isfinite(clip)
-    _feature_weights_fwd[(triton.cdiv(dim, block_d),)](
+    _feature_weights_fwd[(triton.cdiv(dim, _WEIGHTS.blocks["BLOCK_D"]),)](
         deviations, counts, out, dim, clusters, eps, clip if has_clip else 0.0,
-        NORM=norm, HAS_CLIP=has_clip, MASKED=mask,
-        BLOCK_D=block_d, BLOCK_C=block_c, num_warps=4,
+        NORM=norm, HAS_CLIP=has_clip, MASKED=mask, **_WEIGHTS.launch_options(),
     )  # fmt: skip
     return out
 
@@ -328,9 +333,9 @@ def _reduce(
 ) -> Tensor:
     clusters, dim = offsets.shape[0], partial.shape[1]
     out = partial.new_empty(clusters, dim)
-    _statistics_fwd_reduce[(clusters, triton.cdiv(dim, 64))](
+    _statistics_fwd_reduce[(clusters, triton.cdiv(dim, _REDUCE.blocks["BLOCK_D"]))](
         partial, offsets, pairwise_counts, out, dim, clusters,
         PAIRWISE=pairwise_counts is not None, ROWS=rows,
-        BLOCK_T=32, BLOCK_D=64, BLOCK_C=block_c, num_warps=4,
+        BLOCK_C=block_c, **_REDUCE.launch_options(),
     )  # fmt: skip
     return out

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from molex_kernels._tiles import keep_mask
 from molex_kernels.ops.rpc_attention.kernels.parts import (
+    block_of_head,
     load_bound,
     load_present,
     load_rows,
@@ -64,11 +65,11 @@ def _rpc_bwd_rows(
     which dk alone would have to lose again, and fp32 with it. Where |a| >= T, da takes dC back: the
     sums are written without what cancels.
     """
-    head = tl.program_id(1).to(tl.int64)
+    block, head, num_all_heads = block_of_head(num_tokens, BLOCK_I)
     batch = head // num_heads
     within = head % num_heads
     own = head * num_tokens * num_features
-    offs_i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    offs_i = block * BLOCK_I + tl.arange(0, BLOCK_I)
     offs_d = tl.arange(0, BLOCK_D)
     inside = offs_i < num_tokens
     mask_i = load_present(key_mask_ptr, batch, offs_i, num_tokens, HAS_MASK)
@@ -82,7 +83,7 @@ def _rpc_bwd_rows(
     a = k
     if not IS_DONE:
         lows_ptr += own
-        stride_low = tl.num_programs(1).to(tl.int64) * num_tokens * num_features
+        stride_low = num_all_heads * num_tokens * num_features
         for _ in range(1, iteration):
             sparse = soft(a, bound)
             low = load_rows(lows_ptr, num_features, 1, offs_i, mask_i, offs_d, num_features)
@@ -189,7 +190,7 @@ def _rpc_bwd_attention(
     IS_SUM, as rows: <dL, L> once more, from the numbers that it is subtracted from. With c for what
     it was: c + sum_j P_ij (<dL_i, v_j> - c), whose terms are small where P is, and where it is not.
     """
-    head = tl.program_id(1).to(tl.int64)
+    block, head, num_all_heads = block_of_head(num_tokens, BLOCK_I)
     batch = head // num_heads
     within = head % num_heads
     own = head * num_tokens * num_features
@@ -198,8 +199,8 @@ def _rpc_bwd_attention(
     v_ptr += batch * stride_vb + within * stride_vh
     inner_ptr += head * num_tokens
     top_ptr = stats_ptr + head * num_tokens
-    total_ptr = top_ptr + tl.num_programs(1).to(tl.int64) * num_tokens
-    offs_i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    total_ptr = top_ptr + num_all_heads * num_tokens
+    offs_i = block * BLOCK_I + tl.arange(0, BLOCK_I)
     offs_d = tl.arange(0, BLOCK_D)
     inside = offs_i < num_tokens
     mask_i = load_present(key_mask_ptr, batch, offs_i, num_tokens, HAS_MASK)

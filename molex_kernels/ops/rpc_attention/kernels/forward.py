@@ -5,6 +5,7 @@ import triton.language as tl
 
 from molex_kernels._tiles import keep_mask
 from molex_kernels.ops.rpc_attention.kernels.parts import (
+    block_of_head,
     load_bound,
     load_present,
     load_rows,
@@ -61,13 +62,13 @@ def _rpc_fwd(
     BLOCK_D: tl.constexpr,
 ):
     """L = softmax(C C^T scale) v; then u = u + k - L - S, S = soft(k - L + u), C = k - S - u."""
-    head = tl.program_id(1).to(tl.int64)
+    block, head, num_all_heads = block_of_head(num_tokens, BLOCK_I)
     batch = head // num_heads
     within = head % num_heads
     k_ptr += batch * stride_kb + within * stride_kh
     v_ptr += batch * stride_vb + within * stride_vh
     own = head * num_tokens * num_features
-    offs_i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    offs_i = block * BLOCK_I + tl.arange(0, BLOCK_I)
     offs_d = tl.arange(0, BLOCK_D)
     mask_i = load_present(key_mask_ptr, batch, offs_i, num_tokens, HAS_MASK)
     bound = load_bound(bound_ptr, head, offs_i, mask_i, num_tokens, IS_PER_TOKEN)
@@ -90,7 +91,7 @@ def _rpc_fwd(
     low = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
     end = num_tokens
     if IS_CAUSAL:
-        end = tl.minimum(num_tokens, (tl.program_id(0) + 1) * BLOCK_I)
+        end = tl.minimum(num_tokens, (block + 1) * BLOCK_I)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
     for start in range(0, end, BLOCK_J):
@@ -132,7 +133,7 @@ def _rpc_fwd(
         stats_ptr += head * num_tokens
         top = tl.where(score_scale < 0, -top, top)
         tl.store(stats_ptr + offs_i, tl.where(mask_i, top, 0.0), mask=inside)
-        stats_ptr += tl.num_programs(1).to(tl.int64) * num_tokens
+        stats_ptr += num_all_heads * num_tokens
         tl.store(stats_ptr + offs_i, tl.where(mask_i, total, float("inf")), mask=inside)
     if IS_LAST:
         store_rows(out_ptr + own, low, offs_i, inside, offs_d, num_features)

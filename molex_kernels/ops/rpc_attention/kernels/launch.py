@@ -51,7 +51,7 @@ def forward(
         last = t == num_iters - 1
         drops = last and seed is not None
         chosen = config.forward(k.dtype, _padded(width), _aligned(k, v, q), drops)
-        _rpc_fwd[(triton.cdiv(tokens, chosen.blocks["BLOCK_I"]), batch * heads)](
+        _rpc_fwd[(triton.cdiv(tokens, chosen.blocks["BLOCK_I"]) * batch * heads,)](
             *_strided(k),
             *_strided(v),
             *_strided(q),
@@ -122,7 +122,7 @@ def backward(
 
     def rows(iteration: int) -> None:
         """From behind the iteration after this one to before this one's attention."""
-        _rpc_bwd_rows[(triton.cdiv(tokens, by_row.blocks["BLOCK_I"]), batch * heads)](
+        _rpc_bwd_rows[(triton.cdiv(tokens, by_row.blocks["BLOCK_I"]) * batch * heads,)](
             *_strided(k),
             *_strided(dout),
             *_strided(dsparse),
@@ -149,7 +149,7 @@ def backward(
         last = iteration == num_iters
         drops = last and seed is not None
         tiles = config.backward(k.dtype, _padded(width), _aligned(k, v, q), drops)
-        _rpc_bwd_attention[(triton.cdiv(tokens, tiles.blocks["BLOCK_I"]), batch * heads)](
+        _rpc_bwd_attention[(triton.cdiv(tokens, tiles.blocks["BLOCK_I"]) * batch * heads,)](
             clean,
             *_strided(v),
             *_strided(other),

@@ -17,6 +17,18 @@ def soft(a, bound):
 
 
 @triton.jit
+def block_of_head(num_tokens, BLOCK_I: tl.constexpr):
+    """(block of tokens, head, number of heads) of this program; the heads are int64.
+
+    The grid has one dimension: the others end at 65535, which batch times heads may exceed.
+    """
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(num_tokens, BLOCK_I)
+    num_all_heads = (tl.num_programs(0) // blocks).to(tl.int64)
+    return pid % blocks, (pid // blocks).to(tl.int64), num_all_heads
+
+
+@triton.jit
 def load_rows(ptr, stride_n, stride_d, offs_n, mask_n, offs_d, num_features):
     """Rows of one head, 0 where there is no token: [N, D] in their own dtype."""
     mask = mask_n[:, None] & (offs_d < num_features)[None, :]
