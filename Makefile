@@ -53,7 +53,7 @@ $(GPU_STEPS): $(ENVIRONMENT) | $(GPU_OUT)
 $(GPU_OUT):
 	mkdir -p "$@"
 
-gpu-build: export CUDA_HOME := $(or $(CUDA_HOME),/usr/local/cuda)
+gpu-build gpu-sanitize: export CUDA_HOME := $(or $(CUDA_HOME),/usr/local/cuda)
 gpu-build:
 	MOLEX_CUDA=1 MOLEX_EXTENSION=1 timeout -k 30 500 $(PY) setup.py --quiet build_ext --inplace \
 		$(call to_gpu_out,build); status=$$?; \
@@ -71,13 +71,17 @@ gpu-bench:
 	timeout -k 60 470 $(PY) -m benchmarks --preset gpu --out "$(GPU_OUT)/report" \
 		--save-results "$(GPU_OUT)/report/stored" $(call to_gpu_out,bench)
 
+gpu-sanitize: export PATH := $(PATH):$(CUDA_HOME)/bin
 gpu-sanitize:
+	@command -v compute-sanitizer >/dev/null || { echo "gpu-sanitize: compute-sanitizer of the CUDA toolkit" \
+		"is neither on PATH nor in $(CUDA_HOME)/bin" $(call to_gpu_out,sanitize); exit 1; }
 	$(GPU_PYTEST) -m sanitizer $(call to_gpu_out,sanitize)
 
 # At most 8 files: the texts, the report's text, and all.tgz, which holds everything and comes last.
 gpu-pack: | $(GPU_OUT)
-	cd "$(GPU_OUT)" && rm -f all.tgz && tar -czf .all.tgz --exclude=.all.tgz . && \
-		{ [ ! -d report ] || cp report/report.md . ; rm -rf report; mv .all.tgz all.tgz; }
+	rm -f "$(GPU_OUT)/all.tgz" && tar -C "$(GPU_OUT)" -czf "$(GPU_OUT).tgz" .
+	cd "$(GPU_OUT)" && { [ ! -f report/report.md ] || cp report/report.md . ; } && rm -rf report
+	mv "$(GPU_OUT).tgz" "$(GPU_OUT)/all.tgz"
 
 # The native CPU code under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree.
 SANITIZED := build/sanitized

@@ -35,8 +35,11 @@ def gpu(tmp_path: Path):
     if shutil.which("make") is None:
         pytest.skip("needs make")
     python, notes, out = tmp_path / "python", tmp_path / "notes", tmp_path / "out"
-    python.write_text(STUB)
-    python.chmod(0o755)
+    sanitizer = tmp_path / "cuda" / "bin" / "compute-sanitizer"
+    sanitizer.parent.mkdir(parents=True)
+    for program, text in ((python, STUB), (sanitizer, "#!/bin/sh\n")):
+        program.write_text(text)
+        program.chmod(0o755)
 
     def run(step: str = "gpu", failing: str = "", **settings: str):
         notes.write_text("")
@@ -45,7 +48,13 @@ def gpu(tmp_path: Path):
             cwd=ROOT,
             capture_output=True,
             text=True,
-            env={**_plain(), "NOTES": str(notes), "FAILING": failing, **settings},
+            env={
+                **_plain(),
+                "NOTES": str(notes),
+                "FAILING": failing,
+                "CUDA_HOME": str(tmp_path / "cuda"),
+                **settings,
+            },
         )
         return done, out, notes.read_text()
 
@@ -59,9 +68,9 @@ def _plain() -> dict[str, str]:
 
 
 def test_a_step_that_fails_stops_no_other(gpu):
-    done, out, asked = gpu(failing="build_ext --tb", CUDA_HOME="/opt/cuda")
+    done, out, asked = gpu(failing="build_ext --tb")
     assert done.returncode != 0
-    assert "build_ext --inplace cuda=1,/opt/cuda extension=1" in asked
+    assert f"build_ext --inplace cuda=1,{out.parent}/cuda extension=1" in asked
     wanted = ["build_ext", "molex_kernels.env", "-m gpu", "--preset gpu", "-m sanitizer"]
     places = [asked.index(part) for part in wanted]
     assert places == sorted(places), asked
@@ -83,7 +92,7 @@ def test_what_there_is_comes_in_few_files(gpu):
 
 
 def test_a_step_alone(gpu):
-    done, out, asked = gpu("gpu-build")
+    done, out, asked = gpu("gpu-build", CUDA_HOME="")
     assert done.returncode == 0, done.stderr
     assert "cuda=1,/usr/local/cuda extension=1" in asked
     assert {f.name for f in out.iterdir()} == {"build.txt", "env.txt"}
@@ -91,6 +100,11 @@ def test_a_step_alone(gpu):
     assert gpu("gpu-build", failing="_dispatch")[0].returncode != 0, "built, and does not load"
     for step, failing in (("test", "--tb"), ("bench", "benchmarks"), ("sanitize", "--tb")):
         assert gpu(f"gpu-{step}", failing=failing)[0].returncode != 0
+    if shutil.which("compute-sanitizer") is None:
+        done, out, asked = gpu("gpu-sanitize", CUDA_HOME="/nowhere")
+        assert done.returncode != 0
+        assert "is neither on PATH" in (out / "sanitize.txt").read_text()
+        assert "pytest -v" not in asked
 
 
 def test_stages_keep_the_worst_status():
