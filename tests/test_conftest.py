@@ -1,4 +1,4 @@
-"""What the tests' settings promise: in CI no missing package is a reason to skip."""
+"""What the tests' settings promise: nothing that was asked for is skipped in silence."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from conftest import DEVICE
 
 MODULE = """
 import pytest
@@ -38,3 +41,12 @@ def test_a_missing_package_fails_in_ci(tmp_path: Path):
         )
         assert counts in run.stdout, run.stdout
         assert not ci or run.stdout.count("No module named 'no_such_package'") >= 3
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")
+@pytest.mark.parametrize("mark", ["gpu", "sanitizer"])
+def test_gpu_tests_asked_for_without_a_gpu_fail(mark: str):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n2", "-m", mark]
+    run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"-m {mark}: there is no CUDA device" in run.stderr
