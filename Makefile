@@ -9,11 +9,13 @@ TORCH ?= torch==2.13.0 triton==3.7.1
 JOBS  ?= 2
 
 ifdef PYTHON
-PY    := $(PYTHON)
-READY := build
+PY          := $(PYTHON)
+READY       := build
+ENVIRONMENT :=
 else
-PY    := $(VENV)/bin/python
-READY := $(VENV)/.ready
+PY          := $(VENV)/bin/python
+READY       := $(VENV)/.ready
+ENVIRONMENT := $(READY)
 endif
 
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
@@ -21,8 +23,8 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest
 PARALLEL = $(shell $(PY) -c "import xdist; print('-n $(JOBS)')" 2>/dev/null)
 
-.PHONY: bench bench-compare test gpu sanitize build env lint format clean \
-	rehearse rehearse-tree rehearse-build rehearse-kernels rehearse-tests
+.PHONY: bench bench-compare test gpu gpu-build gpu-test gpu-bench gpu-sanitize gpu-pack sanitize \
+	build ready env lint format clean rehearse rehearse-tree rehearse-build rehearse-kernels rehearse-tests
 
 bench: $(READY)
 	$(PY) -m benchmarks --preset quick
@@ -32,17 +34,56 @@ RUN ?=
 bench-compare: $(READY)
 	$(PY) -m benchmarks --preset quick --compare $(RUN)
 
+# Everything, or what TESTS names: files, and options of pytest.
+TESTS ?=
 test: $(READY)
-	$(PYTEST) $(PARALLEL) -q
+	$(PYTEST) $(PARALLEL) -q $(TESTS)
 
-# Everything that needs a GPU: builds, tests, measures, and writes what it found to GPU_OUT.
+# Everything that needs a GPU, in steps that can be run one by one, each within 9 minutes on 16 cores.
+# All of them run, whatever fails; what they print and find goes to GPU_OUT as it comes.
 GPU_OUT ?= benchmarks/reports/gpu
-gpu: $(READY)
-	mkdir -p "$(GPU_OUT)"
-	$(PY) -m molex_kernels.env | tee "$(GPU_OUT)/env.txt"
-	$(PYTEST) $(PARALLEL) -q -m gpu 2>&1 | tee "$(GPU_OUT)/tests.txt"
-	$(PY) -m benchmarks --preset gpu --out "$(GPU_OUT)" --save-results
-	tar -C "$(GPU_OUT)" -czf "$(GPU_OUT).tgz" . && mv "$(GPU_OUT).tgz" "$(GPU_OUT)/all.tgz"
+GPU_STEPS := gpu-build gpu-test gpu-bench gpu-sanitize
+to_gpu_out = 2>&1 | tee "$(GPU_OUT)/$(1).txt"
+gpu: | $(GPU_OUT)
+	source .ci/stages.sh; \
+	{ for step in $(GPU_STEPS); do stage $$step $(MAKE) $$step; done; stages_end; } \
+		$(call to_gpu_out,steps); status=$$?; $(MAKE) gpu-pack; exit $$status
+
+$(GPU_STEPS): $(ENVIRONMENT) | $(GPU_OUT)
+$(GPU_OUT):
+	mkdir -p "$@"
+
+# Fails, and says why, where the library has no CUDA code.
+CUDA_RUNS := "import sys; from molex_kernels import _dispatch; sys.exit(_dispatch.CUDA.why_not())"
+gpu-build gpu-sanitize: export CUDA_HOME := $(or $(CUDA_HOME),/usr/local/cuda)
+gpu-build:
+	MOLEX_CUDA=1 MOLEX_EXTENSION=1 timeout -k 30 500 $(PY) setup.py --quiet build_ext --inplace \
+		$(call to_gpu_out,build); status=$$?; \
+	$(PY) -m molex_kernels.env $(call to_gpu_out,env) && exit $$status
+	$(PY) -c $(CUDA_RUNS)
+
+# All cores. By SIGINT pytest still says what failed before the time was up.
+gpu-test gpu-sanitize: JOBS := $(shell nproc)
+GPU_PYTEST = OMP_NUM_THREADS=1 timeout -s INT -k 30 500 $(PY) -m pytest $(PARALLEL) -v --tb=short
+gpu-test:
+	$(GPU_PYTEST) -m gpu $(call to_gpu_out,tests)
+
+# Cut short, it reports what it has measured by then.
+gpu-bench:
+	timeout -k 60 470 $(PY) -m benchmarks --preset gpu --out "$(GPU_OUT)/report" \
+		--save-results "$(GPU_OUT)/report/stored" $(call to_gpu_out,bench)
+
+gpu-sanitize: export PATH := $(PATH):$(CUDA_HOME)/bin
+gpu-sanitize:
+	@command -v compute-sanitizer >/dev/null || { echo "gpu-sanitize: compute-sanitizer of the CUDA toolkit" \
+		"is neither on PATH nor in $(CUDA_HOME)/bin" $(call to_gpu_out,sanitize); exit 1; }
+	$(GPU_PYTEST) -m sanitizer $(call to_gpu_out,sanitize)
+
+# At most 8 files: the texts, the report's text, and all.tgz, which holds everything and comes last.
+gpu-pack: | $(GPU_OUT)
+	rm -f "$(GPU_OUT)/all.tgz" && tar -C "$(GPU_OUT)" -czf "$(GPU_OUT).tgz" .
+	cd "$(GPU_OUT)" && { [ ! -f report/report.md ] || cp report/report.md . ; } && rm -rf report
+	mv "$(GPU_OUT).tgz" "$(GPU_OUT)/all.tgz"
 
 # A copy of the tree without what was built in this one; what was built in the copy is kept.
 define copy_tree
@@ -87,15 +128,14 @@ rehearse-build: rehearse-tree
 	cd $(REHEARSED) && MOLEX_EXTENSION=1 MOLEX_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 \
 		$(REHEARSE_PY) setup.py --quiet build_ext --inplace
 	cd $(REHEARSED) && $(REHEARSE_PY) -m molex_kernels.env
-	cd $(REHEARSED) && $(REHEARSE_PY) -c "from molex_kernels import _extension as built; \
-		raise SystemExit(built.why_not() or built.without_cuda(built.build_facts()))"
+	cd $(REHEARSED) && $(REHEARSE_PY) -c $(CUDA_RUNS)
 
 # Every kernel, compiled for the GPU by its Triton.
 rehearse-kernels: rehearse-tree
 	$(IN_REHEARSED) MOLEX_AOT_TARGETS=sm_90 MOLEX_AOT_DTYPES=bfloat16 \
 		$(REHEARSE_PY) -m pytest -q -n $(JOBS) tests/test_aot.py
 
-REHEARSE_TESTS := extension native implementations integrations rpc_cuda
+REHEARSE_TESTS := extension native implementations integrations timm rpc_cuda
 rehearse-tests: rehearse-build
 	$(IN_REHEARSED) $(REHEARSE_PY) -m pytest -q -n $(JOBS) \
 		$(REHEARSE_TESTS:%=tests/test_%.py)
@@ -112,6 +152,9 @@ lint: $(READY)
 format: $(READY)
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
+
+# What tests and benchmarks need: the environment, and the extension.
+ready: $(READY)
 
 build:
 	$(PY) setup.py --quiet build_ext --inplace
