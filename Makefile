@@ -165,7 +165,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.ready: $(VENV)/bin/python $(SOURCES)
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(TORCH)
-	$(PY) -m pip install -q "setuptools>=77" ninja
+	$(PY) -m pip install -q "setuptools>=77" ninja "pybind11>=2.12"
 	$(PY) -m pip install -q --no-build-isolation -e ".[test,bench]"
 	touch $@
 

@@ -167,7 +167,9 @@ def write_facts(path: Path, facts: dict[str, str]) -> None:
     plain = {
         name: text.encode("ascii", "backslashreplace").decode() for name, text in facts.items()
     }
-    pairs = ", ".join(f"{{{json.dumps(n)}, {json.dumps(text)}}}" for n, text in plain.items())
+    pairs = ", ".join(
+        f"std::pair{{{json.dumps(n)}, {json.dumps(text)}}}" for n, text in plain.items()
+    )
     path.write_text(f"#define MOLEX_BUILD_FACTS {pairs}\n")
 
 

@@ -21,7 +21,7 @@ from triton import knobs
 from aot import addresses, compiler, facts, launches, machine_code
 
 DTYPES = ("bfloat16", "float16", "float32")
-# All dtypes are compiled for this chip, and bfloat16 for the others.
+# For this chip all dtypes are compiled, and tables of all lengths; for the others bfloat16 alone.
 FIRST = "sm_90"
 
 Task = tuple[str, launches.Launch]
@@ -75,7 +75,8 @@ def _gather(targets: list[str], dtypes: tuple[torch.dtype, ...]) -> tuple[Any, s
         kind = target.backend, some
         if kind not in recordings:
             recordings[kind] = launches.record(ops, target, some)
-        _tasks.extend((name, launch) for launch in recordings[kind].by_tile())
+        chosen = recordings[kind].by_tile(all_lengths=name == FIRST)
+        _tasks.extend((name, launch) for launch in chosen)
     errors = {
         f"{launch.kernel} {launch.dtype}: enable_fp_fusion is not stated"
         for recording in recordings.values()

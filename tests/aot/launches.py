@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 # What a grid may be: the second and third dimension are short.
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
+_LENGTHS = ("BLOCK_B", "BLOCK_C", "BLOCK_E", "BLOCK_L")
 _DTYPES = ("bf16", "fp16", "fp32")  # narrow ones first
 Items = tuple[tuple[Any, Any], ...]
 
@@ -68,6 +69,16 @@ class Launch:
         return self.kernel, self.dtype, self.tile, self.options
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of the tables that a program reads whole, such as one entry for each expert."""
+        return tuple(value for name, value in self.tile if name in _LENGTHS)
+
+    @property
+    def tile_key_without_lengths(self) -> tuple[Any, ...]:
+        tile = tuple(item for item in self.tile if item[0] not in _LENGTHS)
+        return self.kernel, self.dtype, tile, self.options
+
+    @property
     def fullness(self) -> tuple[int, int, int]:
         """Tensors passed, options switched on, arguments with known divisors."""
         pointers = sum(str(t).startswith("*") for _, t in self.signature)
@@ -84,14 +95,19 @@ class Recording:
         """One launch for each path through the kernels' sources."""
         return list({launch.code_key: launch for launch in self.ops}.values())
 
-    def by_tile(self) -> list[Launch]:
-        """One launch for each configuration: the fullest, the first of equals."""
-        chosen: dict[tuple[Any, ...], Launch] = {}
+    def by_tile(self, *, all_lengths: bool = True) -> list[Launch]:
+        """One launch for each configuration: the fullest, the first of equals.
+
+        Without `all_lengths`, configurations that differ in the lengths of tables alone are one,
+        with the longest.
+        """
+        chosen: dict[tuple[Any, ...], tuple[Any, Launch]] = {}
         for launch in self.ops:
-            best = chosen.get(launch.tile_key)
-            if best is None or launch.fullness > best.fullness:
-                chosen[launch.tile_key] = launch
-        return list(chosen.values())
+            key = launch.tile_key if all_lengths else launch.tile_key_without_lengths
+            rank = launch.lengths, launch.fullness
+            if key not in chosen or rank > chosen[key][0]:
+                chosen[key] = rank, launch
+        return [launch for _, launch in chosen.values()]
 
     def counts(self) -> dict[str, dict[str, int]]:
         """By op, how many different keys its launches have."""
@@ -140,17 +156,19 @@ def record(
         if "triton" not in info.implementations:
             continue
         for dtype in dtypes:
-            cases = {case.id: case for case in _cases(info, is_strided)}.values()
+            measured = dtype == torch.bfloat16 and not is_strided  # as the benchmarks are on a GPU
+            cases = {case.id: case for case in _cases(info, measured)}.values()
             with _recorded(recording, info.name, backend):
                 for case in cases:
                     _call(info, case, dtype, is_strided)
     return recording
 
 
-def _cases(info: Any, is_strided: bool) -> Iterator[Any]:
-    yield from info.tests
-    if not is_strided:
-        yield from (*info.compiled, *info.large, *info.benchmarks, *info.quick)
+def _cases(info: Any, measured: bool) -> Iterator[Any]:
+    """Those of the tests and, where they are measured in this dtype, of the benchmarks."""
+    yield from (*info.tests, *info.compiled, *info.large)
+    if measured:
+        yield from (*info.benchmarks, *info.quick)
         for sweep in (*info.sweeps, *info.quick_sweeps):
             yield from sweep.cases
 
