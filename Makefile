@@ -21,7 +21,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest
 PARALLEL = $(shell $(PY) -c "import xdist; print('-n $(JOBS)')" 2>/dev/null)
 
-.PHONY: bench bench-compare test gpu sanitize build env lint format clean
+.PHONY: bench bench-compare test emulate gpu sanitize build env lint format clean
 
 bench: $(READY)
 	$(PY) -m benchmarks --preset quick
@@ -33,6 +33,11 @@ bench-compare: $(READY)
 
 test: $(READY)
 	$(PYTEST) $(PARALLEL) -q
+
+# The Triton tests as a GPU runs them, on a CPU; ONLY="-k topk_route" runs a part of them.
+ONLY ?=
+emulate:
+	JOBS=$(JOBS) .ci/emulate $(ONLY)
 
 # Everything that needs a GPU: builds, tests, measures, and writes what it found to GPU_OUT.
 GPU_OUT ?= benchmarks/reports/gpu
