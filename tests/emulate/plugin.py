@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     early_config.stash[_SESSION] = opened.enter_context(sanitize.session())
     early_config.add_cleanup(opened.close)
     harness.ir_for_launch = _ir_for_launch
+    harness.mlir.parse = cache(harness.mlir.parse)  # most of the rest, and a module is only read
 
 
 _SESSION = pytest.StashKey[sanitize.Session]()
