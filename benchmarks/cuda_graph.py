@@ -20,13 +20,14 @@ class Captured(Generic[Result]):
 
 
 def capture(call: Callable[[], Result]) -> Captured[Result] | str:
-    """The graph, or the reason why there is none.
+    """The graph, or the reason why there is none; the current stream is what it was before.
 
     A host synchronisation is looked for first: one inside a capture would upset later captures.
     """
     torch.cuda.synchronize()
+    before = torch.cuda.current_stream()
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream.wait_stream(before)
     try:
         with torch.cuda.stream(stream):
             call()
@@ -35,11 +36,12 @@ def capture(call: Callable[[], Result]) -> Captured[Result] | str:
                 call()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.current_stream().wait_stream(stream)
+        before.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             result = call()
     except RuntimeError as error:
+        torch.cuda.set_stream(before)  # a capture that fails leaves its own as the current one
         torch.cuda.synchronize()
         return f"no CUDA graph: {str(error).splitlines()[0]}"
     return Captured(graph, result)

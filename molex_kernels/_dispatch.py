@@ -9,6 +9,7 @@ the first one that supports the inputs is taken.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -65,6 +66,28 @@ def _constant(function: Callable[..., _Result]) -> Callable[..., _Result]:
     return function
 
 
+def _version(package: str) -> str:
+    return str(importlib.import_module(package).__version__)
+
+
+@_constant
+def _interpreter_missing() -> str | None:
+    """Triton before 3.7 takes arrays of one element for numbers, which numpy 2.4 no longer does."""
+    if not _HAS_TRITON:
+        return _triton_missing()
+    triton, numpy = _version("triton"), _version("numpy")
+    if _minor(triton) < (3, 7) and _minor(numpy) >= (2, 4):
+        return (
+            f"the interpreter of Triton {triton} fails with numpy {numpy}: "
+            "pip install 'numpy<2.4', or Triton 3.7 or later"
+        )
+    return None
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:2]))
+
+
 @_constant
 def _extension_missing() -> str | None:
     return _extension.why_not()
@@ -92,7 +115,7 @@ CPU_ATEN = Implementation("cpu", ("cpu",), KERNEL_DTYPES, _always)
 TRITON = Implementation("triton", ("cuda",), KERNEL_DTYPES, _triton_missing)
 # bf16 arithmetic is silently wrong under the interpreter, so it is refused there.
 TRITON_INTERPRETED = Implementation(
-    "triton", ("cpu",), (torch.float16, torch.float32), _triton_missing
+    "triton", ("cpu",), (torch.float16, torch.float32), _interpreter_missing
 )
 CUDA = Implementation("cuda", ("cuda",), KERNEL_DTYPES, _cuda_missing)
 

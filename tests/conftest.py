@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
+from collections.abc import Callable
 
 import torch
 
@@ -11,25 +13,39 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = (
         "1"  # read when kernels are decorated, so before any import of them
     )
+# Deterministic mode asks cuBLAS for it, and cuBLAS reads it once.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 
 # xdist's workers inherit the environment, so that all of them draw from the one printed seed.
 SEED = int(os.environ.setdefault("MOLEX_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NEED_A_GPU = ("gpu", "sanitizer")  # marks
+
+if os.environ.get("CI"):
+    # CI installs whatever the tests can use: there a package that is missing is an error.
+    pytest.importorskip = lambda name, *_, **__: importlib.import_module(name)
 
 
 def pytest_report_header() -> str:
     return f"molex_kernels: MOLEX_TEST_SEED={SEED}, device {DEVICE}, torch {torch.__version__}"
 
 
+def also_for_a_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that runs anywhere as one of the GPU's where there is one."""
+    return pytest.mark.gpu(test) if DEVICE.type == "cuda" else test
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if DEVICE.type == "cuda":
+        return
+    if config.getoption("markexpr") in NEED_A_GPU:
+        raise pytest.UsageError(f"-m {config.getoption('markexpr')}: there is no CUDA device here")
     for item in items:
-        if DEVICE.type == "cpu" and item.get_closest_marker("gpu"):
+        if any(map(item.get_closest_marker, NEED_A_GPU)):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if DEVICE.type == "cuda" and item.name.startswith("test_within_budget"):
-            item.add_marker(pytest.mark.gpu)  # the error budget in bf16 is proven only there
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -24,6 +25,7 @@ from benchmarks import (
     ceilings,
     check,
     compare,
+    cuda_graph,
     expert_parallel,
     goals,
     markdown,
@@ -257,6 +259,51 @@ def test_what_is_kept_for_backward_is_counted():
     work = check.Pass(info, lambda x: (x * x).exp().relu(), {"x": x})
     # exp keeps its result and relu keeps its own; the product keeps x, which is there anyway.
     assert work.saved_bytes() == 2 * x.nbytes
+
+
+def test_a_failed_capture_leaves_the_current_stream_as_it_was(monkeypatch: Any):
+    """torch's does not: where the end of a capture raises, its stream stays the current one."""
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            assert isinstance(other, Stream)
+
+    default = current = Stream()
+
+    def set_stream(stream: Any) -> None:
+        nonlocal current
+        current = stream
+
+    @contextlib.contextmanager
+    def on(stream: Any) -> Any:
+        before = current
+        set_stream(stream)
+        yield
+        set_stream(before)
+
+    @contextlib.contextmanager
+    def graph(_: Any) -> Any:
+        set_stream(Stream())
+        yield
+
+    fakes = {
+        "current_stream": lambda: current, "set_stream": set_stream, "stream": on, "graph": graph,
+        "Stream": Stream, "CUDAGraph": object, "synchronize": lambda: None,
+        "set_sync_debug_mode": lambda mode: None,
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    outcomes = iter([1, 2])  # those of the warm-up and of the look-out for waits
+
+    def call() -> int:
+        for outcome in outcomes:
+            return outcome
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    failed = cuda_graph.capture(call)
+    assert failed == "no CUDA graph: operation not permitted when stream is capturing"
+    assert current is default
 
 
 # The order and the time of a run

@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from conftest import DEVICE
 from contract import run, upstream_for
+from torch.utils._pytree import tree_map_only
 
+from benchmarks import cuda_graph
 from molex_kernels._dispatch import CUDA
 from molex_kernels._opinfo import Case, OpInfo
 from molex_kernels.ops import load_ops
 
 pytestmark = pytest.mark.gpu
 
+BUILT = pytest.mark.skipif(CUDA.why_not() is not None, reason=str(CUDA.why_not()))
 CASES = [
-    pytest.param(info, case, impl, id=f"{info.name}-{case.id}-{impl}")
+    pytest.param(
+        *(info, case, impl),
+        id=f"{info.name}-{case.id}-{impl}",
+        marks=[BUILT] if impl == "cuda" else [],
+    )
     for info in load_ops().values()
     for case in info.tests
     for impl in ("triton", "cuda")
-    if impl in info.implementations and (impl != "cuda" or CUDA.why_not() is None)
+    if impl in info.implementations
 ]
 
 
-@pytest.fixture
-def no_sync():
+@pytest.fixture(autouse=True)
+def _default_stream() -> Iterator[None]:
+    """Whatever a test did, the next one begins on the default stream and may wait."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.set_stream(torch.cuda.default_stream())
+
+
+@contextmanager
+def _no_sync() -> Iterator[None]:
     """Any host synchronisation inside is an error."""
-
-    class Guard:
-        def __enter__(self):
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-
-        def __exit__(self, *_):
-            torch.cuda.set_sync_debug_mode("default")
-
-    return Guard()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(("info", "case", "impl"), CASES)
-def test_never_waits_for_the_device(info: OpInfo, case: Case, impl: str, generator, no_sync):
+def test_never_waits_for_the_device(info: OpInfo, case: Case, impl: str, generator):
     inputs = info.make(case, torch.bfloat16, DEVICE, generator)
     upstream = upstream_for(run(info, inputs, impl, None).results, generator)
     run(info, inputs, impl, upstream)
-    with no_sync:
+    with _no_sync():
         run(info, inputs, impl, upstream)
 
 
@@ -50,28 +65,38 @@ def test_never_waits_for_the_device(info: OpInfo, case: Case, impl: str, generat
 def test_replays_as_a_graph(info: OpInfo, case: Case, impl: str, generator):
     inputs = info.make(case, torch.bfloat16, DEVICE, generator)
     expected = run(info, inputs, impl, None).results
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run(info, inputs, impl, None)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(info, inputs, impl, None).results
-    for result in captured.values():
+    captured = cuda_graph.capture(lambda: run(info, inputs, impl, None).results)
+    assert isinstance(captured, cuda_graph.Captured), captured
+    for result in captured.result.values():
         result.zero_()
-    graph.replay()
-    for name, result in captured.items():
+    captured.graph.replay()
+    for name, result in captured.result.items():
         assert torch.equal(result, expected[name]), name
 
 
 @pytest.mark.parametrize(("info", "case", "impl"), CASES)
 def test_runs_on_the_current_stream(info: OpInfo, case: Case, impl: str, generator):
+    """The inputs come into being there, late: what runs on another stream reads blanks."""
     inputs = info.make(case, torch.bfloat16, DEVICE, generator)
-    expected = run(info, inputs, impl, None).results
+    upstream = upstream_for(run(info, inputs, impl, None).results, generator)
+    expected = run(info, inputs, impl, upstream)
+    late: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def blank(t: torch.Tensor) -> torch.Tensor:
+        """As large, and wrong: NaN, or 0 where any other integer might lead out of bounds."""
+        late.append((torch.full_like(t, math.nan if t.is_floating_point() else 0), t))
+        return late[-1][0]
+
+    inputs, upstream = tree_map_only(torch.Tensor, blank, (inputs, upstream))
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(10_000_000)
-        got = run(info, inputs, impl, None).results
-    stream.synchronize()
-    for name, result in got.items():
-        assert torch.equal(result, expected[name]), name
+        torch.cuda._sleep(50_000_000)  # cycles; about 30 ms
+        for target, value in late:
+            target.copy_(value)
+        got = run(info, inputs, impl, upstream)
+    torch.cuda.synchronize()
+    for name, result in got.results.items():
+        assert torch.equal(result, expected.results[name]), name
+    for name, gradient in got.gradients.items():
+        assert torch.equal(gradient, expected.gradients[name]), f"gradient of {name}"

@@ -71,12 +71,38 @@ def test_an_unknown_name_lists_the_names():
         choose("op", (REFERENCE,), "tritn", X)
 
 
-def test_bf16_is_refused_under_the_interpreter():
-    if not _dispatch.interpreted():
-        pytest.skip("the interpreter is off where there is a GPU")
+def test_bf16_is_refused_under_the_interpreter(monkeypatch):
+    monkeypatch.setattr(_dispatch, "interpreted", lambda: True)
+    monkeypatch.setattr(_dispatch, "_version", {"triton": "3.7.1", "numpy": "2.5.2"}.get)
     assert choose("op", (TRITON, REFERENCE), "triton", X) == "triton"
     with pytest.raises(NotImplementedError, match="the inputs are bfloat16"):
         choose("op", (TRITON, REFERENCE), "triton", X.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"),
+    [
+        ("3.6.0", "2.3.5", True),
+        ("3.6.0", "2.4.0", False),
+        ("3.6.0+git123", "2.10.1", False),
+        ("3.6.0", "3.0.0", False),
+        ("3.7.1", "2.5.2", True),
+        ("3.10.0", "2.5.2", True),
+    ],
+)
+def test_an_interpreter_that_does_not_know_this_numpy_is_refused(
+    monkeypatch, triton: str, numpy: str, works: bool
+):
+    monkeypatch.setattr(_dispatch, "interpreted", lambda: True)
+    monkeypatch.setattr(_dispatch, "_version", {"triton": triton, "numpy": numpy}.get)
+    if works:
+        assert choose("op", (TRITON, REFERENCE), "triton", X) == "triton"
+        return
+    with pytest.raises(NotImplementedError) as error:
+        choose("op", (TRITON, REFERENCE), "triton", X)
+    assert f"the interpreter of Triton {triton} fails with numpy {numpy}" in str(error.value)
+    assert "pip install 'numpy<2.4', or Triton 3.7 or later" in str(error.value)
+    assert "interpreter" in _dispatch.reasons((TRITON, REFERENCE), "cpu")["triton"]
 
 
 def test_triton_without_a_gpu_says_what_it_needs(monkeypatch):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dis
 import importlib
+import inspect
 
 import pytest
 import torch
@@ -84,6 +86,60 @@ def test_experts_of_transformers(transformers, kind, generator):
     close = 1e-5 if kind == "post_norm" else 1e-10  # that norm computes in fp32
     for name, value in found["molex"].items():
         torch.testing.assert_close(value, found["eager"][name], atol=close, rtol=close, msg=name)
+
+
+def _outputs(experts, generator):
+    """What the model's own code gives, and what the op gives."""
+    index, weight = _routing(generator, torch.float64)
+    x = torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64)
+    for name in ("eager", "molex"):
+        experts.config._experts_implementation = name
+        yield experts(x, index, weight)
+
+
+def test_experts_that_say_less_of_themselves(transformers, generator):
+    """As before 5.24: what experts can have was added over the releases."""
+    experts = _experts(transformers, "silu", generator, torch.float64)
+    for name in ("has_gate", "is_concatenated", "has_post_expert_norm"):
+        if hasattr(experts, name):
+            delattr(experts, name)
+    torch.testing.assert_close(*_outputs(experts, generator), atol=1e-10, rtol=1e-10)
+
+
+def test_models_that_know_their_own_implementations_only(transformers, generator, monkeypatch):
+    """As in the first releases of transformers 5."""
+    from molex_kernels.integrations.transformers import install_experts
+
+    def theirs(model, requested):
+        if requested not in (None, "eager", "grouped_mm", "batched_mm"):
+            raise ValueError(f"{requested} is not supported")
+        return requested or "eager"
+
+    method = "get_correct_experts_implementation"
+    monkeypatch.setattr(transformers.PreTrainedModel, method, theirs)
+    for _ in range(2):
+        assert install_experts() == "molex"
+    model = _model(transformers, generator)
+    model.set_experts_implementation("molex")
+    assert model.config._experts_implementation == "molex"
+    with pytest.raises(ValueError, match="others is not supported"):
+        model.set_experts_implementation("others")
+
+
+def test_nothing_is_imported_while_a_model_is_traced(transformers):
+    """Dynamo refuses some imports: those of lazy modules, in torch 2.11."""
+    from molex_kernels.integrations import transformers as integration
+
+    traced = [
+        function
+        for name, function in inspect.getmembers(integration, inspect.isfunction)
+        if function.__module__ == integration.__name__
+        and name not in ("install_experts", "_let_the_name_through")
+    ]
+    assert integration.experts_forward in traced
+    for function in traced:
+        opcodes = {instruction.opname for instruction in dis.get_instructions(function)}
+        assert "IMPORT_NAME" not in opcodes, function.__name__
 
 
 def _model(transformers, generator):
@@ -263,14 +319,3 @@ def test_masks_of_scores_are_refused():
             attention(x, attn_mask=torch.ones(4, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="is_causal: expected False"):
         mk.ScaledAttention(24, 3)(x, is_causal=True)
-
-
-def test_a_model_of_timm(generator):
-    timm = pytest.importorskip("timm", exc_type=ImportError)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval()
-    images = torch.randn(2, 3, 32, 32, generator=generator)
-    plain = model(images)
-    install_rpc_attention(model, robust=False)
-    torch.testing.assert_close(model(images), plain, atol=1e-5, rtol=1e-5)
-    install_rpc_attention(model, layers=[1], num_iters=2, lam=0.5)
-    assert torch.isfinite(model(images)).all()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import DEVICE
 
 import molex_kernels as mk
 
@@ -20,7 +21,7 @@ def _inputs() -> tuple[torch.Tensor, ...]:
     gate = torch.randn(E, D, generator=generator)
     prev_index = torch.rand(40, E, generator=generator).argsort(1)[:, :K]
     prev_weight = torch.rand(40, K, generator=generator)
-    return x, gate, prev_index, prev_weight
+    return tuple(t.to(DEVICE) for t in (x, gate, prev_index, prev_weight))
 
 
 def _worker(rank: int, folder: str, split: int, stat: str, impl: str) -> None:
@@ -38,7 +39,7 @@ def _worker(rank: int, folder: str, split: int, stat: str, impl: str) -> None:
         process_group=dist.group.WORLD,
         impl=impl,
     )
-    torch.save(routing.logits, f"{folder}/{rank}.pt")
+    torch.save(routing.logits.cpu(), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -57,9 +58,9 @@ def test_two_ranks_route_as_one(tmp_path: Path, stat: str, split: int, impl: str
             x[tokens], gate, prev_index[tokens], prev_weight[tokens], top_k=K, mix=True, stat=stat
         ).logits
 
-    torch.testing.assert_close(shared, route(slice(None)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(shared, route(slice(None)).cpu(), rtol=1e-5, atol=1e-5)
     if split:
-        alone = torch.cat([route(slice(0, split)), route(slice(split, None))])
+        alone = torch.cat([route(slice(0, split)), route(slice(split, None))]).cpu()
         assert not torch.allclose(shared, alone, rtol=1e-3), "the ranks did not share anything"
 
 

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch import Tensor
 
 import molex_kernels as mk
 
-IMPLS = ["reference", "triton", "cpu"]
+IMPLS = ("triton", "reference") if DEVICE.type == "cuda" else ("triton", "cpu", "reference")
 
 
-def _tokens(generator: torch.Generator, *sizes: int) -> Tensor:
-    return torch.randn(*sizes, generator=generator)
+@pytest.fixture(autouse=True)
+def _on_the_device() -> Iterator[None]:
+    """Where Triton runs: what a test makes without naming a device is made there."""
+    with DEVICE:
+        yield
+
+
+def _tokens(generator: torch.Generator, *sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(sizes, generator=generator, dtype=dtype, device="cpu").to(DEVICE)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -112,8 +121,8 @@ def test_recipes_in_order(generator, impl: str, recipe: str, empty: str):
 
 
 def test_an_empty_cluster_takes_over_in_the_published_form(generator):
-    x = _tokens(generator, 600, 8)
-    cluster = torch.arange(600) % 15
+    x = _tokens(generator, 6000, 8)
+    cluster = torch.arange(6000) % 15
     published = mk.ac_weights(x, cluster, 16, empty="published")
     masked = mk.ac_weights(x, cluster, 16)
     assert published[15].min() > 10
@@ -152,7 +161,7 @@ def test_the_statistics_get_no_gradient(generator, impl: str):
     assert stats.grad is None
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_plan_by_hand(impl: str):
     index = torch.tensor([[2, 0], [7, 2], [0, -1], [2, 2]])
     plan = mk.route_plan(index, 3, impl=impl)
@@ -192,7 +201,7 @@ def test_z_loss_by_hand():
 def test_autocast_keeps_the_router_in_fp32(generator):
     x, gate = _tokens(generator, 30, 64), _tokens(generator, 8, 64)
     plain = mk.topk_route(x, gate, top_k=2)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         cast = mk.topk_route(x, gate, top_k=2)
     assert torch.equal(plain.logits, cast.logits)
 
@@ -318,12 +327,12 @@ def test_statistics_far_from_zero(generator, impl: str):
     torch.testing.assert_close(near, far, rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_plan_is_a_stable_sort(generator, impl: str, dtype: torch.dtype):
     """More assignments than one block counts, read through strides."""
-    wide = torch.randint(-2, 9, (6, 90), generator=generator, dtype=dtype)
-    index = wide.T[:, ::2]
+    wide = torch.randint(-2, 9, (6, 90), generator=generator, dtype=dtype, device="cpu")
+    index = wide.to(DEVICE).T[:, ::2]
     plan = mk.route_plan(index, 7, impl=impl)
     ids = [i if 0 <= i < 7 else 7 for i in index.flatten().tolist()]
     order = sorted(range(len(ids)), key=lambda a: (ids[a], a))
@@ -351,8 +360,8 @@ def test_a_process_group_is_checked():
 
 def test_the_fp64_reference_to_twelve_digits():
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(8, 4, generator=generator, dtype=torch.float64)
-    gate = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    x = _tokens(generator, 8, 4, dtype=torch.float64)
+    gate = _tokens(generator, 3, 4, dtype=torch.float64)
     cluster = torch.arange(8) % 3
     w = mk.ac_weights(x, cluster, 3, eps=0.1, clip=float("inf"), norm="none")
     logits = mk.ac_route(

@@ -9,6 +9,7 @@ Weights, names and checkpoints stay as they are, adapters of PEFT on the expert 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -17,7 +18,25 @@ from torch import Tensor, nn
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
 from molex_kernels.ops.routing.api import route_plan
 
+# Imported here, once: `torch.compile` traces what stands below, and no import belongs in there.
+try:
+    from transformers import activations
+    from transformers.integrations import moe
+except ImportError as error:
+    _MISSING: ImportError | None = error
+    _POINTWISE: dict[str, tuple[type, ...]] = {}
+else:
+    _MISSING = None
+    _POINTWISE = {
+        "silu": (nn.SiLU, getattr(activations, "SiLUActivation", nn.SiLU)),
+        "relu": (nn.ReLU,),
+        "gelu": (activations.GELUActivation,),
+        "gelu_tanh": (activations.GELUTanh, activations.NewGELUActivation),
+    }
+
 NAME = "molex"
+# What the experts of releases before 5.24 do not say of themselves, and what held for all of them.
+_UNSAID = {"has_gate": True, "is_concatenated": True, "has_post_expert_norm": False}
 
 
 def install_experts() -> str:
@@ -32,15 +51,31 @@ def install_experts() -> str:
     Raises NotImplementedError where transformers (before 5.0) or its absence leaves nothing to
     register with.
     """
-    try:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    except ImportError as error:
+    if _MISSING is not None:
         raise NotImplementedError(
             f"install_experts: expected transformers 5.0 or later with its experts interface: "
-            f"{error}"
-        ) from error
-    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+            f"{_MISSING}"
+        ) from _MISSING
+    moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    _let_the_name_through()
     return NAME
+
+
+def _let_the_name_through() -> None:
+    """Early releases of transformers 5 check names against a fixed list, whatever is registered."""
+    from transformers import PreTrainedModel
+
+    models: Any = PreTrainedModel
+    check = models.get_correct_experts_implementation
+    try:
+        check(None, NAME)  # the model matters to names of their own only
+    except ValueError:
+
+        @functools.wraps(check)
+        def with_ours(model: Any, requested: str | None) -> str:
+            return NAME if requested == NAME else check(model, requested)
+
+        models.get_correct_experts_implementation = with_ours
 
 
 def experts_forward(
@@ -63,16 +98,16 @@ def experts_forward(
             b_up=b_up,
             b_down=b_down,
             activation=activation,
-            gate_layout="concat" if experts.is_concatenated else "interleaved",
+            gate_layout="concat" if _says(experts, "is_concatenated") else "interleaved",
         )
     top_k = top_k_index.shape[1]
     plan = route_plan(top_k_index, w_down.shape[0])
     # Every row is taken once, so that the gradient of the gather adds nothing up in a free order.
     rows = hidden_states.repeat_interleave(top_k, 0)[plan.permutation]
     hidden = grouped_gemm(rows, w_up, plan.offsets, bias=b_up)
-    hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
+    hidden = experts._apply_gate(hidden) if _says(experts, "has_gate") else experts.act_fn(hidden)
     rows = grouped_gemm(hidden.to(rows.dtype), w_down, plan.offsets, bias=b_down)
-    if experts.has_post_expert_norm:
+    if _says(experts, "has_post_expert_norm"):
         rows = experts.post_expert_norm(rows)
     by_token = rows[plan.inverse].view(*top_k_index.shape, -1)
     return (by_token * weights[..., None]).sum(1, dtype=weights.dtype).to(hidden_states.dtype)
@@ -80,7 +115,7 @@ def experts_forward(
 
 def _weights(experts: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """w_up and w_down as `moe_mlp` has them (views), and their biases."""
-    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    name = "gate_up_proj" if _says(experts, "has_gate") else "up_proj"
     w_up, w_down = getattr(experts, name), experts.down_proj
     if experts.is_transposed:
         w_up, w_down = w_up.mT, w_down.mT
@@ -89,30 +124,25 @@ def _weights(experts: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None
     return w_up, w_down, getattr(experts, f"{name}_bias"), experts.down_proj_bias
 
 
+def _says(experts: Any, name: str) -> bool:
+    return getattr(experts, name, _UNSAID[name])
+
+
 def _activation(experts: Any) -> str | None:
     """The name that `moe_mlp` has for what these experts do; None for code of their own."""
-    from transformers.integrations.moe import _default_apply_gate
-
-    if experts.has_post_expert_norm:
+    if _says(experts, "has_post_expert_norm"):
         return None
     pointwise = _pointwise(experts.act_fn) if hasattr(experts, "act_fn") else None
-    if not experts.has_gate:
+    if not _says(experts, "has_gate"):
         return pointwise
-    if type(experts)._apply_gate is not _default_apply_gate:
+    if type(experts)._apply_gate is not moe._default_apply_gate:
         return None
     return {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}.get(pointwise or "")
 
 
 def _pointwise(function: Any) -> str | None:
-    from transformers import activations
-
-    kinds = {
-        "silu": (nn.SiLU, getattr(activations, "SiLUActivation", nn.SiLU)),
-        "relu": (nn.ReLU,),
-        "gelu_tanh": (activations.GELUTanh, activations.NewGELUActivation),
-    }
-    for name, classes in kinds.items():
+    for name, classes in _POINTWISE.items():
         if type(function) in classes:
             return name
     exact = isinstance(function, nn.GELU) and function.approximate == "none"
-    return "gelu" if exact or type(function) is activations.GELUActivation else None
+    return "gelu" if exact else None
