@@ -78,7 +78,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=list(others))
     items[:] = [item for item in items if item not in others]
     for item in items:
-        pattern = left_out.pattern_for(f"{item.path.name}::{item.name}")
+        pattern = left_out.pattern_for(_described(item))
         if pattern is not None:
             item.add_marker(pytest.mark.skip(reason=left_out.TESTS[pattern]))
             item.user_properties.append(("left out", pattern))
@@ -94,13 +94,24 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     finally:
         # A report's properties reach the judging process as plain lists and numbers.
         seen = [(name, s.count, sorted(s.dtypes)) for name, s in _launched.items()]
-        parameters = getattr(item, "callspec", None)
-        in_bf16 = parameters is not None and torch.bfloat16 in parameters.params.values()
+        in_bf16 = torch.bfloat16 in _parameters(item).values()
         item.user_properties += [
             ("launched", seen),
             ("in bf16", in_bf16),
             ("unchecked", session.races_unchecked - unchecked),
         ]
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def _described(item: pytest.Item) -> str:
+    """ "file::test[parameters]", and which sizes of the op these are where it is not `tests`."""
+    parameters = _parameters(item)
+    info, case = parameters.get("info"), parameters.get("case")
+    sizes = [s for s in ("large", "compiled") if case and case in getattr(info, s)]
+    return " ".join([f"{item.path.name}::{item.name}", *sizes])
 
 
 class Summary:
