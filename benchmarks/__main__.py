@@ -1,17 +1,19 @@
 """`python -m benchmarks`: the ops, the training runs on text and images, the fine-tune, the report.
 
 Returns non-zero if a result of ours was wrong or anything failed; the report is written in any
-case.
+case. A run that is told to end (SIGTERM) reports what it has measured by then.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -27,7 +29,14 @@ def main() -> int:
     parser.add_argument("--preset", choices=sorted(presets.PRESETS), default="quick")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--out", type=Path, help="report folder; default: benchmarks/reports/...")
-    parser.add_argument("--save-results", action="store_true", help="keep a JSON in results/")
+    parser.add_argument(
+        "--save-results",
+        nargs="?",
+        type=Path,
+        const=report.SAVED,
+        metavar="FOLDER",
+        help="keep a JSON in FOLDER/<machine>/; default: benchmarks/results",
+    )
     parser.add_argument("--only", choices=PARTS, help="leave the other parts out")
     parser.add_argument("-k", dest="select", help="which rows, as pytest's -k")
     parser.add_argument(
@@ -59,13 +68,17 @@ def main() -> int:
     start = time.monotonic()
     chosen = ["--preset", preset.name, "--device", device.type]
     failed = []
-    with tempfile.TemporaryDirectory() as folder:
-        files = {part: Path(folder) / f"{part}.json" for part in PARTS}
-        if options.only in (None, "ops") and _ops(chosen, files["ops"], options.select):
-            failed.append("ops")
-        for part in PARTS[1:]:
-            if options.only in (None, part) and _trained(part, chosen, files[part]):
-                failed.append(part)
+    with tempfile.TemporaryDirectory() as scratch:
+        files = _files(options.out or Path(scratch))
+        try:
+            signal.signal(signal.SIGTERM, _end)
+            if options.only in (None, "ops") and _ops(chosen, files["ops"], options.select):
+                failed.append("ops")
+            for part in PARTS[1:]:
+                if options.only in (None, part) and _trained(part, chosen, files[part]):
+                    failed.append(part)
+        except _Ended:
+            failed.append("what was still to come: the run was told to end")
         found = results.collect(*files.values())
     if not found["environment"]:
         console.print("nothing was measured")
@@ -73,13 +86,34 @@ def main() -> int:
     report.show(found, console)
     console.print(f"report: {report.write(found, options.out) / 'report.md'}")
     if options.save_results:
-        console.print(f"results: {report.save_results(found)}")
+        console.print(f"results: {report.save_results(found, options.save_results)}")
     console.print(f"took {time.monotonic() - start:.0f} s")
     if before and not compare.against(found, before, console):
         failed.append("comparison")
     for part in failed:
         console.print(f"[bold red]failed: {part}[/bold red] (see above)")
     return 1 if failed else 0
+
+
+class _Ended(Exception):
+    """SIGTERM came."""
+
+
+def _end(*_: object) -> NoReturn:
+    # `timeout` tells the process and then its group, and the report is still to be written.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _Ended
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Where each part writes, with nothing there from an earlier run."""
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {part: folder / f"{part}.json" for part in PARTS[1:]}
+    files = {"ops": folder / "ops.jsonl", **files}
+    for file in files.values():
+        file.unlink(missing_ok=True)
+    return files
 
 
 def _ops(chosen: list[str], target: Path, select: str | None) -> int:
@@ -94,7 +128,7 @@ def _ops(chosen: list[str], target: Path, select: str | None) -> int:
         "-r",
         "fE",
     ]
-    command += ["--benchmark-enable", "--benchmark-quiet", f"--benchmark-json={target}"]
+    command += ["--benchmark-enable", "--benchmark-quiet", f"--rows={target}"]
     command += ["-k", select] if select else []
     return subprocess.run(command, cwd=folder.parent).returncode
 

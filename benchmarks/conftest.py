@@ -1,22 +1,21 @@
-"""Options, rows and fixtures of the benchmarks; what is added to pytest-benchmark's JSON."""
+"""Options, rows and fixtures of the benchmarks."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import ceilings, environment, goals, presets, rows
-from benchmarks.measure import OK, Meter, Outcome, Outcomes
+from benchmarks import goals, presets, rows
+from benchmarks.measure import Meter, Outcome, Outcomes
 from benchmarks.progress import Progress
+from benchmarks.record import Record
 from benchmarks.rows import Group, Row
 from molex_kernels.ops import load_ops
-
-_UNTIMED = pytest.StashKey[list[dict[str, Any]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,10 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     options.addoption("--preset", choices=sorted(presets.PRESETS), default="quick")
     options.addoption("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     options.addoption("--progress", action="store_true", help="a progress bar instead of dots")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_UNTIMED] = []
+    options.addoption("--rows", type=Path, help="a file for the rows, written as they come")
 
 
 def _device(config: pytest.Config) -> torch.device:
@@ -74,6 +70,8 @@ def measured(request: pytest.FixtureRequest, progress: Progress) -> Callable[[Ro
         pytest.exit(f"--preset {preset.name} needs a CUDA device", returncode=2)
     enabled = config.getoption("benchmark_enable") or not config.getoption("benchmark_disable")
     meter = Meter(preset, timed=enabled)
+    target = config.getoption("--rows")
+    record = Record(target, preset.name, _device(config)) if target else None
     outcomes: dict[str, Outcomes] = {}
 
     def outcome_of(row: Row) -> Outcome:
@@ -83,22 +81,8 @@ def measured(request: pytest.FixtureRequest, progress: Progress) -> Callable[[Ro
             outcomes[group.name] = meter.group(group)
             progress.done(group, outcomes[group.name])
         outcome = outcomes[group.name][row.label, row.mode]
-        if outcome.status != OK:
-            facts = {**outcome.facts, "status": outcome.status, "reason": outcome.reason}
-            config.stash[_UNTIMED].append(facts)
+        if record:
+            record.add(outcome)
         return outcome
 
     return outcome_of
-
-
-def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    device = _device(config)
-    dtype = presets.default_dtype(device)
-    output_json["molex"] = {
-        "preset": config.getoption("--preset"),
-        "environment": environment.describe(device),
-        "ceilings": {
-            presets.dtype_name(dtype): dataclasses.asdict(ceilings.measure(device, dtype))
-        },
-        "untimed": config.stash[_UNTIMED],
-    }

@@ -62,7 +62,12 @@ def run_slug(facts: dict[str, Any]) -> str:
 
 
 def commit() -> str:
-    """The short commit, with "-dirty" where the tree differs from it; "nocommit" outside git."""
+    """The short commit, with "-dirty" where the tree differs from it; "nocommit" outside git.
+
+    MOLEX_COMMIT names it for a copy of the tree.
+    """
+    if named := os.environ.get("MOLEX_COMMIT"):
+        return named
     head = _git("rev-parse", "--short=10", "HEAD")
     if not head:
         return "nocommit"

@@ -1,6 +1,6 @@
 """Writes the report folder and prints the summary table.
 
-`python -m benchmarks.report --ops pytest.json --text text.json --images images.json
+`python -m benchmarks.report --ops ops.jsonl --text text.json --images images.json
 --finetune finetune.json --out FOLDER` joins existing files.
 """
 
@@ -36,10 +36,10 @@ def write(found: Results, out: Path | None) -> Path:
     return folder
 
 
-def save_results(found: Results) -> Path:
-    """Copies the results to results/<machine>/<date>-<commit>.json, to be committed."""
+def save_results(found: Results, into: Path) -> Path:
+    """Copies the results to <into>/<machine>/<date>-<commit>.json, to be committed."""
     facts = found["environment"]
-    folder = SAVED / environment.machine_slug(facts)
+    folder = into / environment.machine_slug(facts)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{environment.run_slug(facts)}.json"
     results.save(found, folder)
@@ -160,7 +160,7 @@ def _point_latest(folder: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ops", type=Path, help="pytest-benchmark's JSON")
+    parser.add_argument("--ops", type=Path, help="the ops' rows")
     parser.add_argument("--text", type=Path, help="the text run's JSON")
     parser.add_argument("--images", type=Path, help="the images run's JSON")
     parser.add_argument("--finetune", type=Path, help="the fine-tune's JSON")

@@ -1,4 +1,4 @@
-"""Joins what pytest-benchmark and the training runs wrote into one set of results."""
+"""Joins what the ops' and the training runs wrote into one set of results."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import record
 from benchmarks.rows import BASELINE, BASELINES, OURS, YARDSTICK
 from benchmarks.spread import Ratio
 
@@ -31,9 +32,8 @@ def collect(
         if results[part]:
             results["environment"] = results[part]["environment"]
     if ops and ops.exists():
-        found = json.loads(ops.read_text())
-        results |= {key: found["molex"][key] for key in ("preset", "environment", "ceilings")}
-        every = [_timed(b) for b in found["benchmarks"]] + found["molex"]["untimed"]
+        head, every = record.read(ops)
+        results |= head
         results["rows"] = [row for row in every if not row["sweep"]]
         results["sweeps"] = [row for row in every if row["sweep"]]
     return results
@@ -87,16 +87,3 @@ def best(rows: list[Row]) -> Row | None:
     """The fastest of our implementations, if any has a time."""
     timed = [r for r in rows if r["kind"] == OURS and "median_s" in r]
     return min(timed, key=lambda r: r["median_s"]) if timed else None
-
-
-def _timed(benchmark: dict[str, Any]) -> Row:
-    stats = benchmark["stats"]
-    return {
-        **benchmark["extra_info"],
-        "status": "ok",
-        "median_s": stats["median"],
-        "min_s": stats["min"],
-        "q1_s": stats["q1"],
-        "q3_s": stats["q3"],
-        "rounds": stats["rounds"],
-    }

@@ -10,8 +10,11 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import random
 import re
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import torch
 for needed in ("rich", "matplotlib", "sklearn"):
     pytest.importorskip(needed)
 
+from benchmarks import __main__ as main
 from benchmarks import (
     ceilings,
     check,
@@ -33,6 +37,7 @@ from benchmarks import (
     plots,
     presets,
     readme,
+    record,
     report,
     results,
     rows,
@@ -304,6 +309,56 @@ def test_a_failed_capture_leaves_the_current_stream_as_it_was(monkeypatch: Any):
     failed = cuda_graph.capture(call)
     assert failed == "no CUDA graph: operation not permitted when stream is capturing"
     assert current is default
+
+
+# A run that is cut
+
+
+def _outcome(row: dict[str, Any], samples: tuple[float, ...]) -> measure.Outcome:
+    facts = {k: v for k, v in row.items() if k not in ("status", "median_s")}
+    return measure.Outcome(row["status"], row["reason"], dict(enumerate(samples)), facts)
+
+
+def test_rows_are_there_as_soon_as_they_are_measured(tmp_path: Path):
+    file = tmp_path / "ops.jsonl"
+    written = record.Record(file, "quick", CPU)
+    written.add(_outcome(_row("reference", 1.0), ()))
+    assert not file.exists(), "it ran and was not timed"
+    written.add(_outcome(_row("cpu", 1.0), (1.0, 2.0, 3.0, 4.0, 10.0)))
+    written.add(_outcome(_row("published", None), ()))
+    with file.open("a") as torn:
+        torn.write('{"op": "momentum_upda')
+    found = results.collect(file, None, None, None)
+    assert found["preset"] == "quick"
+    assert found["ceilings"] == {"fp32": {"copy": 1e10, "matmul": 1e11}}
+    ours, wrong = found["rows"]
+    shown = {name: ours[name] for name in ("status", "median_s", "min_s", "q1_s", "q3_s", "rounds")}
+    assert list(shown.values()) == ["ok", 3.0, 1.0, 2.0, 4.0, 5]
+    assert (wrong["status"], wrong["reason"]) == ("wrong", "y: error 3 > 1")
+
+
+def test_a_run_that_is_told_to_end_reports_what_it_has(monkeypatch: Any, tmp_path: Path):
+    begun = []
+
+    def ops(chosen: list[str], target: Path, select: str | None) -> int:
+        begun.append("ops")
+        record.Record(target, "quick", CPU).add(_outcome(_row("cpu", 1.0), (0.25, 0.5)))
+        for _ in range(2):  # `timeout` tells twice
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 0
+
+    monkeypatch.setattr(main, "_ops", ops)
+    monkeypatch.setattr(main, "_trained", lambda part, *_: begun.append(part))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cpu", "--out", str(tmp_path)])
+    (tmp_path / "text.json").write_text('{"of": "an earlier run"}')
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main.main() == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert begun == ["ops"]
+    assert "momentum_update" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["median_s"] == 0.375
 
 
 # The order and the time of a run

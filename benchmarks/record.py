@@ -1,0 +1,72 @@
+"""The rows of a run, a line of JSON each, written as they are measured: a cut loses none before it.
+
+The first line says where they come from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import ceilings, environment, presets
+from benchmarks.measure import OK, Outcome
+
+
+class Record:
+    """Appends to a file, which begins with the first row."""
+
+    def __init__(self, path: Path, preset: str, device: torch.device) -> None:
+        self._path, self._preset, self._device = path, preset, device
+        self._begun = False
+
+    def add(self, outcome: Outcome) -> None:
+        """Writes a row; of one that ran and was not timed there is nothing to say."""
+        if outcome.status == OK and not outcome.samples:
+            return
+        if not self._begun:
+            self._begun = True
+            self._path.write_text(_line(self._head()))
+        with self._path.open("a") as file:
+            file.write(_line(_row(outcome)))
+
+    def _head(self) -> dict[str, Any]:
+        dtype = presets.default_dtype(self._device)
+        best = dataclasses.asdict(ceilings.measure(self._device, dtype))
+        return {
+            "preset": self._preset,
+            "environment": environment.describe(self._device),
+            "ceilings": {presets.dtype_name(dtype): best},
+        }
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the rows have in common, and the rows. A line that was cut off is no row."""
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    head, *rows = map(json.loads, whole)
+    return head, rows
+
+
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(value) + "\n"
+
+
+def _row(outcome: Outcome) -> dict[str, Any]:
+    row = {**outcome.facts, "status": outcome.status}
+    if outcome.status != OK:
+        return row | {"reason": outcome.reason}
+    samples = list(outcome.samples.values())
+    quarters = (
+        statistics.quantiles(samples, n=4, method="inclusive") if samples[1:] else samples * 3
+    )
+    return row | {
+        "median_s": statistics.median(samples),
+        "min_s": min(samples),
+        "q1_s": quarters[0],
+        "q3_s": quarters[2],
+        "rounds": len(samples),
+    }
