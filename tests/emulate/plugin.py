@@ -94,7 +94,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     finally:
         # A report's properties reach the judging process as plain lists and numbers.
         seen = [(name, s.count, sorted(s.dtypes)) for name, s in _launched.items()]
-        in_bf16 = torch.bfloat16 in _parameters(item).values()
+        in_bf16 = any(value is torch.bfloat16 for value in _parameters(item).values())
         item.user_properties += [
             ("launched", seen),
             ("in bf16", in_bf16),
