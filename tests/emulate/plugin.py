@@ -24,6 +24,7 @@ import molex_kernels
 
 HERE = Path(__file__).parent
 
+_SESSION = pytest.StashKey[sanitize.Session]()
 _ir: dict[tuple[Any, ...], str] = {}
 _launched: dict[str, Launches] = {}
 
@@ -43,9 +44,6 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     early_config.add_cleanup(opened.close)
     harness.ir_for_launch = _ir_for_launch
     harness.mlir.parse = cache(harness.mlir.parse)  # most of the rest, and a module is only read
-
-
-_SESSION = pytest.StashKey[sanitize.Session]()
 
 
 def _ir_for_launch(record: harness.LaunchRecord, stage: str, target: Any) -> str:
@@ -107,7 +105,7 @@ def _parameters(item: pytest.Item) -> dict[str, Any]:
 
 
 def _described(item: pytest.Item) -> str:
-    """ "file::test[parameters]", and which sizes of the op these are where it is not `tests`."""
+    """Its "file::test[parameters]", and the sizes of the op that those are, if not `tests`."""
     parameters = _parameters(item)
     info, case = parameters.get("info"), parameters.get("case")
     sizes = [s for s in ("large", "compiled") if case and case in getattr(info, s)]
