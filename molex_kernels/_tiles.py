@@ -50,6 +50,7 @@ def sum_expert_rows(
 ):
     """sum_k w_tk packed[inverse_tk] in fp32, in the order of k, without what is not here."""
     num_here = tl.load(offsets_ptr + num_experts - 1)
+    stride_ek = tl.cast(stride_ek, tl.int64)
     out = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for k in range(top_k):
         row = tl.load(inverse_ptr + offs_t * top_k + k, mask=mask_t, other=0)
@@ -58,7 +59,7 @@ def sum_expert_rows(
         packed = tl.load(packed_ptrs, mask=here[:, None] & mask_d[None, :], other=0.0)
         packed = packed.to(tl.float32)
         if IS_WEIGHTED:
-            weight_ptrs = expert_weight_ptr + offs_t * stride_et + tl.cast(k, tl.int64) * stride_ek
+            weight_ptrs = expert_weight_ptr + offs_t * stride_et + k * stride_ek
             packed *= tl.load(weight_ptrs, mask=here, other=0.0).to(tl.float32)[:, None]
         out += packed
     return out

@@ -104,7 +104,7 @@ def _make_grouped_gemm(
         ends[-1] = tokens
     else:
         # Rows past the last end, and an expert without rows.
-        ends = draw.integers(tokens + 1, num_experts).cpu().sort().values
+        ends = draw.integers(tokens + 1, num_experts).sort().values
         ends[1] = ends[0]
     inputs: Inputs = {
         "x": draw.normal(tokens, width),

@@ -60,8 +60,7 @@ def _make_vote(
     tokens, layers = case.sizes["T"], case.sizes["L"]
     logits = draw.normal(tokens, layers)
     # One layer ahead of the others, so that no rounding of the sums decides.
-    favourite = int(draw.integers(layers))
-    logits[:, favourite] += 1.0
+    logits += (torch.arange(layers, device=device) == draw.integers(layers)).to(dtype)
     inputs: Inputs = {"logits": logits, "mode": case.options["mode"]}
     if case.options.get("mask"):
         inputs["mask"] = draw.normal(tokens, dtype=torch.float32) < 0.8  # four in five

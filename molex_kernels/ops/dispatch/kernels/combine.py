@@ -89,6 +89,7 @@ def _dispatch_bwd_weight(
     row = tl.load(inverse_ptr + offs_t, mask=mask_t, other=0)
     here = mask_t & (row < tl.load(offsets_ptr + num_experts - 1))
     out = tl.zeros((BLOCK_T,), tl.float32)
+    stride_pn = tl.cast(stride_pn, tl.int64)
     for n in range(num_partials):
         partial_ptrs = partial_ptr + row * stride_pt + n * stride_pn
         out += tl.load(partial_ptrs, mask=here, other=0.0)
@@ -99,10 +100,12 @@ def _dispatch_bwd_weight(
         before = mask_e[None, :] & (ends[None, :] <= row[:, None])
         expert = tl.sum(before.to(tl.int64), axis=1)
         token = offs_t // top_k
+        stride_yd = tl.cast(stride_yd, tl.int64)
+        stride_bd = tl.cast(stride_bd, tl.int64)
         offs_d = tl.arange(0, BLOCK_D)
         inner = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         for d in range(0, num_features, BLOCK_D):
-            offs = (d + offs_d).to(tl.int64)[None, :]
+            offs = (d + offs_d)[None, :]
             mask = here[:, None] & (offs < num_features)
             dy_ptrs = dy_ptr + token[:, None] * stride_yt + offs * stride_yd
             bias_ptrs = bias_ptr + expert[:, None] * stride_be + offs * stride_bd

@@ -38,9 +38,11 @@ def multiply(
     BLOCK_D: tl.constexpr,
 ):
     """sum_d x[t, d] weight[n, d] in fp32; when gated, also that of the up half (else zeros)."""
+    stride_xd = tl.cast(stride_xd, tl.int64)
+    stride_wd = tl.cast(stride_wd, tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
-    x_ptrs = x_ptrs + offs_d.to(tl.int64)[None, :] * stride_xd
-    weight_ptrs = weight_ptrs + offs_d.to(tl.int64)[:, None] * stride_wd
+    x_ptrs = x_ptrs + offs_d[None, :] * stride_xd
+    weight_ptrs = weight_ptrs + offs_d[:, None] * stride_wd
     out = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     up = out
     for d in range(0, num_features, BLOCK_D):

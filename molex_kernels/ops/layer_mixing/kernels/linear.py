@@ -56,6 +56,11 @@ def _layer_mixing_fwd_linear(
 
     The first BLOCK_R ranks of x A^T are accumulated beside x W^T, from the same tiles of x.
     """
+    stride_xd = tl.cast(stride_xd, tl.int64)
+    stride_wd = tl.cast(stride_wd, tl.int64)
+    stride_ad = tl.cast(stride_ad, tl.int64)
+    stride_ar = tl.cast(stride_ar, tl.int64)
+    stride_cr = tl.cast(stride_cr, tl.int64)
     pid = tl.program_id(0)
     tiles_t = tl.cdiv(num_tokens, BLOCK_T)
     tiles = tiles_t * tl.cdiv(num_columns, BLOCK_N)
@@ -63,7 +68,7 @@ def _layer_mixing_fwd_linear(
     tile = pid % tiles
     offs_t = (tile % tiles_t).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_n = (tile // tiles_t).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
     mask_t = offs_t < num_tokens
     mask_n = offs_n < num_columns
     out = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
@@ -75,7 +80,7 @@ def _layer_mixing_fwd_linear(
         start = layer_start(weight_ptr, stride_wl, weight_table_ptr, layer, IS_ALIGNED)
         weight_ptrs = weight_ptr + start + offs_n[None, :] * stride_wn + offs_d[:, None] * stride_wd
         if a_ptr is not None:
-            offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
+            offs_r = tl.arange(0, BLOCK_R)
             mask_r = offs_r < rank
             a_start = layer_start(a_ptr, stride_al, a_table_ptr, layer, IS_ALIGNED)
             a_columns = a_ptr + a_start + offs_d[:, None] * stride_ad
@@ -97,7 +102,7 @@ def _layer_mixing_fwd_linear(
             b_start = layer_start(b_ptr, stride_cl, b_table_ptr, layer, IS_ALIGNED)
             b_columns = b_ptr + b_start + offs_n[None, :] * stride_cn
             for r in range(0, rank, BLOCK_R):
-                offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
+                offs_r = r + tl.arange(0, BLOCK_R)
                 mask_r = offs_r < rank
                 if r > 0:
                     down = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
@@ -105,8 +110,7 @@ def _layer_mixing_fwd_linear(
                         mask_d = offs_d < num_features - d
                         mask = mask_t[:, None] & mask_d[None, :]
                         x = tl.load(rows + (d + offs_d)[None, :] * stride_xd, mask=mask, other=0.0)
-                        a_ptrs = a_columns + tl.cast(d, tl.int64) * stride_ad
-                        a_ptrs += offs_r[None, :] * stride_ar
+                        a_ptrs = a_columns + d * stride_ad + offs_r[None, :] * stride_ar
                         mask = mask_d[:, None] & mask_r[None, :]
                         a = tl.load(a_ptrs, mask=mask, other=0.0).to(x.dtype)
                         down = tl.dot(x, a, down, input_precision=PRECISION)

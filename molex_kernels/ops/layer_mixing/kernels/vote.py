@@ -34,6 +34,7 @@ def _layer_mixing_fwd_vote(
     BLOCK_L: tl.constexpr,
 ):
     """argmax_l of the tokens' summed scores, in one program: it is read once and has no order."""
+    stride_ll = tl.cast(stride_ll, tl.int64)
     offs_l = tl.arange(0, BLOCK_L)
     mask_l = offs_l < num_layers
     scores = tl.zeros((BLOCK_L,), tl.float32)

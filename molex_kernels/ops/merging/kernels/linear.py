@@ -48,6 +48,10 @@ def _merging_fwd_linear(
     tiles of all segments come one after the other for the same columns, and IS_PAIRED serves two
     segments with what is read once.
     """
+    stride_xd = tl.cast(stride_xd, tl.int64)
+    stride_bd = tl.cast(stride_bd, tl.int64)
+    stride_dd = tl.cast(stride_dd, tl.int64)
+    stride_ge = tl.cast(stride_ge, tl.int64)
     pid = tl.program_id(0)
     tiles_t = tl.cdiv(num_tokens, BLOCK_T)
     row_tile = pid % num_row_tiles

@@ -38,6 +38,8 @@ def _merging_fwd_mode(
     IS_SUMMED: of all ranks, as one product over r and j; IS_ADDED: to what is there. The indices a
     and b together are the columns.
     """
+    stride_fi = tl.cast(stride_fi, tl.int64)
+    stride_fj = tl.cast(stride_fj, tl.int64)
     pid = tl.program_id(0)
     tiles_i = tl.cdiv(size, BLOCK_I)
     expert = (pid % num_experts).to(tl.int64)

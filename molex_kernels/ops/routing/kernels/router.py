@@ -18,6 +18,9 @@ def _feature_weights(
     HAS_MIX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """w of a tile; 1 in place of the row of an unknown label."""
+    stride_wd = tl.cast(stride_wd, tl.int64)
+    stride_lm = tl.cast(stride_lm, tl.int64)
+    stride_mm = tl.cast(stride_mm, tl.int64)
     weight = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for m in range(num_labels):
         label = tl.load(labels_ptr + offs_t * stride_lt + m * stride_lm, mask=mask_t, other=-1)
@@ -78,6 +81,10 @@ def _router_fwd(
     HAS_WEIGHTS: tl.constexpr, HAS_MIX: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    stride_xd = tl.cast(stride_xd, tl.int64)
+    stride_gd = tl.cast(stride_gd, tl.int64)
+    stride_be = tl.cast(stride_be, tl.int64)
+    stride_ee = tl.cast(stride_ee, tl.int64)
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_e = tl.arange(0, BLOCK_E)
     mask_t = offs_t < T
@@ -85,7 +92,7 @@ def _router_fwd(
 
     z = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     for start in range(0, D, BLOCK_D):
-        offs_d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
+        offs_d = start + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
         x = _load_x(
             x_ptr, stride_xt, stride_xd, table_ptr, stride_wc, stride_wd,

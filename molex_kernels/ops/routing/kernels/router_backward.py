@@ -39,6 +39,7 @@ def _router_bwd_logits(
 
     dz = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     if grad_weight_ptr is not None:
+        stride_gk = tl.cast(stride_gk, tl.int64)
         dot = tl.zeros([BLOCK_T], tl.float32)
         if SCORE != "sigmoid":
             for k in range(top_k):
@@ -67,6 +68,7 @@ def _router_bwd_logits(
             z = tl.exp(z - tl.max(z, axis=1)[:, None])
             dz -= z / tl.sum(z, axis=1)[:, None] * dot[:, None]
     if grad_logits_ptr is not None:
+        stride_ze = tl.cast(stride_ze, tl.int64)
         pointers = grad_logits_ptr + offs_t[:, None] * stride_zt + offs_e[None, :] * stride_ze
         dz += tl.load(pointers, mask=mask, other=0.0)
     tl.store(dz_ptr + offs_t[:, None] * E + offs_e[None, :], dz, mask=mask)

@@ -31,6 +31,7 @@ def block_of_head(num_tokens, BLOCK_I: tl.constexpr):
 @triton.jit
 def load_rows(ptr, stride_n, stride_d, offs_n, mask_n, offs_d, num_features):
     """Rows of one head, 0 where there is no token: [N, D] in their own dtype."""
+    stride_d = tl.cast(stride_d, tl.int64)
     mask = mask_n[:, None] & (offs_d < num_features)[None, :]
     ptrs = ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :] * stride_d
     return tl.load(ptrs, mask=mask, other=0.0)

@@ -1,0 +1,224 @@
+"""Every launch of every op, recorded instead of run.
+
+Inputs are meta tensors, which have no memory: a launcher
+reads shapes, strides and alignment only, so the benchmarks' shapes cost nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+# What a grid may be: the second and third dimension are short.
+GRID_LIMITS = (2**31 - 1, 65535, 65535)
+
+_DTYPES = ("bf16", "fp16", "fp32")  # narrow ones first
+Items = tuple[tuple[Any, Any], ...]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One specialisation of a kernel, as the just-in-time compiler would make it."""
+
+    kernel: str
+    dtype: str  # the narrowest of its tensors' floating dtypes
+    signature: Items  # type by argument
+    constants: Items  # value by argument
+    attributes: Items  # what is known of arguments, by their places
+    options: Items  # the backend's options, as given
+    function: JITFunction = field(compare=False, repr=False)
+
+    @property
+    def nones(self) -> tuple[str, ...]:
+        """The arguments that were left out."""
+        return tuple(name for name, value in self.constants if value is None)
+
+    @property
+    def flags(self) -> Items:
+        """Boolean and string constants."""
+        return tuple((n, v) for n, v in self.constants if isinstance(v, (bool, str)))
+
+    @property
+    def tile(self) -> Items:
+        """Block sizes and their kin: the integers among the kernel's compile-time arguments."""
+        declared = {p.name for p in self.function.params if p.is_constexpr}
+        return tuple(
+            (n, v)
+            for n, v in self.constants
+            if n in declared and isinstance(v, int) and not isinstance(v, bool)
+        )
+
+    @property
+    def code_key(self) -> tuple[Any, ...]:
+        """Launches with the same key go through the front end alike."""
+        return self.kernel, self.dtype, self.nones, self.flags
+
+    @property
+    def tile_key(self) -> tuple[Any, ...]:
+        """Launches with the same key are one configuration."""
+        return self.kernel, self.dtype, self.tile, self.options
+
+    @property
+    def fullness(self) -> tuple[int, int, int]:
+        """Tensors passed, options switched on, arguments with known divisors."""
+        pointers = sum(str(t).startswith("*") for _, t in self.signature)
+        return pointers, sum(v is True for _, v in self.flags), len(self.attributes)
+
+
+@dataclass
+class Recording:
+    """Launches in the order of their first appearance, each with the ops that make it."""
+
+    ops: dict[Launch, set[str]] = field(default_factory=dict)
+
+    def by_code(self) -> list[Launch]:
+        """One launch for each path through the kernels' sources."""
+        return list({launch.code_key: launch for launch in self.ops}.values())
+
+    def by_tile(self) -> list[Launch]:
+        """One launch for each configuration: the fullest, the first of equals."""
+        chosen: dict[tuple[Any, ...], Launch] = {}
+        for launch in self.ops:
+            best = chosen.get(launch.tile_key)
+            if best is None or launch.fullness > best.fullness:
+                chosen[launch.tile_key] = launch
+        return list(chosen.values())
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """By op, how many different keys its launches have."""
+        names = sorted(set().union(*self.ops.values()))
+        return {
+            name: {
+                "code": len({n.code_key for n, ops in self.ops.items() if name in ops}),
+                "tiles": len({n.tile_key for n, ops in self.ops.items() if name in ops}),
+            }
+            for name in names
+        }
+
+
+def load_ops() -> dict[str, Any]:
+    """The package's ops, whose operators launch for meta tensors as they would for a GPU's.
+
+    Imports the package, which must not have been imported before.
+    """
+    assert "molex_kernels" not in sys.modules, "its operators have fake implementations already"
+    given = torch.library.register_fake
+    torch.library.register_fake = lambda *_, **__: None
+    try:
+        from molex_kernels import _dispatch, ops
+    finally:
+        torch.library.register_fake = given
+    object.__setattr__(_dispatch.TRITON, "devices", ("meta",))
+    torch.is_autocast_enabled = lambda device="": False  # which knows no meta
+    return ops.load_ops()
+
+
+def record(
+    ops: dict[str, Any],
+    target: GPUTarget,
+    dtypes: Sequence[torch.dtype],
+    *,
+    is_strided: bool = False,
+) -> Recording:
+    """What these ops launch on `target`, for the cases of tests and benchmarks.
+
+    Chips of one maker are launched for alike: no launcher looks at the chip itself.
+    `is_strided`: the tests' cases alone, with no stride of 1 and nothing aligned.
+    """
+    recording = Recording()
+    backend = make_backend(target)
+    for info in ops.values():
+        if "triton" not in info.implementations:
+            continue
+        for dtype in dtypes:
+            cases = {case.id: case for case in _cases(info, is_strided)}.values()
+            with _recorded(recording, info.name, backend):
+                for case in cases:
+                    _call(info, case, dtype, is_strided)
+    return recording
+
+
+def _cases(info: Any, is_strided: bool) -> Iterator[Any]:
+    yield from info.tests
+    if not is_strided:
+        yield from (*info.compiled, *info.large, *info.benchmarks, *info.quick)
+        for sweep in (*info.sweeps, *info.quick_sweeps):
+            yield from sweep.cases
+
+
+def _call(info: Any, case: Any, dtype: torch.dtype, is_strided: bool) -> None:
+    from contract import strided
+
+    def laid_out(tensors: dict[str, Any]) -> dict[str, Any]:
+        return strided(tensors) if is_strided else tensors
+
+    inputs = laid_out(info.make(case, dtype, torch.device("meta"), None))
+    leaves = {
+        name: inputs[name].detach().requires_grad_()
+        for name in info.differentiable
+        if isinstance(inputs.get(name), torch.Tensor)
+    }
+    for arguments in (inputs, {**inputs, **leaves}):
+        results = info.results(info.function(**arguments, impl="triton")).values()
+        outputs = {str(place): r for place, r in enumerate(results) if r.requires_grad}
+        if outputs:
+            upstream = laid_out({name: torch.empty_like(r) for name, r in outputs.items()})
+            torch.autograd.grad(
+                list(outputs.values()),
+                list(leaves.values()),
+                list(upstream.values()),
+                allow_unused=True,
+            )
+
+
+@contextmanager
+def _recorded(recording: Recording, op: str, backend: Any) -> Iterator[None]:
+    """Launches inside are kept and do nothing."""
+    given = JITFunction.run, torch.version.hip
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        del warmup
+        name = kernel.fn.__name__
+        for size, limit in zip(grid, GRID_LIMITS, strict=False):
+            assert 0 < size <= limit, f"{name}: a grid of {tuple(grid)}"
+        launch = _specialised(kernel, backend, args, kwargs)
+        recording.ops.setdefault(launch, set()).add(op)
+
+    JITFunction.run = run
+    torch.version.hip = "7.0" if backend.target.backend == "hip" else None
+    try:
+        yield
+    finally:
+        JITFunction.run, torch.version.hip = given
+
+
+def _specialised(kernel: JITFunction, backend: Any, args: Any, kwargs: dict[str, Any]) -> Launch:
+    """By Triton's own binder: what it would compile and look up in its cache."""
+    bound, specialization, given = _binder(kernel, backend)(*args, **kwargs)
+    _, signature, constants, attributes = kernel._pack_args(
+        backend, kwargs, bound, specialization, given
+    )
+    names = list(signature)
+    return Launch(
+        kernel.fn.__name__,
+        next((name for name in _DTYPES if f"*{name}" in signature.values()), "int"),
+        tuple(signature.items()),
+        tuple((names[place[0]], value) for place, value in constants.items()),
+        tuple((place, tuple(map(tuple, known))) for place, known in attributes.items()),
+        tuple(sorted(given.items())),
+        kernel,
+    )
+
+
+@functools.cache
+def _binder(kernel: JITFunction, backend: Any) -> Any:
+    return create_function_from_signature(kernel.signature, kernel.params, backend)
