@@ -32,17 +32,21 @@ def pytest_report_header() -> str:
     return f"molex_kernels: MOLEX_TEST_SEED={SEED}, device {DEVICE}, torch {torch.__version__}"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    asked = config.getoption("markexpr")
+    if DEVICE.type == "cpu" and asked in NEED_A_GPU:
+        raise pytest.UsageError(f"-m {asked}: there is no CUDA device, and every test would skip")
+
+
 def also_for_a_gpu(test: Callable[..., None]) -> Callable[..., None]:
     """Marks a test that runs anywhere as one of the GPU's where there is one."""
     return pytest.mark.gpu(test) if DEVICE.type == "cuda" else test
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if DEVICE.type == "cuda":
         return
-    if config.getoption("markexpr") in NEED_A_GPU:
-        raise pytest.UsageError(f"-m {config.getoption('markexpr')}: there is no CUDA device here")
     for item in items:
         if any(map(item.get_closest_marker, NEED_A_GPU)):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -49,4 +49,5 @@ def test_a_sweep_keeps_the_fastest_and_is_not_repeated(monkeypatch):
 
 
 def test_launch_options():
-    assert OTHER.launch_options() == {"BLOCK_T": 128, "num_warps": 8, "num_stages": 3}
+    options = {"BLOCK_T": 128, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+    assert OTHER.launch_options() == options
