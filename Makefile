@@ -23,8 +23,9 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest
 PARALLEL = $(shell $(PY) -c "import xdist; print('-n $(JOBS)')" 2>/dev/null)
 
-.PHONY: bench bench-compare test gpu gpu-build gpu-test gpu-bench gpu-sanitize gpu-pack sanitize \
-	build ready env lint format clean rehearse rehearse-tree rehearse-build rehearse-kernels rehearse-tests
+.PHONY: bench bench-compare test aot-facts emulate gpu gpu-build gpu-test gpu-bench gpu-sanitize gpu-pack \
+	sanitize rehearse rehearse-tree rehearse-build rehearse-kernels rehearse-tests \
+	build ready env lint format clean
 
 bench: $(READY)
 	$(PY) -m benchmarks --preset quick
@@ -38,6 +39,14 @@ bench-compare: $(READY)
 TESTS ?=
 test: $(READY)
 	$(PYTEST) $(PARALLEL) -q $(TESTS)
+
+# Keeps what the compiler makes of the Triton kernels; the diff of the file is what a change does to it.
+aot-facts: $(READY)
+	PYTHONPATH=tests:. $(PY) -m aot --write >/dev/null
+
+# The Triton tests as a GPU runs them, on a CPU: all of them, or a part that TESTS names ("-k topk").
+emulate:
+	JOBS=$(JOBS) .ci/emulate $(TESTS)
 
 # Everything that needs a GPU, in steps that can be run one by one, each within 9 minutes on 16 cores.
 # All of them run, whatever fails; what they print and find goes to GPU_OUT as it comes.
@@ -106,20 +115,14 @@ sanitize: $(READY)
 
 # All of a GPU machine but the GPU: its versions in a venv of their own (several GB, made once), in a copy
 # of the tree. Triton 3.6 cannot interpret with its numpy, so no interpreted kernels are tested.
-CACHE       := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/molex_kernels
-REHEARSE    := $(CACHE)/rehearse-$(shell sha256sum .ci/rehearse.txt | cut -c1-12)
-REHEARSE_PY := $(REHEARSE)/bin/python
-REHEARSED   := build/rehearsed
-IN_REHEARSED = cd $(REHEARSED) && OMP_NUM_THREADS=1
-
-$(REHEARSE)/.ready:
-	python=$$(.ci/python312 "$(REHEARSE_PYTHON)") && "$$python" -m venv --clear $(REHEARSE)
-	$(REHEARSE_PY) -m pip install -q -r .ci/rehearse.txt
-	touch $@
+REHEARSED    := build/rehearsed
+IN_REHEARSED := cd $(REHEARSED) && OMP_NUM_THREADS=1
+SCRIPTS      := $(CURDIR)/.ci
+REHEARSE_PY   = "$$($(SCRIPTS)/venv $(SCRIPTS)/rehearse.txt "$$($(SCRIPTS)/python312 "$(REHEARSE_PYTHON)")")"
 
 rehearse: rehearse-build rehearse-kernels rehearse-tests
 
-rehearse-tree: $(REHEARSE)/.ready
+rehearse-tree:
 	$(call copy_tree,$(REHEARSED))
 
 # The extension with CUDA: it compiles, loads and has every operator.

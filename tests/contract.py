@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,17 +29,29 @@ def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 
 def strided(inputs: Inputs) -> Inputs:
-    """The same values in every second element of a transposed, larger buffer."""
+    """The same values in every second element of a transposed, larger buffer of NaN."""
 
     def spread(t: Tensor) -> Tensor:
         if t.dim() == 0:
             return t
-        wide = t.new_zeros(*(2 * n + 1 for n in reversed(t.shape)))
+        wide = t.new_full([2 * n + 1 for n in reversed(t.shape)], math.nan)
         view = wide[tuple(slice(1, None, 2) for _ in t.shape)].permute(*reversed(range(t.dim())))
         view.copy_(t)
         return view
 
     return {name: _map(value, spread) for name, value in inputs.items()}
+
+
+def misaligned(inputs: Inputs) -> Inputs:
+    """The same values, contiguous and one element off any alignment, behind a NaN."""
+
+    def shift(t: Tensor) -> Tensor:
+        room = t.new_full((t.numel() + 1,), math.nan)
+        view = room[1:].view(t.shape)
+        view.copy_(t)
+        return view
+
+    return {name: _map(value, shift) for name, value in inputs.items()}
 
 
 def run(

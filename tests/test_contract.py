@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import DEVICE, also_for_a_gpu
-from contract import Outcome, cast, recorded, run, strided, upstream_for
+from contract import Outcome, cast, misaligned, recorded, run, strided, upstream_for
 from tolerance import Errors, judge, measure
 
 from molex_kernels._dispatch import CUDA
@@ -127,6 +127,21 @@ def test_strided_inputs_and_expanded_gradients(
         upstream = _upstream(info, inputs, impl, generator, expanded=True)
         got = run(info, inputs, impl, upstream)
         return _errors(got, _expect(info, inputs, upstream), torch.float32)
+
+    judge(draw)
+
+
+@pytest.mark.parametrize(("info", "case", "impl"), _per_implementation(slice(None)))
+def test_misaligned_inputs_and_gradients(
+    info: OpInfo, case: Case, impl: str, generator: torch.Generator
+):
+    dtype = torch.bfloat16 if torch.bfloat16 in _dtypes(impl) else torch.float16
+
+    def draw() -> dict[str, Errors]:
+        inputs = misaligned(info.make(case, dtype, DEVICE, generator))
+        upstream = misaligned(_upstream(info, inputs, impl, generator))
+        got = run(info, inputs, impl, upstream)
+        return _errors(got, _expect(info, inputs, upstream), dtype)
 
     judge(draw)
 
