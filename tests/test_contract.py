@@ -131,17 +131,23 @@ def test_strided_inputs_and_expanded_gradients(
     judge(draw)
 
 
-@pytest.mark.parametrize(("info", "case", "impl"), _per_implementation(slice(None)))
+@pytest.mark.parametrize(
+    ("info", "case", "impl"),
+    [
+        parameters
+        for parameters in _per_implementation(slice(None))
+        # Alignment is nothing to the interpreter, which would take minutes.
+        if DEVICE.type == "cuda" or parameters.values[-1] != "triton"
+    ],
+)
 def test_misaligned_inputs_and_gradients(
     info: OpInfo, case: Case, impl: str, generator: torch.Generator
 ):
-    dtype = torch.bfloat16 if torch.bfloat16 in _dtypes(impl) else torch.float16
-
     def draw() -> dict[str, Errors]:
-        inputs = misaligned(info.make(case, dtype, DEVICE, generator))
+        inputs = misaligned(info.make(case, torch.bfloat16, DEVICE, generator))
         upstream = misaligned(_upstream(info, inputs, impl, generator))
         got = run(info, inputs, impl, upstream)
-        return _errors(got, _expect(info, inputs, upstream), dtype)
+        return _errors(got, _expect(info, inputs, upstream), torch.bfloat16)
 
     judge(draw)
 
