@@ -48,8 +48,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def recorded(compiled: dict[str, Any]) -> dict[str, Any]:
     """What the repository has for this release of Triton, of what was compiled here."""
     release = facts.read(compiled["triton"])
-    if not release:
-        reason = f"tests/{facts.FILE.name} has no figures for Triton {compiled['triton']}"
+    targets = compiled["figures"].keys()
+    if release.keys() - {"counts"} != targets:  # a release may have been recorded for one chip
+        reason = f"{facts.FILE.name} has not {', '.join(targets)} for Triton {compiled['triton']}"
         assert not os.environ.get("CI"), reason
         pytest.skip(reason)
     return release
