@@ -39,7 +39,7 @@ CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
 def fail(reason: str, how: str = "") -> NoReturn:
-    without = "To go on without the compiled extension (about 8 times slower on a CPU)"
+    without = "To go on without the compiled extension (several times slower on a CPU)"
     sys.exit(f"error: {reason}\n{how or f'{without}: MOLEX_EXTENSION=0 {INSTALL}'}")
 
 

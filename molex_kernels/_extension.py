@@ -32,7 +32,7 @@ def _load() -> tuple[Any, str | None]:
 
 def _absent() -> str:
     """That there is no library where the package was imported from, and how that came about."""
-    cost = f"about 8 times slower on a CPU; {_BUILD}"
+    cost = f"several times slower on a CPU; {_BUILD}"
     reason = f"the compiled extension is not built in {_PACKAGE} ({cost})"
     for installed in importlib.metadata.distributions(name="molex_kernels"):
         folder = Path(str(installed.locate_file("molex_kernels")))

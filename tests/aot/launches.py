@@ -1,7 +1,7 @@
 """Every launch of every op, recorded instead of run.
 
-Inputs are meta tensors, which have no memory: a launcher
-reads shapes, strides and alignment only, so the benchmarks' shapes cost nothing.
+Inputs are meta tensors, which have no memory: a launcher reads shapes, strides and alignment only,
+so the benchmarks' shapes cost nothing.
 """
 
 from __future__ import annotations
