@@ -63,7 +63,7 @@ $(GPU_OUT):
 	mkdir -p "$@"
 
 # Fails, and says why, where the library has no CUDA code.
-CUDA_RUNS := "import sys; from molex_kernels import _dispatch; sys.exit(_dispatch.CUDA.why_not())"
+CUDA_RUNS := "import sys; from molex_kernels import _backends; sys.exit(_backends.CUDA.why_not())"
 gpu-build gpu-sanitize: export CUDA_HOME := $(or $(CUDA_HOME),/usr/local/cuda)
 gpu-build:
 	MOLEX_CUDA=1 MOLEX_EXTENSION=1 timeout -k 30 500 $(PY) setup.py --quiet build_ext --inplace \

@@ -7,40 +7,22 @@ thousandth of its elements outside, where a kink of the function lies.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from molex_kernels._opinfo import Inputs, OpInfo
+from molex_kernels.testing import budget
+from molex_kernels.testing.opinfo import Inputs, OpInfo
 
 Tensors = dict[str, Tensor]
 
 KINKS = 1e-3  # share of a gradient's elements that may sit at a kink
 BASELINE_SLACK = 10.0  # a baseline has to compute the same thing, not to be as exact as ours
-
-
-def _load(name: str) -> ModuleType:
-    # By path: another installed package may be called `tests`.
-    path = Path(__file__).parents[1] / "tests" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmarks.{name}", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} cannot be loaded")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
-
-
-tolerance = _load("tolerance")
 
 
 @dataclass(frozen=True)
@@ -149,10 +131,10 @@ class Truth:
         for name, want in self.expected.items():
             if not want.is_floating_point() or name not in actual:
                 continue
-            rounding = torch.finfo(self.dtype).eps / 2 * tolerance.largest(want)
-            own = max(tolerance.error(self.own[name], want), rounding)
+            rounding = torch.finfo(self.dtype).eps / 2 * budget.largest(want)
+            own = max(budget.error(self.own[name], want), rounding)
             if own:
-                worst = max(worst, tolerance.error(actual[name], want) / own)
+                worst = max(worst, budget.error(actual[name], want) / own)
         return worst
 
     def compare(self, actual: Tensors, slack: float = 1.0) -> str | None:
@@ -166,7 +148,7 @@ class Truth:
                     return f"{name} differs"
                 continue
             try:
-                tolerance.within_budget(name, got, want, self.own[name], self.dtype)
+                budget.within_budget(name, got, want, self.own[name], self.dtype)
             except AssertionError as error:
                 if not self._excused(name, got, slack):
                     return str(error)
@@ -181,8 +163,8 @@ class Truth:
         want, own = self.expected[name], self.own[name]
         if got.shape != want.shape or not torch.isfinite(got).equal(torch.isfinite(want)):
             return False
-        largest = tolerance.largest(want)
-        allowed = 2 * (tolerance.error(own, want) + torch.finfo(self.dtype).eps * largest)
+        largest = budget.largest(want)
+        allowed = 2 * (budget.error(own, want) + torch.finfo(self.dtype).eps * largest)
         error = (got.double() - want).abs()
         few = KINKS * error.numel() if name.startswith("d ") else 0
         return bool((error > slack * allowed).sum() <= few and error.max() <= largest)

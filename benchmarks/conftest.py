@@ -15,7 +15,7 @@ from benchmarks.measure import Meter, Outcome, Outcomes
 from benchmarks.progress import Progress
 from benchmarks.record import Record
 from benchmarks.rows import Group, Row
-from molex_kernels.ops import load_ops
+from molex_kernels.testing import load_ops
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -28,7 +28,7 @@ from benchmarks import (
 )
 from benchmarks.presets import Preset, dtype_name
 from benchmarks.rows import OURS, YARDSTICK, Group, Row, rows
-from molex_kernels._opinfo import Case, Inputs
+from molex_kernels.testing.opinfo import Case, Inputs
 
 GRAPH_BELOW = 5e-3  # seconds; in longer calls the launches do not show
 LATE = "the preset's time is spent"

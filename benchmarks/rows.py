@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.presets import Preset, dtype_name
-from molex_kernels._opinfo import Case, OpInfo
+from molex_kernels.testing.opinfo import Case, OpInfo
 
 OURS, BASELINE, YARDSTICK = "ours", "baseline", "yardstick"
 BASELINES = ("published", "reference", "compiled", "library")

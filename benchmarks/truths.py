@@ -16,7 +16,8 @@ import torch
 
 from benchmarks import check
 from benchmarks.rows import Group
-from molex_kernels._opinfo import Case, Inputs
+from molex_kernels.testing import budget
+from molex_kernels.testing.opinfo import Case, Inputs
 
 PROBE = 512  # tokens at which the reference's time is taken
 AGREE = 1e-9  # relatively, between two fp64 results
@@ -90,8 +91,8 @@ def probe(group: Group, make: Callable[[Case], Made]) -> Dense | None:
     own.tensors()
     in_own = _now(group) - started
     for name, got in check.Pass(info, check.exact_function(info), *exact).tensors().items():
-        error = check.tolerance.error(got, wanted[name])
-        if not error <= AGREE * check.tolerance.largest(wanted[name]):
+        error = budget.error(got, wanted[name])
+        if not error <= AGREE * budget.largest(wanted[name]):
             raise AssertionError(f"{info.stand_in} is not the reference in fp64: {name}, {error}")
     growth = tokens / PROBE
     return Dense(in_own * growth, (in_own + in_double) * growth)

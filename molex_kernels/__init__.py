@@ -13,7 +13,7 @@ from molex_kernels.ops.layer_mixing.api import (
     layer_vote,
 )
 from molex_kernels.ops.layer_mixing.module import LayerExpertOutput, LayerExpertStack
-from molex_kernels.ops.layer_mixing.plan import LoRA
+from molex_kernels.ops.layer_mixing.types import LoRA
 from molex_kernels.ops.merging.api import camex_deltas, camex_linear, camex_merge
 from molex_kernels.ops.merging.gates import (
     cv_squared_loss,
@@ -22,10 +22,10 @@ from molex_kernels.ops.merging.gates import (
     segment_gates,
 )
 from molex_kernels.ops.merging.module import CAMExLinear, CAMExMLP
-from molex_kernels.ops.merging.plan import KroneckerCurvature
+from molex_kernels.ops.merging.types import KroneckerCurvature
 from molex_kernels.ops.momentum.api import moe_mlp_momentum, momentum_update
 from molex_kernels.ops.momentum.module import MomentumMoE, MomentumOutput
-from molex_kernels.ops.momentum.rules import (
+from molex_kernels.ops.momentum.types import (
     Adam,
     AdEMAMix,
     HeavyBall,
@@ -38,7 +38,7 @@ from molex_kernels.ops.momentum.rules import (
 from molex_kernels.ops.routing.api import ac_route, ac_weights, route_plan, topk_route
 from molex_kernels.ops.routing.losses import load_balance_loss, router_z_loss
 from molex_kernels.ops.routing.module import ACRouter, TopKRouter
-from molex_kernels.ops.routing.plan import RoutePlan, Routing
+from molex_kernels.ops.routing.types import RoutePlan, Routing
 from molex_kernels.ops.rpc_attention.api import rpc_attention, scaled_attention
 from molex_kernels.ops.rpc_attention.module import RPCAttention, ScaledAttention
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch  # noqa: F401  (the library links against torch's, which have to be loaded first)
 
-from molex_kernels import _register
+from molex_kernels import _operators
 
 _BUILD = "pip install --no-build-isolation -e ."
 _PACKAGE = Path(__file__).parent
@@ -48,7 +48,7 @@ def _outdated(facts: dict[str, Any]) -> str | None:
     """That the package has operators that this build lacks on one of its devices."""
     devices = ("_cpu", "_cuda") if facts["cuda_version"] else ("_cpu",)
     built = set(facts["operators"].split(","))
-    lacking = [n for n in _register.COMPILED if n.endswith(devices) and n not in built]
+    lacking = [n for n in _operators.COMPILED if n.endswith(devices) and n not in built]
     if not lacking:
         return None
     named = ", ".join(lacking[:_NAMED])

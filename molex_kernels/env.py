@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 
 import molex_kernels
-from molex_kernels import _dispatch, _extension, _tuning
-from molex_kernels.ops import load_ops
+from molex_kernels import _backends, _extension
+from molex_kernels._triton import tuning
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "timm")
 FACTS = ("without_cuda", "cuda_architectures", "compiler", "cxx_flags", "vectors", "operators")
@@ -58,14 +58,14 @@ def _built() -> Iterator[str]:
 
 
 def _will_run() -> Iterator[str]:
-    default = f"MOLEX_IMPL={_dispatch.DEFAULT}" if _dispatch.DEFAULT else "the fastest that runs"
-    yield f"impl=None takes {default}; MOLEX_AUTOTUNE is {'on' if _tuning.AUTOTUNE else 'off'}"
+    default = f"MOLEX_IMPL={_backends.DEFAULT}" if _backends.DEFAULT else "the fastest that runs"
+    yield f"impl=None takes {default}; MOLEX_AUTOTUNE is {'on' if tuning.AUTOTUNE else 'off'}"
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         yield f"on {device}:"
-        for info in load_ops().values():
-            reasons = _dispatch.reasons(info.declared, device)
-            yield f"  {info.name}"
+        for op in sorted(_backends.IMPLEMENTATIONS):
+            reasons = _backends.reasons(op, device)
+            yield f"  {op}"
             for name, reason in reasons.items():
                 yield f"    {name:<10} {'runs' if reason is None else 'no: ' + reason}"
 

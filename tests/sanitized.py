@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from conftest import DEVICE
-from contract import run, upstream_for
 
-from molex_kernels._opinfo import Case
-from molex_kernels.ops import load_ops
+from molex_kernels.testing import load_ops
+from molex_kernels.testing.contract import run, upstream_for
+from molex_kernels.testing.opinfo import Case
 
 # Forms of a kernel that no small case reaches: a head that a cluster of blocks holds, and one that
 # none can.

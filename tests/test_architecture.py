@@ -12,20 +12,17 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "molex_kernels"
 
 # What each layer inside an op may import from its own package's layers, lowest first.
-LAYERS = ("plan", "reference", "cpu", "kernels", "op", "api", "module", "cases")
-# Data that every layer may know: plans and rules.
-DATA = {"rules": "plan"}
+LAYERS = ("types", "reference", "cpu", "kernels", "op", "api", "module")
 # Layers in which one op may stand on another's.
-ACROSS = {"op": ("op",), "cases": ("cases",), "baselines": ("baselines",), "module": ("module",)}
+ACROSS = {"op": ("op",), "module": ("module",)}
 ABOVE = {
-    "plan": set(),
-    "reference": {"plan"},
-    "cpu": {"plan"},
-    "kernels": {"plan", "kernels"},
-    "op": {"plan", "reference", "cpu", "kernels", "op"},
-    "api": {"plan", "reference", "op", "api"},
-    "module": {"plan", "api"},
-    "cases": {"plan", "api", "reference"},
+    "types": set(),
+    "reference": {"types"},
+    "cpu": {"types"},
+    "kernels": {"types", "kernels"},
+    "op": {"types", "reference", "cpu", "kernels", "op"},
+    "api": {"types", "reference", "op", "api"},
+    "module": {"types", "api"},
 }
 
 
@@ -63,7 +60,7 @@ def test_imports_go_one_way(path: Path):
             continue
         parts = name.split(".")
         if parts[1].startswith("_"):
-            assert at_import or parts[1] == "_tiles"
+            assert at_import or parts[1] == "_triton"
             continue
         assert parts[1] == "ops", f"{path.name} imports {name}: nothing calls back up"
         target = parts[3] if len(parts) > 3 else ""
@@ -72,16 +69,18 @@ def test_imports_go_one_way(path: Path):
             if target == "kernels" and layer != "kernels":
                 assert not at_import, f"{path.name} imports kernels when it is imported"
         else:
-            allowed = ("plan", "api", *ACROSS.get(layer, ()))
+            allowed = ("types", "api", *ACROSS.get(layer, ()))
             assert target in allowed, f"{path.name} reaches into another op: {name}"
 
 
 def _group(name: str) -> str:
     """The layer of a file: `losses` and other parts of the API count as `api`."""
-    return DATA.get(name, name if name in LAYERS else "api")
+    return name if name in LAYERS else "api"
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("_*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted([*PACKAGE.glob("_*.py"), *PACKAGE.glob("_*/*.py")]), ids=lambda p: p.name
+)
 def test_foundations_import_no_op(path: Path):
     if path.name == "__init__.py":
         return
@@ -101,9 +100,22 @@ def test_integrations_stand_above_everything():
                 assert known, f"{path.name} imports {name} when it is imported"
 
 
+def test_nobody_imports_what_tests_share():
+    """And it imports neither pytest nor anybody's library when it is imported."""
+    for path in PACKAGE.rglob("*.py"):
+        inside = "testing" in path.relative_to(PACKAGE).parts
+        for name, at_import in _imports(path):
+            if inside and at_import:
+                root = name.split(".")[0]
+                known = root in ("torch", "molex_kernels") or root in sys.stdlib_module_names
+                assert known, f"{path.name} imports {name} when it is imported"
+            elif not inside:
+                assert not name.startswith("molex_kernels.testing"), f"{path.name}: {name}"
+
+
 def test_one_file_talks_to_torch_library():
     users = [p.name for p in PACKAGE.rglob("*.py") if "torch.library." in _code(p)]
-    assert users == ["_register.py"]
+    assert users == ["_operators.py"]
 
 
 def _code(path: Path) -> str:

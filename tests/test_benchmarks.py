@@ -47,8 +47,8 @@ from benchmarks import (
     timing,
     truths,
 )
-from molex_kernels._opinfo import Case, Cost, OpInfo, Sweep
-from molex_kernels.ops import load_ops
+from molex_kernels.testing import load_ops
+from molex_kernels.testing.opinfo import Case, Cost, OpInfo, Sweep
 
 CPU = torch.device("cpu")
 FACTS = {
@@ -148,7 +148,6 @@ def _op(**baselines: Any) -> OpInfo:
     return OpInfo(
         name="scale",
         function=_scale,
-        declared=(),
         make=lambda case, dtype, device, generator: {
             "x": torch.randn(*case.sizes.values(), generator=generator).to(dtype)
         },
@@ -648,7 +647,7 @@ def _tables_are_even(text: str) -> None:
 
 
 def test_liger_is_left_out_where_it_cannot_run():
-    from molex_kernels.ops.dispatch.baselines import liger_moe_mlp
+    from molex_kernels.testing.baselines.dispatch import liger_moe_mlp
 
     x, index = torch.zeros(4, 8), torch.zeros(4, 1, dtype=torch.int64)
     given = (x, index, torch.ones(4, 1), torch.zeros(2, 16, 8), torch.zeros(2, 8, 8))

@@ -7,13 +7,21 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import DEVICE, also_for_a_gpu
-from contract import Outcome, cast, misaligned, recorded, run, strided, upstream_for
-from tolerance import Errors, judge, measure
 
-from molex_kernels._dispatch import CUDA
+from molex_kernels._backends import CUDA
 from molex_kernels._dtypes import KERNEL_DTYPES
-from molex_kernels._opinfo import Case, Inputs, OpInfo
-from molex_kernels.ops import load_ops
+from molex_kernels.testing import load_ops
+from molex_kernels.testing.budget import Errors, judge, measure
+from molex_kernels.testing.contract import (
+    Outcome,
+    cast,
+    misaligned,
+    recorded,
+    run,
+    strided,
+    upstream_for,
+)
+from molex_kernels.testing.opinfo import Case, Inputs, OpInfo
 
 OPS = load_ops()
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from conftest import DEVICE
 
 from molex_kernels.ops.dispatch.api import ACTIVATIONS, grouped_gemm, moe_mlp
-from molex_kernels.ops.dispatch.cases import OPINFOS
 from molex_kernels.ops.dispatch.module import MoEMLP
 from molex_kernels.ops.routing.api import route_plan
-from molex_kernels.ops.routing.plan import Routing
+from molex_kernels.ops.routing.types import Routing
+from molex_kernels.testing.cases.dispatch import OPINFOS
 
 IMPLS = ("triton", "reference") if DEVICE.type == "cuda" else ("triton", "cpu", "reference")
 GRADIENTS = ("x", "expert_weight", "w_up", "w_down", "b_up", "b_down")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from molex_kernels import _dispatch, _extension, _register, env
+from molex_kernels import _backends, _extension, _operators, env
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,12 +71,12 @@ def test_what_an_outdated_one_lacks_is_named():
     reason = _extension._outdated({**facts, "operators": ",".join(kept)})
     assert "lacks momentum_fwd_cpu, momentum_bwd_cpu (pip install" in reason
     reason = _extension._outdated({**facts, "operators": ""})
-    natives = [name for name in _register.COMPILED if name.endswith("_cpu")]
+    natives = [name for name in _operators.COMPILED if name.endswith("_cpu")]
     assert f"lacks {', '.join(natives[:3])} and {len(natives) - 3} more (pip install" in reason
 
 
 def test_operators_on_cuda_are_missed_only_where_it_was_built_with_cuda():
-    operators = ",".join(name for name in _register.COMPILED if name.endswith("_cpu"))
+    operators = ",".join(name for name in _operators.COMPILED if name.endswith("_cpu"))
     facts = {"operators": operators, "cuda_version": ""}
     assert _extension._outdated(facts) is None
     reason = _extension._outdated({**facts, "cuda_version": "13.0"})
@@ -94,7 +94,7 @@ def test_an_op_names_the_reason_that_a_build_has_no_cuda(monkeypatch):
     facts = {"cuda_version": "", "without_cuda": "no CUDA toolkit is found"}
     monkeypatch.setattr(_extension, "why_not", lambda: None)
     monkeypatch.setattr(_extension, "build_facts", lambda: facts)
-    assert "no CUDA toolkit is found" in (_dispatch.CUDA.why_not() or "")
+    assert "no CUDA toolkit is found" in (_backends.CUDA.why_not() or "")
 
 
 class _Installed:
@@ -149,6 +149,6 @@ def test_env_reports_what_runs(capsys: pytest.CaptureFixture):
         "reference  runs",
         "needs a GPU",
     ):
-        if expected == "needs a GPU" and (torch.cuda.is_available() or _dispatch.interpreted()):
+        if expected == "needs a GPU" and (torch.cuda.is_available() or _backends.interpreted()):
             continue
         assert expected in text

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import DEVICE
-from contract import run, upstream_for
 from torch.utils._pytree import tree_map_only
 
 from benchmarks import cuda_graph
-from molex_kernels._dispatch import CUDA
-from molex_kernels._opinfo import Case, OpInfo
-from molex_kernels.ops import load_ops
+from molex_kernels._backends import CUDA
+from molex_kernels.testing import load_ops
+from molex_kernels.testing.contract import run, upstream_for
+from molex_kernels.testing.opinfo import Case, OpInfo
 
 pytestmark = pytest.mark.gpu
 

@@ -11,8 +11,8 @@ import sys
 import pytest
 import torch
 
-from molex_kernels import _dispatch
-from molex_kernels._dispatch import CPU, CUDA, REFERENCE, TRITON, choose
+from molex_kernels import _backends
+from molex_kernels._backends import CPU, CUDA, REFERENCE, TRITON
 
 X = torch.zeros(2)
 BROKEN = dataclasses.replace(CPU, why_not=lambda: "it is broken")
@@ -20,33 +20,39 @@ BROKEN = dataclasses.replace(CPU, why_not=lambda: "it is broken")
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    monkeypatch.setattr(_dispatch, "DEFAULT", None)
-    monkeypatch.setattr(_dispatch, "_warned", set())
+    monkeypatch.setattr(_backends, "DEFAULT", None)
+    monkeypatch.setattr(_backends, "_warned", set())
+    monkeypatch.setattr(_backends, "IMPLEMENTATIONS", dict(_backends.IMPLEMENTATIONS))
+
+
+def select(op, implementations, impl, x, **limits):
+    _backends.declare(op, *implementations)
+    return _backends.select(op, impl, x, **limits)
 
 
 def test_none_takes_the_first_that_runs():
     works = dataclasses.replace(CPU, why_not=lambda: None)
-    assert choose("op", (TRITON, works, REFERENCE), None, X) == "cpu"
-    assert choose("op", (TRITON, REFERENCE), None, X) == "reference"
+    assert select("op", (TRITON, works, REFERENCE), None, X) == "cpu"
+    assert select("op", (TRITON, REFERENCE), None, X) == "reference"
 
 
 def test_fp64_takes_the_reference_silently(caplog):
-    assert choose("op", (TRITON, CPU, REFERENCE), None, X.double()) == "reference"
+    assert select("op", (TRITON, CPU, REFERENCE), None, X.double()) == "reference"
     assert not caplog.records
 
 
 def test_a_limit_passes_the_call_on():
     works = dataclasses.replace(CPU, why_not=lambda: None)
     limits = {"cpu": "E is at most 4; got 5"}
-    assert choose("op", (works, REFERENCE), None, X, **limits) == "reference"
+    assert select("op", (works, REFERENCE), None, X, **limits) == "reference"
     with pytest.raises(NotImplementedError, match="E is at most 4; got 5"):
-        choose("op", (works, REFERENCE), "cpu", X, **limits)
+        select("op", (works, REFERENCE), "cpu", X, **limits)
 
 
 def test_a_fall_back_is_logged_once(caplog):
     with caplog.at_level(logging.WARNING, "molex_kernels"):
         for _ in range(3):
-            assert choose("op", (BROKEN, REFERENCE), None, X) == "reference"
+            assert select("op", (BROKEN, REFERENCE), None, X) == "reference"
     assert [r.getMessage() for r in caplog.records] == [
         "op: 'cpu' cannot run, taking the next implementation: it is broken"
     ]
@@ -54,7 +60,7 @@ def test_a_fall_back_is_logged_once(caplog):
 
 def test_an_explicit_choice_never_falls_back():
     with pytest.raises(NotImplementedError) as error:
-        choose("op", (CUDA, BROKEN, REFERENCE), "cpu", X)
+        select("op", (CUDA, BROKEN, REFERENCE), "cpu", X)
     message = str(error.value)
     assert "op: impl='cpu' cannot run: it is broken" in message
     assert "cuda: it runs on cuda, the inputs are on cpu" in message
@@ -63,20 +69,20 @@ def test_an_explicit_choice_never_falls_back():
 
 def test_an_absent_implementation_is_named():
     with pytest.raises(NotImplementedError, match="op has no such implementation"):
-        choose("op", (REFERENCE,), "cuda", X)
+        select("op", (REFERENCE,), "cuda", X)
 
 
 def test_an_unknown_name_lists_the_names():
     with pytest.raises(ValueError, match=r"impl: expected one of 'cuda', .* got 'tritn'"):
-        choose("op", (REFERENCE,), "tritn", X)
+        select("op", (REFERENCE,), "tritn", X)
 
 
 def test_bf16_is_refused_under_the_interpreter(monkeypatch):
-    monkeypatch.setattr(_dispatch, "interpreted", lambda: True)
-    monkeypatch.setattr(_dispatch, "_version", {"triton": "3.7.1", "numpy": "2.5.2"}.get)
-    assert choose("op", (TRITON, REFERENCE), "triton", X) == "triton"
+    monkeypatch.setattr(_backends, "interpreted", lambda: True)
+    monkeypatch.setattr(_backends, "_version", {"triton": "3.7.1", "numpy": "2.5.2"}.get)
+    assert select("op", (TRITON, REFERENCE), "triton", X) == "triton"
     with pytest.raises(NotImplementedError, match="the inputs are bfloat16"):
-        choose("op", (TRITON, REFERENCE), "triton", X.bfloat16())
+        select("op", (TRITON, REFERENCE), "triton", X.bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -93,37 +99,37 @@ def test_bf16_is_refused_under_the_interpreter(monkeypatch):
 def test_an_interpreter_that_does_not_know_this_numpy_is_refused(
     monkeypatch, triton: str, numpy: str, works: bool
 ):
-    monkeypatch.setattr(_dispatch, "interpreted", lambda: True)
-    monkeypatch.setattr(_dispatch, "_version", {"triton": triton, "numpy": numpy}.get)
+    monkeypatch.setattr(_backends, "interpreted", lambda: True)
+    monkeypatch.setattr(_backends, "_version", {"triton": triton, "numpy": numpy}.get)
     if works:
-        assert choose("op", (TRITON, REFERENCE), "triton", X) == "triton"
+        assert select("op", (TRITON, REFERENCE), "triton", X) == "triton"
         return
     with pytest.raises(NotImplementedError) as error:
-        choose("op", (TRITON, REFERENCE), "triton", X)
+        select("op", (TRITON, REFERENCE), "triton", X)
     assert f"the interpreter of Triton {triton} fails with numpy {numpy}" in str(error.value)
     assert "pip install 'numpy<2.4', or Triton 3.7 or later" in str(error.value)
-    assert "interpreter" in _dispatch.reasons((TRITON, REFERENCE), "cpu")["triton"]
+    assert "interpreter" in _backends.reasons("topk_route", "cpu")["triton"]
 
 
 def test_triton_without_a_gpu_says_what_it_needs(monkeypatch):
-    monkeypatch.setattr(_dispatch, "interpreted", lambda: False)
+    monkeypatch.setattr(_backends, "interpreted", lambda: False)
     with pytest.raises(NotImplementedError, match="it needs a GPU"):
-        choose("other op", (TRITON, REFERENCE), "triton", X)
+        select("other op", (TRITON, REFERENCE), "triton", X)
 
 
 def test_the_environment_sets_the_default(monkeypatch):
-    monkeypatch.setattr(_dispatch, "DEFAULT", "reference")
+    monkeypatch.setattr(_backends, "DEFAULT", "reference")
     works = dataclasses.replace(CPU, why_not=lambda: None)
-    assert choose("op", (works, REFERENCE), None, X) == "reference"
-    monkeypatch.setattr(_dispatch, "DEFAULT", "cuda")
-    assert choose("op", (works, REFERENCE), None, X) == "cpu", "an op without it chooses as ever"
-    monkeypatch.setattr(_dispatch, "DEFAULT", "fast")
+    assert select("op", (works, REFERENCE), None, X) == "reference"
+    monkeypatch.setattr(_backends, "DEFAULT", "cuda")
+    assert select("op", (works, REFERENCE), None, X) == "cpu", "an op without it chooses as ever"
+    monkeypatch.setattr(_backends, "DEFAULT", "fast")
     with pytest.raises(ValueError, match="MOLEX_IMPL: expected one of"):
-        choose("op", (REFERENCE,), None, X)
+        select("op", (REFERENCE,), None, X)
 
 
 def test_the_environment_is_read():
-    script = "from molex_kernels import _dispatch; print(_dispatch.DEFAULT)"
+    script = "from molex_kernels import _backends; print(_backends.DEFAULT)"
     run = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,

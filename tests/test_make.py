@@ -97,7 +97,7 @@ def test_a_step_alone(gpu):
     assert "cuda=1,/usr/local/cuda extension=1" in asked
     assert {f.name for f in out.iterdir()} == {"build.txt", "env.txt"}
     assert gpu("gpu-build", failing="kernels.env")[0].returncode != 0
-    assert gpu("gpu-build", failing="_dispatch")[0].returncode != 0, "built, and does not load"
+    assert gpu("gpu-build", failing="_backends")[0].returncode != 0, "built, and does not load"
     for step, failing in (("test", "--tb"), ("bench", "benchmarks"), ("sanitize", "--tb")):
         assert gpu(f"gpu-{step}", failing=failing)[0].returncode != 0
     if shutil.which("compute-sanitizer") is None:

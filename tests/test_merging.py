@@ -12,8 +12,8 @@ from torch import Tensor
 
 import molex_kernels as mk
 from molex_kernels import KroneckerCurvature
-from molex_kernels.ops.merging.baselines import published_camex_linear
-from molex_kernels.ops.merging.plan import nearest_factors
+from molex_kernels.ops.merging.types import nearest_factors
+from molex_kernels.testing.baselines.merging import published_camex_linear
 
 IMPLS = ["triton", "reference"] if DEVICE.type == "cuda" else ["cpu", "triton", "reference"]
 

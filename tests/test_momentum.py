@@ -14,7 +14,7 @@ from torch import nn
 
 import molex_kernels as mk
 from molex_kernels import _philox
-from molex_kernels.ops.momentum.rules import Coefficients
+from molex_kernels.ops.momentum.types import Coefficients
 
 IMPLS = ("triton", "reference") if DEVICE.type == "cuda" else ("triton", "cpu", "reference")
 LAYERS = 8

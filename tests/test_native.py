@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from conftest import DEVICE
-from tolerance import judge, measure
 
 import molex_kernels as mk
 from molex_kernels import _extension
+from molex_kernels.testing.budget import judge, measure
 
 pytestmark = pytest.mark.skipif(
     DEVICE.type == "cuda" or _extension.why_not() is not None, reason="native CPU code"

@@ -9,16 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
-from tolerance import Errors, judge, measure
 from torch import Tensor, nn
 
 import molex_kernels as mk
-from molex_kernels.ops.rpc_attention import cases, reference
-from molex_kernels.ops.rpc_attention.baselines import (
+from molex_kernels.ops.rpc_attention import reference
+from molex_kernels.testing.baselines.rpc_attention import (
     library_rpc_attention,
     published_rpc_attention,
     published_scaled_attention,
 )
+from molex_kernels.testing.budget import Errors, judge, measure
+from molex_kernels.testing.cases import rpc_attention as cases
 
 B, H, N, D = 2, 3, 11, 8
 IMPLS = ["triton", "reference"] if DEVICE.type == "cuda" else ["cpu", "triton", "reference"]

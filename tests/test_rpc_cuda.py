@@ -10,13 +10,13 @@ import peaked
 import pytest
 import torch
 from rpc_cuda import ROOT, Call, Library, build
-from tolerance import Errors, judge, measure
 from torch import Tensor
 
 import molex_kernels as mk
-from molex_kernels._dispatch import CUDA
+from molex_kernels._backends import CUDA
 from molex_kernels.ops.rpc_attention import reference
 from molex_kernels.ops.rpc_attention.api import BLOCK_MEMORY
+from molex_kernels.testing.budget import Errors, judge, measure
 
 ITERATED = {"shared_limit": 0}  # no block has the memory to hold a head
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from molex_kernels._dispatch import CUDA
-from molex_kernels.ops import load_ops
+from molex_kernels._backends import CUDA
+from molex_kernels.testing import load_ops
 
 TOOL = shutil.which("compute-sanitizer")
 SCRIPT = Path(__file__).with_name("sanitized.py")

@@ -7,8 +7,8 @@ import types
 
 import pytest
 
-from molex_kernels import _tuning
-from molex_kernels._tuning import Config
+from molex_kernels._triton import tuning
+from molex_kernels._triton.tuning import Config
 
 PINNED = Config({"BLOCK_T": 64})
 OTHER = Config({"BLOCK_T": 128}, num_warps=8)
@@ -19,9 +19,9 @@ def _never(config: Config) -> None:
 
 
 def test_pinned_unless_asked(monkeypatch):
-    assert _tuning.choose("k", (1,), PINNED, [OTHER], _never, on_gpu=True) is PINNED
-    monkeypatch.setattr(_tuning, "AUTOTUNE", True)
-    assert _tuning.choose("k", (1,), PINNED, [OTHER], _never, on_gpu=False) is PINNED
+    assert tuning.choose("k", (1,), PINNED, [OTHER], _never, on_gpu=True) is PINNED
+    monkeypatch.setattr(tuning, "AUTOTUNE", True)
+    assert tuning.choose("k", (1,), PINNED, [OTHER], _never, on_gpu=False) is PINNED
 
 
 def test_a_sweep_keeps_the_fastest_and_is_not_repeated(monkeypatch):
@@ -36,16 +36,16 @@ def test_a_sweep_keeps_the_fastest_and_is_not_repeated(monkeypatch):
     testing = types.ModuleType("triton.testing")
     testing.do_bench = do_bench
     monkeypatch.setitem(sys.modules, "triton.testing", testing)
-    monkeypatch.setattr(_tuning, "AUTOTUNE", True)
-    monkeypatch.setattr(_tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "AUTOTUNE", True)
+    monkeypatch.setattr(tuning, "_chosen", {})
 
     def launch(config: Config) -> None:
         launched.append(config.blocks["BLOCK_T"])
 
     for _ in range(2):
-        assert _tuning.choose("k", (1,), PINNED, [OTHER, PINNED], launch, on_gpu=True) is OTHER
+        assert tuning.choose("k", (1,), PINNED, [OTHER, PINNED], launch, on_gpu=True) is OTHER
     assert launched == [64, 128]
-    assert _tuning.choose("k", (2,), PINNED, [], launch, on_gpu=True) is PINNED
+    assert tuning.choose("k", (2,), PINNED, [], launch, on_gpu=True) is PINNED
 
 
 def test_launch_options():

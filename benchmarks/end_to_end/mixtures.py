@@ -10,21 +10,21 @@ from torch import Tensor, nn
 
 from benchmarks.end_to_end.variants import Variant
 from benchmarks.presets import TextPlan
-from molex_kernels._opinfo import OpInfo
-from molex_kernels.ops import load_ops
-from molex_kernels.ops.dispatch import baselines as dispatch_baselines
 from molex_kernels.ops.dispatch.module import MoEMLP
-from molex_kernels.ops.merging.baselines import published_camex_linear
 from molex_kernels.ops.merging.gates import cv_squared_loss, segment_gates
 from molex_kernels.ops.merging.module import CAMExLinear, CAMExMLP
 from molex_kernels.ops.momentum.api import moe_mlp_momentum
-from molex_kernels.ops.momentum.baselines import published_moe_mlp_momentum
-from molex_kernels.ops.momentum.rules import Adam, HeavyBall, Rule
 from molex_kernels.ops.momentum.state import State
-from molex_kernels.ops.routing import baselines as routing_baselines
+from molex_kernels.ops.momentum.types import Adam, HeavyBall, Rule
 from molex_kernels.ops.routing.losses import load_balance_loss
 from molex_kernels.ops.routing.module import ACRouter, TopKRouter
-from molex_kernels.ops.routing.plan import Routing
+from molex_kernels.ops.routing.types import Routing
+from molex_kernels.testing import load_ops
+from molex_kernels.testing.baselines import dispatch as dispatch_baselines
+from molex_kernels.testing.baselines import routing as routing_baselines
+from molex_kernels.testing.baselines.merging import published_camex_linear
+from molex_kernels.testing.baselines.momentum import published_moe_mlp_momentum
+from molex_kernels.testing.opinfo import OpInfo
 
 ACTIVATION = "gelu"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from molex_kernels.ops.momentum.rules import Adam, HeavyBall, Nesterov, RobustMomentum, Rule
+from molex_kernels.ops.momentum.types import Adam, HeavyBall, Nesterov, RobustMomentum, Rule
 
 BASE = "plain"
 

@@ -130,12 +130,12 @@ def load_ops() -> dict[str, Any]:
     given = torch.library.register_fake
     torch.library.register_fake = lambda *_, **__: None
     try:
-        from molex_kernels import _dispatch, ops
+        from molex_kernels import _backends, testing
     finally:
         torch.library.register_fake = given
-    object.__setattr__(_dispatch.TRITON, "devices", ("meta",))
+    object.__setattr__(_backends.TRITON, "devices", ("meta",))
     torch.is_autocast_enabled = lambda device="": False  # which knows no meta
-    return ops.load_ops()
+    return testing.load_ops()
 
 
 def record(
@@ -174,7 +174,7 @@ def _cases(info: Any, measured: bool) -> Iterator[Any]:
 
 
 def _call(info: Any, case: Any, dtype: torch.dtype, is_strided: bool) -> None:
-    from contract import strided
+    from molex_kernels.testing.contract import strided
 
     def laid_out(tensors: dict[str, Any]) -> dict[str, Any]:
         return strided(tensors) if is_strided else tensors

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from molex_kernels import _check, _dtypes
-from molex_kernels._dispatch import CPU, REFERENCE, TRITON, choose
+from molex_kernels._backends import CPU, REFERENCE, TRITON, declare, select
 from molex_kernels.ops.dispatch import op, reference
 from molex_kernels.ops.routing.api import route_plan
-from molex_kernels.ops.routing.plan import RoutePlan
+from molex_kernels.ops.routing.types import RoutePlan
 
 # Name -> (pointwise function, whether it acts on a gate that then multiplies the up half).
 ACTIVATIONS = {
@@ -26,7 +26,9 @@ ACTIVATIONS = {
 GATE_LAYOUTS = ("concat", "interleaved")
 MAX_EXPERTS = 1024
 
-_IMPLEMENTATIONS = (TRITON, CPU, REFERENCE)
+
+declare("grouped_gemm", TRITON, CPU, REFERENCE)
+declare("moe_mlp", TRITON, CPU, REFERENCE)
 
 
 def grouped_gemm(
@@ -68,7 +70,7 @@ def grouped_gemm(
     if bias is not None:
         _check.tensor("bias", bias, "E, N", weight.shape[:2], dtypes, x)
     x, weight, bias = _autocast(x, weight, bias)
-    chosen = choose("grouped_gemm", _IMPLEMENTATIONS, impl, x, triton=_too_many(num_experts))
+    chosen = select("grouped_gemm", impl, x, triton=_too_many(num_experts))
     if chosen == "reference":
         return reference.grouped_gemm(x, weight, offsets, bias)
     return op.grouped_gemm(x, weight, offsets, bias, chosen)
@@ -132,7 +134,7 @@ def moe_mlp(
     call = experts_arguments(
         x, expert_index, expert_weight, *weights, activation, gate_layout, plan
     )
-    chosen = choose("moe_mlp", _IMPLEMENTATIONS, impl, call.x, triton=call.too_many)
+    chosen = select("moe_mlp", impl, call.x, triton=call.too_many)
     operands: tuple[Any, ...] = (*call.weights, *call.activation)
     if chosen == "reference":
         return reference.moe_mlp(call.x, expert_index, call.expert_weight, *operands)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from molex_kernels import _check, _published
 from molex_kernels.ops.dispatch.api import ACTIVATIONS, GATE_LAYOUTS, moe_mlp
-from molex_kernels.ops.routing.plan import RoutePlan
+from molex_kernels.ops.routing.types import RoutePlan
 
 # FastMoE's names, with which MomentumSMoE and ACMoE publish their checkpoints.
 PUBLISHED = {

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from molex_kernels import _register
+from molex_kernels import _operators
 
 Tensors = tuple[Tensor, ...]
 
@@ -150,39 +150,39 @@ _MOE_MLP_BACKWARD = (
 )
 
 _grouped_gemm_forward = {
-    "triton": _register.define(
+    "triton": _operators.define(
         "grouped_gemm_fwd_triton",
         _GROUPED_GEMM_FORWARD,
         fake=_grouped_gemm_forward_fake,
         run=_grouped_gemm_forward_triton,
     ),
-    "cpu": _register.define(
+    "cpu": _operators.define(
         "grouped_gemm_fwd_cpu",
         _GROUPED_GEMM_FORWARD,
         fake=_grouped_gemm_forward_fake,
     ),
 }
 _grouped_gemm_backward = {
-    "triton": _register.define(
+    "triton": _operators.define(
         "grouped_gemm_bwd_triton",
         _GROUPED_GEMM_BACKWARD,
         fake=_grouped_gemm_backward_fake,
         run=_grouped_gemm_backward_triton,
     ),
-    "cpu": _register.define(
+    "cpu": _operators.define(
         "grouped_gemm_bwd_cpu",
         _GROUPED_GEMM_BACKWARD,
         fake=_grouped_gemm_backward_fake,
     ),
 }
 _moe_mlp_forward = {
-    "triton": _register.define(
+    "triton": _operators.define(
         "moe_mlp_fwd_triton",
         _MOE_MLP_FORWARD,
         fake=_moe_mlp_forward_fake,
         run=_moe_mlp_forward_triton,
     ),
-    "cpu": _register.define(
+    "cpu": _operators.define(
         "moe_mlp_fwd_cpu",
         _MOE_MLP_FORWARD,
         fake=_moe_mlp_forward_fake,
@@ -190,26 +190,26 @@ _moe_mlp_forward = {
 }
 # The experts' outputs before they are summed, for ops that sum them in a kernel of their own.
 experts_forward = {
-    "triton": _register.define(
+    "triton": _operators.define(
         "moe_experts_fwd_triton",
         _EXPERTS_FORWARD,
         fake=_experts_forward_fake,
         run=_experts_forward_triton,
     ),
-    "cpu": _register.define(
+    "cpu": _operators.define(
         "moe_experts_fwd_cpu",
         _EXPERTS_FORWARD,
         fake=_experts_forward_fake,
     ),
 }
 moe_mlp_backward = {
-    "triton": _register.define(
+    "triton": _operators.define(
         "moe_mlp_bwd_triton",
         _MOE_MLP_BACKWARD,
         fake=_moe_mlp_backward_fake,
         run=_moe_mlp_backward_triton,
     ),
-    "cpu": _register.define(
+    "cpu": _operators.define(
         "moe_mlp_bwd_cpu",
         _MOE_MLP_BACKWARD,
         fake=_moe_mlp_backward_fake,
@@ -278,7 +278,7 @@ def grouped_gemm(
     x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, impl: str
 ) -> Tensor:
     """Calls the operator of `impl`, through autograd where a gradient is wanted."""
-    if _register.wants_grad(x, weight, bias):
+    if _operators.wants_grad(x, weight, bias):
         return _GroupedGemm.apply(x, weight, bias, offsets, impl)
     return _grouped_gemm_forward[impl](x, weight, offsets, bias)
 
@@ -300,6 +300,6 @@ def moe_mlp(
     """Calls the operator of `impl`, through autograd where a gradient is wanted."""
     plan = (offsets, permutation, inverse)
     weights = (w_up, w_down, b_up, b_down)
-    if _register.wants_grad(x, expert_weight, *weights):
+    if _operators.wants_grad(x, expert_weight, *weights):
         return _MoeMlp.apply(x, expert_weight, *weights, *plan, activation, layout, impl)
     return _moe_mlp_forward[impl](x, expert_weight, *plan, *weights, activation, layout, False)[0]

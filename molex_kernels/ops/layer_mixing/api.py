@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from molex_kernels import _check, _dtypes
-from molex_kernels._dispatch import CPU, CPU_ATEN, REFERENCE, TRITON, choose
-from molex_kernels.ops.layer_mixing import op, plan, reference
-from molex_kernels.ops.layer_mixing.plan import MODES, LoRA
+from molex_kernels._backends import CPU, CPU_ATEN, REFERENCE, TRITON, declare, select
+from molex_kernels.ops.layer_mixing import op, reference, types
+from molex_kernels.ops.layer_mixing.types import MODES, LoRA
 
 DEBUG = os.environ.get("MOLEX_DEBUG") == "1"
 
-_IMPLEMENTATIONS = (TRITON, CPU, REFERENCE)
-_LINEAR = (TRITON, CPU_ATEN, REFERENCE)
+declare("layer_vote", TRITON, CPU, REFERENCE)
+declare("layer_mix", TRITON, CPU, REFERENCE)
+declare("layer_linear", TRITON, CPU_ATEN, REFERENCE)
 
 Layers = Tensor | Sequence[Tensor]
 
@@ -59,7 +60,7 @@ def layer_vote(
     if mask is not None:
         _check.tensor("mask", mask, "...", logits.shape[:-1], (torch.bool,), logits)
         mask = mask.reshape(-1)
-    chosen = choose("layer_vote", _IMPLEMENTATIONS, impl, logits)
+    chosen = select("layer_vote", impl, logits)
     flat = logits.detach().reshape(-1, logits.shape[-1])
     if chosen == "reference":
         return reference.vote(flat, mask, mode)
@@ -118,7 +119,7 @@ def layer_linear(
     dtypes = _parameter_dtypes(x)
     branches = None if shared else x.shape[0]
     weight = _layers("weights", weights, "N, D", (None, x.shape[-1]), x, dtypes)
-    num_layers, columns = plan.num_layers(weight, 3), weight[0].shape[-2]
+    num_layers, columns = types.num_layers(weight, 3), weight[0].shape[-2]
     _check.index("index", index, "G", (branches,), x)
     bias: tuple[Tensor, ...] = ()
     if biases is not None:
@@ -140,7 +141,7 @@ def layer_linear(
         _check_index(index, num_layers)
     (cast,) = _dtypes.autocast(x)
     assert cast is not None
-    chosen = choose("layer_linear", _LINEAR, impl, cast)
+    chosen = select("layer_linear", impl, cast)
     flat = _rows(cast, shared)
     groups = (weight, bias, a, b)
     if chosen == "reference":
@@ -216,7 +217,7 @@ def layer_mix(
                 _check.tensor(part, value, "D", (features,), dtypes, outputs)
         weight = None if weight is None else weight.to(single)
         bias = None if bias is None else bias.to(single)
-    chosen = choose("layer_mix", _IMPLEMENTATIONS, impl, outputs)
+    chosen = select("layer_mix", impl, outputs)
     mixture = given.to(single)
     if logits is not None:
         mixture = torch.softmax(mixture, 0)
@@ -237,7 +238,7 @@ def check_layer_index() -> None:
     Waits for the devices: call it now and then, never between the layers of a model. Records of
     Triton and the CPU kernels; the reference only clamps.
     """
-    devices = plan.take_flags()
+    devices = types.take_flags()
     if devices:
         where = ", ".join(map(str, devices))
         raise ValueError(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from molex_kernels.ops.layer_mixing import plan
+from molex_kernels.ops.layer_mixing import types
 
 Tensors = tuple[Tensor, ...]
 
@@ -89,11 +89,11 @@ def linear_backward(
 
 
 def _layers(index: Tensor, weights: Sequence[Tensor]) -> list[int]:
-    last = plan.num_layers(weights, 3) - 1
+    last = types.num_layers(weights, 3) - 1
     layers = index.tolist()
     clamped = [min(max(layer, 0), last) for layer in layers]
     if clamped != layers:
-        plan.flag(index.device).fill_(1)
+        types.flag(index.device).fill_(1)
     return clamped
 
 
@@ -103,5 +103,5 @@ def _one(tensors: Sequence[Tensor], layer: int, dims: int) -> Tensor:
 
 
 def _zeros(tensors: Sequence[Tensor], dims: int, x: Tensor, needed: bool) -> Tensor:
-    size = plan.gradient_size(tensors, dims) if needed else (0,)
+    size = types.gradient_size(tensors, dims) if needed else (0,)
     return torch.zeros(size, dtype=torch.float32)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from molex_kernels import _check, _dtypes
 from molex_kernels.ops.layer_mixing import gates, layout
 from molex_kernels.ops.layer_mixing.api import LoRA, layer_linear, layer_mix, layer_vote
-from molex_kernels.ops.layer_mixing.plan import MODES
+from molex_kernels.ops.layer_mixing.types import MODES
 
 TARGETS = ("q", "k", "v", "out", "up", "down")
 _THIRDS = {"q": 0, "k": 1, "v": 2}  # of a fused projection

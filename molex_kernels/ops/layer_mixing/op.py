@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from molex_kernels import _register
-from molex_kernels.ops.layer_mixing import cpu, plan
+from molex_kernels import _operators
+from molex_kernels.ops.layer_mixing import cpu, types
 
 Tensors = tuple[Tensor, ...]
 Groups = tuple[Tensors, Tensors, Tensors, Tensors]  # weights, biases, LoRA's a and b
@@ -59,7 +59,7 @@ def _linear_backward_fake(
         x.new_empty(size),
         *(
             x.new_empty(
-                plan.gradient_size(group, dims) if need else (0,),
+                types.gradient_size(group, dims) if need else (0,),
                 dtype=group[0].dtype if group else x.dtype,
             )
             for group, dims, need in zip(groups, DIMS, needs[1:], strict=True)
@@ -117,7 +117,7 @@ def _mix_backward_triton(*arguments: Any) -> Tensors:
 
 def _define(name: str, schema: str, fake: Any, triton: Any, native: Any = None) -> dict[str, Any]:
     return {
-        impl: _register.define(f"{name}_{impl}", schema, fake=fake, run=run)
+        impl: _operators.define(f"{name}_{impl}", schema, fake=fake, run=run)
         for impl, run in (("triton", triton), ("cpu", native))
     }
 
@@ -268,7 +268,7 @@ def linear(
     x is [G, T, D], or [T, D] where shared.
     """
     tensors = [t for group in groups for t in group]
-    if _register.wants_grad(x, *tensors):
+    if _operators.wants_grad(x, *tensors):
         counts = tuple(map(len, groups))
         return _Linear.apply(x, index, scaling, shared, impl, counts, *tensors)
     return _linear_forward[impl](_branches(x, index, shared), index, *groups, scaling)
@@ -284,6 +284,6 @@ def mix(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """(y, LayerNorm(y), empty without eps); weight and bias are fp32. outputs [G, T, D]."""
-    if _register.wants_grad(outputs, coeff, residual, weight, bias):
+    if _operators.wants_grad(outputs, coeff, residual, weight, bias):
         return _Mix.apply(outputs, coeff, residual, weight, bias, eps, impl)
     return _mix_forward[impl](outputs, coeff, residual, weight, bias, eps)

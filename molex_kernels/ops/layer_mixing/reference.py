@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molex_kernels._dtypes import accumulate_dtype
-from molex_kernels.ops.layer_mixing import plan
+from molex_kernels.ops.layer_mixing import types
 
 
 def vote(logits: Tensor, mask: Tensor | None, mode: str) -> Tensor:
@@ -37,7 +37,7 @@ def linear(
     scaling: float,
 ) -> Tensor:
     """y_g = x_g W_l^T + bias_l + scaling (x_g A_l^T) B_l^T with l = index_g; x [G, T, D]."""
-    index = index.clamp(0, plan.num_layers(weights, 3) - 1)
+    index = index.clamp(0, types.num_layers(weights, 3) - 1)
     y = torch.matmul(x, _chosen(weights, index, 3).to(x.dtype).mT)
     if biases:
         y = y + _chosen(biases, index, 2).to(x.dtype)[:, None]

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from molex_kernels import _check, _dtypes
-from molex_kernels._dispatch import CPU, REFERENCE, TRITON, choose
+from molex_kernels._backends import CPU, REFERENCE, TRITON, declare, select
 from molex_kernels.ops.merging import op, reference
-from molex_kernels.ops.merging.plan import KroneckerCurvature
+from molex_kernels.ops.merging.types import KroneckerCurvature
 
 MASKS = (None, "ties")
 FACTORS = KroneckerCurvature._fields
 BIAS_FACTORS = ("out1", "out2")
 
-_IMPLEMENTATIONS = (TRITON, CPU, REFERENCE)
+declare("camex_merge", TRITON, CPU, REFERENCE)
+declare("camex_deltas", TRITON, CPU, REFERENCE)
+declare("camex_linear", TRITON, CPU, REFERENCE)
 
 
 def camex_deltas(
@@ -64,7 +66,7 @@ def camex_deltas(
     _check.choice("mask", mask, MASKS)
     _check_experts(experts, base)
     factors = _check_factors("curvature", curvature, FACTORS, base, experts.shape[0])
-    chosen = choose("camex_deltas", _IMPLEMENTATIONS, impl, base)
+    chosen = select("camex_deltas", impl, base)
     return _deltas(base, experts, factors, mask, chosen)
 
 
@@ -182,7 +184,7 @@ def camex_linear(
     bias_factors = _check_factors("bias_curvature", bias_curvature, BIAS_FACTORS, base, num_experts)
 
     (in_autocast,) = _autocast(x)
-    chosen = choose("camex_linear", _IMPLEMENTATIONS, impl, in_autocast)
+    chosen = select("camex_linear", impl, in_autocast)
     gates = _scaled(gates, alpha, x.dtype)
     if expert_dropout:
         keep = torch.rand_like(gates) >= expert_dropout

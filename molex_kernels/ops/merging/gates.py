@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molex_kernels import _check, _dispatch
+from molex_kernels import _backends, _check
 from molex_kernels._dtypes import accumulate_dtype
 
-IMPLEMENTATIONS = (_dispatch.REFERENCE,)
+for _name in ("segment_gates", "noisy_topk_gates", "cv_squared_loss", "propagate_base"):
+    _backends.declare(_name, _backends.REFERENCE)
 
 NOISE_EPSILON = 1e-2
 CV_EPSILON = 1e-10
@@ -41,7 +42,7 @@ def segment_gates(gates: Tensor, *, first: str = "own", impl: str | None = None)
     if gates.shape[1] < 1:
         raise ValueError("gates: expected shape [B, S, E] with S at least 1, got S=0")
     _check.choice("first", first, FIRST)
-    _dispatch.choose("segment_gates", IMPLEMENTATIONS, impl, gates)
+    _backends.select("segment_gates", impl, gates)
     start = gates[:, :1].detach()
     if first == "uniform":
         start = torch.full_like(start, 1 / max(gates.shape[2], 1))
@@ -89,7 +90,7 @@ def noisy_topk_gates(
     if w_noise is not None:
         _check.floating("w_noise", w_noise, "D, E", w_gate.shape, x)
     _check.integer("top_k", top_k, 1, num_experts, of=" experts")
-    _dispatch.choose("noisy_topk_gates", IMPLEMENTATIONS, impl, x)
+    _backends.select("noisy_topk_gates", impl, x)
     dtype = accumulate_dtype(x.dtype)
     x = x.to(dtype)
     clean = torch.matmul(x, w_gate.to(dtype))
@@ -133,7 +134,7 @@ def cv_squared_loss(
         raise TypeError(f"gates: expected a tensor [..., E], got {type(gates).__name__}")
     _check.floating("gates", gates, "..., E", (None,) * max(gates.dim(), 1))
     num_experts = gates.shape[-1]
-    _dispatch.choose("cv_squared_loss", IMPLEMENTATIONS, impl, gates)
+    _backends.select("cv_squared_loss", impl, gates)
     dtype = accumulate_dtype(gates.dtype)
     loss = _cv_squared(gates.to(dtype).reshape(-1, num_experts).sum(0))
     if load is not None:
@@ -171,7 +172,7 @@ def propagate_base(
     if deltas.shape[0] < 1:
         raise ValueError("deltas: expected shape [E, ...] with E at least 1, got E=0")
     _check.number("gamma", gamma, -float("inf"))
-    _dispatch.choose("propagate_base", IMPLEMENTATIONS, impl, base)
+    _backends.select("propagate_base", impl, base)
     dtype = accumulate_dtype(base.dtype)
     return (base.to(dtype) + gamma * deltas.to(dtype).mean(0)).to(base.dtype)
 

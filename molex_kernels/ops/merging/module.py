@@ -18,7 +18,7 @@ from molex_kernels.ops.merging.gates import (
     propagate_base,
     segment_gates,
 )
-from molex_kernels.ops.merging.plan import SCALES, KroneckerCurvature, nearest_factors
+from molex_kernels.ops.merging.types import SCALES, KroneckerCurvature, nearest_factors
 
 INIT_STD = 0.02
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from molex_kernels import _register
+from molex_kernels import _operators
 
 Tensors = tuple[Tensor, ...]
 Factors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -93,44 +93,44 @@ _LINEAR_BACKWARD = (
 )
 
 _deltas_forward = {
-    "triton": _register.define(
+    "triton": _operators.define(
         "camex_deltas_fwd_triton",
         _DELTAS_FORWARD,
         fake=_deltas_forward_fake,
         run=_deltas_forward_triton,
     ),
-    "cpu": _register.define("camex_deltas_fwd_cpu", _DELTAS_FORWARD, fake=_deltas_forward_fake),
+    "cpu": _operators.define("camex_deltas_fwd_cpu", _DELTAS_FORWARD, fake=_deltas_forward_fake),
 }
 _deltas_backward = {
-    "triton": _register.define(
+    "triton": _operators.define(
         "camex_deltas_bwd_triton",
         _DELTAS_BACKWARD,
         fake=_deltas_backward_fake,
         run=_deltas_backward_triton,
     ),
-    "cpu": _register.define(
+    "cpu": _operators.define(
         "camex_deltas_bwd_cpu",
         _DELTAS_BACKWARD,
         fake=_deltas_backward_fake,
     ),
 }
 _linear_forward = {
-    "triton": _register.define(
+    "triton": _operators.define(
         "camex_linear_fwd_triton",
         _LINEAR_FORWARD,
         fake=_linear_forward_fake,
         run=_linear_forward_triton,
     ),
-    "cpu": _register.define("camex_linear_fwd_cpu", _LINEAR_FORWARD, fake=_linear_forward_fake),
+    "cpu": _operators.define("camex_linear_fwd_cpu", _LINEAR_FORWARD, fake=_linear_forward_fake),
 }
 _linear_backward = {
-    "triton": _register.define(
+    "triton": _operators.define(
         "camex_linear_bwd_triton",
         _LINEAR_BACKWARD,
         fake=_linear_backward_fake,
         run=_linear_backward_triton,
     ),
-    "cpu": _register.define(
+    "cpu": _operators.define(
         "camex_linear_bwd_cpu",
         _LINEAR_BACKWARD,
         fake=_linear_backward_fake,
@@ -193,7 +193,7 @@ def _needed(gradients: Tensors, needs: Sequence[bool]) -> tuple[Tensor | None, .
 
 def deltas(base: Tensor, experts: Tensor, factors: Factors, ties: bool, impl: str) -> Tensor:
     """Calls the operator of `impl`, through autograd where a gradient is wanted."""
-    if _register.wants_grad(base, experts, *factors):
+    if _operators.wants_grad(base, experts, *factors):
         return _Deltas.apply(base, experts, *factors, ties, impl)
     return _deltas_forward[impl](base, experts, *factors, ties)
 
@@ -202,6 +202,6 @@ def linear(
     x: Tensor, base: Tensor, deltas: Tensor, gates: Tensor, bias: Tensor | None, impl: str
 ) -> Tensor:
     """Calls the operator of `impl`, through autograd where a gradient is wanted."""
-    if _register.wants_grad(x, base, deltas, gates, bias):
+    if _operators.wants_grad(x, base, deltas, gates, bias):
         return _Linear.apply(x, base, deltas, gates, bias, impl)
     return _linear_forward[impl](x, base, deltas, gates, bias)

@@ -9,17 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molex_kernels import _check, _dtypes, _philox
-from molex_kernels._dispatch import CPU, REFERENCE, TRITON, choose
+from molex_kernels._backends import CPU, REFERENCE, TRITON, declare, select
 from molex_kernels.ops.dispatch.api import experts_arguments, moe_mlp
 from molex_kernels.ops.momentum import op, reference
 from molex_kernels.ops.momentum import state as states
-from molex_kernels.ops.momentum.rules import Mars, Rule
 from molex_kernels.ops.momentum.state import State
-from molex_kernels.ops.routing.plan import RoutePlan
+from molex_kernels.ops.momentum.types import Mars, Rule
+from molex_kernels.ops.routing.types import RoutePlan
 
 Norm = tuple[Tensor | None, Tensor | None, float]
 
-_IMPLEMENTATIONS = (TRITON, CPU, REFERENCE)
+declare("momentum_update", TRITON, CPU, REFERENCE)
+declare("moe_mlp_momentum", TRITON, CPU, REFERENCE)
 # By the number of averages: wider rows do not fit into the registers of one Triton program.
 _MAX_NORM_WIDTH = {1: 4096, 2: 4096, 3: 2048}
 
@@ -76,7 +77,7 @@ def momentum_update(
     states.check(state, rule, x, f_dtypes)
     _check_norm(norm, x)
     _check_learned(rule, x)
-    chosen = choose("momentum_update", _IMPLEMENTATIONS, impl, x)
+    chosen = select("momentum_update", impl, x)
     return _update(x, f, state, rule, norm, chosen)
 
 
@@ -154,7 +155,7 @@ def moe_mlp_momentum(
         *(w_up, w_down, b_up, b_down, activation, gate_layout, plan),
     )
     experts = experts_arguments(*arguments)
-    chosen = choose("moe_mlp_momentum", _IMPLEMENTATIONS, impl, x, triton=experts.too_many)
+    chosen = select("moe_mlp_momentum", impl, x, triton=experts.too_many)
     seed = None
     if dropout_p > 0:
         seed = _philox.draw_seed(x) if dropout_seed is None else dropout_seed

@@ -14,8 +14,8 @@ from molex_kernels import _check, _published
 from molex_kernels.ops.dispatch.module import PUBLISHED as EXPERTS
 from molex_kernels.ops.dispatch.module import MoEMLP
 from molex_kernels.ops.momentum.api import moe_mlp_momentum
-from molex_kernels.ops.momentum.rules import Rule
 from molex_kernels.ops.momentum.state import State
+from molex_kernels.ops.momentum.types import Rule
 from molex_kernels.ops.routing.module import TopKRouter
 
 WIRINGS = ("published", "pre_ln")

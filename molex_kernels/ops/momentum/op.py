@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from molex_kernels import _register
+from molex_kernels import _operators
 from molex_kernels.ops.dispatch import op as dispatch
 
 Tensors = tuple[Tensor, ...]
@@ -111,16 +111,16 @@ _BACKWARD = (
     "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _forward = {
-    "triton": _register.define(
+    "triton": _operators.define(
         "momentum_fwd_triton", _FORWARD, fake=_forward_fake, run=_forward_triton
     ),
-    "cpu": _register.define("momentum_fwd_cpu", _FORWARD, fake=_forward_fake),
+    "cpu": _operators.define("momentum_fwd_cpu", _FORWARD, fake=_forward_fake),
 }
 _backward = {
-    "triton": _register.define(
+    "triton": _operators.define(
         "momentum_bwd_triton", _BACKWARD, fake=_backward_fake, run=_backward_triton
     ),
-    "cpu": _register.define("momentum_bwd_cpu", _BACKWARD, fake=_backward_fake),
+    "cpu": _operators.define("momentum_bwd_cpu", _BACKWARD, fake=_backward_fake),
 }
 
 NUM_OPTIONS = 5  # numbers, kind, num_states, norm_eps, dropout_p
@@ -332,7 +332,7 @@ def update(
     `options` are numbers, kind, num_states, norm_eps and dropout_p (0 here).
     """
     states = (*state, *(None,) * (3 - len(state)))
-    if _register.wants_grad(x, f, *states, *norm, mu, gamma):
+    if _operators.wants_grad(x, f, *states, *norm, mu, gamma):
         return _Update.apply(x, f, *states, *norm, mu, gamma, impl, *options)
     out = _forward[impl](x, f, *states, None, None, None, *norm, mu, gamma, None, *options, False)
     return out[: 1 + options[2]]
@@ -357,7 +357,7 @@ def moe_momentum(
     """y and the new state of the experts, their combine, the update and the norm."""
     states = (*state, *(None,) * (3 - len(state)))
     parameters = (*norm, mu, gamma)
-    if _register.wants_grad(x, *states, *parameters, expert_input, expert_weight, *experts):
+    if _operators.wants_grad(x, *states, *parameters, expert_input, expert_weight, *experts):
         return _MoeMomentum.apply(
             *(x, *states, *parameters, expert_input, expert_weight, *experts, *plan, seed),
             *(activation, layout, impl),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from molex_kernels import _philox
 from molex_kernels._dtypes import accumulate_dtype
-from molex_kernels.ops.momentum.rules import Coefficients
+from molex_kernels.ops.momentum.types import Coefficients
 
 States = tuple[Tensor, ...]
 Norm = tuple[Tensor | None, Tensor | None, float]

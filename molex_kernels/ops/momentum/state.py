@@ -10,7 +10,7 @@ from torch import Tensor
 
 from molex_kernels import _check
 from molex_kernels._dtypes import FLOAT_DTYPES, accumulate_dtype
-from molex_kernels.ops.momentum.rules import AdEMAMix, Mars, RobustMomentum, Rule
+from molex_kernels.ops.momentum.types import AdEMAMix, Mars, RobustMomentum, Rule
 
 State = tuple[Any, ...]
 

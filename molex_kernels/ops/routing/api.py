@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from molex_kernels import _check, _dispatch
+from molex_kernels import _backends, _check
 from molex_kernels._dtypes import FLOAT_DTYPES, accumulate_dtype
 from molex_kernels.ops.routing import clusters, op, reference
-from molex_kernels.ops.routing.plan import RoutePlan, Routing
 from molex_kernels.ops.routing.recipes import resolve
+from molex_kernels.ops.routing.types import RoutePlan, Routing
 
-_IMPLEMENTATIONS = (_dispatch.TRITON, _dispatch.CPU, _dispatch.REFERENCE)
+for _name in ("topk_route", "ac_weights", "ac_route", "route_plan"):
+    _backends.declare(_name, _backends.TRITON, _backends.CPU, _backends.REFERENCE)
 _MAX_EXPERTS = 1024  # the Triton router holds a token's logits in one block
 _MAX_TOP_K = 64
 _MAX_ASSIGNMENTS = 2**31 - 1  # the plan's offsets are int32
@@ -67,8 +68,8 @@ def topk_route(
     _check_router(x, gate_weight, gate_bias, top_k)
     _vector_of_experts("expert_bias", expert_bias, x, gate_weight)
     _check.choice("score", score, reference.SCORES)
-    chosen = _dispatch.choose(
-        "topk_route", _IMPLEMENTATIONS, impl, x, triton=_why_not_router(gate_weight.shape[0], top_k)
+    chosen = _backends.select(
+        "topk_route", impl, x, triton=_why_not_router(gate_weight.shape[0], top_k)
     )
     arguments = (x, gate_weight, gate_bias, expert_bias, None, None, None, top_k, score)
     return reference.route(*arguments) if chosen == "reference" else op.route(*arguments, chosen)
@@ -134,9 +135,7 @@ def ac_weights(
     _check.index("cluster", cluster, "T", (x.shape[0],), x)
     _check.integer("num_clusters", num_clusters, 1)
     settings = resolve(recipe, stat, eps, clip, norm, empty)
-    chosen = _dispatch.choose(
-        "ac_weights", _IMPLEMENTATIONS, impl, x, triton=clusters.why_not_triton(num_clusters)
-    )
+    chosen = _backends.select("ac_weights", impl, x, triton=clusters.why_not_triton(num_clusters))
     return clusters.compute(x, cluster, num_clusters, settings, None, chosen)
 
 
@@ -216,9 +215,7 @@ def ac_route(
         _check.tensor("stats_from", stats_from, "T, D", (tokens, dim), _like_or_fp32(x), x)
     settings = resolve(recipe, stat, eps, clip, norm, empty)
     clusters.check_group(process_group, settings.stat)
-    chosen = _dispatch.choose(
-        "ac_route", _IMPLEMENTATIONS, impl, x, triton=_why_not_router(experts, top_k)
-    )
+    chosen = _backends.select("ac_route", impl, x, triton=_why_not_router(experts, top_k))
     table = clusters.compute(
         x if stats_from is None else stats_from,
         prev_index[:, 0],
@@ -263,7 +260,7 @@ def route_plan(expert_index: Tensor, num_experts: int, *, impl: str | None = Non
             f"expert_index: expected T * K at most {_MAX_ASSIGNMENTS}, got {expert_index.numel()}"
         )
     limit = _why_not_experts(num_experts)
-    chosen = _dispatch.choose("route_plan", _IMPLEMENTATIONS, impl, expert_index, triton=limit)
+    chosen = _backends.select("route_plan", impl, expert_index, triton=limit)
     if chosen == "triton":
         return op.plan_triton(expert_index, num_experts)
     if chosen == "cpu":

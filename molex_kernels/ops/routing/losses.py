@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from molex_kernels import _check, _dispatch
+from molex_kernels import _backends, _check
 from molex_kernels._dtypes import accumulate_dtype
 from molex_kernels.ops.routing import op
-from molex_kernels.ops.routing.plan import Routing
+from molex_kernels.ops.routing.types import Routing
 
-IMPLEMENTATIONS = (_dispatch.CPU, _dispatch.REFERENCE)
+for _name in ("load_balance_loss", "router_z_loss"):
+    _backends.declare(_name, _backends.CPU, _backends.REFERENCE)
 
 _KINDS = ("switch", "published")
 
@@ -49,7 +50,7 @@ def load_balance_loss(
     _check.index("routing.expert_index", index, "T, K", (tokens, None), logits)
     _check.number("temperature", temperature, 0.0, exclusive=True)
     _check.choice("kind", kind, _KINDS)
-    chosen = _dispatch.choose("load_balance_loss", IMPLEMENTATIONS, impl, logits)
+    chosen = _backends.select("load_balance_loss", impl, logits)
     if chosen == "cpu":
         return op.load_balance(logits, index, temperature, kind == "published")
     counts = _counts(index, experts)
@@ -83,7 +84,7 @@ def router_z_loss(logits: Tensor, *, impl: str | None = None) -> Tensor:
         NotImplementedError: the explicit `impl` cannot run.
     """
     _check.floating("logits", logits, "T, E", (None, None))
-    if _dispatch.choose("router_z_loss", IMPLEMENTATIONS, impl, logits) == "cpu":
+    if _backends.select("router_z_loss", impl, logits) == "cpu":
         return op.router_z(logits)
     z = logits.to(accumulate_dtype(logits.dtype)).logsumexp(1)
     return (z * z).sum() / max(logits.shape[0], 1)

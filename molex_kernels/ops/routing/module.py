@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from molex_kernels import _check, _published
 from molex_kernels.ops.routing.api import ac_route, normalized_gate, topk_route
-from molex_kernels.ops.routing.plan import Routing
+from molex_kernels.ops.routing.types import Routing
 
 ROW_NORM = 1.5  # of the published cosine gate's rows
 

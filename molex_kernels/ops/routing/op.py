@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from molex_kernels import _register
-from molex_kernels.ops.routing.plan import RoutePlan, Routing
+from molex_kernels import _operators
+from molex_kernels.ops.routing.types import RoutePlan, Routing
 
 Tensors = tuple[Tensor, ...]
 
@@ -165,40 +165,42 @@ _WEIGHTS_SCHEMA = (
 )
 
 _route = {
-    "triton": _register.define(
+    "triton": _operators.define(
         "router_fwd_triton", _ROUTE_SCHEMA, fake=_route_fake, run=_route_triton
     ),
-    "cpu": _register.define("router_fwd_cpu", _ROUTE_SCHEMA, fake=_route_fake),
+    "cpu": _operators.define("router_fwd_cpu", _ROUTE_SCHEMA, fake=_route_fake),
 }
 _route_backward = {
-    "triton": _register.define(
+    "triton": _operators.define(
         "router_bwd_triton",
         _ROUTE_BACKWARD_SCHEMA,
         fake=_route_backward_fake,
         run=_route_backward_triton,
     ),
-    "cpu": _register.define("router_bwd_cpu", _ROUTE_BACKWARD_SCHEMA, fake=_route_backward_fake),
+    "cpu": _operators.define("router_bwd_cpu", _ROUTE_BACKWARD_SCHEMA, fake=_route_backward_fake),
 }
-PLAN_TRITON = _register.define("route_plan_triton", _PLAN_SCHEMA, fake=_plan_fake, run=_plan_triton)
-PLAN_CPU = _register.define("route_plan_cpu", _PLAN_SCHEMA, fake=_plan_fake)
-SUM_TRITON = _register.define(
+PLAN_TRITON = _operators.define(
+    "route_plan_triton", _PLAN_SCHEMA, fake=_plan_fake, run=_plan_triton
+)
+PLAN_CPU = _operators.define("route_plan_cpu", _PLAN_SCHEMA, fake=_plan_fake)
+SUM_TRITON = _operators.define(
     "cluster_sum_triton",
     "(Tensor x, Tensor permutation, Tensor offsets) -> Tensor",
     fake=_sum_fake,
     run=_sum_triton,
 )
-DEVIATION_TRITON = _register.define(
+DEVIATION_TRITON = _operators.define(
     "cluster_deviation_triton",
     "(Tensor x, Tensor cluster, Tensor permutation, Tensor offsets, Tensor sums, Tensor counts, "
     "str stat) -> Tensor",
     fake=_deviation_fake,
     run=_deviation_triton,
 )
-WEIGHTS_TRITON = _register.define(
+WEIGHTS_TRITON = _operators.define(
     "feature_weights_triton", _WEIGHTS_SCHEMA, fake=_weights_fake, run=_weights_triton
 )
-WEIGHTS_CPU = _register.define("feature_weights_cpu", _WEIGHTS_SCHEMA, fake=_weights_fake)
-STATISTICS_CPU = _register.define(
+WEIGHTS_CPU = _operators.define("feature_weights_cpu", _WEIGHTS_SCHEMA, fake=_weights_fake)
+STATISTICS_CPU = _operators.define(
     "cluster_statistics_cpu",
     "(Tensor x, Tensor cluster, Tensor? sums, Tensor? counts, int num_clusters, str stat) "
     "-> (Tensor, Tensor)",
@@ -221,18 +223,18 @@ def _logits_fake(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-_balance = _register.define(
+_balance = _operators.define(
     "load_balance_fwd_cpu",
     "(Tensor logits, Tensor index, float temperature, bool per_assignment) -> (Tensor, Tensor)",
     fake=_balance_fake,
 )
-_balance_backward = _register.define(
+_balance_backward = _operators.define(
     "load_balance_bwd_cpu",
     "(Tensor grad, Tensor logits, Tensor slopes, float temperature) -> Tensor",
     fake=_logits_fake,
 )
-_z = _register.define("router_z_fwd_cpu", "(Tensor logits) -> Tensor", fake=_scalar)
-_z_backward = _register.define(
+_z = _operators.define("router_z_fwd_cpu", "(Tensor logits) -> Tensor", fake=_scalar)
+_z_backward = _operators.define(
     "router_z_bwd_cpu", "(Tensor grad, Tensor logits) -> Tensor", fake=_logits_fake
 )
 
@@ -267,14 +269,14 @@ class _Z(Function):
 
 def load_balance(logits: Tensor, index: Tensor, temperature: float, per_assignment: bool) -> Tensor:
     """The loss by the compiled extension, through autograd where a gradient is wanted."""
-    if _register.wants_grad(logits):
+    if _operators.wants_grad(logits):
         return _Balance.apply(logits, index, temperature, per_assignment)
     return _balance(logits, index, temperature, per_assignment)[0]
 
 
 def router_z(logits: Tensor) -> Tensor:
     """The loss by the compiled extension, through autograd where a gradient is wanted."""
-    return _Z.apply(logits) if _register.wants_grad(logits) else _z(logits)
+    return _Z.apply(logits) if _operators.wants_grad(logits) else _z(logits)
 
 
 class _Route(Function):
@@ -337,7 +339,7 @@ def route(
 ) -> Routing:
     """The router by the operator of `impl`, through autograd where a gradient is wanted."""
     arguments = (x, gate, gate_bias, expert_bias, table, labels, mix, top_k, score)
-    if _register.wants_grad(x, gate, gate_bias):
+    if _operators.wants_grad(x, gate, gate_bias):
         return Routing(*_Route.apply(*arguments, impl))
     return Routing(*_route[impl](*arguments))
 

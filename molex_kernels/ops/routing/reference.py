@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from molex_kernels._dtypes import accumulate_dtype
-from molex_kernels.ops.routing.plan import RoutePlan, Routing
+from molex_kernels.ops.routing.types import RoutePlan, Routing
 
 SCORES = ("softmax_topk", "softmax", "sigmoid")
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molex_kernels import _check, _dispatch, _dtypes, _philox
-from molex_kernels._dispatch import CPU, CUDA, REFERENCE, SDPA, TRITON, choose
+from molex_kernels import _backends, _check, _dtypes, _philox
+from molex_kernels._backends import CPU, CUDA, REFERENCE, SDPA, TRITON, declare, select
 from molex_kernels.ops.rpc_attention import op, reference
 
 THRESHOLDS = ("lam_times_mu", "lam_over_mu")
@@ -18,7 +18,8 @@ CAUSAL = (False, True, "prefix")
 MAX_WIDTH = 128  # of a head, in the kernels
 BLOCK_MEMORY = 157_056  # bytes that the largest block of the CUDA kernels needs on every device
 
-_IMPLEMENTATIONS = (TRITON, CUDA, CPU, REFERENCE)
+declare("rpc_attention", TRITON, CUDA, CPU, REFERENCE)
+declare("scaled_attention", SDPA, REFERENCE)
 
 
 def rpc_attention(
@@ -105,7 +106,7 @@ def rpc_attention(
     width = k.shape[3]
     too_wide = f"d = {width} is above {MAX_WIDTH}" if width > MAX_WIDTH else None
     limits = {"triton": too_wide, "cuda": too_wide or _too_small(k.device)}
-    chosen = choose("rpc_attention", _IMPLEMENTATIONS, impl, k, **limits)
+    chosen = select("rpc_attention", impl, k, **limits)
     if given:
         bound = _threshold_tensor(threshold, k)
     else:
@@ -166,7 +167,7 @@ def scaled_attention(
     _check_s(s, q)
     _check_scale(scale)
     q, k, v = _dtypes.autocast(q, k, v)  # type: ignore[assignment]
-    chosen = choose("scaled_attention", (SDPA, REFERENCE), impl, q)
+    chosen = select("scaled_attention", impl, q)
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     if chosen == "reference":
         return reference.scaled_attention(q, k, v, s, scale)
@@ -181,7 +182,7 @@ def scaled_attention(
 
 def _too_small(device: torch.device) -> str | None:
     """Why the CUDA kernels do not run on a GPU, such as those of gaming cards."""
-    memory = _dispatch.block_memory(device.index) if device.type == "cuda" else BLOCK_MEMORY
+    memory = _backends.block_memory(device.index) if device.type == "cuda" else BLOCK_MEMORY
     if memory >= BLOCK_MEMORY:
         return None
     return f"blocks need {BLOCK_MEMORY} bytes of shared memory, the device gives them {memory}"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from molex_kernels import _register
+from molex_kernels import _operators
 
 Tensors = tuple[Tensor, ...]
 Optional = Tensor | None
@@ -89,18 +89,18 @@ _BACKWARD = (
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _forward = {
-    "triton": _register.define(
+    "triton": _operators.define(
         "rpc_attention_fwd_triton", _FORWARD, fake=_forward_fake, run=_forward_triton
     ),
-    "cuda": _register.define("rpc_attention_fwd_cuda", _FORWARD, fake=_forward_fake),
-    "cpu": _register.define("rpc_attention_fwd_cpu", _FORWARD, fake=_forward_fake),
+    "cuda": _operators.define("rpc_attention_fwd_cuda", _FORWARD, fake=_forward_fake),
+    "cpu": _operators.define("rpc_attention_fwd_cpu", _FORWARD, fake=_forward_fake),
 }
 _backward = {
-    "triton": _register.define(
+    "triton": _operators.define(
         "rpc_attention_bwd_triton", _BACKWARD, fake=_backward_fake, run=_backward_triton
     ),
-    "cuda": _register.define("rpc_attention_bwd_cuda", _BACKWARD, fake=_backward_fake),
-    "cpu": _register.define("rpc_attention_bwd_cpu", _BACKWARD, fake=_backward_fake),
+    "cuda": _operators.define("rpc_attention_bwd_cuda", _BACKWARD, fake=_backward_fake),
+    "cpu": _operators.define("rpc_attention_bwd_cpu", _BACKWARD, fake=_backward_fake),
 }
 
 
@@ -154,7 +154,7 @@ def rpc_attention(
 
     `options` are num_iters, scale, is_causal and dropout_p.
     """
-    if _register.wants_grad(k, v, q, threshold):
+    if _operators.wants_grad(k, v, q, threshold):
         return _RPCAttention.apply(
             k, v, q, threshold, key_mask, seed, returns_sparse, impl, *options
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from molex_kernels._tuning import Config
+from molex_kernels._triton.tuning import Config
 
 GROUP = 8  # row tiles that share their columns' weights in the L2 cache
 

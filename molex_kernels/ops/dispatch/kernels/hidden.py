@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._tiles import segment_of_tile
+from molex_kernels._triton.tiles import segment_of_tile
 from molex_kernels.ops.dispatch.kernels.activation import activate_with_slope
 from molex_kernels.ops.dispatch.kernels.product import grouped_order, multiply, token_of_row
 

@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from molex_kernels import _tuning
 from molex_kernels._dtypes import dot_precision
+from molex_kernels._triton import tuning
 from molex_kernels.ops.dispatch.kernels import config
 from molex_kernels.ops.dispatch.kernels.combine import _dispatch_bwd_weight, _dispatch_fwd_combine
 from molex_kernels.ops.dispatch.kernels.gemm import _dispatch_fwd_gemm
@@ -66,7 +66,7 @@ def launch_gemm(
     num_columns = out.shape[1]
     gate_step, up_shift = _halves(layout, num_columns)
 
-    def launch(chosen: _tuning.Config) -> None:
+    def launch(chosen: tuning.Config) -> None:
         num_row_tiles = rows.tiles(chosen.blocks["BLOCK_T"])
         grid = (num_row_tiles * triton.cdiv(num_columns, chosen.blocks["BLOCK_N"]),)
         _dispatch_fwd_gemm[grid](
@@ -97,7 +97,7 @@ def launch_gemm(
             **chosen.launch_options(),
         )
 
-    is_aligned = _tuning.aligned(x, weight, out)
+    is_aligned = tuning.aligned(x, weight, out)
     options = config.gemm(x.dtype, rows.size_class, is_aligned, gated=gated)
     key = (gathered, activation, layout, is_aligned)
     _launch("dispatch_fwd_gemm", key, options, launch, x, weight, rows)
@@ -122,7 +122,7 @@ def launch_hidden(
     gate_step, up_shift = _halves(layout, num_columns)
     partial: Tensor | None = None
 
-    def launch(chosen: _tuning.Config) -> None:
+    def launch(chosen: tuning.Config) -> None:
         nonlocal partial
         num_row_tiles = rows.tiles(chosen.blocks["BLOCK_T"])
         num_column_tiles = triton.cdiv(num_columns, chosen.blocks["BLOCK_N"])
@@ -157,7 +157,7 @@ def launch_hidden(
             **chosen.launch_options(),
         )
 
-    is_aligned = _tuning.aligned(dy, w_down, hidden)
+    is_aligned = tuning.aligned(dy, w_down, hidden)
     key = (activation, layout, is_aligned)
     options = config.hidden(dy.dtype, rows.size_class, is_aligned)
     _launch("dispatch_bwd_hidden", key, options, launch, dy, w_down, rows)
@@ -176,7 +176,7 @@ def launch_wgrad(
     if out.numel() == 0:
         return
 
-    def launch(chosen: _tuning.Config) -> None:
+    def launch(chosen: tuning.Config) -> None:
         tiles = triton.cdiv(out.shape[1], chosen.blocks["BLOCK_N"])
         tiles *= triton.cdiv(out.shape[2], chosen.blocks["BLOCK_D"])
         _dispatch_bwd_wgrad[(rows.num_experts * tiles,)](
@@ -195,7 +195,7 @@ def launch_wgrad(
             **chosen.launch_options(),
         )
 
-    is_aligned = _tuning.aligned(left, right, out)
+    is_aligned = tuning.aligned(left, right, out)
     options = config.wgrad(left.dtype, rows.size_class, is_aligned)
     key = (left_gathered, right_gathered, is_aligned)
     _launch("dispatch_bwd_wgrad", key, options, launch, left, out, rows)
@@ -268,14 +268,14 @@ def _launch(
     kernel: str,
     variant: tuple[Any, ...],
     options: config.Options,
-    launch: Callable[[_tuning.Config], None],
+    launch: Callable[[tuning.Config], None],
     x: Tensor,
     weight: Tensor,
     rows: Rows,
 ) -> None:
     pinned, candidates = options
     shape_class = (*variant, x.dtype, tuple(weight.shape), rows.size_class)
-    launch(_tuning.choose(kernel, shape_class, pinned, candidates, launch, on_gpu=x.is_cuda))
+    launch(tuning.choose(kernel, shape_class, pinned, candidates, launch, on_gpu=x.is_cuda))
 
 
 def _halves(layout: str, num_columns: int) -> tuple[int, int]:

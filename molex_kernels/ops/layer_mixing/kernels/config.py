@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from molex_kernels._tuning import Config
+from molex_kernels._triton.tuning import Config
 
 MAX_PROGRAMS = 1024  # of mixing backwards: as many rows of partial sums
 BIAS = Config({"BLOCK_T": 32, "BLOCK_N": 64}, 4, 2)

@@ -9,9 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from molex_kernels import _tuning
 from molex_kernels._dtypes import dot_precision
-from molex_kernels.ops.layer_mixing import plan
+from molex_kernels._triton import tuning
+from molex_kernels.ops.layer_mixing import types
 from molex_kernels.ops.layer_mixing.kernels import config
 from molex_kernels.ops.layer_mixing.kernels.layers import _layer_mixing_fwd_table
 from molex_kernels.ops.layer_mixing.kernels.linear import _layer_mixing_fwd_linear
@@ -58,7 +58,7 @@ def linear_forward(
     weights, biases, a, b = map(_alike, (weights, biases, a, b))
     out = x.new_empty(*x.shape[:2], weights[0].shape[-2])
     groups = (_table(weights, 3), _table(biases, 2), _table(a, 3), _table(b, 3))
-    _linear(x, index, *groups, plan.num_layers(weights, 3), scaling, out)
+    _linear(x, index, *groups, types.num_layers(weights, 3), scaling, out)
     return out
 
 
@@ -77,13 +77,13 @@ def linear_backward(
     """Gradients of x, weights, biases, a and b, stacked; those not needed are empty."""
     needs_x, needs_weight, needs_bias, needs_a, needs_b = needs
     weights, biases, a, b = map(_alike, (weights, biases, a, b))
-    num_layers = plan.num_layers(weights, 3)
+    num_layers = types.num_layers(weights, 3)
     size = (x.shape[1:] if shared else x.shape) if needs_x else (0,)
     dx = x.new_empty(size)
     groups = ((weights, 3, needs_weight), (biases, 2, needs_bias), (a, 3, needs_a), (b, 3, needs_b))
     dweight, dbias, da, db = (
         torch.zeros(
-            plan.gradient_size(group, dims) if need else (0,),
+            types.gradient_size(group, dims) if need else (0,),
             dtype=group[0].dtype if group else x.dtype,
             device=x.device,
         )
@@ -203,11 +203,11 @@ def _linear(
     num_tokens, num_columns = out.shape[1:]
     rank = 0 if a is None else a.tensor.shape[-2]
     groups = [g for g in (weight, a, b) if g is not None]
-    is_aligned = _tuning.aligned(x, out, *(g.tensor for g in groups)) and all(
+    is_aligned = tuning.aligned(x, out, *(g.tensor for g in groups)) and all(
         g.is_aligned for g in groups
     )
 
-    def launch(chosen: _tuning.Config) -> None:
+    def launch(chosen: tuning.Config) -> None:
         tiles = triton.cdiv(num_tokens, chosen.blocks["BLOCK_T"])
         tiles *= triton.cdiv(num_columns, chosen.blocks["BLOCK_N"])
         _layer_mixing_fwd_linear[(out.shape[0] * tiles,)](
@@ -218,7 +218,7 @@ def _linear(
             *_of_layers(a, 3),
             *_of_layers(b, 3),
             *(out, *out.stride()),
-            plan.flag(x.device),
+            types.flag(x.device),
             float(scaling),
             num_layers,
             x.shape[0] // out.shape[0],
@@ -235,7 +235,7 @@ def _linear(
     pinned, candidates = config.linear(x.dtype, num_tokens, is_aligned, rank)
     key = (x.dtype, tuple(out.shape), x.shape[2], is_aligned, rank)
     launch(
-        _tuning.choose("layer_mixing_fwd_linear", key, pinned, candidates, launch, on_gpu=x.is_cuda)
+        tuning.choose("layer_mixing_fwd_linear", key, pinned, candidates, launch, on_gpu=x.is_cuda)
     )
 
 
@@ -243,7 +243,7 @@ def _wgrad(left: Tensor, right: Tensor, index: Tensor, out: Tensor, scaling: flo
     if out.numel() == 0:
         return
 
-    def launch(chosen: _tuning.Config) -> None:
+    def launch(chosen: tuning.Config) -> None:
         tiles = triton.cdiv(out.shape[1], chosen.blocks["BLOCK_N"])
         tiles *= triton.cdiv(out.shape[2], chosen.blocks["BLOCK_D"])
         _layer_mixing_bwd_wgrad[(index.shape[0] * tiles,)](
@@ -260,10 +260,10 @@ def _wgrad(left: Tensor, right: Tensor, index: Tensor, out: Tensor, scaling: flo
             **chosen.launch_options(),
         )
 
-    is_aligned = _tuning.aligned(left, right, out)
+    is_aligned = tuning.aligned(left, right, out)
     pinned, candidates = config.wgrad(left.dtype, is_aligned)
     key = (left.dtype, tuple(out.shape), is_aligned)
-    chosen = _tuning.choose(
+    chosen = tuning.choose(
         "layer_mixing_bwd_wgrad", key, pinned, candidates, launch, on_gpu=left.is_cuda
     )
     launch(chosen)
@@ -321,7 +321,7 @@ def _of_layers(group: Group | None, dims: int) -> tuple[Any, ...]:
     return group.tensor, *strides, group.table
 
 
-def _tiles(tokens: int, features: int, chosen: _tuning.Config) -> int:
+def _tiles(tokens: int, features: int, chosen: tuning.Config) -> int:
     tiles = triton.cdiv(tokens, chosen.blocks["BLOCK_T"])
     return tiles * triton.cdiv(features, chosen.blocks["BLOCK_D"])
 

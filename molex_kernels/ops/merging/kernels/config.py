@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from molex_kernels._tuning import Config
+from molex_kernels._triton.tuning import Config
 
 MAX_UNROLLED = 8  # experts up to which a tile's merge is one straight run, its loads in flight
 MIN_PROGRAMS = 132  # segments go in pairs where that leaves a program for each SM of a large GPU

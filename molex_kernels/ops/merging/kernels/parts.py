@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from molex_kernels import _tuning
 from molex_kernels._dtypes import dot_precision
+from molex_kernels._triton import tuning
 from molex_kernels.ops.merging.kernels import config
 from molex_kernels.ops.merging.kernels.linear import _merging_fwd_linear
 from molex_kernels.ops.merging.kernels.mask import _merging_fwd_mask
@@ -117,10 +117,10 @@ def launch_linear(
         return
     num_segments, num_tokens, num_columns = out.shape
     num_experts = deltas.shape[0]
-    is_aligned = _tuning.aligned(x, base, deltas, out)
+    is_aligned = tuning.aligned(x, base, deltas, out)
     paired = config.is_paired(x.dtype, num_segments, num_tokens, num_columns, is_aligned)
 
-    def launch(chosen: _tuning.Config) -> None:
+    def launch(chosen: tuning.Config) -> None:
         tiles_t = triton.cdiv(num_tokens, chosen.blocks["BLOCK_T"])
         column_tiles = triton.cdiv(num_columns, chosen.blocks["BLOCK_N"])
         row_tiles = tiles_t * (triton.cdiv(num_segments, 2) if paired else num_segments)
@@ -146,7 +146,7 @@ def launch_linear(
 
     pinned, candidates = config.linear(x.dtype, num_tokens, is_aligned, paired)
     key = (x.dtype, num_tokens, tuple(deltas.shape), is_aligned, paired)
-    launch(_tuning.choose("merging_fwd_linear", key, pinned, candidates, launch, on_gpu=x.is_cuda))
+    launch(tuning.choose("merging_fwd_linear", key, pinned, candidates, launch, on_gpu=x.is_cuda))
 
 
 def launch_weights(
@@ -166,7 +166,7 @@ def launch_weights(
     if num_columns * num_features == 0:
         return torch.zeros_like(gates) if needs_gates else None
 
-    def launch(chosen: _tuning.Config) -> None:
+    def launch(chosen: tuning.Config) -> None:
         nonlocal partial
         blocks = chosen.blocks
         tiles = triton.cdiv(num_columns, blocks["BLOCK_N"])
@@ -195,10 +195,10 @@ def launch_weights(
             **chosen.launch_options(),
         )
 
-    is_aligned = _tuning.aligned(dy, x, deltas)
+    is_aligned = tuning.aligned(dy, x, deltas)
     pinned, candidates = config.weights(x.dtype, is_aligned)
     key = (x.dtype, num_tokens, tuple(deltas.shape), is_aligned)
-    launch(_tuning.choose("merging_bwd_weights", key, pinned, candidates, launch, on_gpu=x.is_cuda))
+    launch(tuning.choose("merging_bwd_weights", key, pinned, candidates, launch, on_gpu=x.is_cuda))
     return None if partial is None else partial.sum(2)
 
 

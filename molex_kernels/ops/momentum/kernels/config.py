@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 
-from molex_kernels._tuning import Config
+from molex_kernels._triton.tuning import Config
 
 MAX_PROGRAMS = 1024  # of a backward pass with parameters: as many rows of partial sums
 

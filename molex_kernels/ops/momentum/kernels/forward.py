@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._tiles import keep_mask, sum_expert_rows
+from molex_kernels._triton.tiles import keep_mask, sum_expert_rows
 from molex_kernels.ops.momentum.kernels.step import step_forward
 
 

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from molex_kernels import _philox
-from molex_kernels._tuning import Config
+from molex_kernels._triton.tuning import Config
 from molex_kernels.ops.momentum.kernels import config
 from molex_kernels.ops.momentum.kernels.backward import _momentum_bwd
 from molex_kernels.ops.momentum.kernels.forward import _momentum_fwd

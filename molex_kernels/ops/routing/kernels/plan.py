@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molex_kernels._tuning import Config, choose
+from molex_kernels._triton.tuning import Config, choose
 
 _SCAN_TILE = 16384  # counts held in registers by the scan
 

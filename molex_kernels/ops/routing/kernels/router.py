@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from molex_kernels._dtypes import dot_precision
-from molex_kernels._tuning import Config, choose
+from molex_kernels._triton.tuning import Config, choose
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molex_kernels._tuning import Config, choose
+from molex_kernels._triton.tuning import Config, choose
 from molex_kernels.ops.routing.kernels.router import (
     _feature_weights,
     _load_x,

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molex_kernels._tiles import segment_of_tile
-from molex_kernels._tuning import Config, choose
+from molex_kernels._triton.tiles import segment_of_tile
+from molex_kernels._triton.tuning import Config, choose
 
 _KEYS = Config({"BLOCK_T": 64, "BLOCK_D": 32})
 _RANKS = Config({"BLOCK_T": 128, "BLOCK_D": 16})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from molex_kernels._tuning import Config
+from molex_kernels._triton.tuning import Config
 
 
 def _tiles(rows: int, keys: int, width: int, num_warps: int, num_stages: int) -> Config:

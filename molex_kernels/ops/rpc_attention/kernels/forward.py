@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._tiles import keep_mask
+from molex_kernels._triton.tiles import keep_mask
 from molex_kernels.ops.rpc_attention.kernels.parts import (
     block_of_head,
     load_bound,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import DRAWS, Errors, judge, within_budget
+
+from molex_kernels.testing.budget import DRAWS, Errors, judge, within_budget
 
 
 def _draws(*ours: float, reference: float = 1.0):

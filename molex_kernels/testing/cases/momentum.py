@@ -8,18 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molex_kernels._dispatch import CPU, REFERENCE, TRITON
 from molex_kernels._dtypes import accumulate_dtype
-from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
-from molex_kernels.ops.dispatch.cases import cost_moe_mlp, make_moe_mlp
 from molex_kernels.ops.momentum.api import moe_mlp_momentum, momentum_update
-from molex_kernels.ops.momentum.baselines import (
-    library_moe_mlp_momentum,
-    published_moe_mlp_momentum,
-    published_momentum_update,
-    three_clones,
-)
-from molex_kernels.ops.momentum.rules import (
+from molex_kernels.ops.momentum.state import num_averages
+from molex_kernels.ops.momentum.types import (
     Adam,
     AdEMAMix,
     HeavyBall,
@@ -29,7 +21,14 @@ from molex_kernels.ops.momentum.rules import (
     Rule,
     Signum,
 )
-from molex_kernels.ops.momentum.state import num_averages
+from molex_kernels.testing.baselines.momentum import (
+    library_moe_mlp_momentum,
+    published_moe_mlp_momentum,
+    published_momentum_update,
+    three_clones,
+)
+from molex_kernels.testing.cases.dispatch import cost_moe_mlp, make_moe_mlp
+from molex_kernels.testing.opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 
 STATES = ("s0", "s1", "s2")
 LEARNED = ("mu", "gamma")
@@ -194,7 +193,6 @@ OPINFOS = (
     OpInfo(
         name="momentum_update",
         function=_adapted(momentum_update),
-        declared=(TRITON, CPU, REFERENCE),
         make=_make_update,
         results=_results,
         differentiable=("x", "f", *STATES, *LEARNED, *NORM),
@@ -253,7 +251,6 @@ OPINFOS = (
     OpInfo(
         name="moe_mlp_momentum",
         function=_adapted(moe_mlp_momentum),
-        declared=(TRITON, CPU, REFERENCE),
         make=_make_moe,
         results=_results,
         differentiable=(

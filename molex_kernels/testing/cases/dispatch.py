@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molex_kernels._dispatch import CPU, REFERENCE, TRITON
-from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 from molex_kernels.ops.dispatch.api import ACTIVATIONS, grouped_gemm, moe_mlp
-from molex_kernels.ops.dispatch.baselines import (
+from molex_kernels.testing.baselines.dispatch import (
     batched_gemm,
     library_grouped_gemm,
     library_moe_mlp,
@@ -18,6 +16,7 @@ from molex_kernels.ops.dispatch.baselines import (
     published_grouped_gemm,
     published_moe_mlp,
 )
+from molex_kernels.testing.opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 
 # Where relu bends, two precisions may differ by a whole slope: tests stay this far away from it.
 KINK = 1e-4
@@ -203,7 +202,6 @@ OPINFOS = (
     OpInfo(
         name="grouped_gemm",
         function=grouped_gemm,
-        declared=(TRITON, CPU, REFERENCE),
         make=_make_grouped_gemm,
         results=lambda y: {"y": y},
         differentiable=("x", "weight", "bias"),
@@ -235,7 +233,6 @@ OPINFOS = (
     OpInfo(
         name="moe_mlp",
         function=moe_mlp,
-        declared=(TRITON, CPU, REFERENCE),
         make=make_moe_mlp,
         results=lambda y: {"y": y},
         differentiable=("x", "expert_weight", "w_up", "w_down", "b_up", "b_down"),

@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molex_kernels._dispatch import CPU, CUDA, REFERENCE, SDPA, TRITON
 from molex_kernels._dtypes import accumulate_dtype
-from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 from molex_kernels.ops.rpc_attention import reference
 from molex_kernels.ops.rpc_attention.api import rpc_attention, scaled_attention
-from molex_kernels.ops.rpc_attention.baselines import (
+from molex_kernels.testing.baselines.rpc_attention import (
     attention_per_iteration,
     library_rpc_attention,
     published_rpc_attention,
     published_scaled_attention,
 )
+from molex_kernels.testing.opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 
 # Gradients jump where |a| = T: tests keep every a of every iteration this far from it, which is
 # more than a half dtype errs by.
@@ -179,7 +178,6 @@ OPINFOS = (
     OpInfo(
         name="rpc_attention",
         function=rpc_attention,
-        declared=(TRITON, CUDA, CPU, REFERENCE),
         make=_make_rpc,
         results=_results,
         differentiable=("k", "v", "q", "threshold"),
@@ -225,7 +223,6 @@ OPINFOS = (
     OpInfo(
         name="scaled_attention",
         function=scaled_attention,
-        declared=(SDPA, REFERENCE),
         make=_make_scaled,
         results=lambda out: {"out": out},
         differentiable=("q", "k", "v", "s"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from molex_kernels._opinfo import Inputs, OpInfo
+from molex_kernels.testing.opinfo import Inputs, OpInfo
 
 
 @dataclass
@@ -108,7 +108,9 @@ def recorded() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
     calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
     class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             if func.namespace == "molex":
                 calls.append((func, args, kwargs or {}))
             return func(*args, **(kwargs or {}))

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molex_kernels.ops.routing.plan import RoutePlan, Routing
 from molex_kernels.ops.routing.recipes import Recipe, resolve
+from molex_kernels.ops.routing.types import RoutePlan, Routing
 
 # Bytes of the published [T, T, D] tensor, of which there are several, by kind of device.
 _PAIRWISE_LIMIT = {"cpu": 2**28, "cuda": 2**33}

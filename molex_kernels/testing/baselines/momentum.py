@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molex_kernels.ops.dispatch.baselines import library_moe_mlp, published_moe_mlp
 from molex_kernels.ops.momentum.api import Norm
-from molex_kernels.ops.momentum.rules import Adam, HeavyBall, Rule
 from molex_kernels.ops.momentum.state import State
+from molex_kernels.ops.momentum.types import Adam, HeavyBall, Rule
+from molex_kernels.testing.baselines.dispatch import library_moe_mlp, published_moe_mlp
 
 
 def published_momentum_update(

@@ -7,16 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molex_kernels._dispatch import CPU, CPU_ATEN, REFERENCE, TRITON
-from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 from molex_kernels.ops.layer_mixing.api import layer_linear, layer_mix, layer_vote
-from molex_kernels.ops.layer_mixing.baselines import (
+from molex_kernels.ops.layer_mixing.types import LoRA
+from molex_kernels.testing.baselines.layer_mixing import (
     library_layer_linear,
     published_layer_linear,
     published_layer_mix,
     published_layer_vote,
 )
-from molex_kernels.ops.layer_mixing.plan import LoRA
+from molex_kernels.testing.opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 
 
 def _linear(
@@ -163,7 +162,6 @@ OPINFOS = (
     OpInfo(
         name="layer_vote",
         function=layer_vote,
-        declared=(TRITON, CPU, REFERENCE),
         make=_make_vote,
         results=lambda j: {"j": j},
         differentiable=(),
@@ -182,7 +180,6 @@ OPINFOS = (
     OpInfo(
         name="layer_linear",
         function=_linear,
-        declared=(TRITON, CPU_ATEN, REFERENCE),
         make=_make_linear,
         results=lambda y: {"y": y},
         differentiable=("x", "weights", "biases", "a", "b"),
@@ -217,7 +214,6 @@ OPINFOS = (
     OpInfo(
         name="layer_mix",
         function=_mix,
-        declared=(TRITON, CPU, REFERENCE),
         make=_make_mix,
         results=lambda y: (
             dict(zip(("y", "normed"), y, strict=True)) if isinstance(y, tuple) else {"y": y}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molex_kernels._dispatch import Implementation
+from molex_kernels._backends import IMPLEMENTATIONS
 
 Inputs = dict[str, Any]
 
@@ -89,12 +89,12 @@ class OpInfo:
     `large` are tests, too: they fill more than one piece of a native kernel, and would take
     Triton's interpreter minutes. `compiled` are sizes that reach launch configurations which
     `tests` do not, for ahead-of-time compilation. `sweeps` are for a GPU, `quick_sweeps` take
-    seconds on a CPU.
+    seconds on a CPU. `implementations` are names in the order of preference, this package's own
+    where none are given.
     """
 
     name: str
     function: Callable[..., Any]
-    declared: tuple[Implementation, ...]
     make: Callable[[Case, torch.dtype, torch.device, torch.Generator | None], Inputs]
     results: Callable[[Any], dict[str, Tensor]]
     differentiable: tuple[str, ...]
@@ -109,11 +109,12 @@ class OpInfo:
     compiled: tuple[Case, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
     quick_sweeps: tuple[Sweep, ...] = ()
+    implementations: tuple[str, ...] = ()
 
-    @property
-    def implementations(self) -> tuple[str, ...]:
-        """The names of the implementations, in the order of preference."""
-        return tuple(i.name for i in self.declared)
+    def __post_init__(self) -> None:
+        """Takes the implementations that the package declares for a function of this name."""
+        declared = tuple(i.name for i in IMPLEMENTATIONS.get(self.name, ()))
+        object.__setattr__(self, "implementations", self.implementations or declared)
 
 
 def _option(name: str, value: Any) -> str:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molex_kernels._dispatch import CPU, REFERENCE, TRITON
-from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
-from molex_kernels.ops.routing import baselines, reference
+from molex_kernels.ops.routing import reference
 from molex_kernels.ops.routing.api import ac_route, ac_weights, route_plan, topk_route
 from molex_kernels.ops.routing.losses import load_balance_loss, router_z_loss
-from molex_kernels.ops.routing.plan import RoutePlan, Routing
+from molex_kernels.ops.routing.types import RoutePlan, Routing
+from molex_kernels.testing.baselines import routing as baselines
+from molex_kernels.testing.opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 
 # Keys around the choice of a token differ by this share of the largest: no dtype chooses otherwise.
 MARGIN = 1e-3
@@ -229,7 +229,6 @@ OPINFOS = (
     OpInfo(
         name="topk_route",
         function=topk_route,
-        declared=(TRITON, CPU, REFERENCE),
         make=_make_topk_route,
         results=_routing_results,
         differentiable=("x", "gate_weight", "gate_bias"),
@@ -272,7 +271,6 @@ OPINFOS = (
     OpInfo(
         name="ac_route",
         function=ac_route,
-        declared=(TRITON, CPU, REFERENCE),
         make=_make_ac_route,
         results=_routing_results,
         differentiable=("x", "gate_weight", "gate_bias"),
@@ -313,7 +311,6 @@ OPINFOS = (
     OpInfo(
         name="ac_weights",
         function=ac_weights,
-        declared=(TRITON, CPU, REFERENCE),
         make=_make_ac_weights,
         results=lambda w: {"w": w},
         differentiable=(),
@@ -356,7 +353,6 @@ OPINFOS = (
     OpInfo(
         name="route_plan",
         function=route_plan,
-        declared=(TRITON, CPU, REFERENCE),
         make=_make_route_plan,
         results=_plan_results,
         differentiable=(),
@@ -392,7 +388,6 @@ OPINFOS = (
     OpInfo(
         name="load_balance_loss",
         function=_load_balance,
-        declared=(CPU, REFERENCE),
         make=_make_load_balance,
         results=lambda loss: {"loss": loss},
         differentiable=("logits",),
@@ -409,7 +404,6 @@ OPINFOS = (
     OpInfo(
         name="router_z_loss",
         function=router_z_loss,
-        declared=(CPU, REFERENCE),
         make=_make_z_loss,
         results=lambda loss: {"loss": loss},
         differentiable=("logits",),

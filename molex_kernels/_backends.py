@@ -119,18 +119,27 @@ TRITON_INTERPRETED = Implementation(
 CUDA = Implementation("cuda", ("cuda",), KERNEL_DTYPES, _cuda_missing)
 
 
-def choose(
+# By op, in the order of preference; the last one is the reference.
+IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {}
+
+
+def declare(op: str, *implementations: Implementation) -> None:
+    """States what `op` may run on, once, where the op is."""
+    IMPLEMENTATIONS[op] = implementations
+
+
+def select(
     op: str,
-    implementations: tuple[Implementation, ...],
     impl: str | None,
     x: Tensor,
     **limits: str | None,
 ) -> str:
     """The name of the implementation of `op` that runs for `x`.
 
-    `implementations` stand in the order of preference; the last one is the reference. `limits` maps
-    a name to the reason why that implementation cannot take this call's shapes, or to None.
+    `limits` maps a name to the reason why that implementation cannot take this call's shapes, or to
+    None.
     """
+    implementations = IMPLEMENTATIONS[op]
     name = impl
     if name is not None:
         _check.choice("impl", name, NAMES)
@@ -138,33 +147,26 @@ def choose(
         _check.choice("MOLEX_IMPL", DEFAULT, NAMES)
         name = next((i.name for i in implementations if i.name == DEFAULT), None)
     if name is not None:
-        reason = _why_not(op, implementations, name, x.device.type, x.dtype) or limits.get(name)
+        reason = _why_not(op, name, x.device.type, x.dtype) or limits.get(name)
         if reason is None:
             return name
         raise NotImplementedError(
-            f"{op}: impl={name!r} cannot run: {reason}. "
-            + _others(op, implementations, name, x, limits)
+            f"{op}: impl={name!r} cannot run: {reason}. " + _others(op, name, x, limits)
         )
     for candidate in implementations:
         if candidate.name == "triton" and x.device.type == "cpu":
             continue  # interpreted kernels are for tests
-        reason = _why_not(op, implementations, candidate.name, x.device.type, x.dtype)
+        reason = _why_not(op, candidate.name, x.device.type, x.dtype)
         reason = reason or limits.get(candidate.name)
         if reason is None:
             return candidate.name
         if x.device.type in candidate.devices and _takes(candidate, x.dtype):
             _warn_once(op, candidate.name, reason)
-    raise NotImplementedError(f"{op}: " + _others(op, implementations, "", x, limits))
+    raise NotImplementedError(f"{op}: " + _others(op, "", x, limits))
 
 
-def _why_not(
-    op: str,
-    implementations: tuple[Implementation, ...],
-    name: str,
-    device: str,
-    dtype: torch.dtype,
-) -> str | None:
-    for candidate in implementations:
+def _why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
+    for candidate in IMPLEMENTATIONS[op]:
         if candidate.name != name:
             continue
         if name == "triton" and device == "cpu":
@@ -185,26 +187,17 @@ def _takes(implementation: Implementation, dtype: torch.dtype) -> bool:
     return dtype in implementation.dtypes or not dtype.is_floating_point
 
 
-def reasons(implementations: tuple[Implementation, ...], device: str) -> dict[str, str | None]:
-    """Why each implementation of an op does not run on this kind of device; None where it does."""
-    return {
-        i.name: _why_not("", implementations, i.name, device, torch.float32)
-        for i in implementations
-    }
+def reasons(op: str, device: str) -> dict[str, str | None]:
+    """Why each implementation of `op` does not run on this kind of device; None where it does."""
+    return {i.name: _why_not(op, i.name, device, torch.float32) for i in IMPLEMENTATIONS[op]}
 
 
-def _others(
-    op: str,
-    implementations: tuple[Implementation, ...],
-    tried: str,
-    x: Tensor,
-    limits: dict[str, str | None],
-) -> str:
+def _others(op: str, tried: str, x: Tensor, limits: dict[str, str | None]) -> str:
     lines = []
-    for other in implementations:
+    for other in IMPLEMENTATIONS[op]:
         if other.name == tried:
             continue
-        reason = _why_not(op, implementations, other.name, x.device.type, x.dtype)
+        reason = _why_not(op, other.name, x.device.type, x.dtype)
         lines.append(f"{other.name}: {reason or limits.get(other.name) or 'would run'}")
     return "Others: " + "; ".join(lines)
 

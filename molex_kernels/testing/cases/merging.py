@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molex_kernels._dispatch import CPU, REFERENCE, TRITON
-from molex_kernels._opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 from molex_kernels.ops.merging.api import camex_deltas, camex_linear, camex_merge
-from molex_kernels.ops.merging.baselines import (
+from molex_kernels.ops.merging.types import KroneckerCurvature, nearest_factors
+from molex_kernels.testing.baselines.merging import (
     published_camex_deltas,
     published_camex_linear,
     published_camex_merge,
 )
-from molex_kernels.ops.merging.plan import KroneckerCurvature, nearest_factors
+from molex_kernels.testing.opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 
 # Where a sign changes, two precisions may differ by a whole delta: inputs stay away from it.
 KINK = 1e-3
@@ -200,7 +199,6 @@ OPINFOS = (
     OpInfo(
         name="camex_linear",
         function=_linear,
-        declared=(TRITON, CPU, REFERENCE),
         make=_make_linear,
         results=lambda y: {"y": y},
         differentiable=(
@@ -252,7 +250,6 @@ OPINFOS = (
     OpInfo(
         name="camex_deltas",
         function=_deltas,
-        declared=(TRITON, CPU, REFERENCE),
         make=_make_deltas,
         results=lambda deltas: {"deltas": deltas},
         differentiable=("base", "experts", *_FACTORS),
@@ -277,7 +274,6 @@ OPINFOS = (
     OpInfo(
         name="camex_merge",
         function=_merge,
-        declared=(TRITON, CPU, REFERENCE),
         make=_make_merge,
         results=lambda weights: {"weights": weights},
         differentiable=("base", "experts", "gates", *_FACTORS),

@@ -1,0 +1,1 @@
+"""What users would compose themselves: published code and libraries, beside the ops."""

@@ -1,0 +1,1 @@
+"""Sizes, options and inputs of every op, a file for each folder of `ops`."""
