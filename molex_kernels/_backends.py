@@ -70,6 +70,11 @@ def _version(package: str) -> str:
     return str(importlib.import_module(package).__version__)
 
 
+def runs_triton(device: str) -> bool:
+    """Whether Triton kernels run on this kind of device, interpreted ones on a CPU."""
+    return device in TRITON.devices if device != "cpu" else _INTERPRETED
+
+
 @_constant
 def _interpreter_missing() -> str | None:
     """Triton before 3.7 takes arrays of one element for numbers, which numpy 2.4 no longer does."""
@@ -95,9 +100,7 @@ def _extension_missing() -> str | None:
 
 @_constant
 def _cuda_missing() -> str | None:
-    if reason := _extension.why_not():
-        return reason
-    return _extension.without_cuda(_extension.build_facts())
+    return _extension.why_not("cuda")
 
 
 @_constant

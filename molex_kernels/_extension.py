@@ -5,16 +5,25 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch  # noqa: F401  (the library links against torch's, which have to be loaded first)
 
-from molex_kernels import _operators
-
 _BUILD = "pip install --no-build-isolation -e ."
 _PACKAGE = Path(__file__).parent
 _NAMED = 3  # operators that a message names
+
+# The operators that the package leaves to the library, "<device>:<name>".
+EXPECTED: list[str] = []
+_callbacks: list[Callable[[Sequence[str]], None]] = []
+
+
+def when_loaded(callback: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:
+    """Has `callback` called with the operators of the library once it is loaded."""
+    _callbacks.append(callback)
+    return callback
 
 
 @functools.cache
@@ -27,7 +36,10 @@ def _load() -> tuple[Any, str | None]:
         return None, _absent()
     except (ImportError, OSError, RuntimeError) as error:
         return None, f"the compiled extension does not load: {error}"
-    return module, _outdated(module.build_facts())
+    facts = module.build_facts()
+    for callback in _callbacks:
+        callback(facts["operators"].split(","))
+    return module, _outdated(facts)
 
 
 def _absent() -> str:
@@ -46,9 +58,9 @@ def _absent() -> str:
 
 def _outdated(facts: dict[str, Any]) -> str | None:
     """That the package has operators that this build lacks on one of its devices."""
-    devices = ("_cpu", "_cuda") if facts["cuda_version"] else ("_cpu",)
+    devices = ("cpu:", "cuda:") if facts["cuda_version"] else ("cpu:",)
     built = set(facts["operators"].split(","))
-    lacking = [n for n in _operators.COMPILED if n.endswith(devices) and n not in built]
+    lacking = [n for n in EXPECTED if n.startswith(devices) and n not in built]
     if not lacking:
         return None
     named = ", ".join(lacking[:_NAMED])
@@ -64,9 +76,12 @@ def without_cuda(facts: dict[str, Any]) -> str | None:
     return f"the compiled extension has no CUDA code: {facts.get('without_cuda', 'an older build')}"
 
 
-def why_not() -> str | None:
-    """Why the compiled library cannot be used, or None where it can. Loads it at the first call."""
-    return _load()[1]
+def why_not(device: str = "cpu") -> str | None:
+    """Why the library has nothing for a device, None where it has. The first call loads it."""
+    reason = _load()[1]
+    if reason or device == "cpu":
+        return reason
+    return without_cuda(build_facts())
 
 
 def build_facts() -> dict[str, Any]:

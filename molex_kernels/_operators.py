@@ -1,58 +1,525 @@
-"""Custom operators: the only caller of `torch.library`.
+"""Custom operators: the only caller of `torch.library`. An op is stated once, by two schemas.
 
-Every implementation of a pass is an operator of its own, `molex::<name>`, opaque to `torch.compile`
-and to CUDA graphs. The operators know nothing of autograd: a ctx-style `autograd.Function` outside
-them does, and is skipped where nothing needs a gradient.
+A `Pass` is an op with its gradient. It defines `molex::<name>_fwd` and `molex::<name>_bwd` (or
+`molex::<name>` where there is no gradient), opaque to `torch.compile` and to CUDA graphs;
+everything else follows from the names in the schemas:
+
+- an argument `keeps_...` of the forward pass is filled in here: True where a gradient is wanted;
+- the backward pass takes `d<result>` for results that are handed out, then tensors saved under the
+  names of arguments or results of the forward pass, then its options, then `bool[] needs`;
+- it returns `d<argument>` for each differentiable argument, empty where it is not needed.
+
+Every schema ends in `str impl=''`. '' is what the tensors' device has: that is what calls pass
+whose caller named none, so that an exported graph names neither an implementation nor a device. The
+compiled extension registers its kernels on the keys CPU and CUDA; `_Operator.run` serves what has
+no kernel of its own: Triton's launchers on a GPU, and the reference where nothing else can run.
+
+The operators know nothing of autograd. A ctx-style `autograd.Function` outside them does, which is
+skipped where nothing needs a gradient; it costs half of one with `setup_context`, which takes its
+place while functorch transforms (`torch.func`) are active.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import re
+import warnings
+from collections import namedtuple
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from molex_kernels import _backends, _extension
 
 _LIBRARY = torch.library.Library("molex", "DEF")
+_ARGUMENT = re.compile(r"(\w+(?:\[\])?\??)\s+(\w+)")
 
-# The operators that are left to the compiled extension, named after their device: `<pass>_cpu`.
-COMPILED: list[str] = []
+Values = tuple[Any, ...]
+
+OPERATORS: list[_Operator] = []
 
 
-def define(
-    name: str,
-    schema: str,
-    *,
-    fake: Callable[..., Any],
-    run: Callable[..., Any] | None = None,
-) -> Any:
-    """Defines `molex::<name>` and returns the operator, ready to call.
+class _Operator:
+    """`molex::<name>` with one schema: where it runs, and its shapes for tracing.
 
-    `schema` is the part after the name, "(Tensor x, int top_k) -> Tensor". `run` computes it on any
-    device; without it the compiled extension registers the operator for its own device. `fake`
-    allocates the outputs (`new_empty`), exactly as the implementation does.
+    `function` names what computes it in the modules `triton` (launchers) and `cpu` (Python).
     """
-    _LIBRARY.define(name + schema)
-    if run is None:
-        COMPILED.append(name)
-    else:
-        _LIBRARY.impl(name, _on_device_of_first_tensor(run), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"molex::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.molex, name).default
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        fake: Callable[..., Any],
+        *,
+        function: str,
+        triton: str | None = None,
+        cpu: str | None = None,
+        native: Sequence[str] = (),
+        reference: Callable[..., Any] | None = None,
+    ) -> None:
+        arguments, results = schema.split("->")
+        self.name, self.fake, self.reference = name, fake, reference
+        self.arguments = [n for _, n in _ARGUMENT.findall(arguments)]
+        self.types = [t for t, _ in _ARGUMENT.findall(arguments)]
+        self.results = [n for _, n in _ARGUMENT.findall(results)] or ["y"]
+        self.named: Any = namedtuple(f"{name}_arguments", self.arguments)  # type: ignore[misc]
+        self.function = function
+        self.modules = {"triton": triton, "cpu": cpu}
+        self.native: dict[str, Any] = {}  # kernels of the extension that stand behind `run`
+        _extension.EXPECTED.extend(f"{device}:{name}" for device in native)
+        _LIBRARY.define(f"{name}{arguments.rstrip()[:-1]}, str impl='') -> {results}")
+        _LIBRARY.impl(name, self.run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"molex::{name}", self._fake, lib=_LIBRARY)
+        self.overload = getattr(torch.ops.molex, name).default
+        torch.library.register_vmap(f"molex::{name}", self._each, lib=_LIBRARY)
+        OPERATORS.append(self)
+
+    def run(self, *arguments: Any) -> Any:
+        """Computes it on a device for which no kernel is registered, or with the one named."""
+        *arguments, impl = arguments if len(arguments) > len(self.arguments) else (*arguments, "")
+        device = _device(arguments)
+        name = impl or self._own(device)
+        if name in self.native:
+            return self.native[name](*arguments)
+        if module := self.modules.get(name):
+            function = getattr(importlib.import_module(module), self.function)
+            # Launches go to the current device, which need not be the one that holds the tensors.
+            if device.type == "cuda" and device.index != torch.cuda.current_device():
+                with torch.cuda.device(device):
+                    return function(*arguments)
+            return function(*arguments)
+        if name == "reference":
+            return self._reference(arguments, device)
+        if name == device.type and self._is_native(name):  # loaded by the question
+            return self.overload(*arguments, impl)
+        raise NotImplementedError(f"molex::{self.name}: there is no impl={name!r} on {device}")
+
+    def _own(self, device: torch.device) -> str:
+        """What '' stands for: the first that this device has."""
+        if device.type == "cpu":
+            order = ["cpu", "triton"] if _backends.DEFAULT != "triton" else ["triton", "cpu"]
+        else:
+            order = ["triton", "cuda"] if _backends.DEFAULT != "cuda" else ["cuda", "triton"]
+        for name in order:
+            if name == "triton" and self.modules[name] and _backends.runs_triton(device.type):
+                return name
+            if name == device.type and (self.modules.get(name) or self._is_native(name)):
+                return name
+        return "reference"
+
+    def _is_native(self, name: str) -> bool:
+        return f"{name}:{self.name}" in _extension.EXPECTED and _extension.why_not(name) is None
+
+    def _reference(self, arguments: list[Any], device: torch.device) -> Any:
+        keeps = [
+            a for n, a in zip(self.arguments, arguments, strict=True) if n.startswith("keeps_")
+        ]
+        if self.reference is None or any(keeps):
+            raise NotImplementedError(
+                f"molex::{self.name}: a graph with gradients needs a kernel for {device.type}, and "
+                f"there is none: {_extension.why_not(device.type) or 'none is written'}"
+            )
+        named = self.named(*arguments)
+        # What is only kept for a gradient is empty, and an input may not be handed out.
+        results = list(_tuple(self.fake(named)))
+        for index, found in enumerate(_tuple(self.reference(named))):
+            if found is not None:
+                results[index].copy_(found)
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _fake(self, *arguments: Any) -> Any:
+        return self.fake(self.named(*arguments[: len(self.arguments)]))
+
+    def _each(self, info: Any, in_dims: Values, *arguments: Any) -> tuple[Any, Any]:
+        """The operator for each of a batch in turn, for `torch.func.vmap`."""
+        if info.batch_size == 0:
+            raise ValueError(
+                f"molex::{self.name}: expected a batch of at least 1 under vmap, got 0"
+            )
+        found = [
+            self.overload(*(_pick(a, d, index) for a, d in zip(arguments, in_dims, strict=False)))
+            for index in range(info.batch_size)
+        ]
+        if isinstance(found[0], Tensor):
+            return torch.stack(found), 0
+        return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
+
+    def stand_before(self, device: str) -> None:
+        """Puts `run` before the extension's kernel on this device, where another one runs there."""
+        key = device.upper()
+        kernel = torch.library.get_kernel(f"molex::{self.name}", key)
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        self.native[device] = lambda *arguments: kernel.call_boxed(keys, *arguments, device)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(?s).*previously registered kernel")
+            _LIBRARY.impl(self.name, self.run, key)
 
 
-def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to see a call with these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+@_extension.when_loaded
+def _stand_before_natives(operators: Sequence[str]) -> None:
+    """Interpreted Triton shares the key CPU with the extension's kernels, compiled Triton CUDA."""
+    for operator in OPERATORS:
+        for device in ("cpu", "cuda"):
+            shares = operator.modules["triton"] and _backends.runs_triton(device)
+            if shares and f"{device}:{operator.name}" in operators:
+                operator.stand_before(device)
 
 
-def _on_device_of_first_tensor(run: Callable[..., Any]) -> Callable[..., Any]:
-    # Triton launches on the current device, which need not be the one that holds the tensors.
-    def guarded(*args: Any) -> Any:
-        device = args[0].device
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return run(*args)
-        with torch.cuda.device(device):
-            return run(*args)
+def operator(name: str, schema: str, fake: Callable[..., Any], **places: Any) -> Any:
+    """One operator by itself; the arguments are those of `_Operator`."""
+    return _Operator(name, schema, fake, **places).overload
 
-    return guarded
+
+class Differentiable:
+    """A function with a gradient of its own, as autograd and functorch ask for it.
+
+    `call` computes (results, saved tensors, constants) of arguments in which tensors of lists stand
+    one by one; `gradients` gives one gradient or None for each argument.
+    """
+
+    def __init__(self, name: str, fixed: Sequence[int] = ()) -> None:
+        self.fixed = fixed  # results without a gradient
+        self.eager = _eager(self, name)
+        self.transformed = _transformed(self, name)
+
+    def call(self, *arguments: Any) -> tuple[Values, Sequence[Tensor | None], Values]:
+        """Results, tensors to be saved, constants."""
+        raise NotImplementedError
+
+    def gradients(
+        self, upstream: Values, saved: Values, constants: Values, needs: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """A gradient or None for each argument of `call`."""
+        raise NotImplementedError
+
+    def apply(self, *arguments: Any) -> Values:
+        """The results, by the Function that is fit for what is active."""
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            record = _Record()
+            return self.transformed.apply(record, *arguments)[: record.num_results]
+        return self.eager.apply(*arguments)
+
+
+class Pass(Differentiable):
+    """An op with its gradient: called as `op(impl, *arguments)`, without the `keeps_...` argument.
+
+    Args:
+        name: of the operators.
+        forward: schema of the forward pass, "(Tensor x, int top_k) -> (Tensor y, Tensor kept)".
+        backward: schema of the backward pass; None for an op without a gradient.
+        fake: allocates the results of the forward pass (`new_empty`), exactly as they are, from
+            its arguments, a named tuple.
+        fake_backward: allocates those of the backward pass; None derives them: each is like its
+            argument, or like `like[argument](arguments)` where the backward pass does not take it.
+        like: see there.
+        triton: the module with the launchers `<name>_forward` and `<name>_backward`.
+        cpu: the module with functions of these names in Python, in place of the extension's.
+        native: devices for which the extension has kernels.
+        reference: the forward pass in plain PyTorch, of the same named tuple, for devices that
+            have nothing else.
+        public: how many of the results are handed out; None: those before the first without a
+            gradient.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: str,
+        backward: str | None = None,
+        *,
+        fake: Callable[..., Any],
+        fake_backward: Callable[..., Any] | None = None,
+        like: Mapping[str, Callable[..., Tensor]] | None = None,
+        triton: str | None = None,
+        cpu: str | None = None,
+        native: Sequence[str] = ("cpu",),
+        reference: Callable[..., Any] | None = None,
+        public: int | None = None,
+    ) -> None:
+        places: dict[str, Any] = {"triton": triton, "cpu": cpu, "native": native}
+        first = _Operator(
+            name if backward is None else f"{name}_fwd",
+            forward,
+            fake,
+            function=f"{name}_forward",
+            reference=reference,
+            **places,
+        )
+        self.forward = first.overload
+        self.names, self.results = first.arguments, first.results
+        self.keeps = next((i for i, n in enumerate(self.names) if n.startswith("keeps_")), None)
+        self.lists = [i for i, t in enumerate(first.types) if t == "Tensor[]"]
+        self.single = len(self.results) == 1
+        self.public = len(self.results) if public is None else public
+        self.wants: list[int] = []
+        if backward is None:
+            return
+        second = _Operator(
+            f"{name}_bwd",
+            backward,
+            fake_backward or self._fake_backward,
+            function=f"{name}_backward",
+            **places,
+        )
+        self.backward = second.overload
+        self._wire(second, like or {}, public)
+        fixed = [i for i in range(self.public) if self.results[i] not in self.upstream]
+        super().__init__(name, fixed)
+
+    def _wire(self, backward: _Operator, like: Mapping[str, Any], public: int | None) -> None:
+        """Resolves the names of the backward schema; one that nothing has fails at import."""
+        self.taken, self.given, self.like = backward.arguments, backward.results, like
+        if backward.results == ["y"]:
+            raise ValueError(f"{backward.name}: expected named gradients")
+        self.upstream = [n[1:] for n in self.taken if n[0] == "d" and n[1:] in self.results]
+        if public is None:
+            self.public = sum(n in self.upstream for n in self.results)
+        # Which upstream gradients the backward pass may go without.
+        self.optional = [t.endswith("?") for t in backward.types[: len(self.upstream)]]
+        self.takes_needs = self.taken[-1] == "needs"
+        kept = self.taken[len(self.upstream) : len(self.taken) - self.takes_needs]
+        types = backward.types[len(self.upstream) :]
+        values = [*self.names, *self.results]
+        self.saved = [values.index(n) for n, t in zip(kept, types, strict=False) if "Tensor" in t]
+        self.options = [
+            values.index(n) for n, t in zip(kept, types, strict=False) if "Tensor" not in t
+        ]
+        self.saved_lists = [n for n, i in enumerate(self.saved) if i in self.lists]
+        self.wants = [self.names.index(n) for n in self.differentiable()]
+
+    def differentiable(self) -> Sequence[str]:
+        """The arguments that get a gradient, in the order of `spread`."""
+        return [n[1:] for n in self.given]
+
+    def __call__(self, impl: str | None, *arguments: Any) -> Any:
+        """The results that are handed out; through autograd where a gradient is wanted."""
+        keeps = self.keeps
+        wants = bool(self.wants) and torch.is_grad_enabled() and self._requires_grad(arguments)
+        if keeps is not None:
+            arguments = (*arguments[:keeps], wants, *arguments[keeps:])
+        if wants:
+            results = self._differentiate(impl or "", arguments)
+        else:
+            found = self.forward(*arguments, impl) if impl else self.forward(*arguments)
+            if self.single:
+                return found
+            results = found
+        return results[0] if self.public == 1 else tuple(results[: self.public])
+
+    def _requires_grad(self, arguments: Values) -> bool:
+        # `keeps_...` stands behind every differentiable argument.
+        for index in self.wants:
+            argument = arguments[index]
+            if argument is None:
+                continue
+            if isinstance(argument, Tensor):
+                if argument.requires_grad:
+                    return True
+            elif any(t.requires_grad for t in argument):
+                return True
+        return False
+
+    def _differentiate(self, impl: str, arguments: Values) -> Values:
+        if not self.lists:
+            return self.apply(impl, (), *arguments)
+        counts = tuple(len(arguments[i]) for i in self.lists)
+        flat: list[Any] = []
+        for index, argument in enumerate(arguments):
+            flat += argument if index in self.lists else [argument]
+        return self.apply(impl, counts, *flat)
+
+    def call(self, impl: str, counts: Values, *flat: Any) -> tuple[Values, Sequence[Any], Values]:
+        arguments = _grouped(flat, self.lists, counts)
+        found = self.forward(*arguments, impl) if impl else self.forward(*arguments)
+        results = (found,) if self.single else found
+        saved, options = self.keep(arguments, results)
+        sizes = [len(saved[i]) for i in self.saved_lists]
+        for index in reversed(self.saved_lists):
+            saved[index : index + 1] = saved[index]
+        likes = [(a.dtype, a.dim()) if isinstance(a, Tensor) else None for a in flat]
+        return results[: self.public], saved, (impl, counts, sizes, options, likes)
+
+    def keep(self, arguments: Values, results: Values) -> tuple[list[Any], list[Any]]:
+        """Tensors and options that the backward pass takes, in its order."""
+        values = (*arguments, *results)
+        return [values[i] for i in self.saved], [values[i] for i in self.options]
+
+    def gradients(
+        self, upstream: Values, saved: Values, constants: Values, needs: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        impl, counts, sizes, options, likes = constants
+        wanted = _grouped(needs[2:], self.lists, counts)
+        wants = [_any(wanted[i]) for i in self.wants]
+        kept = _grouped(saved, self.saved_lists, sizes)
+        given = self._upstream(upstream)
+        found = self.differentiate(given, kept, options, wants, impl)
+        if found is None:
+            return [None] * len(needs)
+        gradients: list[Any] = [None] * len(self.names)
+        for index, gradient, need in zip(self.wants, found, wants, strict=True):
+            gradients[index] = gradient if need else None
+        flat = self._flat(gradients, counts, likes) if self.lists else gradients
+        for index, gradient in enumerate(flat):
+            if gradient is not None and gradient.dtype != likes[index][0]:
+                flat[index] = gradient.to(likes[index][0])
+        return [None, None, *flat]
+
+    def _flat(self, gradients: list[Any], counts: Values, likes: list[Any]) -> list[Any]:
+        """The gradient of a list is stacked: it is that of its one stacked tensor, or of many."""
+        sizes = dict(zip(self.lists, counts, strict=True))
+        flat: list[Any] = []
+        for index, gradient in enumerate(gradients):
+            if index not in sizes:
+                flat.append(gradient)
+            elif gradient is None:
+                flat += [None] * sizes[index]
+            elif likes[len(flat)][1] == gradient.dim():
+                flat.append(gradient)
+            else:
+                flat += gradient.unbind(0)
+        return flat
+
+    def differentiate(
+        self,
+        upstream: list[Tensor | None],
+        kept: Values,
+        options: Sequence[Any],
+        wants: Sequence[bool],
+        impl: str,
+    ) -> Sequence[Tensor | None] | None:
+        """Gradients of the differentiable arguments; None where nothing comes down."""
+        if not any(g is not None for g in upstream):
+            return None
+        like = kept[0]
+        needed = [
+            torch.zeros_like(like) if g is None and not optional else g
+            for g, optional in zip(upstream, self.optional, strict=True)
+        ]
+        last = ([*wants],) if self.takes_needs else ()
+        return _tuple(self.backward(*needed, *kept, *options, *last, *_named(impl)))
+
+    def _upstream(self, upstream: Values) -> list[Tensor | None]:
+        """Those that the backward pass takes; tracing makes gradients for empty results."""
+        by_name = dict(zip(self.results, upstream, strict=False))
+        found = [by_name[name] for name in self.upstream]
+        return [None if g is not None and g.shape == (0,) else g for g in found]
+
+    def _fake_backward(self, given: Any) -> Any:
+        needs = given.needs if self.takes_needs else [True] * len(self.given)
+        first = next(g for g in given if isinstance(g, Tensor))
+        found = []
+        for gradient, need in zip(self.given, needs, strict=True):
+            own = self.like.get(gradient[1:])
+            tensor = own(given) if own else getattr(given, gradient[1:])
+            size = (0,) if tensor is None or not need else tensor.shape
+            found.append((first if tensor is None else tensor).new_empty(size))
+        return found[0] if len(found) == 1 else tuple(found)
+
+
+class _Record:
+    """What one call by `_transformed` tells its `setup_context`."""
+
+    constants: Values
+    saved: list[int | None]  # where each saved tensor stands among arguments and results
+    num_results: int
+
+
+def _eager(op: Differentiable, name: str) -> type[Function]:
+    def forward(ctx: Any, *arguments: Any) -> Values:
+        results, saved, ctx.constants = op.call(*arguments)
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        if op.fixed:
+            ctx.mark_non_differentiable(*(results[i] for i in op.fixed))
+        return results
+
+    return type(name, (Function,), {"forward": staticmethod(forward), "backward": _backward(op)})
+
+
+def _transformed(op: Differentiable, name: str) -> type[Function]:
+    """Hands out what is saved, too, since `setup_context` sees arguments and results alone."""
+
+    def forward(record: _Record, *arguments: Any) -> Values:
+        results, saved, record.constants = op.call(*arguments)
+        known = (*arguments, *results)
+        extra = [s for s in saved if s is not None and not any(s is k for k in known)]
+        everything = (record, *known, *extra)
+        record.saved = [None if s is None else _index(everything, s) for s in saved]
+        record.num_results = len(results)
+        return *results, *extra
+
+    def setup_context(ctx: Any, inputs: Values, output: Values) -> None:
+        record = inputs[0]
+        everything = (*inputs, *output)
+        ctx.save_for_backward(*(None if i is None else everything[i] for i in record.saved))
+        ctx.constants, ctx.num_results = record.constants, record.num_results
+        ctx.set_materialize_grads(False)
+        fixed = (*(output[i] for i in op.fixed), *output[record.num_results :])
+        ctx.mark_non_differentiable(*fixed)
+
+    members = {
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup_context),
+        "backward": _backward(op, first=1),
+        "generate_vmap_rule": True,
+    }
+    return type(name, (Function,), members)
+
+
+def _backward(op: Differentiable, first: int = 0) -> Any:
+    def backward(ctx: Any, *upstream: Tensor | None) -> Values:
+        given = upstream[: ctx.num_results] if first else upstream
+        needs = ctx.needs_input_grad[first:]
+        return (None,) * first + tuple(op.gradients(given, ctx.saved_tensors, ctx.constants, needs))
+
+    return staticmethod(once_differentiable(backward))
+
+
+def _named(impl: str) -> tuple[str, ...]:
+    return (impl,) if impl else ()
+
+
+def _tuple(found: Any) -> Values:
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _any(need: Any) -> bool:
+    return any(need) if isinstance(need, tuple) else need
+
+
+def _grouped(flat: Sequence[Any], lists: Sequence[int], counts: Sequence[int]) -> Values:
+    """The values with those that belong to the lists (by place) together again."""
+    if not lists:
+        return tuple(flat)
+    found: list[Any] = []
+    rest = list(flat)
+    sizes = dict(zip(lists, counts, strict=True))
+    while rest:
+        size = sizes.get(len(found))
+        found.append(rest.pop(0) if size is None else tuple(rest[:size]))
+        if size is not None:
+            del rest[:size]
+    found += [()] * sum(index >= len(found) for index in lists)
+    return tuple(found)
+
+
+def _index(values: Sequence[Any], wanted: Any) -> int:
+    return next(i for i, value in enumerate(values) if value is wanted)
+
+
+def _pick(argument: Any, dim: Any, index: int) -> Any:
+    if isinstance(argument, (list, tuple)) and isinstance(dim, (list, tuple)):
+        return [_pick(a, d, index) for a, d in zip(argument, dim, strict=True)]
+    return argument if dim is None else argument.select(dim, index)
+
+
+def _device(arguments: Sequence[Any]) -> torch.device:
+    """That of the first tensor."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            return argument.device
+    raise TypeError("expected a tensor among the arguments")

@@ -73,7 +73,7 @@ def grouped_gemm(
     chosen = select("grouped_gemm", impl, x, triton=_too_many(num_experts))
     if chosen == "reference":
         return reference.grouped_gemm(x, weight, offsets, bias)
-    return op.grouped_gemm(x, weight, offsets, bias, chosen)
+    return op.grouped_gemm(impl, x, weight, offsets, bias)
 
 
 def moe_mlp(
@@ -138,8 +138,7 @@ def moe_mlp(
     operands: tuple[Any, ...] = (*call.weights, *call.activation)
     if chosen == "reference":
         return reference.moe_mlp(call.x, expert_index, call.expert_weight, *operands)
-    operands = (*call.rows(), *operands, chosen)
-    return op.moe_mlp(call.x, call.expert_weight, *operands)
+    return op.moe_mlp(impl, call.x, call.expert_weight, *call.rows(), *operands)
 
 
 class ExpertsCall(NamedTuple):

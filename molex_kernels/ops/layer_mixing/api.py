@@ -64,7 +64,7 @@ def layer_vote(
     flat = logits.detach().reshape(-1, logits.shape[-1])
     if chosen == "reference":
         return reference.vote(flat, mask, mode)
-    return op.vote[chosen](flat, mask, mode)
+    return op.vote(impl, flat, mask, mode)
 
 
 def layer_linear(
@@ -148,7 +148,7 @@ def layer_linear(
         flat = flat.expand(index.shape[0], -1, -1) if shared else flat
         y = reference.linear(flat, index, *groups, scaling)
     else:
-        y = op.linear(flat, index, groups, scaling, shared, chosen)
+        y = op.linear(impl, flat, index, *groups, scaling, shared)
     inside = x.shape[:-1] if shared else x.shape[1:-1]
     return y.view(index.shape[0], *inside, columns)
 
@@ -226,7 +226,7 @@ def layer_mix(
     if chosen == "reference":
         found = reference.mix(flat, mixture, moved, None if eps is None else (weight, bias, eps))
     else:
-        found = op.mix(flat, mixture, moved, weight, bias, eps, chosen)
+        found = op.mix(impl, flat, mixture, moved, weight, bias, eps)
     shape = outputs.shape[1:]
     y, normed = found
     return y.view(shape) if normed is None or eps is None else (y.view(shape), normed.view(shape))

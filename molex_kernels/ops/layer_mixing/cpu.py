@@ -15,7 +15,7 @@ from molex_kernels.ops.layer_mixing import types
 Tensors = tuple[Tensor, ...]
 
 
-def linear_forward(
+def layer_linear_forward(
     x: Tensor,
     index: Tensor,
     weights: Sequence[Tensor],
@@ -23,7 +23,9 @@ def linear_forward(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     scaling: float,
+    shared: bool,
 ) -> Tensor:
+    x = types.branches(x, index, shared)
     out = x.new_empty(*x.shape[:2], weights[0].shape[-2])
     for g, layer in enumerate(_layers(index, weights)):
         weight = _one(weights, layer, 3).to(x.dtype)
@@ -36,7 +38,7 @@ def linear_forward(
     return out
 
 
-def linear_backward(
+def layer_linear_backward(
     dy: Tensor,
     x: Tensor,
     index: Tensor,
@@ -50,7 +52,8 @@ def linear_backward(
 ) -> Tensors:
     """Gradients of x, weights, biases, a and b, stacked; those not needed are empty."""
     needs_x, needs_weight, needs_bias, needs_a, needs_b = needs
-    size = (x.shape[1:] if shared else x.shape) if needs_x else (0,)
+    size = x.shape if needs_x else (0,)
+    x = types.branches(x, index, shared)
     dx = torch.zeros(size, dtype=torch.float32 if shared else x.dtype)
     dweight = _zeros(weights, 3, x, needs_weight)
     dbias = _zeros(biases, 2, x, needs_bias)

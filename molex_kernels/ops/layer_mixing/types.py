@@ -55,3 +55,8 @@ def gradient_size(tensors: Sequence[Tensor], dims: int) -> tuple[int, ...]:
     if tensors[0].dim() == dims:
         return tuple(tensors[0].shape)
     return (len(tensors), *tensors[0].shape)
+
+
+def branches(x: Tensor, index: Tensor, shared: bool) -> Tensor:
+    """[G, T, D] of x [T, D] that the branches share, or of x as it is."""
+    return x.expand(index.shape[0], -1, -1) if shared else x

@@ -16,6 +16,8 @@ MASKS = (None, "ties")
 FACTORS = KroneckerCurvature._fields
 BIAS_FACTORS = ("out1", "out2")
 
+Factors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
 declare("camex_merge", TRITON, CPU, REFERENCE)
 declare("camex_deltas", TRITON, CPU, REFERENCE)
 declare("camex_linear", TRITON, CPU, REFERENCE)
@@ -67,7 +69,7 @@ def camex_deltas(
     _check_experts(experts, base)
     factors = _check_factors("curvature", curvature, FACTORS, base, experts.shape[0])
     chosen = select("camex_deltas", impl, base)
-    return _deltas(base, experts, factors, mask, chosen)
+    return _deltas(base, experts, factors, mask, chosen if chosen == "reference" else impl)
 
 
 def camex_merge(
@@ -185,6 +187,7 @@ def camex_linear(
 
     (in_autocast,) = _autocast(x)
     chosen = select("camex_linear", impl, in_autocast)
+    named = chosen if chosen == "reference" else impl
     gates = _scaled(gates, alpha, x.dtype)
     if expert_dropout:
         keep = torch.rand_like(gates) >= expert_dropout
@@ -193,28 +196,28 @@ def camex_linear(
     if base_bias is not None:
         merged_bias = _merged_bias(bias, base_bias, gates, bias_factors, mask)
     if deltas is None:
-        deltas = _deltas(base, stack, factors, mask, chosen)
+        deltas = _deltas(base, stack, factors, mask, named)
     x, base, deltas = _autocast(x, base, deltas)
     if chosen == "reference":
         return reference.linear(x, base, deltas, gates, merged_bias)
-    return op.linear(x, base, deltas, gates, merged_bias, chosen)
+    return op.linear(impl, x, base, deltas, gates, merged_bias)
 
 
 def _deltas(
-    base: Tensor, experts: Tensor, factors: op.Factors, mask: str | None, chosen: str
+    base: Tensor, experts: Tensor, factors: Factors, mask: str | None, impl: str | None
 ) -> Tensor:
     ties = mask == "ties"
-    if chosen == "reference":
+    if impl == "reference":
         given = [factor for factor in factors if factor is not None]
         return reference.deltas(base, experts, given or None, ties)
-    return op.deltas(base, experts, factors, ties, chosen)
+    return op.deltas(impl, base, experts, *factors, ties)
 
 
 def _merged_bias(
     bias: Tensor | None,
     base_bias: Tensor,
     gates: Tensor,
-    factors: op.Factors,
+    factors: Factors,
     mask: str | None,
 ) -> Tensor:
     """[S, O] in the gates' dtype. Biases are small: PyTorch's operators do them."""
@@ -292,7 +295,7 @@ def _check_factors(
     fields: Sequence[str],
     base: Tensor,
     num_experts: int,
-) -> op.Factors:
+) -> Factors:
     """The factors, checked against the base [O, D]; None in the place of missing ones."""
     if curvature is None:
         return None, None, None, None

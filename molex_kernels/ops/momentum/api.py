@@ -78,7 +78,7 @@ def momentum_update(
     _check_norm(norm, x)
     _check_learned(rule, x)
     chosen = select("momentum_update", impl, x)
-    return _update(x, f, state, rule, norm, chosen)
+    return _update(x, f, state, rule, norm, chosen, impl)
 
 
 def moe_mlp_momentum(
@@ -167,32 +167,34 @@ def moe_mlp_momentum(
             activation=activation,
             gate_layout=gate_layout,
             plan=plan,
-            impl=chosen,
+            impl=chosen if chosen == "reference" else impl,
         )
         f = reference.dropout(f, dropout_p, seed).view(x.shape)
-        return _update(x, f, state, rule, norm, chosen)
+        return _update(x, f, state, rule, norm, chosen, impl)
     step = states.step_number(state, rule)
     within, apart = _split(norm, rule, x, chosen)
-    new = op.moe_momentum(
-        x.reshape(-1, width),
-        states.averages(state, rule, width),
-        _norm_tensors(within),
-        rule.learned_mu,
-        rule.learned_gamma,
-        experts.x,
-        experts.expert_weight,
-        experts.weights,
-        experts.rows(),
-        seed,
-        *experts.activation,
-        chosen,
-        _options(rule, step, within, dropout_p),
+    flat = (x.reshape(-1, width), None, states.averages(state, rule, width))
+    arguments = _arguments(*flat, rule, step, within)._replace(
+        dropout_p=float(dropout_p),
+        seed=seed,
+        expert_input=experts.x,
+        expert_weight=experts.expert_weight,
+        **dict(zip(("w_up", "w_down", "b_up", "b_down"), experts.weights, strict=True)),
+        **dict(zip(("offsets", "permutation", "inverse"), experts.rows(), strict=True)),
+        **dict(zip(("activation", "layout"), experts.activation, strict=True)),
     )
+    new = op.update(impl, arguments)
     return _normalised(new[0], apart).view(x.shape), states.after(new[1:], rule, x, None, step)
 
 
 def _update(
-    x: Tensor, f: Tensor, state: State | None, rule: Rule, norm: Norm | None, impl: str
+    x: Tensor,
+    f: Tensor,
+    state: State | None,
+    rule: Rule,
+    norm: Norm | None,
+    chosen: str,
+    impl: str | None,
 ) -> tuple[Tensor, State]:
     width = x.shape[-1]
     step = states.step_number(state, rule)
@@ -200,15 +202,13 @@ def _update(
     if isinstance(rule, Mars):
         pushed = rule.corrected(f, None if state is None else state[2])
     flat = (x.reshape(-1, width), pushed.reshape(-1, width), states.averages(state, rule, width))
-    learned = (rule.learned_mu, rule.learned_gamma)
-    within, apart = _split(norm, rule, x, impl)
-    if impl == "reference":
-        numbers = rule.coefficients(step)
-        count = states.num_averages(rule)
+    within, apart = _split(norm, rule, x, chosen)
+    if chosen == "reference":
+        numbers, count = rule.coefficients(step), states.num_averages(rule)
+        learned = (rule.learned_mu, rule.learned_gamma)
         out = reference.update(*flat, rule.kind, numbers, *learned, within, count)
     else:
-        options = _options(rule, step, within, 0.0)
-        out = op.update(*flat, _norm_tensors(within), *learned, impl, options)
+        out = op.update(impl, _arguments(*flat, rule, step, within))
     return _normalised(out[0], apart).view(x.shape), states.after(out[1:], rule, x, f, step)
 
 
@@ -228,14 +228,23 @@ def _normalised(y: Tensor, norm: Norm | None) -> Tensor:
     return F.layer_norm(y.to(dtype), y.shape[-1:], weight, bias, norm[2]).to(y.dtype)
 
 
-def _options(rule: Rule, step: int, norm: Norm | None, dropout_p: float) -> tuple[Any, ...]:
-    eps = None if norm is None else float(norm[2])
-    numbers = tuple(rule.coefficients(step))
-    return numbers, rule.kind, states.num_averages(rule), eps, float(dropout_p)
-
-
-def _norm_tensors(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if norm is None else norm[:2]
+def _arguments(
+    x: Tensor,
+    f: Tensor | None,
+    state: list[Tensor],
+    rule: Rule,
+    step: int,
+    norm: Norm | None,
+) -> op.Arguments:
+    """As the operators take them, without dropout and experts."""
+    weight, bias, eps = norm or (None, None, None)
+    return op.Arguments(
+        *(x, f, *state, *(None,) * (3 - len(state)), weight, bias),
+        *(rule.learned_mu, rule.learned_gamma),
+        *(tuple(rule.coefficients(step)), rule.kind, states.num_averages(rule)),
+        None if eps is None else float(eps),
+        0.0,
+    )
 
 
 def _check_rule(rule: Any) -> None:

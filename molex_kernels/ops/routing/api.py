@@ -72,7 +72,9 @@ def topk_route(
         "topk_route", impl, x, triton=_why_not_router(gate_weight.shape[0], top_k)
     )
     arguments = (x, gate_weight, gate_bias, expert_bias, None, None, None, top_k, score)
-    return reference.route(*arguments) if chosen == "reference" else op.route(*arguments, chosen)
+    if chosen == "reference":
+        return reference.route(*arguments)
+    return Routing(*op.route(impl, *arguments))
 
 
 def ac_weights(
@@ -136,7 +138,8 @@ def ac_weights(
     _check.integer("num_clusters", num_clusters, 1)
     settings = resolve(recipe, stat, eps, clip, norm, empty)
     chosen = _backends.select("ac_weights", impl, x, triton=clusters.why_not_triton(num_clusters))
-    return clusters.compute(x, cluster, num_clusters, settings, None, chosen)
+    named = chosen if chosen == "reference" else impl
+    return clusters.compute(x, cluster, num_clusters, settings, None, named)
 
 
 def ac_route(
@@ -222,13 +225,15 @@ def ac_route(
         experts,
         settings,
         process_group,
-        chosen,
+        chosen if chosen == "reference" else impl,
     )
     gate = normalized_gate(gate_weight) if cosine else gate_weight
     labels = prev_index if mix else prev_index[:, :1]
     mixture = prev_weight.detach().to(table.dtype) if mix and prev_weight is not None else None
     arguments = (x, gate, gate_bias, None, table, labels, mixture, top_k, "softmax_topk")
-    return reference.route(*arguments) if chosen == "reference" else op.route(*arguments, chosen)
+    if chosen == "reference":
+        return reference.route(*arguments)
+    return Routing(*op.route(impl, *arguments))
 
 
 def route_plan(expert_index: Tensor, num_experts: int, *, impl: str | None = None) -> RoutePlan:
@@ -260,12 +265,9 @@ def route_plan(expert_index: Tensor, num_experts: int, *, impl: str | None = Non
             f"expert_index: expected T * K at most {_MAX_ASSIGNMENTS}, got {expert_index.numel()}"
         )
     limit = _why_not_experts(num_experts)
-    chosen = _backends.select("route_plan", impl, expert_index, triton=limit)
-    if chosen == "triton":
-        return op.plan_triton(expert_index, num_experts)
-    if chosen == "cpu":
-        return op.plan_cpu(expert_index, num_experts)
-    return reference.route_plan(expert_index, num_experts)
+    if _backends.select("route_plan", impl, expert_index, triton=limit) == "reference":
+        return reference.route_plan(expert_index, num_experts)
+    return RoutePlan(*op.plan(impl, expert_index, num_experts))
 
 
 def normalized_gate(gate_weight: Tensor) -> Tensor:

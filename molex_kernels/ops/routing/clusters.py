@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -42,54 +45,25 @@ def compute(
     num_clusters: int,
     recipe: Recipe,
     group: dist.ProcessGroup | None,
-    chosen: str,
+    impl: str | None,
 ) -> Tensor:
     """W [C, D]; over a group, the weights of the union of the ranks' tokens."""
-    x = x.detach()
-    if chosen == "triton":
-        plan = op.plan_triton(cluster[:, None], num_clusters)
-        sums = op.SUM_TRITON(x, plan.permutation, plan.offsets)
-        sums, counts = _over(group, sums, plan.counts)
-        deviations = op.DEVIATION_TRITON(
-            x, cluster, plan.permutation, plan.offsets, sums, counts, recipe.stat
-        )
-        (deviations,) = _over(group, deviations)
-        return op.WEIGHTS_TRITON(
-            deviations, counts, recipe.eps, recipe.clip, recipe.norm, recipe.mask
-        )
-    if chosen == "cpu":
-        return op.WEIGHTS_CPU(
-            *_statistics_cpu(x, cluster, num_clusters, recipe.stat, group),
-            recipe.eps,
-            recipe.clip,
-            recipe.norm,
-            recipe.mask,
-        )
-    sums, counts = reference.cluster_sums(x, cluster, num_clusters)
-    sums, counts = _over(group, sums, counts)
-    deviations = reference.cluster_deviations(x, cluster, sums, counts, recipe.stat)
-    (deviations,) = _over(group, deviations)
-    return reference.feature_weights(
-        deviations, counts, recipe.eps, recipe.clip, recipe.norm, recipe.mask
-    )
+    statistics: Any = reference.cluster_statistics
+    weights: Any = reference.feature_weights
+    if impl != "reference":
+        statistics, weights = partial(op.statistics, impl), partial(op.weights, impl)
+    given = (x.detach(), cluster)
+    sums: tuple[Tensor | None, Tensor | None] = (None, None)
+    if group is not None:  # the means have to be known first, in a pass of their own
+        sums = _over(group, *statistics(*given, *sums, num_clusters, "sum"))
+    deviations, counts = statistics(*given, *sums, num_clusters, recipe.stat)
+    if group is not None:
+        deviations, counts = _over(group, deviations)[0], sums[1]
+    return weights(deviations, counts, recipe.eps, recipe.clip, recipe.norm, recipe.mask)
 
 
-def _statistics_cpu(
-    x: Tensor, cluster: Tensor, num_clusters: int, stat: str, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Deviations and counts; over a group the sums have to be known first, in a pass of theirs."""
-    if group is None:
-        return op.STATISTICS_CPU(x, cluster, None, None, num_clusters, stat)
-    own = op.STATISTICS_CPU(x, cluster, None, None, num_clusters, "sum")
-    sums, counts = _over(group, *own)
-    deviations, _ = op.STATISTICS_CPU(x, cluster, sums, counts, num_clusters, stat)
-    return _over(group, deviations)[0], counts
-
-
-def _over(group: dist.ProcessGroup | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+def _over(group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The sums over the ranks of the group."""
-    if group is None:
-        return tensors
     for tensor in tensors:
         dist.all_reduce(tensor, group=group)
     return tensors

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from molex_kernels import _backends, _check
-from molex_kernels._dtypes import accumulate_dtype
-from molex_kernels.ops.routing import op
+from molex_kernels.ops.routing import op, reference
 from molex_kernels.ops.routing.types import Routing
 
 for _name in ("load_balance_loss", "router_z_loss"):
@@ -46,26 +44,13 @@ def load_balance_loss(
         raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}")
     index, _, logits = routing
     _check.floating("routing.logits", logits, "T, E", (None, None))
-    tokens, experts = logits.shape
-    _check.index("routing.expert_index", index, "T, K", (tokens, None), logits)
+    _check.index("routing.expert_index", index, "T, K", (logits.shape[0], None), logits)
     _check.number("temperature", temperature, 0.0, exclusive=True)
     _check.choice("kind", kind, _KINDS)
-    chosen = _backends.select("load_balance_loss", impl, logits)
-    if chosen == "cpu":
-        return op.load_balance(logits, index, temperature, kind == "published")
-    counts = _counts(index, experts)
-    probability = (logits.to(accumulate_dtype(logits.dtype)) / temperature).softmax(1)
-    assignments = max(tokens * index.shape[1], 1)
-    f = counts.to(probability.dtype) / assignments
-    p = probability.sum(0) / (max(tokens, 1) if kind == "switch" else assignments)
-    return experts * (f * p).sum()
-
-
-def _counts(index: Tensor, experts: int) -> Tensor:
-    """Assignments to each expert; integers, so that their order does not matter."""
-    inside = (index >= 0) & (index < experts)
-    ids = torch.where(inside, index, experts).flatten().long()
-    return ids.new_zeros(experts + 1).scatter_add(0, ids, torch.ones_like(ids))[:experts]
+    arguments = (logits, index, temperature, kind == "published")
+    if _backends.select("load_balance_loss", impl, logits) == "reference":
+        return reference.load_balance(*arguments)
+    return op.load_balance(impl, *arguments)
 
 
 def router_z_loss(logits: Tensor, *, impl: str | None = None) -> Tensor:
@@ -84,7 +69,6 @@ def router_z_loss(logits: Tensor, *, impl: str | None = None) -> Tensor:
         NotImplementedError: the explicit `impl` cannot run.
     """
     _check.floating("logits", logits, "T, E", (None, None))
-    if _backends.select("router_z_loss", impl, logits) == "cpu":
-        return op.router_z(logits)
-    z = logits.to(accumulate_dtype(logits.dtype)).logsumexp(1)
-    return (z * z).sum() / max(logits.shape[0], 1)
+    if _backends.select("router_z_loss", impl, logits) == "reference":
+        return reference.router_z(logits)
+    return op.router_z(impl, logits)

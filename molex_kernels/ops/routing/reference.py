@@ -114,6 +114,25 @@ def cluster_sums(x: Tensor, cluster: Tensor, num_clusters: int) -> tuple[Tensor,
     return _sum_by(x, bucket, num_clusters), _counts(bucket, num_clusters)
 
 
+def cluster_statistics(
+    x: Tensor,
+    cluster: Tensor,
+    sums: Tensor | None,
+    counts: Tensor | None,
+    num_clusters: int,
+    stat: str,
+) -> tuple[Tensor, Tensor]:
+    """The sums (stat="sum") or deviations of the clusters, and their counts.
+
+    Deviations are from the means by `sums` and `counts`, those of x itself where they are None.
+    """
+    if sums is None or counts is None:
+        sums, counts = cluster_sums(x, cluster, num_clusters)
+    if stat == "sum":
+        return sums, counts
+    return cluster_deviations(x, cluster, sums, counts, stat), counts
+
+
 def cluster_deviations(
     x: Tensor, cluster: Tensor, sums: Tensor, counts: Tensor, stat: str
 ) -> Tensor:
@@ -188,3 +207,23 @@ def _pairwise(x: Tensor, bucket: Tensor, mean: Tensor, counts: Tensor) -> Tensor
     # The coefficients of a cluster sum to 0, so taking the mean off changes only the rounding.
     half = _sum_by(coefficient[:, None] * (ordered - mean[row]), bucket, num_clusters)
     return 2 * half / (counts - 1).clamp(min=1)[:, None]
+
+
+def load_balance(logits: Tensor, index: Tensor, temperature: float, per_assignment: bool) -> Tensor:
+    """E sum_e f_e P_e: the shares of the assignments, the mean probabilities (or those / K)."""
+    tokens, experts = logits.shape
+    inside = (index >= 0) & (index < experts)
+    ids = torch.where(inside, index, experts).flatten().long()
+    # Integers, so that their order does not matter.
+    counts = ids.new_zeros(experts + 1).scatter_add(0, ids, torch.ones_like(ids))[:experts]
+    probability = (logits.to(accumulate_dtype(logits.dtype)) / temperature).softmax(1)
+    assignments = max(tokens * index.shape[1], 1)
+    f = counts.to(probability.dtype) / assignments
+    p = probability.sum(0) / (assignments if per_assignment else max(tokens, 1))
+    return experts * (f * p).sum()
+
+
+def router_z(logits: Tensor) -> Tensor:
+    """The mean over tokens of logsumexp(logits_t)^2."""
+    z = logits.to(accumulate_dtype(logits.dtype)).logsumexp(1)
+    return (z * z).sum() / max(logits.shape[0], 1)

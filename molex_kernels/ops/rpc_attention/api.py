@@ -123,7 +123,7 @@ def rpc_attention(
         low, sparse = reference.rpc_attention(k, v, q, bound, key_mask, *options, seed)
     else:
         inputs = (k, v, q, bound, key_mask, seed)
-        low, sparse = op.rpc_attention(*inputs, return_sparse, chosen, *options)
+        low, sparse = op.rpc_attention(impl, *inputs, *options, return_sparse)
     return (low, sparse) if return_sparse else low
 
 
