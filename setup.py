@@ -175,7 +175,7 @@ def write_facts(path: Path, facts: dict[str, str]) -> None:
 
 def extension(no_cuda: str | None, facts: Path) -> Extension:
     cuda = no_cuda is None
-    kernels = sources("csrc/cpu/*.cpp", *(["csrc/cuda/*.cu"] if cuda else []))
+    kernels = sources("csrc/cpu/*/*.cpp", *(["csrc/cuda/*/*.cu"] if cuda else []))
     flags = CXX_FLAGS + (SANITIZE if SANITIZED else NO_DEBUG)
     nvcc = ["-O3", "-std=c++20", "-lineinfo", "--threads=2", "-DUSE_CUDA"]
     if cuda:
@@ -198,7 +198,7 @@ def extension(no_cuda: str | None, facts: Path) -> Extension:
         "molex_kernels._C",
         ["csrc/bindings.cpp", *kernels],
         depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
-        include_dirs=[str(facts)],
+        include_dirs=[str(ROOT.absolute() / "csrc"), str(facts)],
         define_macros=[*macros, ("MOLEX_SANITIZE", None)] if SANITIZED else macros,
         extra_compile_args={"cxx": flags, "nvcc": nvcc},
         extra_link_args=SANITIZE if SANITIZED else [],

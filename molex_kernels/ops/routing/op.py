@@ -213,7 +213,7 @@ def _scalar(logits: Tensor) -> Tensor:
 def _balance_fake(
     logits: Tensor, index: Tensor, temperature: float, per_assignment: bool
 ) -> Tensors:
-    padded = -(-logits.shape[1] // 16) * 16  # whole vectors, kWide of csrc/cpu/vector.h
+    padded = -(-logits.shape[1] // 16) * 16  # whole vectors, kWide of csrc/cpu/common/vector.h
     return _scalar(logits), logits.new_empty(padded, dtype=torch.float32)
 
 
