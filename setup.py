@@ -157,9 +157,15 @@ def sources(*patterns: str) -> list[str]:
 
 
 def operators(paths: list[str]) -> str:
-    """The operators that these sources register, for the build facts."""
-    text = "".join((ROOT / path).read_text() for path in paths)
-    return ",".join(sorted(set(re.findall(r'\.impl\(\s*"(\w+)"', text))))
+    """The operators that these sources register, for the build facts, as `device:name`."""
+    registered = re.compile(r'\.impl\(\s*"(\w+)"')
+    return ",".join(
+        sorted(
+            f"{Path(path).parts[1]}:{name}"  # csrc/cpu/... or csrc/cuda/...
+            for path in paths
+            for name in registered.findall((ROOT / path).read_text())
+        )
+    )
 
 
 def write_facts(path: Path, facts: dict[str, str]) -> None:

@@ -3,14 +3,13 @@
 // so neither the experts' outputs nor their gradients are made. Experts go through in groups: first piece by
 // piece of their rows, in the cache, then the gradients of their weights, each over all of its rows.
 
-#include <torch/csrc/stable/library.h>
-
 #include <string>
 #include <tuple>
 
 #include "cpu/common/memory.h"
 #include "cpu/dispatch/activation.h"
 #include "cpu/dispatch/experts.h"
+#include "registration.h"
 
 namespace {
 
@@ -234,7 +233,7 @@ class Backward {
   std::vector<float> scales_;  // the weight of each row
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_bwd_cpu(const Tensor& dy,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_bwd(const Tensor& dy,
                                                                            const Tensor& x,
                                                                            const Tensor& hidden,
                                                                            const Tensor& expert_weight,
@@ -283,5 +282,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_bwd_cpu(const
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
-  library.impl("moe_mlp_bwd_cpu", TORCH_BOX(&moe_mlp_bwd_cpu));
+  library.impl("moe_mlp_bwd", molex::cpu_kernel<&moe_mlp_bwd>);
 }

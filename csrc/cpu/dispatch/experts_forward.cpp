@@ -1,14 +1,13 @@
 // The experts' MLP on a CPU, forward. A piece of an expert's rows is gathered, multiplied, activated and
 // multiplied again by one thread, in memory that stays in its cache; no expanded copy of x is made.
 
-#include <torch/csrc/stable/library.h>
-
 #include <string>
 #include <tuple>
 
 #include "cpu/common/memory.h"
 #include "cpu/dispatch/activation.h"
 #include "cpu/dispatch/experts.h"
+#include "registration.h"
 
 namespace {
 
@@ -94,7 +93,7 @@ Tensor kept_of(const Tensor& x, int64_t rows, int64_t hidden, bool keeps) {
   return molex::new_result(x, {keeps ? rows : 0, hidden});
 }
 
-std::tuple<Tensor, Tensor> moe_experts_fwd_cpu(const Tensor& x,
+std::tuple<Tensor, Tensor> moe_experts_fwd(const Tensor& x,
                                                const Tensor& offsets,
                                                const Tensor& permutation,
                                                const Tensor& w_up,
@@ -117,7 +116,7 @@ std::tuple<Tensor, Tensor> moe_experts_fwd_cpu(const Tensor& x,
   return {packed, kept};
 }
 
-std::tuple<Tensor, Tensor> moe_mlp_fwd_cpu(const Tensor& x,
+std::tuple<Tensor, Tensor> moe_mlp_fwd(const Tensor& x,
                                            const Tensor& expert_weight,
                                            const Tensor& offsets,
                                            const Tensor& permutation,
@@ -145,6 +144,6 @@ std::tuple<Tensor, Tensor> moe_mlp_fwd_cpu(const Tensor& x,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
-  library.impl("moe_experts_fwd_cpu", TORCH_BOX(&moe_experts_fwd_cpu));
-  library.impl("moe_mlp_fwd_cpu", TORCH_BOX(&moe_mlp_fwd_cpu));
+  library.impl("moe_experts_fwd", molex::cpu_kernel<&moe_experts_fwd>);
+  library.impl("moe_mlp_fwd", molex::cpu_kernel<&moe_mlp_fwd>);
 }

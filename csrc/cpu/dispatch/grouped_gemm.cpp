@@ -1,11 +1,10 @@
 // Grouped GEMM on a CPU: threads share the experts' rows, and with the gradients the rows of their weights.
 
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "cpu/common/memory.h"
 #include "cpu/dispatch/experts.h"
+#include "registration.h"
 
 namespace {
 
@@ -51,7 +50,7 @@ void product(
   }
 }
 
-Tensor grouped_gemm_fwd_cpu(const Tensor& x,
+Tensor grouped_gemm_fwd(const Tensor& x,
                             const Tensor& weight,
                             const Tensor& offsets,
                             std::optional<Tensor> bias) {
@@ -81,7 +80,7 @@ Tensor grouped_gemm_fwd_cpu(const Tensor& x,
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd_cpu(
+std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& offsets, std::vector<bool> needs) {
   const int64_t tokens = x.size(0), width = x.size(1), experts = weight.size(0), columns = weight.size(1);
   const ScalarType dtype = x.scalar_type();
@@ -151,6 +150,6 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
-  library.impl("grouped_gemm_fwd_cpu", TORCH_BOX(&grouped_gemm_fwd_cpu));
-  library.impl("grouped_gemm_bwd_cpu", TORCH_BOX(&grouped_gemm_bwd_cpu));
+  library.impl("grouped_gemm_fwd", molex::cpu_kernel<&grouped_gemm_fwd>);
+  library.impl("grouped_gemm_bwd", molex::cpu_kernel<&grouped_gemm_bwd>);
 }

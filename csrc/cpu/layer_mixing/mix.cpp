@@ -2,8 +2,6 @@
 //
 // Sums over tokens go to a fixed number of chunks, which are added in order, whatever the number of threads.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -11,6 +9,7 @@
 #include "cpu/common/layer_norm.h"
 #include "cpu/common/memory.h"
 #include "cpu/common/rows.h"
+#include "registration.h"
 
 namespace {
 
@@ -77,7 +76,7 @@ void mix(const Branches& outputs,
 // Null where there is no tensor.
 const float* data_of(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
 
-std::tuple<Tensor, Tensor> layer_mix_fwd_cpu(const Tensor& outputs,
+std::tuple<Tensor, Tensor> layer_mix_fwd(const Tensor& outputs,
                                              const Tensor& coeff,
                                              std::optional<Tensor> residual,
                                              std::optional<Tensor> weight,
@@ -112,7 +111,7 @@ std::tuple<Tensor, Tensor> layer_mix_fwd_cpu(const Tensor& outputs,
 
 // Gradients of outputs (the residual's is the same), of the coefficients and of the norm's pair [2, D]; those
 // not needed are empty.
-std::tuple<Tensor, Tensor, Tensor> layer_mix_bwd_cpu(std::optional<Tensor> dy,
+std::tuple<Tensor, Tensor, Tensor> layer_mix_bwd(std::optional<Tensor> dy,
                                                      std::optional<Tensor> dnormed,
                                                      const Tensor& outputs,
                                                      const Tensor& coeff,
@@ -193,6 +192,6 @@ std::tuple<Tensor, Tensor, Tensor> layer_mix_bwd_cpu(std::optional<Tensor> dy,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
-  library.impl("layer_mix_fwd_cpu", TORCH_BOX(&layer_mix_fwd_cpu));
-  library.impl("layer_mix_bwd_cpu", TORCH_BOX(&layer_mix_bwd_cpu));
+  library.impl("layer_mix_fwd", molex::cpu_kernel<&layer_mix_fwd>);
+  library.impl("layer_mix_bwd", molex::cpu_kernel<&layer_mix_bwd>);
 }

@@ -2,8 +2,6 @@
 //
 // Tokens are cut into chunks of a fixed size whose sums are added in order, whatever the number of threads.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <limits>
 #include <string>
@@ -12,6 +10,7 @@
 #include "cpu/common/memory.h"
 #include "cpu/common/rows.h"
 #include "cpu/common/softmax.h"
+#include "registration.h"
 
 namespace {
 
@@ -85,7 +84,7 @@ MOLEX_VOTES(add_softmax, kMeanSoftmax)
 MOLEX_VOTES(add_sigmoid, kMeanSigmoid)
 
 // The layer with the largest sum over the tokens that `mask` [T] counts, ties to the lower one.
-Tensor layer_vote_cpu(const Tensor& logits, std::optional<Tensor> mask, std::string mode) {
+Tensor layer_vote(const Tensor& logits, std::optional<Tensor> mask, std::string mode) {
   const int64_t tokens = logits.size(0), layers = logits.size(1), whole = molex::wide_of(layers);
   STD_TORCH_CHECK(mode == "mode" || mode == "mean_softmax" || mode == "mean_sigmoid", "mode: unknown ", mode);
   const auto add = mode == "mode" ? add_choices : mode == "mean_softmax" ? add_softmax : add_sigmoid;
@@ -121,4 +120,4 @@ Tensor layer_vote_cpu(const Tensor& logits, std::optional<Tensor> mask, std::str
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) { library.impl("layer_vote_cpu", TORCH_BOX(&layer_vote_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) { library.impl("layer_vote", molex::cpu_kernel<&layer_vote>); }

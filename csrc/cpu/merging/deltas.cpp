@@ -1,8 +1,6 @@
 // What each expert adds to the base, on a CPU, and its gradients: expert by expert, so that what is between
 // the curvature's products stays in the cache.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -10,6 +8,7 @@
 #include "cpu/common/gemm.h"
 #include "cpu/common/memory.h"
 #include "cpu/common/rows.h"
+#include "registration.h"
 
 namespace {
 
@@ -202,7 +201,7 @@ void apply_inner(const Factors& f, const Weights& weights, int64_t rank, int64_t
 }
 
 // Delta_e = mask_e M_e tau_e, of the experts' dtype; summed over the ranks in fp32.
-Tensor camex_deltas_fwd_cpu(const Tensor& base,
+Tensor camex_deltas_fwd(const Tensor& base,
                             const Tensor& experts,
                             Optional out1,
                             Optional out2,
@@ -357,7 +356,7 @@ void back_through_blocks(const Factors& f,
 }
 
 // Gradients of base, experts and factors; those not needed are empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> camex_deltas_bwd_cpu(const Tensor& ddeltas,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> camex_deltas_bwd(const Tensor& ddeltas,
                                                                                 const Tensor& base,
                                                                                 const Tensor& experts,
                                                                                 Optional out1,
@@ -436,6 +435,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> camex_deltas_bwd_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
-  library.impl("camex_deltas_fwd_cpu", TORCH_BOX(&camex_deltas_fwd_cpu));
-  library.impl("camex_deltas_bwd_cpu", TORCH_BOX(&camex_deltas_bwd_cpu));
+  library.impl("camex_deltas_fwd", molex::cpu_kernel<&camex_deltas_fwd>);
+  library.impl("camex_deltas_bwd", molex::cpu_kernel<&camex_deltas_bwd>);
 }

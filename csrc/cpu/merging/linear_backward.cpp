@@ -2,8 +2,6 @@
 // rows at a time for a few segments: neither is ever written as a whole, and deltas are read once for a few
 // segments. Operands that are not fp32 are widened as a whole, x and dy with all their segments.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -12,6 +10,7 @@
 #include "cpu/common/matmul.h"
 #include "cpu/common/memory.h"
 #include "cpu/common/rows.h"
+#include "registration.h"
 
 namespace {
 
@@ -201,7 +200,7 @@ void bias_gradient(const Layer& l, float* to) {
 }
 
 // Gradients of x, base, deltas, gates and bias; those not needed are empty. Those of gates and bias are fp32.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> camex_linear_bwd_cpu(const Tensor& dy,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> camex_linear_bwd(const Tensor& dy,
                                                                         const Tensor& x,
                                                                         const Tensor& base,
                                                                         const Tensor& deltas,
@@ -248,5 +247,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> camex_linear_bwd_cpu(const Te
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
-  library.impl("camex_linear_bwd_cpu", TORCH_BOX(&camex_linear_bwd_cpu));
+  library.impl("camex_linear_bwd", molex::cpu_kernel<&camex_linear_bwd>);
 }

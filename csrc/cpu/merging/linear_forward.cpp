@@ -2,14 +2,13 @@
 // and multiplies at once: merged weights never leave a cache. The segments that need the same rows follow one
 // another, so that the deltas come from memory once.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "cpu/common/gemm.h"
 #include "cpu/common/matmul.h"
 #include "cpu/common/memory.h"
+#include "registration.h"
 
 namespace {
 
@@ -25,7 +24,7 @@ constexpr int64_t kSegments = 4;  // whose weights are merged together
 constexpr int64_t kChunk = 512;   // elements of a weight that every expert contributes to in one turn
 
 // y_s = x_s (base + sum_e gates_se deltas_e)^T + bias_s. x [S, T, D].
-Tensor camex_linear_fwd_cpu(const Tensor& x,
+Tensor camex_linear_fwd(const Tensor& x,
                             const Tensor& base,
                             const Tensor& deltas,
                             const Tensor& gates,
@@ -102,5 +101,5 @@ Tensor camex_linear_fwd_cpu(const Tensor& x,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
-  library.impl("camex_linear_fwd_cpu", TORCH_BOX(&camex_linear_fwd_cpu));
+  library.impl("camex_linear_fwd", molex::cpu_kernel<&camex_linear_fwd>);
 }

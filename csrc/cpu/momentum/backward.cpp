@@ -1,7 +1,5 @@
 // The gradient of momentum, in one pass; with a norm, its input is computed anew.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <tuple>
 
@@ -9,6 +7,7 @@
 #include "cpu/common/memory.h"
 #include "cpu/common/philox.h"
 #include "cpu/momentum/rules.h"
+#include "registration.h"
 
 namespace molex::momentum {
 
@@ -18,7 +17,7 @@ constexpr int64_t kChunks = 64;  // partial sums of the parameters' gradients
 
 MOLEX_CLONES void add_sum(double* to, const float* values, int64_t count) { *to += sum_of(values, count); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd(
     const Tensor& like,
     std::optional<Tensor> dy,
     std::optional<Tensor> g0,
@@ -161,5 +160,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd_
 }  // namespace molex::momentum
 
 STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
-  library.impl("momentum_bwd_cpu", TORCH_BOX(&molex::momentum::momentum_bwd_cpu));
+  library.impl("momentum_bwd", molex::cpu_kernel<&molex::momentum::momentum_bwd>);
 }

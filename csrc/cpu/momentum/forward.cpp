@@ -1,7 +1,5 @@
 // Momentum over the experts' outputs: combine, dropout, step and LayerNorm in one pass.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <cstring>
 #include <tuple>
@@ -10,12 +8,13 @@
 #include "cpu/common/memory.h"
 #include "cpu/common/philox.h"
 #include "cpu/momentum/rules.h"
+#include "registration.h"
 
 namespace molex::momentum {
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd_cpu(const Tensor& x,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd(const Tensor& x,
                                                                     const Tensor& f,
                                                                     std::optional<Tensor> s0,
                                                                     std::optional<Tensor> s1,
@@ -133,5 +132,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd_cpu(const Tensor
 }  // namespace molex::momentum
 
 STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
-  library.impl("momentum_fwd_cpu", TORCH_BOX(&molex::momentum::momentum_fwd_cpu));
+  library.impl("momentum_fwd", molex::cpu_kernel<&molex::momentum::momentum_fwd>);
 }

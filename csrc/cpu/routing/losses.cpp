@@ -2,8 +2,6 @@
 //
 // Tokens are cut into chunks of a fixed size whose sums are added in order, whatever the number of threads.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -12,6 +10,7 @@
 #include "cpu/common/memory.h"
 #include "cpu/common/rows.h"
 #include "cpu/common/softmax.h"
+#include "registration.h"
 
 namespace {
 
@@ -136,7 +135,7 @@ Tensor logits_gradient(const Tensor& logits, const Run& run) {
 
 // The loss, and the gradient [E] of it and of the softmax together: E f_e / (T temperature), by K too where
 // each assignment counts.
-std::tuple<Tensor, Tensor> load_balance_fwd_cpu(const Tensor& logits,
+std::tuple<Tensor, Tensor> load_balance_fwd(const Tensor& logits,
                                                 const Tensor& index,
                                                 double temperature,
                                                 bool per_assignment) {
@@ -169,7 +168,7 @@ std::tuple<Tensor, Tensor> load_balance_fwd_cpu(const Tensor& logits,
   return {scalar_like(logits, loss), slopes};
 }
 
-Tensor load_balance_bwd_cpu(const Tensor& grad,
+Tensor load_balance_bwd(const Tensor& grad,
                             const Tensor& logits,
                             const Tensor& slopes,
                             double temperature) {
@@ -180,7 +179,7 @@ Tensor load_balance_bwd_cpu(const Tensor& grad,
   });
 }
 
-Tensor router_z_fwd_cpu(const Tensor& logits) {
+Tensor router_z_fwd(const Tensor& logits) {
   const int64_t tokens = logits.size(0), experts = logits.size(1);
   const Tensor packed = torch::stable::contiguous(logits);
   const Source from = molex::source_of(packed);
@@ -196,7 +195,7 @@ Tensor router_z_fwd_cpu(const Tensor& logits) {
   return scalar_like(logits, total / static_cast<double>(std::max<int64_t>(tokens, 1)));
 }
 
-Tensor router_z_bwd_cpu(const Tensor& grad, const Tensor& logits) {
+Tensor router_z_bwd(const Tensor& grad, const Tensor& logits) {
   const double tokens = static_cast<double>(std::max<int64_t>(logits.size(0), 1));
   const float upstream = static_cast<float>(2.0 * molex::scalar_of(grad) / tokens);
   return logits_gradient(logits, [&](const float* z, int64_t count, float* row, float* dz) {
@@ -207,8 +206,8 @@ Tensor router_z_bwd_cpu(const Tensor& grad, const Tensor& logits) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
-  library.impl("load_balance_fwd_cpu", TORCH_BOX(&load_balance_fwd_cpu));
-  library.impl("load_balance_bwd_cpu", TORCH_BOX(&load_balance_bwd_cpu));
-  library.impl("router_z_fwd_cpu", TORCH_BOX(&router_z_fwd_cpu));
-  library.impl("router_z_bwd_cpu", TORCH_BOX(&router_z_bwd_cpu));
+  library.impl("load_balance_fwd", molex::cpu_kernel<&load_balance_fwd>);
+  library.impl("load_balance_bwd", molex::cpu_kernel<&load_balance_bwd>);
+  library.impl("router_z_fwd", molex::cpu_kernel<&router_z_fwd>);
+  library.impl("router_z_bwd", molex::cpu_kernel<&router_z_bwd>);
 }

@@ -3,7 +3,6 @@
 // Three passes over fixed chunks (histogram, scan, scatter), so that the chunks run in parallel and the
 // result is the same for any number of threads: a stable sort has one answer.
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -14,6 +13,7 @@
 #include <vector>
 
 #include "cpu/common/memory.h"
+#include "registration.h"
 
 namespace {
 
@@ -79,7 +79,7 @@ void sort_by_expert(const Index* ids, int64_t total, int64_t num_experts, const 
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> route_plan_cpu(const Tensor& expert_index, int64_t num_experts) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> route_plan(const Tensor& expert_index, int64_t num_experts) {
   const Tensor ids = torch::stable::contiguous(expert_index);
   const int64_t total = ids.numel();
   Tensor counts = molex::new_result(ids, {num_experts}, ScalarType::Int);
@@ -105,4 +105,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_plan_cpu(const Tensor& expert_i
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) { library.impl("route_plan_cpu", TORCH_BOX(&route_plan_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) { library.impl("route_plan", molex::cpu_kernel<&route_plan>); }

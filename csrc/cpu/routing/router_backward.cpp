@@ -1,8 +1,6 @@
 // The router's backward pass on a CPU. Tokens are read once for both products: the gate's gradient
 // dz^T (w x), and that of x, w (dz gate).
 
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "cpu/common/gemm.h"
@@ -10,6 +8,7 @@
 #include "cpu/common/memory.h"
 #include "cpu/common/softmax.h"
 #include "cpu/routing/router.h"
+#include "registration.h"
 
 namespace molex::router {
 namespace {
@@ -126,18 +125,18 @@ void sum_tokens(const Shape& n, const float* dz, float* out) {
 }
 
 // Gradients of x, the gate and its bias; those not needed are empty.
-std::tuple<Tensor, Tensor, Tensor> router_bwd_cpu(const Tensor& x,
-                                                  const Tensor& gate,
-                                                  const Tensor& logits,
-                                                  const Tensor& index,
-                                                  const Tensor& weight,
-                                                  std::optional<Tensor> grad_weight,
-                                                  std::optional<Tensor> grad_logits,
-                                                  std::optional<Tensor> table,
-                                                  std::optional<Tensor> labels,
-                                                  std::optional<Tensor> mix,
-                                                  std::string score,
-                                                  std::vector<bool> needs) {
+std::tuple<Tensor, Tensor, Tensor> router_bwd(std::optional<Tensor> grad_weight,
+                                              std::optional<Tensor> grad_logits,
+                                              const Tensor& x,
+                                              const Tensor& gate,
+                                              const Tensor& logits,
+                                              const Tensor& index,
+                                              const Tensor& weight,
+                                              std::optional<Tensor> table,
+                                              std::optional<Tensor> labels,
+                                              std::optional<Tensor> mix,
+                                              std::string score,
+                                              std::vector<bool> needs) {
   const Shape n{x.size(0), x.size(1), gate.size(0)};
   const Tokens from(x, table, labels, mix);
   const Tensor kept[] = {torch::stable::contiguous(logits),
@@ -179,5 +178,5 @@ std::tuple<Tensor, Tensor, Tensor> router_bwd_cpu(const Tensor& x,
 }  // namespace molex::router
 
 STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
-  library.impl("router_bwd_cpu", TORCH_BOX(&molex::router::router_bwd_cpu));
+  library.impl("router_bwd", molex::cpu_kernel<&molex::router::router_bwd>);
 }

@@ -1,7 +1,5 @@
 // The router's forward pass on a CPU: weigh, multiply with the gate and choose, piece by piece.
 
-#include <torch/csrc/stable/library.h>
-
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -11,6 +9,7 @@
 #include "cpu/common/memory.h"
 #include "cpu/common/softmax.h"
 #include "cpu/routing/router.h"
+#include "registration.h"
 
 namespace molex::router {
 namespace {
@@ -98,7 +97,7 @@ class Chooser {
 };
 
 // expert_index [T, K], expert_weight [T, K] and logits [T, E].
-std::tuple<Tensor, Tensor, Tensor> router_fwd_cpu(const Tensor& x,
+std::tuple<Tensor, Tensor, Tensor> router_fwd(const Tensor& x,
                                                   const Tensor& gate,
                                                   std::optional<Tensor> gate_bias,
                                                   std::optional<Tensor> expert_bias,
@@ -166,5 +165,5 @@ std::tuple<Tensor, Tensor, Tensor> router_fwd_cpu(const Tensor& x,
 }  // namespace molex::router
 
 STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
-  library.impl("router_fwd_cpu", TORCH_BOX(&molex::router::router_fwd_cpu));
+  library.impl("router_fwd", molex::cpu_kernel<&molex::router::router_fwd>);
 }

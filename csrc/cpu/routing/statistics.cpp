@@ -1,7 +1,5 @@
 // Cluster statistics and feature weights on a CPU.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -12,6 +10,7 @@
 #include "cpu/common/indices.h"
 #include "cpu/common/memory.h"
 #include "cpu/common/rows.h"
+#include "registration.h"
 
 namespace {
 
@@ -124,7 +123,7 @@ void pairwise_statistics(const Tokens& tokens, const std::vector<int64_t>& sizes
 
 // Sums or deviations [C, D] and sizes [C] of the clusters. `sums` and `counts`, where they are given, stand
 // for more tokens than these.
-std::tuple<Tensor, Tensor> cluster_statistics_cpu(const Tensor& x,
+std::tuple<Tensor, Tensor> cluster_statistics(const Tensor& x,
                                                   const Tensor& cluster,
                                                   std::optional<Tensor> sums,
                                                   std::optional<Tensor> counts,
@@ -171,7 +170,7 @@ std::tuple<Tensor, Tensor> cluster_statistics_cpu(const Tensor& x,
 }
 
 // W = 1 / (s + eps), clipped and normalised; see reference.py.
-Tensor feature_weights_cpu(
+Tensor feature_weights(
     const Tensor& deviations, const Tensor& counts, double eps, double clip, std::string norm, bool mask) {
   const Tensor packed = torch::stable::contiguous(deviations), sizes = torch::stable::contiguous(counts);
   const int64_t clusters = packed.size(0), width = packed.size(1);
@@ -227,6 +226,6 @@ Tensor feature_weights_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
-  library.impl("cluster_statistics_cpu", TORCH_BOX(&cluster_statistics_cpu));
-  library.impl("feature_weights_cpu", TORCH_BOX(&feature_weights_cpu));
+  library.impl("cluster_statistics", molex::cpu_kernel<&cluster_statistics>);
+  library.impl("feature_weights", molex::cpu_kernel<&feature_weights>);
 }

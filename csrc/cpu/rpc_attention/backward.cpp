@@ -1,12 +1,11 @@
 // Robust attention's backward pass on a CPU: the iterations backwards, each from the saved L of the one
 // before.
 
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "cpu/common/memory.h"
 #include "cpu/rpc_attention/gradient.h"
+#include "registration.h"
 
 namespace molex::rpc {
 namespace {
@@ -191,7 +190,7 @@ class HeadBackward {
   Statistics statistics_{};
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_bwd_cpu(const Tensor& dout,
+std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_bwd(const Tensor& dout,
                                                                  Optional dsparse,
                                                                  const Tensor& k,
                                                                  const Tensor& v,
@@ -235,5 +234,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_bwd_cpu(const Tensor& d
 }  // namespace molex::rpc
 
 STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
-  library.impl("rpc_attention_bwd_cpu", TORCH_BOX(&molex::rpc::rpc_attention_bwd_cpu));
+  library.impl("rpc_attention_bwd", molex::cpu_kernel<&molex::rpc::rpc_attention_bwd>);
 }

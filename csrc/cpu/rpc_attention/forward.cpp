@@ -1,13 +1,12 @@
 // Robust attention's forward pass on a CPU.
 
-#include <torch/csrc/stable/library.h>
-
 #include <cmath>
 #include <limits>
 #include <tuple>
 
 #include "cpu/common/memory.h"
 #include "cpu/rpc_attention/steps.h"
+#include "registration.h"
 
 namespace molex::rpc {
 namespace {
@@ -241,7 +240,7 @@ class Attention {
   Rows rows_;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_fwd_cpu(const Tensor& k,
+std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_fwd(const Tensor& k,
                                                                  const Tensor& v,
                                                                  Optional q,
                                                                  const Tensor& threshold,
@@ -304,5 +303,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_fwd_cpu(const Tensor& k
 }  // namespace molex::rpc
 
 STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
-  library.impl("rpc_attention_fwd_cpu", TORCH_BOX(&molex::rpc::rpc_attention_fwd_cpu));
+  library.impl("rpc_attention_fwd", molex::cpu_kernel<&molex::rpc::rpc_attention_fwd>);
 }

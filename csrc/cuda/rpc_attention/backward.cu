@@ -1,9 +1,10 @@
-// molex::rpc_attention_bwd_cuda: see backward.cuh for what is computed.
+// molex::rpc_attention_bwd: see backward.cuh for what is computed.
 
 #include <tuple>
 #include <vector>
 
 #include "cuda/rpc_attention/tensors.h"
+#include "registration.h"
 
 namespace {
 
@@ -64,5 +65,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(molex, CUDA, library) {
-  library.impl("rpc_attention_bwd_cuda", TORCH_BOX(&backward));
+  library.impl("rpc_attention_bwd", molex::cuda_kernel<&backward>);
 }

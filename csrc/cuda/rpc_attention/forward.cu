@@ -1,9 +1,10 @@
-// molex::rpc_attention_fwd_cuda: see launch.cuh for what is computed.
+// molex::rpc_attention_fwd: see launch.cuh for what is computed.
 
 #include <tuple>
 #include <vector>
 
 #include "cuda/rpc_attention/tensors.h"
+#include "registration.h"
 
 namespace {
 
@@ -52,5 +53,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& k,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(molex, CUDA, library) {
-  library.impl("rpc_attention_fwd_cuda", TORCH_BOX(&forward));
+  library.impl("rpc_attention_fwd", molex::cuda_kernel<&forward>);
 }
