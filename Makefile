@@ -18,7 +18,7 @@ READY       := $(VENV)/.ready
 ENVIRONMENT := $(READY)
 endif
 
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*/*)
 # Two test processes share the machine, so each keeps to one thread.
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest
 PARALLEL = $(shell $(PY) -c "import xdist; print('-n $(JOBS)')" 2>/dev/null)

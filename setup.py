@@ -157,9 +157,15 @@ def sources(*patterns: str) -> list[str]:
 
 
 def operators(paths: list[str]) -> str:
-    """The operators that these sources register, for the build facts."""
-    text = "".join((ROOT / path).read_text() for path in paths)
-    return ",".join(sorted(set(re.findall(r'\.impl\(\s*"(\w+)"', text))))
+    """The operators that these sources register, for the build facts, as `device:name`."""
+    registered = re.compile(r'\.impl\(\s*"(\w+)"')
+    return ",".join(
+        sorted(
+            f"{Path(path).parts[1]}:{name}"  # csrc/cpu/... or csrc/cuda/...
+            for path in paths
+            for name in registered.findall((ROOT / path).read_text())
+        )
+    )
 
 
 def write_facts(path: Path, facts: dict[str, str]) -> None:
@@ -175,7 +181,7 @@ def write_facts(path: Path, facts: dict[str, str]) -> None:
 
 def extension(no_cuda: str | None, facts: Path) -> Extension:
     cuda = no_cuda is None
-    kernels = sources("csrc/cpu/*.cpp", *(["csrc/cuda/*.cu"] if cuda else []))
+    kernels = sources("csrc/cpu/*/*.cpp", *(["csrc/cuda/*/*.cu"] if cuda else []))
     flags = CXX_FLAGS + (SANITIZE if SANITIZED else NO_DEBUG)
     nvcc = ["-O3", "-std=c++20", "-lineinfo", "--threads=2", "-DUSE_CUDA"]
     if cuda:
@@ -198,7 +204,7 @@ def extension(no_cuda: str | None, facts: Path) -> Extension:
         "molex_kernels._C",
         ["csrc/bindings.cpp", *kernels],
         depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
-        include_dirs=[str(facts)],
+        include_dirs=[str(ROOT.absolute() / "csrc"), str(facts)],
         define_macros=[*macros, ("MOLEX_SANITIZE", None)] if SANITIZED else macros,
         extra_compile_args={"cxx": flags, "nvcc": nvcc},
         extra_link_args=SANITIZE if SANITIZED else [],

@@ -10,7 +10,7 @@
 #include <utility>
 
 #include "build_facts.h"  // written by setup.py: MOLEX_BUILD_FACTS, pairs of a name and a text
-#include "cpu/target.h"
+#include "cpu/common/target.h"
 
 namespace molex {
 

@@ -164,7 +164,7 @@ def build(folder: Path) -> Library:
     """Compiles the kernels and the machine that runs them."""
     path = folder / "librpc_attention.so"
     sources = [ROOT / "tests/cuda_on_cpu" / name for name in ("machine.cpp", "rpc_attention.cpp")]
-    include = [f"-I{ROOT / folder}" for folder in ("tests/cuda_on_cpu", "csrc/cuda")]
+    include = [f"-I{ROOT / folder}" for folder in ("tests/cuda_on_cpu", "csrc")]
     flags = ["-std=c++20", "-O2", "-march=native", "-fPIC", "-shared", "-U_FORTIFY_SOURCE"]
     subprocess.run(["g++", *flags, *include, *sources, "-o", path], check=True)
     return Library(path)

@@ -52,10 +52,10 @@ def _copy(to: Path, *beside: str) -> Path:
 def tree(tmp_path: Path) -> Path:
     """A copy whose kernels are two files that compile in no time."""
     copy = _copy(tmp_path / "tree")
-    for source in [*copy.glob("csrc/cpu/*.cpp"), *copy.glob("csrc/cuda/*.cu")]:
+    for source in [*copy.glob("csrc/cpu/*/*.cpp"), *copy.glob("csrc/cuda/*/*.cu")]:
         source.unlink()
-    (copy / "csrc/cpu/tiny.cpp").write_text("int tiny() { return 0; }\n")
-    (copy / "csrc/cuda/tiny.cu").write_text("__global__ void tiny() {}\n")
+    (copy / "csrc/cpu/common/tiny.cpp").write_text("int tiny() { return 0; }\n")
+    (copy / "csrc/cuda/rpc_attention/tiny.cu").write_text("__global__ void tiny() {}\n")
     return copy
 
 
@@ -179,7 +179,7 @@ def test_left_out_by_choice(tree: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("environment", [{}, {"MOLEX_EXTENSION": "1"}], ids=["unset", "demanded"])
 def test_a_failed_build_is_an_error(tree: Path, environment):
-    (tree / "csrc/cpu/tiny.cpp").write_text("this is not C++")
+    (tree / "csrc/cpu/common/tiny.cpp").write_text("this is not C++")
     run = _setup(tree, "build_ext", "--inplace", MOLEX_CUDA="0", **environment)
     _fails(run, "molex_kernels._C cannot be built", WITHOUT)
     assert not _built(tree)

@@ -131,7 +131,7 @@ def test_a_missing_library_is_explained(monkeypatch, tmp_path):
 
 
 def test_sources_use_only_the_stable_interface():
-    sources = [*ROOT.glob("csrc/cpu/*"), *ROOT.glob("csrc/cuda/*")]
+    sources = [*ROOT.glob("csrc/cpu/*/*"), *ROOT.glob("csrc/cuda/*/*")]
     assert sources
     for source in sources:
         text = source.read_text()

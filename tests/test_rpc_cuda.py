@@ -329,9 +329,10 @@ def resources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple]
     ]
     instances = [re.sub(r"\bD\b", str(width), line) for line in instances for width in WIDTHS]
     source = folder / "instances.cu"
-    head = ['#include "rpc_backward.cuh"', '#include "rpc_forward.cuh"', "using namespace molex;"]
+    passes = [f'#include "cuda/rpc_attention/{name}.cuh"' for name in ("backward", "forward")]
+    head = [*passes, "using namespace molex;"]
     source.write_text("\n".join([*head, "namespace molex::rpc {", *instances, "}\n"]))
-    command = ["nvcc", "-std=c++20", "-O3", f"-I{ROOT / 'csrc/cuda'}", "--resource-usage", "-cubin"]
+    command = ["nvcc", "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "--resource-usage", "-cubin"]
     runs = {
         chip: subprocess.Popen(
             [*command, f"-arch={chip}", source, "-o", folder / f"{chip}.cubin"],

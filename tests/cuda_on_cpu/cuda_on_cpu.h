@@ -1,4 +1,4 @@
-// The primitives of csrc/cuda/device.cuh for a CPU: every CUDA thread is a fiber.
+// The primitives of csrc/cuda/rpc_attention/device.cuh for a CPU: every CUDA thread is a fiber.
 //
 // A scheduler runs the fibers of a cluster of blocks one at a time, in an order drawn from a seed: it
 // picks a warp and stays with it until all its lanes wait, so that warps are as far apart as barriers

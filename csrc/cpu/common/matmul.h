@@ -1,0 +1,136 @@
+// Matrix products on ATen's BLAS that any thread may call, and tasks that threads share.
+
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu/common/rows.h"
+
+namespace molex {
+
+// Calls body(next) on every thread; `next()` gives the numbers from 0 that are still to be done, so the
+// body goes on until it gets `tasks` or more. Of fewer tasks than threads one thread does all, outside a
+// parallel region, so that the BLAS may share each product among the threads.
+template <class Body>
+void share(int64_t tasks, const Body& body) {
+  std::atomic<int64_t> taken{0};
+  const auto next = [&] { return taken.fetch_add(1, std::memory_order_relaxed); };
+  const int64_t threads = torch::stable::get_num_threads();
+  if (tasks < threads) {
+    body(next);
+  } else {
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(next); });
+  }
+}
+
+// Rows of one expert, or of whatever stands in its place, that are one task.
+struct Piece {
+  int64_t expert, first, rows;
+};
+
+// Equal parts of about `size` of [0, count): at least one where there is anything.
+inline std::vector<Piece> parts_of(int64_t expert, int64_t start, int64_t count, int64_t size) {
+  const int64_t parts = count ? std::max<int64_t>(1, (count + size / 2) / size) : 0;
+  std::vector<Piece> pieces;
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t first = i * count / parts;
+    pieces.push_back({expert, start + first, (i + 1) * count / parts - first});
+  }
+  return pieces;
+}
+
+// Enough rows to use the BLAS well, few enough to stay in a core's cache.
+constexpr int64_t kPiece = 128;
+
+inline int64_t size_of(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }
+
+// What products are made of: fp32 for fp16, for which the BLAS has no fast product; else the dtype itself.
+inline ScalarType product_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Half ? ScalarType::Float : dtype;
+}
+
+// A view of memory.
+struct Matrix {
+  void* data = nullptr;
+  ScalarType dtype = ScalarType::Float;
+  int64_t rows = 0, columns = 0, row_stride = 0, column_stride = 1;
+
+  Matrix transposed() const { return {data, dtype, columns, rows, column_stride, row_stride}; }
+
+  Matrix band(int64_t first, int64_t count) const {
+    char* start = static_cast<char*>(data) + first * row_stride * size_of(dtype);
+    return {start, dtype, count, columns, row_stride, column_stride};
+  }
+
+  Source source() const { return {data, dtype}; }
+  Target target() const { return {data, dtype}; }
+
+  Tensor tensor() const {
+    const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+    return torch::stable::from_blob(
+        data, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
+  }
+};
+
+inline Matrix matrix_of(void* data, ScalarType dtype, int64_t rows, int64_t columns) {
+  return {data, dtype, rows, columns, columns};
+}
+
+// A contiguous tensor as rows of `columns` elements.
+inline Matrix matrix_of(Tensor& tensor, int64_t columns) {
+  return matrix_of(
+      tensor.mutable_data_ptr(), tensor.scalar_type(), columns ? tensor.numel() / columns : 0, columns);
+}
+
+// Zeros in the rows from `first` on.
+inline void clear_rows(const Matrix& to, int64_t first) {
+  if (to.columns == 0) return;
+  for (int64_t row = first; row < to.rows; ++row) {
+    std::memset(to.band(row, 1).data, 0, to.columns * size_of(to.dtype));
+  }
+}
+
+// out = a b; out has contiguous rows.
+inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b) {
+  if (out.rows == 0 || out.columns == 0) return;
+  if (a.columns == 0) return clear_rows(out, 0);
+  const Tensor to = out.tensor(), left = a.tensor(), right = b.tensor();
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(to.get(), left.get(), right.get()));
+}
+
+// Uninitialised memory of one thread, in pieces that start on cache lines.
+class Arena {
+ public:
+  static constexpr int64_t kLine = 64;
+  static int64_t bytes(int64_t elements, ScalarType dtype = ScalarType::Float) {
+    return (elements * size_of(dtype) + kLine - 1) / kLine * kLine;
+  }
+
+  explicit Arena(int64_t bytes)
+      : data_(static_cast<char*>(::operator new(bytes, std::align_val_t(kLine)))), next_(data_.get()) {}
+
+  Matrix matrix(int64_t rows, int64_t columns, ScalarType dtype) {
+    char* const here = next_;
+    next_ += bytes(rows * columns, dtype);
+    return matrix_of(here, dtype, rows, columns);
+  }
+
+  float* floats(int64_t count) { return static_cast<float*>(matrix(1, count, ScalarType::Float).data); }
+
+ private:
+  struct Free {
+    void operator()(char* data) const { ::operator delete(data, std::align_val_t(kLine)); }
+  };
+  std::unique_ptr<char, Free> data_;
+  char* next_;
+};
+
+}  // namespace molex

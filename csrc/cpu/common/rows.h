@@ -1,0 +1,182 @@
+// Rows of floats for native kernels: any supported dtype in, any out, arithmetic in fp32 between.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "cpu/common/vector.h"
+
+namespace molex {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Untyped memory of a contiguous tensor; `data` is null where there is no tensor.
+struct Source {
+  const void* data = nullptr;
+  ScalarType dtype = ScalarType::Float;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+struct Target {
+  void* data = nullptr;
+  ScalarType dtype = ScalarType::Float;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+MOLEX_CLONES inline void widen(const c10::BFloat16* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+MOLEX_CLONES inline void widen(const c10::Half* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+MOLEX_CLONES inline void narrow(const float* from, c10::BFloat16* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<c10::BFloat16>(from[i]);
+}
+
+MOLEX_CLONES inline void narrow(const float* from, c10::Half* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<c10::Half>(from[i]);
+}
+
+// Floats [first, first + count) of a source: its own memory where that is fp32, else `scratch`.
+inline const float* read(const Source& source, int64_t first, int64_t count, float* scratch) {
+  switch (source.dtype) {
+    case ScalarType::Float:
+      return static_cast<const float*>(source.data) + first;
+    case ScalarType::BFloat16:
+      widen(static_cast<const c10::BFloat16*>(source.data) + first, scratch, count);
+      return scratch;
+    default:
+      widen(static_cast<const c10::Half*>(source.data) + first, scratch, count);
+      return scratch;
+  }
+}
+
+// Where to write floats for a target: its own memory where that is fp32, else `scratch`.
+inline float* place(const Target& target, int64_t first, float* scratch) {
+  return target.dtype == ScalarType::Float ? static_cast<float*>(target.data) + first : scratch;
+}
+
+// Rounds what was written at `place` into a target that is not fp32.
+inline void write(const Target& target, int64_t first, int64_t count, const float* from) {
+  if (target.dtype == ScalarType::BFloat16) {
+    narrow(from, static_cast<c10::BFloat16*>(target.data) + first, count);
+  } else if (target.dtype == ScalarType::Half) {
+    narrow(from, static_cast<c10::Half*>(target.data) + first, count);
+  }
+}
+
+// Sums of term(i), many side by side: the order depends on the count alone.
+template <class Wider, class Term>
+MOLEX_INLINE float sum_terms(int64_t count, const Wider& wider, const Term& term) {
+  constexpr int kSums = 4;
+  Wide sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums * kWide <= count; i += kSums * kWide) {
+    for (int k = 0; k < kSums; ++k) sums[k] += wider(i + k * kWide);
+  }
+  for (; i + kWide <= count; i += kWide) sums[0] += wider(i);
+  float rest = 0.0f;
+  for (; i < count; ++i) rest += term(i);
+  return rest + sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+MOLEX_INLINE float sum_of(const float* values, int64_t count) {
+  return sum_terms(
+      count,
+      [=](int64_t i) MOLEX_LAMBDA_INLINE { return load(values + i); },
+      [=](int64_t i) MOLEX_LAMBDA_INLINE { return values[i]; });
+}
+
+MOLEX_INLINE float dot_of(const float* left, const float* right, int64_t count) {
+  return sum_terms(
+      count,
+      [=](int64_t i) MOLEX_LAMBDA_INLINE { return load(left + i) * load(right + i); },
+      [=](int64_t i) MOLEX_LAMBDA_INLINE { return left[i] * right[i]; });
+}
+
+MOLEX_CLONES inline float dot(const float* left, const float* right, int64_t count) {
+  return dot_of(left, right, count);
+}
+
+MOLEX_CLONES inline void add(float* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+MOLEX_CLONES inline void add_scaled(float* to, const float* from, float weight, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += weight * from[i];
+}
+
+MOLEX_CLONES inline void scale_into(float* to, const float* from, float weight, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = weight * from[i];
+}
+
+MOLEX_CLONES inline void scale(float* to, float weight, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] *= weight;
+}
+
+// Scratch rows of one thread.
+class Scratch {
+ public:
+  Scratch(int rows, int64_t width) : width_(width), data_(rows * width) {}
+  float* operator[](int row) { return data_.data() + row * width_; }
+
+ private:
+  int64_t width_;
+  std::vector<float> data_;
+};
+
+inline bool is_kernel_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+// The contiguous form of an optional tensor; keep it alive as long as its Source.
+inline std::optional<Tensor> packed(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+inline Source source_of(const Tensor& tensor) {
+  STD_TORCH_CHECK(is_kernel_dtype(tensor.scalar_type()), "expected float32, bfloat16 or float16");
+  return {tensor.const_data_ptr(), tensor.scalar_type()};
+}
+
+inline Source source_of(const std::optional<Tensor>& tensor) {
+  return tensor ? source_of(*tensor) : Source{};
+}
+
+// A tensor's elements as floats, in a copy.
+inline std::vector<float> floats_of(const Tensor& tensor) {
+  const Tensor kept = torch::stable::contiguous(tensor);
+  std::vector<float> values(kept.numel());
+  const float* from = read(source_of(kept), 0, kept.numel(), values.data());
+  if (from != values.data()) std::copy_n(from, kept.numel(), values.data());
+  return values;
+}
+
+// Empty where there is no tensor.
+inline std::vector<float> floats_of(const std::optional<Tensor>& tensor) {
+  return tensor ? floats_of(*tensor) : std::vector<float>();
+}
+
+// The value of a tensor of one element.
+inline float scalar_of(const Tensor& tensor) {
+  float scratch;
+  return *read(source_of(tensor), 0, 1, &scratch);
+}
+
+inline Target target_of(Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.scalar_type()}; }
+
+}  // namespace molex

@@ -1,0 +1,76 @@
+// Exponentials and logarithms, and what is made of them over a row, in fp32 and in a fixed order.
+
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "cpu/common/vector.h"
+
+namespace molex {
+
+// e^x of any x, of a float or of each lane; at most e^88.
+template <class V>
+MOLEX_INLINE V exp_of(V x) {
+  const V most = V{} + 88.0f;
+  return exponential(x > most ? most : x);
+}
+
+template <class V>
+MOLEX_INLINE V sigmoid_of(V x) {
+  return 1.0f / (1.0f + exp_of(-x));
+}
+
+// log(x) of a normal number above 0, with Cephes' polynomial; NaN and infinity stay.
+MOLEX_INLINE float log_of(float x) {
+  // x = 2^n m with sqrt(1/2) <= m < sqrt(2).
+  const uint32_t bits = bits_of(x), shifted = bits - 0x3f3504f3u;
+  const float n = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
+  const float m = float_of<float>((shifted & 0x007fffffu) + 0x3f3504f3u), r = m - 1.0f, s = r * r;
+  float p = 7.0376836292e-2f;
+  p = p * r - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  const float made = (r + (p * r * s + (n * -2.12194440e-4f - 0.5f * s))) + n * 0.693359375f;
+  return x < std::numeric_limits<float>::infinity() ? made : x;
+}
+
+// Floats of a row in whole vectors.
+constexpr int64_t wide_of(int64_t count) { return (count + kWide - 1) / kWide * kWide; }
+
+struct Exponentials {
+  float largest, sum;
+};
+
+// p_i = e^(scale z_i - m) with the largest m, then 0 up to whole vectors; returns {m, sum_i p_i}. p may be z.
+MOLEX_INLINE Exponentials exponentials_of(const float* z, float scale, float* p, int64_t count) {
+  const int64_t whole = wide_of(count);
+  constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  if (whole != count) {
+    for (int64_t i = 0; i < count; ++i) p[i] = z[i];
+    for (int64_t i = count; i < whole; ++i) p[i] = kLowest;
+    z = p;
+  }
+  Wide most = Wide{} + kLowest, sum = {};
+  for (int64_t i = 0; i < whole; i += kWide) most = larger(load(z + i) * scale, most);
+  const float largest = largest_lane(most);
+  for (int64_t i = 0; i < whole; i += kWide) {
+    const Wide made = exp_of(load(z + i) * scale - largest);
+    store(p + i, made);
+    sum += made;
+  }
+  return {largest, sum_of_lanes(sum)};
+}
+
+// out [wide_of(count)]; softmax of the first `count`, then zeros.
+MOLEX_CLONES inline void softmax_of(const float* z, float* out, int64_t count) {
+  const float inverse = 1.0f / exponentials_of(z, 1.0f, out, count).sum;
+  for (int64_t i = 0; i < count; ++i) out[i] *= inverse;
+}
+
+}  // namespace molex

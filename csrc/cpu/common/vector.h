@@ -1,0 +1,132 @@
+// Vectors of floats of any width, and functions written once for all of them and for a single float.
+
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/common/target.h"
+
+namespace molex {
+
+template <int LANES>
+struct VectorOf {
+  typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
+  typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(float))));
+};
+template <int LANES>
+using Floats = typename VectorOf<LANES>::Floats;
+template <int LANES>
+using Ints = typename VectorOf<LANES>::Ints;
+
+// The width where the order of a sum may not depend on the machine's registers.
+constexpr int kWide = 16;
+using Wide = Floats<kWide>;
+
+// A vector wherever a float may start. It may alias floats alone, as every vector may its elements.
+template <class V>
+struct InMemory {
+  typedef V Type __attribute__((aligned(4)));
+};
+
+template <int LANES = kWide>
+MOLEX_INLINE Floats<LANES> load(const float* from) {
+  return *reinterpret_cast<const typename InMemory<Floats<LANES>>::Type*>(from);
+}
+
+template <class V>
+MOLEX_INLINE void store(float* to, V x) {
+  *reinterpret_cast<typename InMemory<V>::Type*>(to) = x;
+}
+
+template <int LANES>
+MOLEX_INLINE Floats<LANES> broadcast(float x) {
+  return Floats<LANES>{} + x;
+}
+
+// 0, 1, 2, ... from `first` on.
+template <int LANES>
+MOLEX_INLINE Ints<LANES> count_from(int32_t first) {
+  Ints<LANES> lanes;
+  for (int lane = 0; lane < LANES; ++lane) lanes[lane] = lane;
+  return lanes + first;
+}
+
+// The larger of two; `b` where `a` is NaN.
+template <class V>
+MOLEX_INLINE V larger(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <int DISTANCE, class V, int... LANE>
+MOLEX_INLINE V swapped(V x, std::integer_sequence<int, LANE...>) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(x, x, (LANE ^ DISTANCE)...);
+#else  // GCC 11
+  return __builtin_shuffle(x, Ints<sizeof...(LANE)>{(LANE ^ DISTANCE)...});
+#endif
+}
+
+// All lanes combined into each, halves first: always the same order.
+template <class V, class Combine, int DISTANCE = sizeof(V) / sizeof(V{}[0]) / 2>
+MOLEX_INLINE V folded(V x, const Combine& combine) {
+  if constexpr (DISTANCE == 0) {
+    return x;
+  } else {
+    constexpr std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])> kLanes;
+    return folded<V, Combine, DISTANCE / 2>(combine(x, swapped<DISTANCE>(x, kLanes)), combine);
+  }
+}
+
+template <class V>
+MOLEX_INLINE auto sum_of_lanes(V x) {
+  return folded(x, [](V a, V b) MOLEX_LAMBDA_INLINE { return a + b; })[0];
+}
+
+template <class V>
+MOLEX_INLINE auto largest_lane(V x) {
+  return folded(x, [](V a, V b) MOLEX_LAMBDA_INLINE { return larger(a, b); })[0];
+}
+
+// A float's bits, or those of each lane, and back.
+template <class V>
+MOLEX_INLINE auto bits_of(V x) {
+  if constexpr (std::is_same_v<V, float>) {
+    return std::bit_cast<uint32_t>(x);
+  } else {
+    return (decltype(x < x))x;
+  }
+}
+template <class V, class Bits>
+MOLEX_INLINE V float_of(Bits bits) {
+  if constexpr (std::is_same_v<V, float>) {
+    return std::bit_cast<float>(bits);
+  } else {
+    return (V)bits;
+  }
+}
+
+// e^x for x <= 88, of a float or of each lane, with Cephes' polynomial, to about an ulp; 0 where that is no
+// normal number. NaN stays.
+template <class V>
+MOLEX_INLINE V exponential(V x) {
+  constexpr float kLowest = -87.33654f;
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to a whole number
+  const V shifted = x * 1.44269504f + kMagic;
+  const V whole = shifted - kMagic;
+  // x - whole * log 2, in two parts of which the first has zeros at its end.
+  const V r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * (r * r) + r) + 1.0f;
+  // 2^whole, its exponent shifted to its place.
+  const V result = p * float_of<V>((bits_of(shifted) << 23) + 0x3f800000);
+  return x < kLowest ? V{} : result;
+}
+
+}  // namespace molex

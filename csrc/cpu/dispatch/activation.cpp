@@ -1,0 +1,195 @@
+// Activations as polynomials that the compiler vectorises, accurate to a few units in the last place.
+
+#include "cpu/dispatch/activation.h"
+
+#include "cpu/common/rows.h"
+#include "cpu/common/softmax.h"
+
+namespace molex {
+
+namespace {
+
+// Rational approximation on [-4, 4], outside of which erf is +-1 in fp32.
+MOLEX_INLINE float erf_of(float x) {
+  x = x > 4.0f ? 4.0f : x < -4.0f ? -4.0f : x;
+  const float s = x * x;
+  float p = -2.72614225801306e-10f;
+  p = p * s + 2.77068142495902e-08f;
+  p = p * s - 2.10102402082508e-06f;
+  p = p * s - 5.69250639462346e-05f;
+  p = p * s - 7.34990630326855e-04f;
+  p = p * s - 2.95459980854025e-03f;
+  p = p * s - 1.60960333262415e-02f;
+  float q = -1.45660718464996e-05f;
+  q = q * s - 2.13374055278905e-04f;
+  q = q * s - 1.68282697438203e-03f;
+  q = q * s - 7.37332916720468e-03f;
+  q = q * s - 1.42647390514189e-02f;
+  return x * p / q;
+}
+
+struct Point {
+  float value, slope;
+};
+
+struct Relu {
+  static MOLEX_INLINE Point at(float x) { return {x < 0.0f ? 0.0f : x, x <= 0.0f ? 0.0f : 1.0f}; }
+};
+
+struct Gelu {
+  static MOLEX_INLINE Point at(float x) {
+    const float below = 0.5f + 0.5f * erf_of(x * 0.707106781f);
+    return {x * below, below + x * 0.398942280f * exp_of(-0.5f * x * x)};
+  }
+};
+
+// sigmoid(x) and 1 - sigmoid(x), which is not subtracted: next to 0 that would leave no bit of it.
+struct Sigmoids {
+  float of, rest;
+
+  MOLEX_INLINE explicit Sigmoids(float x) {
+    const float power = exp_of(x < 0.0f ? x : -x), large = 1.0f / (1.0f + power), small = power * large;
+    of = x < 0.0f ? small : large;
+    rest = x < 0.0f ? large : small;
+  }
+};
+
+// (1 + tanh(u)) / 2 = sigmoid(2 u).
+struct GeluTanh {
+  static MOLEX_INLINE Point at(float x) {
+    const Sigmoids s(1.59576912f * (x + 0.044715f * x * x * x));
+    return {x * s.of, s.of + x * s.of * s.rest * 1.59576912f * (1.0f + 0.134145f * x * x)};
+  }
+};
+
+struct Silu {
+  static MOLEX_INLINE Point at(float x) {
+    const Sigmoids s(x);
+    return {x * s.of, s.of + x * s.of * s.rest};
+  }
+};
+
+template <class F>
+MOLEX_INLINE void forward_row(const float* gate, const float* up, float* acted, int64_t width) {
+  if (up) {
+    MOLEX_INDEPENDENT
+    for (int64_t i = 0; i < width; ++i) acted[i] = F::at(gate[i]).value * up[i];
+  } else {
+    MOLEX_INDEPENDENT
+    for (int64_t i = 0; i < width; ++i) acted[i] = F::at(gate[i]).value;
+  }
+}
+
+template <class F>
+MOLEX_INLINE void backward_row(const float* gate,
+                               const float* up,
+                               const float* upstream,
+                               float scale,
+                               float* acted,
+                               float* dgate,
+                               float* dup,
+                               int64_t width) {
+  if (up) {
+    MOLEX_INDEPENDENT
+    for (int64_t i = 0; i < width; ++i) {
+      const Point point = F::at(gate[i]);
+      const float along = scale * upstream[i];
+      acted[i] = point.value * up[i];
+      dgate[i] = along * up[i] * point.slope;
+      dup[i] = along * point.value;
+    }
+  } else {
+    MOLEX_INDEPENDENT
+    for (int64_t i = 0; i < width; ++i) {
+      const Point point = F::at(gate[i]);
+      acted[i] = point.value;
+      dgate[i] = scale * upstream[i] * point.slope;
+    }
+  }
+}
+
+#define MOLEX_ACTIVATION(NAME, F)                                                                     \
+  MOLEX_CLONES void forward_##NAME(const float* gate, const float* up, float* acted, int64_t width) { \
+    forward_row<F>(gate, up, acted, width);                                                           \
+  }                                                                                                   \
+  MOLEX_CLONES void backward_##NAME(const float* gate,                                                \
+                                    const float* up,                                                  \
+                                    const float* upstream,                                            \
+                                    float scale,                                                      \
+                                    float* acted,                                                     \
+                                    float* dgate,                                                     \
+                                    float* dup,                                                       \
+                                    int64_t width) {                                                  \
+    backward_row<F>(gate, up, upstream, scale, acted, dgate, dup, width);                             \
+  }
+MOLEX_ACTIVATION(relu, Relu)
+MOLEX_ACTIVATION(gelu, Gelu)
+MOLEX_ACTIVATION(gelu_tanh, GeluTanh)
+MOLEX_ACTIVATION(silu, Silu)
+
+// In the order of Activation::Pointwise.
+constexpr decltype(&forward_relu) kForward[] = {forward_relu, forward_gelu, forward_gelu_tanh, forward_silu};
+constexpr decltype(&backward_relu) kBackward[] = {
+    backward_relu, backward_gelu, backward_gelu_tanh, backward_silu};
+
+MOLEX_CLONES void take_apart(const float* pairs, float* even, float* odd, int64_t count) {
+  MOLEX_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) {
+    even[i] = pairs[2 * i];
+    odd[i] = pairs[2 * i + 1];
+  }
+}
+
+MOLEX_CLONES void put_together(const float* even, const float* odd, float* pairs, int64_t count) {
+  MOLEX_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) {
+    pairs[2 * i] = even[i];
+    pairs[2 * i + 1] = odd[i];
+  }
+}
+
+}  // namespace
+
+Activation::Activation(const std::string& pointwise, const std::string& layout)
+    : pointwise_(pointwise == "relu"        ? Pointwise::kRelu
+                 : pointwise == "gelu"      ? Pointwise::kGelu
+                 : pointwise == "gelu_tanh" ? Pointwise::kGeluTanh
+                                            : Pointwise::kSilu),
+      layout_(layout == "plain"    ? Layout::kPlain
+              : layout == "concat" ? Layout::kConcat
+                                   : Layout::kInterleaved) {
+  STD_TORCH_CHECK(pointwise_ != Pointwise::kSilu || pointwise == "silu", "activation: unknown ", pointwise);
+  STD_TORCH_CHECK(layout_ != Layout::kInterleaved || layout == "interleaved", "layout: unknown ", layout);
+}
+
+void Activation::forward(const float* hidden, float* acted, int64_t width, float* scratch) const {
+  const float* gate = hidden;
+  const float* up = layout_ == Layout::kConcat ? hidden + width : nullptr;
+  if (layout_ == Layout::kInterleaved) {
+    take_apart(hidden, scratch, scratch + width, width);
+    gate = scratch;
+    up = scratch + width;
+  }
+  kForward[static_cast<int>(pointwise_)](gate, up, acted, width);
+}
+
+void Activation::backward(const float* hidden,
+                          const float* upstream,
+                          float scale,
+                          float* acted,
+                          float* dhidden,
+                          int64_t width,
+                          float* scratch) const {
+  const auto run = kBackward[static_cast<int>(pointwise_)];
+  if (layout_ != Layout::kInterleaved) {
+    const bool gated = layout_ == Layout::kConcat;
+    run(hidden, gated ? hidden + width : nullptr, upstream, scale, acted, dhidden, dhidden + width, width);
+    return;
+  }
+  float *gate = scratch, *up = gate + width, *dgate = up + width, *dup = dgate + width;
+  take_apart(hidden, gate, up, width);
+  run(gate, up, upstream, scale, acted, dgate, dup, width);
+  put_together(dgate, dup, dhidden, width);
+}
+
+}  // namespace molex

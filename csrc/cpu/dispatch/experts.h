@@ -1,0 +1,178 @@
+// What the passes of the dispatch ops share: which rows belong to whom, and the weights' memory.
+
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "cpu/common/matmul.h"
+
+namespace molex {
+
+// The ends of the experts' rows after a leading 0; ends outside [0, num_rows] are clamped.
+inline std::vector<int64_t> bounds_of(const Tensor& offsets, int64_t num_rows) {
+  const Tensor ends = torch::stable::contiguous(offsets);
+  const int32_t* from = ends.const_data_ptr<int32_t>();
+  std::vector<int64_t> bounds(ends.numel() + 1, 0);
+  for (int64_t e = 0; e < ends.numel(); ++e) {
+    bounds[e + 1] = std::min(std::max<int64_t>(from[e], bounds[e]), num_rows);
+  }
+  return bounds;
+}
+
+// The rows of experts [begin, end).
+inline std::vector<Piece> pieces_of(const std::vector<int64_t>& bounds, int64_t begin, int64_t end) {
+  std::vector<Piece> pieces;
+  for (int64_t e = begin; e < end; ++e) {
+    for (const Piece& piece : parts_of(e, bounds[e], bounds[e + 1] - bounds[e], kPiece)) {
+      pieces.push_back(piece);
+    }
+  }
+  return pieces;
+}
+
+// Rows of a weight's gradient that are one task: more where the sum behind each element is short.
+inline int64_t height_of(int64_t depth, int64_t columns) {
+  constexpr int64_t kProducts = 1 << 24;
+  return std::max(kPiece, kProducts / std::max<int64_t>(depth * columns, 1));
+}
+
+inline int64_t longest_of(const std::vector<Piece>& pieces) {
+  int64_t longest = 0;
+  for (const Piece& piece : pieces) longest = std::max(longest, piece.rows);
+  return longest;
+}
+
+// One matrix per expert, with any strides.
+class Weights {
+ public:
+  explicit Weights(const Tensor& stack)
+      : data_(static_cast<char*>(const_cast<void*>(stack.const_data_ptr()))),
+        dtype_(stack.scalar_type()),
+        rows_(stack.size(1)),
+        columns_(stack.size(2)),
+        strides_{stack.stride(0), stack.stride(1), stack.stride(2)} {}
+
+  // Bytes that `of` may take of an arena.
+  int64_t bytes() const { return dtype_ == product_dtype(dtype_) ? 0 : Arena::bytes(rows_ * columns_); }
+
+  // The expert's matrix as products take it: its own memory, or `scratch` where it has to be widened.
+  Matrix of(int64_t expert, const Matrix& scratch) const {
+    const Matrix own{
+        data_ + expert * strides_[0] * size_of(dtype_), dtype_, rows_, columns_, strides_[1], strides_[2]};
+    if (dtype_ == product_dtype(dtype_)) return own;
+    float* to = static_cast<float*>(scratch.data);
+    const auto* from = static_cast<const c10::Half*>(own.data);
+    for (int64_t row = 0; row < rows_; ++row, from += strides_[1], to += columns_) {
+      if (strides_[2] == 1) {
+        widen(from, to, columns_);
+      } else {
+        for (int64_t i = 0; i < columns_; ++i) to[i] = static_cast<float>(from[i * strides_[2]]);
+      }
+    }
+    return matrix_of(scratch.data, ScalarType::Float, rows_, columns_);
+  }
+
+  Matrix scratch(Arena& arena) const {
+    return bytes() ? arena.matrix(rows_, columns_, ScalarType::Float) : Matrix{};
+  }
+
+ private:
+  char* data_;
+  ScalarType dtype_;
+  int64_t rows_, columns_, strides_[3];
+};
+
+// The gradient of the weights, expert by expert.
+inline Matrix matrix_of(Tensor& stack, int64_t expert, int64_t rows, int64_t columns) {
+  char* data = static_cast<char*>(stack.mutable_data_ptr());
+  const ScalarType dtype = stack.scalar_type();
+  return matrix_of(data + expert * rows * columns * size_of(dtype), dtype, rows, columns);
+}
+
+// Rows of a matrix with a stride of their own: nothing is copied unless elements are apart.
+class Rows {
+ public:
+  explicit Rows(const Tensor& tensor)
+      : kept_(tensor.stride(1) == 1 || tensor.size(1) == 1 ? tensor : torch::stable::contiguous(tensor)),
+        source_(source_of(kept_)),
+        width_(kept_.size(1)),
+        stride_(kept_.stride(0)) {}
+
+  ScalarType dtype() const { return source_.dtype; }
+
+  // Row `index` as floats.
+  const float* read(int64_t index, float* scratch) const {
+    return molex::read(source_, index * stride_, width_, scratch);
+  }
+
+  // Copies row `index` into a row of a matrix for products.
+  void copy(int64_t index, const Matrix& to) const {
+    if (to.dtype == source_.dtype) {
+      const char* from = static_cast<const char*>(source_.data) + index * stride_ * size_of(to.dtype);
+      std::memcpy(to.data, from, width_ * size_of(to.dtype));
+    } else {
+      widen(static_cast<const c10::Half*>(source_.data) + index * stride_,
+            static_cast<float*>(to.data),
+            width_);
+    }
+  }
+
+  // Rows [first, first + count) as products take them: own memory, or a widened copy in `scratch`.
+  Matrix band(int64_t first, int64_t count, const Matrix& scratch) const {
+    if (source_.dtype == product_dtype(source_.dtype)) {
+      char* start = static_cast<char*>(const_cast<void*>(source_.data));
+      return Matrix{start, source_.dtype, kept_.size(0), width_, stride_}.band(first, count);
+    }
+    const Matrix wide = matrix_of(scratch.data, ScalarType::Float, count, width_);
+    for (int64_t row = 0; row < count; ++row) copy(first + row, wide.band(row, 1));
+    return wide;
+  }
+
+ private:
+  Tensor kept_;
+  Source source_;
+  int64_t width_, stride_;
+};
+
+// Sorted assignments: row r holds token permutation[r] / K; token t's rows are inverse[t K + k]. Rows from
+// `here` on belong to no expert of these.
+struct Assignments {
+  Assignments(const Tensor& offsets, const Tensor& permutation_, int64_t tokens, int64_t top_k_)
+      : bounds(bounds_of(offsets, permutation_.numel())),
+        kept(torch::stable::contiguous(permutation_)),
+        permutation(kept.const_data_ptr<int64_t>()),
+        rows(kept.numel()),
+        here(bounds.back()),
+        top_k(top_k_) {
+    check(permutation, rows, tokens * top_k, "plan.permutation");
+  }
+
+  int64_t token(int64_t row) const { return permutation[row] / top_k; }
+
+  // A plan of other assignments must not lead outside the tensors.
+  static void check(const int64_t* values, int64_t count, int64_t limit, const char* name) {
+    bool inside = true;
+    for (int64_t i = 0; i < count; ++i) inside &= values[i] >= 0 && values[i] < limit;
+    STD_TORCH_CHECK(inside, name, ": expected values in [0, ", limit, "), got others: not this call's plan");
+  }
+
+  std::vector<int64_t> bounds;
+  Tensor kept;
+  const int64_t* permutation;
+  int64_t rows, here, top_k;
+};
+
+// y_t = sum_k weight_tk packed[inverse_tk] in fp32 and in the order of k; weights of 1 where there are none.
+void combine(const Matrix& packed,
+             const Tensor& inverse,
+             const std::optional<Tensor>& expert_weight,
+             int64_t here,
+             Tensor& out);
+
+// to[first + i] = sum_r scales_r rows_ri; scales of 1 where there are none.
+void sum_rows(const Matrix& rows, const float* scales, const Target& to, int64_t first);
+
+}  // namespace molex

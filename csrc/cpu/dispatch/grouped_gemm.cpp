@@ -1,0 +1,155 @@
+// Grouped GEMM on a CPU: threads share the experts' rows, and with the gradients the rows of their weights.
+
+#include <tuple>
+
+#include "cpu/common/memory.h"
+#include "cpu/dispatch/experts.h"
+#include "registration.h"
+
+namespace {
+
+using molex::Arena;
+using molex::Matrix;
+using molex::Piece;
+using molex::Source;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// One thread's memory around products that are not made of the tensors' own dtype.
+class Bench {
+ public:
+  Bench(const molex::Weights& weight, int64_t rows, int64_t left, int64_t right)
+      : arena_(weight.bytes() ? weight.bytes() + Arena::bytes(rows * left) + Arena::bytes(rows * right) : 0),
+        weight(weight.scratch(arena_)),
+        in(make(weight, rows, left)),
+        out(make(weight, rows, right)) {}
+
+ private:
+  Matrix make(const molex::Weights& weight, int64_t rows, int64_t columns) {
+    return weight.bytes() ? arena_.matrix(rows, columns, ScalarType::Float) : Matrix{};
+  }
+  Arena arena_;
+
+ public:
+  const Matrix weight, in, out;
+};
+
+// out = left right, by way of `wide` where the product is of another dtype; then the bias on each row.
+void product(
+    const Matrix& out, const Matrix& left, const Matrix& right, const Matrix& wide, const float* bias) {
+  const bool widened = wide.data != nullptr;
+  const Matrix made = widened ? molex::matrix_of(wide.data, wide.dtype, out.rows, out.columns) : out;
+  multiply(made, left, right);
+  if (!widened && !bias) return;
+  std::vector<float> scratch(out.columns);
+  for (int64_t r = 0; r < out.rows; ++r) {
+    const int64_t at = r * out.columns;
+    float* row = const_cast<float*>(molex::read(made.source(), at, out.columns, scratch.data()));
+    if (bias) molex::add(row, bias, out.columns);
+    molex::write(out.target(), at, out.columns, row);
+  }
+}
+
+Tensor grouped_gemm_fwd(const Tensor& x,
+                            const Tensor& weight,
+                            const Tensor& offsets,
+                            std::optional<Tensor> bias) {
+  const int64_t tokens = x.size(0), width = x.size(1), columns = weight.size(1);
+  Tensor y = molex::new_result(x, {tokens, columns});
+  const Matrix out = molex::matrix_of(y.mutable_data_ptr(), y.scalar_type(), tokens, columns);
+  const std::vector<int64_t> bounds = molex::bounds_of(offsets, tokens);
+  const std::vector<Piece> pieces = molex::pieces_of(bounds, 0, bounds.size() - 1);
+  const int64_t longest = molex::longest_of(pieces);
+  const molex::Rows from(x);
+  const molex::Weights weights(weight);
+  const std::optional<Tensor> packed = molex::packed(bias);
+  const Source biases = molex::source_of(packed);
+  molex::share(pieces.size(), [&](const auto& next) {
+    const Bench bench(weights, longest, width, columns);
+    std::vector<float> scratch(biases ? columns : 0);
+    for (size_t index = next(); index < pieces.size(); index = next()) {
+      const auto& [expert, first, rows] = pieces[index];
+      product(out.band(first, rows),
+              from.band(first, rows, bench.in),
+              weights.of(expert, bench.weight).transposed(),
+              bench.out,
+              biases ? molex::read(biases, expert * columns, columns, scratch.data()) : nullptr);
+    }
+  });
+  clear_rows(out, bounds.back());
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& offsets, std::vector<bool> needs) {
+  const int64_t tokens = x.size(0), width = x.size(1), experts = weight.size(0), columns = weight.size(1);
+  const ScalarType dtype = x.scalar_type();
+  const auto gradient = [&](bool need, std::vector<int64_t> sizes) {
+    return molex::new_result(x, need ? sizes : std::vector<int64_t>{0});
+  };
+  Tensor dx = gradient(needs[0], {tokens, width});
+  Tensor dweight = gradient(needs[1], {experts, columns, width});
+  Tensor dbias = gradient(needs[2], {experts, columns});
+  const Matrix to_x = molex::matrix_of(dx.mutable_data_ptr(), dtype, needs[0] ? tokens : 0, width);
+  const std::vector<int64_t> bounds = molex::bounds_of(offsets, tokens);
+  const molex::Rows upstream(dy), from(x);
+  const molex::Weights weights(weight);
+
+  enum class Kind { kX, kWeight, kBias };
+  struct Task {
+    Kind kind;
+    Piece piece;
+  };
+  std::vector<Task> tasks;
+  int64_t longest = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    const int64_t rows = bounds[e + 1] - bounds[e];
+    if (needs[0]) {
+      for (const Piece& piece : molex::parts_of(e, bounds[e], rows, molex::kPiece)) {
+        tasks.push_back({Kind::kX, piece});
+      }
+    }
+    if (needs[1]) {
+      for (const Piece& piece : molex::parts_of(e, 0, columns, molex::height_of(rows, width))) {
+        tasks.push_back({Kind::kWeight, piece});
+        longest = std::max(longest, piece.rows);
+      }
+    }
+    if (needs[2]) tasks.push_back({Kind::kBias, {e, 0, columns}});
+    longest = std::max(longest, rows);
+  }
+  molex::share(tasks.size(), [&](const auto& next) {
+    const Bench bench(weights, longest, std::max(columns, width), std::max(columns, width));
+    const Bench other(weights, needs[1] ? longest : 0, width, 0);
+    for (size_t index = next(); index < tasks.size(); index = next()) {
+      const auto& [kind, piece] = tasks[index];
+      const auto& [expert, first, rows] = piece;
+      const int64_t start = bounds[expert], count = bounds[expert + 1] - start;
+      if (kind == Kind::kX) {
+        product(to_x.band(first, rows),
+                upstream.band(first, rows, bench.in),
+                weights.of(expert, bench.weight),
+                bench.out,
+                nullptr);
+      } else if (kind == Kind::kWeight) {
+        product(molex::matrix_of(dweight, expert, columns, width).band(first, rows),
+                upstream.band(start, count, bench.in).transposed().band(first, rows),
+                from.band(start, count, other.in),
+                bench.out,
+                nullptr);
+      } else {
+        molex::sum_rows(
+            upstream.band(start, count, bench.in), nullptr, molex::target_of(dbias), expert * columns);
+      }
+    }
+  });
+  if (needs[0]) clear_rows(to_x, bounds.back());
+  return {dx, dweight, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
+  library.impl("grouped_gemm_fwd", molex::cpu_kernel<&grouped_gemm_fwd>);
+  library.impl("grouped_gemm_bwd", molex::cpu_kernel<&grouped_gemm_bwd>);
+}

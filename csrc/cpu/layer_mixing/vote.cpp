@@ -1,0 +1,123 @@
+// The vote of all tokens for a layer, in one pass over the logits.
+//
+// Tokens are cut into chunks of a fixed size whose sums are added in order, whatever the number of threads.
+
+#include <algorithm>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "cpu/common/memory.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/softmax.h"
+#include "registration.h"
+
+namespace {
+
+using molex::kWide;
+using molex::Source;
+using molex::Wide;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kChunk = 512;  // tokens
+
+using WideKeys = molex::Ints<kWide>;
+
+// Integers in the order of the floats: both zeros are equal, NaN is the largest.
+MOLEX_INLINE WideKeys keys_of(Wide x) {
+  const WideKeys bits = (WideKeys)(x + 0.0f);
+  const WideKeys key = bits ^ ((bits >> 31) & 0x7fffffff);
+  return x == x ? key : WideKeys{} + std::numeric_limits<int32_t>::max();
+}
+
+// The first largest of `count` values; `row` has whole vectors, the last filled up with -inf.
+MOLEX_INLINE int64_t first_largest(const float* row, int64_t count) {
+  WideKeys most = WideKeys{} + std::numeric_limits<int32_t>::min();
+  for (int64_t i = 0; i < count; i += kWide) most = molex::larger(keys_of(molex::load(row + i)), most);
+  const WideKeys largest = WideKeys{} + molex::largest_lane(most);
+  for (int64_t i = 0; i < count; i += kWide) {
+    const WideKeys same = keys_of(molex::load(row + i)) == largest;
+    for (int lane = 0; lane < kWide; ++lane) {
+      if (same[lane]) return i + lane;
+    }
+  }
+  return 0;
+}
+
+enum class Mode { kMode, kMeanSoftmax, kMeanSigmoid };
+
+// sums += what each of `count` tokens that the mask counts gives to the layers. `sums` and `row` have whole
+// vectors.
+template <Mode MODE>
+MOLEX_INLINE void add_votes(
+    const float* z, const bool* mask, int64_t count, int64_t layers, float* row, float* sums) {
+  const int64_t whole = molex::wide_of(layers);
+  std::fill(row, row + whole, -std::numeric_limits<float>::infinity());
+  for (int64_t t = 0; t < count; ++t, z += layers) {
+    if (mask && !mask[t]) continue;
+    if constexpr (MODE == Mode::kMeanSoftmax) {
+      const float inverse = 1.0f / molex::exponentials_of(z, 1.0f, row, layers).sum;
+      for (int64_t i = 0; i < whole; i += kWide) {
+        molex::store(sums + i, molex::load(sums + i) + inverse * molex::load(row + i));
+      }
+    } else {
+      std::copy_n(z, layers, row);
+      if constexpr (MODE == Mode::kMode) {
+        sums[first_largest(row, layers)] += 1.0f;
+      } else {
+        for (int64_t i = 0; i < whole; i += kWide) {
+          molex::store(sums + i, molex::load(sums + i) + molex::sigmoid_of(molex::load(row + i)));
+        }
+      }
+    }
+  }
+}
+
+#define MOLEX_VOTES(NAME, MODE)                                                                   \
+  MOLEX_CLONES void NAME(                                                                         \
+      const float* z, const bool* mask, int64_t count, int64_t layers, float* row, float* sums) { \
+    add_votes<Mode::MODE>(z, mask, count, layers, row, sums);                                     \
+  }
+MOLEX_VOTES(add_choices, kMode)
+MOLEX_VOTES(add_softmax, kMeanSoftmax)
+MOLEX_VOTES(add_sigmoid, kMeanSigmoid)
+
+// The layer with the largest sum over the tokens that `mask` [T] counts, ties to the lower one.
+Tensor layer_vote(const Tensor& logits, std::optional<Tensor> mask, std::string mode) {
+  const int64_t tokens = logits.size(0), layers = logits.size(1), whole = molex::wide_of(layers);
+  STD_TORCH_CHECK(mode == "mode" || mode == "mean_softmax" || mode == "mean_sigmoid", "mode: unknown ", mode);
+  const auto add = mode == "mode" ? add_choices : mode == "mean_softmax" ? add_softmax : add_sigmoid;
+  const Tensor packed = torch::stable::contiguous(logits);
+  const std::optional<Tensor> counted = molex::packed(mask);
+  const Source from = molex::source_of(packed);
+  const bool* counts = counted ? counted->const_data_ptr<bool>() : nullptr;
+  const int64_t chunks = (tokens + kChunk - 1) / kChunk;
+  std::vector<float> sums(chunks * whole, 0.0f);
+  torch::stable::parallel_for(0, chunks, 2, [&](int64_t begin, int64_t end) {
+    molex::Scratch scratch(1, from.dtype == ScalarType::Float ? 0 : kChunk * layers), row(1, whole);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t first = chunk * kChunk, count = std::min(kChunk, tokens - first);
+      const float* z = molex::read(from, first * layers, count * layers, scratch[0]);
+      add(z, counts ? counts + first : nullptr, count, layers, row[0], &sums[chunk * whole]);
+    }
+  });
+  Tensor result = molex::new_result(logits, {}, ScalarType::Long);
+  double largest = -std::numeric_limits<double>::infinity();
+  int64_t best = 0;
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    double sum = 0.0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += sums[chunk * whole + layer];
+    // A NaN is the largest, as in `torch.argmax`.
+    if (sum > largest || (sum != sum && largest == largest)) {
+      largest = sum;
+      best = layer;
+    }
+  }
+  *result.mutable_data_ptr<int64_t>() = best;
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) { library.impl("layer_vote", molex::cpu_kernel<&layer_vote>); }

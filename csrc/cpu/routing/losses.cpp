@@ -1,0 +1,213 @@
+// A router's auxiliary losses on a CPU: softmax statistics in one pass over the logits, forward and backward.
+//
+// Tokens are cut into chunks of a fixed size whose sums are added in order, whatever the number of threads.
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "cpu/common/indices.h"
+#include "cpu/common/memory.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/softmax.h"
+#include "registration.h"
+
+namespace {
+
+using molex::Source;
+using molex::Target;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kChunk = 512;   // tokens
+constexpr int64_t kGrain = 8192;  // elements below which a thread is not worth waking
+
+int64_t chunks_of(int64_t tokens) { return (tokens + kChunk - 1) / kChunk; }
+
+// Calls body(first token, last token, chunk) for each chunk, shared among the threads.
+template <class Body>
+void for_chunks(int64_t tokens, int64_t experts, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / (kChunk * experts));
+  torch::stable::parallel_for(0, chunks_of(tokens), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      body(chunk * kChunk, std::min((chunk + 1) * kChunk, tokens), chunk);
+    }
+  });
+}
+
+// sums += softmax(scale z_t) over `count` tokens. The sums and a token's own have whole vectors.
+MOLEX_CLONES void add_probabilities(
+    const float* z, float scale, int64_t count, int64_t experts, float* row, float* sums) {
+  for (int64_t t = 0; t < count; ++t, z += experts) {
+    const float inverse = 1.0f / molex::exponentials_of(z, scale, row, experts).sum;
+    for (int64_t e = 0; e < experts; e += molex::kWide) {
+      molex::store(sums + e, molex::load(sums + e) + inverse * molex::load(row + e));
+    }
+  }
+}
+
+// dz = factor * row; a row has whole vectors, dz ends with `experts`.
+MOLEX_INLINE void scale_row(const float* row, float factor, int64_t experts, float* dz) {
+  int64_t e = 0;
+  for (; e + molex::kWide <= experts; e += molex::kWide) {
+    molex::store(dz + e, factor * molex::load(row + e));
+  }
+  for (; e < experts; ++e) dz[e] = factor * row[e];
+}
+
+// dz_t = grad p_t (slopes - <slopes, p_t>), p_t = softmax(scale z_t).
+MOLEX_CLONES void balance_backward(const float* z,
+                                   float scale,
+                                   float grad,
+                                   const float* slopes,
+                                   int64_t count,
+                                   int64_t experts,
+                                   float* row,
+                                   float* dz) {
+  for (int64_t t = 0; t < count; ++t, z += experts, dz += experts) {
+    const float inverse = 1.0f / molex::exponentials_of(z, scale, row, experts).sum;
+    molex::Wide along = {};
+    for (int64_t e = 0; e < experts; e += molex::kWide)
+      along += molex::load(row + e) * molex::load(slopes + e);
+    const float mean = inverse * molex::sum_of_lanes(along);
+    for (int64_t e = 0; e < experts; e += molex::kWide) {
+      molex::store(row + e, molex::load(row + e) * (molex::load(slopes + e) - mean));
+    }
+    scale_row(row, grad * inverse, experts, dz);
+  }
+}
+
+// values_t = logsumexp(z_t), and with it sums_t = sum_e e^(z_te - m_t) and their terms in dz where wanted.
+MOLEX_INLINE void logsumexp_of(
+    const float* z, int64_t count, int64_t experts, float* row, float* values, float* sums, float* dz) {
+  for (int64_t t = 0; t < count; ++t, z += experts) {
+    const auto [largest, sum] = molex::exponentials_of(z, 1.0f, row, experts);
+    values[t] = largest;
+    sums[t] = sum;
+    if (dz) scale_row(row, 1.0f, experts, dz + t * experts);
+  }
+  for (int64_t t = 0; t < count; ++t) values[t] += molex::log_of(sums[t]);
+}
+
+// sum_t logsumexp(z_t)^2.
+MOLEX_CLONES double sum_of_squares(const float* z, int64_t count, int64_t experts, float* row) {
+  float values[kChunk], sums[kChunk];
+  logsumexp_of(z, count, experts, row, values, sums, nullptr);
+  double total = 0.0;
+  for (int64_t t = 0; t < count; ++t) total += static_cast<double>(values[t]) * values[t];
+  return total;
+}
+
+// dz_t = grad logsumexp(z_t) softmax(z_t).
+MOLEX_CLONES void z_backward(
+    const float* z, float grad, int64_t count, int64_t experts, float* row, float* dz) {
+  float values[kChunk], sums[kChunk];
+  logsumexp_of(z, count, experts, row, values, sums, dz);
+  for (int64_t t = 0; t < count; ++t) values[t] *= grad / sums[t];
+  for (int64_t t = 0; t < count; ++t, dz += experts) scale_row(dz, values[t], experts, dz);
+}
+
+Tensor scalar_like(const Tensor& like, double value) {
+  Tensor result = molex::new_result(like, {}, ScalarType::Float);
+  *result.mutable_data_ptr<float>() = static_cast<float>(value);
+  return result;
+}
+
+// The gradient of the logits, chunk by chunk: run(z, count, row, dz).
+template <class Run>
+Tensor logits_gradient(const Tensor& logits, const Run& run) {
+  const int64_t tokens = logits.size(0), experts = logits.size(1);
+  const Tensor packed = torch::stable::contiguous(logits);
+  const Source from = molex::source_of(packed);
+  Tensor result = molex::new_result(logits, {tokens, experts});
+  const Target to = molex::target_of(result);
+  if (experts == 0) return result;
+  for_chunks(tokens, experts, [&](int64_t first, int64_t last, int64_t) {
+    const int64_t count = last - first, size = count * experts;
+    const bool wide = from.dtype == ScalarType::Float;
+    std::vector<float> row(molex::wide_of(experts)), in(wide ? 0 : size), out(wide ? 0 : size);
+    float* dz = molex::place(to, first * experts, out.data());
+    run(molex::read(from, first * experts, size, in.data()), count, row.data(), dz);
+    molex::write(to, first * experts, size, dz);
+  });
+  return result;
+}
+
+// The loss, and the gradient [E] of it and of the softmax together: E f_e / (T temperature), by K too where
+// each assignment counts.
+std::tuple<Tensor, Tensor> load_balance_fwd(const Tensor& logits,
+                                                const Tensor& index,
+                                                double temperature,
+                                                bool per_assignment) {
+  const int64_t tokens = logits.size(0), experts = logits.size(1), whole = molex::wide_of(experts);
+  const int64_t assignments = std::max<int64_t>(index.numel(), 1);
+  const double parts = static_cast<double>(per_assignment ? assignments : std::max<int64_t>(tokens, 1));
+  Tensor slopes = torch::stable::new_zeros(logits, {whole}, ScalarType::Float);
+  if (experts == 0) return {scalar_like(logits, 0.0), slopes};
+  std::vector<int64_t> counts(experts + 1, 0);
+  for (int64_t label : molex::labels_of(index, experts)) ++counts[label];
+  const Tensor packed = torch::stable::contiguous(logits);
+  const Source from = molex::source_of(packed);
+  std::vector<float> sums(chunks_of(tokens) * whole, 0.0f);
+  for_chunks(tokens, experts, [&](int64_t first, int64_t last, int64_t chunk) {
+    const int64_t size = (last - first) * experts;
+    std::vector<float> row(whole), scratch(from.dtype == ScalarType::Float ? 0 : size);
+    const float* z = molex::read(from, first * experts, size, scratch.data());
+    const float scale = static_cast<float>(1.0 / temperature);
+    add_probabilities(z, scale, last - first, experts, row.data(), &sums[chunk * whole]);
+  });
+  float* slope = slopes.mutable_data_ptr<float>();
+  double loss = 0.0;
+  for (int64_t e = 0; e < experts; ++e) {
+    double probability = 0.0;
+    for (int64_t chunk = 0; chunk < chunks_of(tokens); ++chunk) probability += sums[chunk * whole + e];
+    const double weight = static_cast<double>(experts) * counts[e] / assignments / parts;
+    loss += weight * probability;
+    slope[e] = static_cast<float>(weight / temperature);
+  }
+  return {scalar_like(logits, loss), slopes};
+}
+
+Tensor load_balance_bwd(const Tensor& grad,
+                            const Tensor& logits,
+                            const Tensor& slopes,
+                            double temperature) {
+  const float upstream = molex::scalar_of(grad), scale = static_cast<float>(1.0 / temperature);
+  const float* slope = slopes.const_data_ptr<float>();
+  return logits_gradient(logits, [&](const float* z, int64_t count, float* row, float* dz) {
+    balance_backward(z, scale, upstream, slope, count, logits.size(1), row, dz);
+  });
+}
+
+Tensor router_z_fwd(const Tensor& logits) {
+  const int64_t tokens = logits.size(0), experts = logits.size(1);
+  const Tensor packed = torch::stable::contiguous(logits);
+  const Source from = molex::source_of(packed);
+  std::vector<double> sums(chunks_of(tokens), 0.0);
+  for_chunks(tokens, std::max<int64_t>(experts, 1), [&](int64_t first, int64_t last, int64_t chunk) {
+    const int64_t size = (last - first) * experts;
+    std::vector<float> row(molex::wide_of(experts)), scratch(from.dtype == ScalarType::Float ? 0 : size);
+    const float* z = molex::read(from, first * experts, size, scratch.data());
+    sums[chunk] = sum_of_squares(z, last - first, experts, row.data());
+  });
+  double total = 0.0;
+  for (double sum : sums) total += sum;
+  return scalar_like(logits, total / static_cast<double>(std::max<int64_t>(tokens, 1)));
+}
+
+Tensor router_z_bwd(const Tensor& grad, const Tensor& logits) {
+  const double tokens = static_cast<double>(std::max<int64_t>(logits.size(0), 1));
+  const float upstream = static_cast<float>(2.0 * molex::scalar_of(grad) / tokens);
+  return logits_gradient(logits, [&](const float* z, int64_t count, float* row, float* dz) {
+    z_backward(z, upstream, count, logits.size(1), row, dz);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
+  library.impl("load_balance_fwd", molex::cpu_kernel<&load_balance_fwd>);
+  library.impl("load_balance_bwd", molex::cpu_kernel<&load_balance_bwd>);
+  library.impl("router_z_fwd", molex::cpu_kernel<&router_z_fwd>);
+  library.impl("router_z_bwd", molex::cpu_kernel<&router_z_bwd>);
+}

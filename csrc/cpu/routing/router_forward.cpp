@@ -1,0 +1,169 @@
+// The router's forward pass on a CPU: weigh, multiply with the gate and choose, piece by piece.
+
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+#include "cpu/common/gemm.h"
+#include "cpu/common/matmul.h"
+#include "cpu/common/memory.h"
+#include "cpu/common/softmax.h"
+#include "cpu/routing/router.h"
+#include "registration.h"
+
+namespace molex::router {
+namespace {
+
+constexpr int64_t kFew = 384;         // tokens that are not worth turning the gate for
+constexpr int64_t kCached = 1 << 16;  // floats of the gate, and of weighed tokens, that are at hand at a time
+constexpr int64_t kRows = 12;         // a multiple of those that products take at a time, 6 or 4
+
+// The gate [E, D] as floats [D, wide], with zeros behind E. A line of the result is written at a time.
+void turn(const Source& gate, int64_t experts, int64_t width, int64_t wide, float* to) {
+  constexpr int64_t kBlock = 64;  // features
+  torch::stable::parallel_for(0, parts(width, kBlock), 1, [&](int64_t begin, int64_t end) {
+    const std::vector<float> zeros(kBlock);
+    std::vector<float> scratch(kWide * kBlock);
+    for (int64_t first = begin * kBlock; first < std::min(end * kBlock, width); first += kBlock) {
+      const int64_t count = std::min(kBlock, width - first);
+      for (int64_t start = 0; start < wide; start += kWide) {
+        const float* from[kWide];
+        for (int64_t i = 0; i < kWide; ++i) {
+          const int64_t e = start + i;
+          from[i] = e < experts ? read(gate, e * width + first, count, &scratch[i * kBlock]) : zeros.data();
+        }
+        for (int64_t q = 0; q < count; ++q) {
+          for (int64_t i = 0; i < kWide; ++i) to[(first + q) * wide + start + i] = from[i][q];
+        }
+      }
+    }
+  });
+}
+
+// The first of the largest of whole vectors, which is then out of the choice. None of them is NaN.
+MOLEX_CLONES int64_t take_largest(float* key, int64_t whole) {
+  const Ints<kWide> lanes = count_from<kWide>(0);
+  Wide most = load(key);
+  Ints<kWide> where = lanes;
+  for (int64_t i = kWide; i < whole; i += kWide) {
+    const Wide here = load(key + i);
+    const Ints<kWide> above = here > most;
+    most = above ? here : most;
+    where = above ? lanes + static_cast<int32_t>(i) : where;
+  }
+  const float largest = largest_lane(most);
+  int64_t best = whole;
+  for (int lane = 0; lane < kWide; ++lane) {
+    if (most[lane] == largest) best = std::min<int64_t>(best, where[lane]);
+  }
+  key[best] = -std::numeric_limits<float>::infinity();
+  return best;
+}
+
+// The K largest keys of a token, descending, ties to the lower expert, NaN and -inf lowest; and their scores.
+class Chooser {
+ public:
+  Chooser(const std::optional<Tensor>& expert_bias, int64_t experts, int64_t top_k, Score score)
+      : bias_(floats_of(expert_bias)), experts_(experts), top_k_(top_k), score_(score) {}
+
+  // What is behind the logits up to whole vectors does not matter. `scratch` has size() floats.
+  void operator()(const float* z, int64_t* chosen, float* scores, float* scratch) const {
+    constexpr float kLowest = std::numeric_limits<float>::lowest();
+    const int64_t whole = wide_of(experts_);
+    float *key = scratch, *probability = key + whole, *picked = probability + whole;
+    const bool softmax = score_ == Score::kSoftmax, sigmoid = score_ == Score::kSigmoid;
+    if (softmax) softmax_of(z, probability, experts_);
+    for (int64_t e = 0; e < experts_; ++e) {
+      float value = z[e];
+      if (!bias_.empty()) value = (softmax ? probability[e] : sigmoid ? sigmoid_of(z[e]) : z[e]) + bias_[e];
+      key[e] = value > kLowest ? value : kLowest;
+    }
+    std::fill(key + experts_, key + whole, -std::numeric_limits<float>::infinity());
+    for (int64_t k = 0; k < top_k_; ++k) {
+      const int64_t best = take_largest(key, whole);
+      chosen[k] = best;
+      picked[k] = softmax ? probability[best] : sigmoid ? sigmoid_of(z[best]) : z[best];
+    }
+    if (score_ == Score::kChosen) softmax_of(picked, picked, top_k_);
+    std::copy_n(picked, top_k_, scores);
+  }
+
+  int64_t size() const { return 2 * wide_of(experts_) + wide_of(top_k_); }
+
+ private:
+  std::vector<float> bias_;
+  int64_t experts_, top_k_;
+  Score score_;
+};
+
+// expert_index [T, K], expert_weight [T, K] and logits [T, E].
+std::tuple<Tensor, Tensor, Tensor> router_fwd(const Tensor& x,
+                                                  const Tensor& gate,
+                                                  std::optional<Tensor> gate_bias,
+                                                  std::optional<Tensor> expert_bias,
+                                                  std::optional<Tensor> table,
+                                                  std::optional<Tensor> labels,
+                                                  std::optional<Tensor> mix,
+                                                  int64_t top_k,
+                                                  std::string score) {
+  const int64_t tokens = x.size(0), width = x.size(1), experts = gate.size(0), wide = wide_of(experts);
+  const Tokens from(x, table, labels, mix);
+  const Chooser choose(expert_bias, experts, top_k, score_of(score));
+  const std::vector<float> bias = floats_of(gate_bias);
+  Tensor index = new_result(x, {tokens, top_k}, ScalarType::Long);
+  Tensor weight = new_result(x, {tokens, top_k}, ScalarType::Float);
+  Tensor logits = new_result(x, {tokens, experts}, ScalarType::Float);
+  int64_t* chosen = index.mutable_data_ptr<int64_t>();
+  float *scores = weight.mutable_data_ptr<float>(), *out = logits.mutable_data_ptr<float>();
+
+  const Tensor rows = torch::stable::contiguous(gate);
+  const bool few = tokens < kFew;
+  Arena gates(Arena::bytes(width * (few ? experts : wide)));
+  float* const floats = gates.floats(width * (few ? experts : wide));
+  const float* right = floats;
+  if (few) {
+    right = read(source_of(rows), 0, experts * width, floats);
+  } else {
+    turn(source_of(rows), experts, width, wide, floats);
+  }
+  // Rows of x as long as the gate's share of the cache allows: whole rows come from memory fastest.
+  const int64_t depth = few ? width : std::min(std::max(kCached / wide, kFeatures), width);
+  const int64_t most = std::clamp(kCached / std::max<int64_t>(depth, 1), kRows, kPiece);
+
+  // As many pieces for one thread as for another, of whole groups of the products' rows: rows by themselves
+  // take longer.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t turns = std::max<int64_t>(1, parts(tokens, threads * most));
+  const int64_t piece = std::max(kRows, parts(parts(tokens, threads * turns), kRows) * kRows);
+  torch::stable::parallel_for(0, parts(tokens, piece), 1, [&](int64_t begin, int64_t end) {
+    Arena arena(Arena::bytes(piece * depth) + Arena::bytes(piece * wide) + Arena::bytes(choose.size()));
+    float *tile = arena.floats(piece * depth), *z = arena.floats(piece * wide);
+    float* scratch = arena.floats(choose.size());
+    for (int64_t first = begin * piece; first < std::min(end * piece, tokens); first += piece) {
+      const int64_t count = std::min(piece, tokens - first);
+      for (int64_t at = 0; at < width; at += depth) {
+        const int64_t features = std::min(depth, width - at);
+        const Rows x = from.weighed(first, count, at, features, tile);
+        if (few) {
+          product_inner(x.data, x.stride, right, width, z, wide, count, experts, features, false);
+        } else {
+          product(x.data, x.stride, right + at * wide, wide, z, wide, count, wide, features, at > 0);
+        }
+      }
+      for (int64_t t = 0; t < count; ++t) {
+        float* row = z + t * wide;
+        if (!bias.empty()) add(row, bias.data(), experts);
+        std::copy_n(row, experts, out + (first + t) * experts);
+        choose(row, chosen + (first + t) * top_k, scores + (first + t) * top_k, scratch);
+      }
+    }
+  });
+  return {index, weight, logits};
+}
+
+}  // namespace
+}  // namespace molex::router
+
+STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
+  library.impl("router_fwd", molex::cpu_kernel<&molex::router::router_fwd>);
+}

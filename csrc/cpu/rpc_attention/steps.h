@@ -1,0 +1,157 @@
+// Robust attention on a CPU: what the forward and the backward pass share.
+//
+// A head goes through all iterations on one thread, in blocks of kBlock tokens against kBlock tokens
+// whose scores stay in the first cache: no N x N matrix is written, whatever N. Without q the scores
+// are symmetric, and a block of them serves its rows as well as its columns. Tokens outside the key
+// mask are left out from the start: what a head holds are the rows that exist, one after the other,
+// padded with zeros to a multiple of kPad features. Arithmetic is fp32.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <optional>
+#include <vector>
+
+#include "cpu/common/gemm.h"
+#include "cpu/common/philox.h"
+#include "cpu/common/rows.h"
+
+namespace molex::rpc {
+
+using Optional = std::optional<Tensor>;
+
+constexpr int64_t kBlock = 48;  // a multiple of every vector's width and of the products' rows
+constexpr int64_t kPad = 16;
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// A tensor [B, H, N, d] with unit stride in d; strides count elements.
+struct Heads {
+  Source source;
+  int64_t batch = 0, head = 0, row = 0;
+
+  Heads() = default;
+  explicit Heads(const Tensor& t)
+      : source(source_of(t)), batch(t.stride(0)), head(t.stride(1)), row(t.stride(2)) {}
+  explicit operator bool() const { return static_cast<bool>(source); }
+};
+
+// The tensor itself where its rows are dense, else a copy.
+inline Tensor dense(const Tensor& t) {
+  return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
+}
+inline Optional dense(const Optional& t) { return t ? Optional(dense(*t)) : std::nullopt; }
+inline Heads heads_of(const Optional& t) { return t ? Heads(*t) : Heads(); }
+
+// The operators' inputs and options. Holds the tensors that it points into.
+struct Problem {
+  Problem(const Tensor& keys,
+          const Tensor& values,
+          const Optional& queries,
+          const Tensor& bound,
+          const Optional& key_mask,
+          const Optional& seed,
+          int64_t num_iters,
+          double score_scale,
+          bool is_causal,
+          double dropout_p);
+
+  std::vector<Tensor> kept;
+  ScalarType dtype;
+  int64_t batch, heads, length, width, iterations;
+  float scale;
+  bool causal, by_token;
+  Heads k, v, q;
+  const float* threshold;
+  const bool* mask = nullptr;
+  Dropout dropout;
+
+  int64_t all_heads() const { return batch * heads; }
+  int64_t padded() const { return round_up(width, kPad); }
+  // Whether a block of scores serves its columns, too.
+  bool symmetric() const { return !q && !causal; }
+};
+
+// The tokens that exist in the sequence of one head.
+struct Tokens {
+  Tokens(const Problem& problem, int64_t index);
+
+  const Problem& p;
+  int64_t head;
+  std::vector<int64_t> place;  // in the sequence
+  std::vector<float> bound;
+
+  int64_t count() const { return static_cast<int64_t>(place.size()); }
+  int64_t rows_of(int64_t first) const { return std::min(kBlock, count() - first); }
+
+  // Rows as floats, with zeros behind them.
+  void read_rows(const Heads& from, float* to) const;
+  // The rows of this head in a contiguous tensor [B, H, N, d]; 0 where there is no token.
+  void write_rows(Target to, const float* from) const;
+  // Numbers by row, [B, H, N].
+  void read_numbers(const float* from, float* to) const;
+  void write_numbers(float* to, const float* from) const;
+};
+
+// Arrays of one thread, aligned to lines of the cache.
+class Scratch {
+ public:
+  float* take(int64_t count) {
+    arrays_.emplace_back(new (std::align_val_t(64)) float[std::max<int64_t>(count, 1)]);
+    return arrays_.back().get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* array) const { ::operator delete[](array, std::align_val_t(64)); }
+  };
+  std::vector<std::unique_ptr<float[], Free>> arrays_;
+};
+
+// Every pair of blocks whose scores are needed, as (first row, first column), those on the diagonal first.
+template <class Visit>
+void visit_blocks(const Problem& p, int64_t count, const Visit& visit) {
+  for (int64_t i = 0; i < count; i += kBlock) visit(i, i);
+  for (int64_t i = 0; i < count; i += kBlock) {
+    for (int64_t j = p.symmetric() ? i + kBlock : 0; j < (p.causal ? i : count); j += kBlock) {
+      if (i != j) visit(i, j);
+    }
+  }
+}
+
+// The scores of a block are scale * z. Of row r the first `seen(r)` columns count.
+struct Scores {
+  const float* z;  // [rows, kBlock]
+  float scale;
+  int64_t rows, columns;
+  bool triangular;  // a block on the diagonal under a causal mask
+
+  bool partial() const { return triangular || columns < kBlock; }
+  // The columns in whole vectors.
+  MOLEX_INLINE int64_t width() const { return round_up(columns, kPad); }
+  MOLEX_INLINE int64_t seen(int64_t row) const { return triangular ? std::min(row + 1, columns) : columns; }
+};
+
+// S = soft(a) for a = k - L + u, K~ = k - S - u, and w = u + k - S, from which u after the iteration is w -
+// L.
+void shrink(const Tokens& tokens,
+            const float* k,
+            const float* low,
+            const float* u,
+            float* clean,
+            float* w,
+            float* sparse);
+// x -= y.
+void subtract(float* x, const float* y, int64_t count);
+// `count` floats, rounded as the products see them.
+void round_through(ScalarType dtype, float* x, int64_t count);
+// Rows of `width` floats into blocks [kBlocks][width][kBlock], zeros behind the last one.
+void turn_blocks(const float* from, int64_t rows, int64_t width, int64_t padded, float* to);
+// What dropout multiplies the probabilities of a block with. TURNED: rows and columns change places.
+void dropout_block(const Tokens& tokens, int64_t first_row, int64_t first_column, bool turned, float* to);
+
+}  // namespace molex::rpc

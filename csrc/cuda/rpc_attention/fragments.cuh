@@ -1,0 +1,236 @@
+// Products of small matrices by one warp, from shared memory and registers, on tensor cores.
+//
+// An accumulator is [rows / 16][columns / 8][4]: of a 16x8 tile, lane l holds the rows l / 4 and l / 4 + 8
+// at the columns 2 (l % 4) and the next one, in the order (row, column), (row, column + 1),
+// (row + 8, column), (row + 8, column + 1).
+//
+// fp16 and bf16 use m16n8k16. fp32 uses m16n8k8 three times: x = high + low, each of TF32's 11 bits, and
+// high high + high low + low high keeps about 22 bits of a product. Scores need all of them, as an
+// exponential makes their absolute error a relative one: `Exact` adds low low and, as one m16n8k16 of bf16,
+// lost x + x lost, where lost = x - high - low can be one bit. Tensor cores cut sums off where fp32 rounds
+// them: a long sum would drift, so each of 8 products is added by an fp32 addition.
+
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/rpc_attention/device.cuh"
+
+namespace molex {
+
+constexpr int kWarp = 32;
+
+MOLEX_DEVICE int lane() { return device::thread() % kWarp; }
+MOLEX_DEVICE int warp() { return device::thread() / kWarp; }
+// Where a lane's elements stand in a 16x8 tile.
+MOLEX_DEVICE int lane_row() { return lane() / 4; }
+MOLEX_DEVICE int lane_column() { return lane() % 4 * 2; }
+
+// A row of D elements in shared memory takes D + 8: eight rows then start in different banks.
+template <int D>
+constexpr int kPitch = D + 8;
+
+template <class E>
+struct Fragments {
+  static_assert(sizeof(E) == 2);
+  static constexpr int kDepth = 16;
+  struct Left {
+    uint32_t r[4];
+  };
+  struct Right {  // 16 columns
+    uint32_t r[4];
+  };
+
+  // 16 rows of a row-major matrix, `kDepth` columns from `at` on.
+  MOLEX_DEVICE static void load(Left& a, const E* at, int pitch) {
+    device::load_matrices(a.r, at + lane() % 16 * pitch + lane() / 16 * 8);
+  }
+
+  // The transpose of 16 rows of a row-major matrix: its rows are the product's columns.
+  MOLEX_DEVICE static void load_rows(Right& b, const E* at, int pitch) {
+    device::load_matrices(b.r, at + (lane() / 16 * 8 + lane() % 8) * pitch + lane() / 8 % 2 * 8);
+  }
+
+  // `kDepth` rows and 16 columns of a row-major matrix, as they stand.
+  MOLEX_DEVICE static void load_columns(Right& b, const E* at, int pitch) {
+    device::load_matrices_transposed(b.r, at + lane() % 16 * pitch + lane() / 16 * 8);
+  }
+
+  // Columns [kDepth * step, kDepth * (step + 1)) of an accumulator, rounded to E.
+  MOLEX_DEVICE static void convert(Left& a, const float (*c)[4], int step) {
+    const float* c0 = c[2 * step];
+    const float* c1 = c[2 * step + 1];
+    a.r[0] = device::pack<E>(c0[0], c0[1]);
+    a.r[1] = device::pack<E>(c0[2], c0[3]);
+    a.r[2] = device::pack<E>(c1[0], c1[1]);
+    a.r[3] = device::pack<E>(c1[2], c1[3]);
+  }
+
+  template <bool Exact = false>
+  MOLEX_DEVICE static void multiply(float (&c)[4], const Left& a, const Right& b, int half) {
+    const uint32_t columns[2] = {b.r[2 * half], b.r[2 * half + 1]};
+    device::mma_16<E>(c, a.r, columns);
+  }
+};
+
+// In the sum over k the order is free: k = t and t + 4 of the instruction are the neighbours 2 t and
+// 2 t + 1 of the matrices, so that an accumulator is a left operand as it stands.
+template <>
+struct Fragments<float> {
+  static constexpr int kDepth = 8;
+  struct Left {
+    uint32_t high[4], low[4], lost[4];  // of `lost` the second half is x
+  };
+  struct Right {
+    uint32_t high[2][2], low[2][2], lost[2][2];  // of `lost` the first half is x
+  };
+
+  MOLEX_DEVICE static void load(Left& a, const float* at, int pitch) {
+    MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+      const float* row = at + (lane_row() + 8 * i) * pitch + lane_column();
+      const float first = split(row[0], a.high[i], a.low[i]);
+      const float second = split(row[1], a.high[i + 2], a.low[i + 2]);
+      a.lost[i] = device::pack<device::BFloat>(first, second);
+      a.lost[i + 2] = device::pack<device::BFloat>(row[0], row[1]);
+    }
+  }
+
+  MOLEX_DEVICE static void load_rows(Right& b, const float* at, int pitch) {
+    MOLEX_UNROLL for (int half = 0; half < 2; ++half) {
+      const float* row = at + (lane_row() + 8 * half) * pitch + lane_column();
+      const float first = split(row[0], b.high[half][0], b.low[half][0]);
+      const float second = split(row[1], b.high[half][1], b.low[half][1]);
+      b.lost[half][0] = device::pack<device::BFloat>(row[0], row[1]);
+      b.lost[half][1] = device::pack<device::BFloat>(first, second);
+    }
+  }
+
+  MOLEX_DEVICE static void load_columns(Right& b, const float* at, int pitch) {
+    const float* first = at + lane_column() * pitch + lane_row();
+    MOLEX_UNROLL for (int half = 0; half < 2; ++half) {
+      MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+        split(first[i * pitch + 8 * half], b.high[half][i], b.low[half][i]);
+      }
+    }
+  }
+
+  MOLEX_DEVICE static void convert(Left& a, const float (*c)[4], int step) {
+    constexpr int kOrder[4] = {0, 2, 1, 3};
+    MOLEX_UNROLL for (int i = 0; i < 4; ++i) split(c[step][kOrder[i]], a.high[i], a.low[i]);
+  }
+
+  template <bool Exact = false>
+  MOLEX_DEVICE static void multiply(float (&c)[4], const Left& a, const Right& b, int half) {
+    float rest[4] = {0.0f, 0.0f, 0.0f, 0.0f}, whole[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if constexpr (Exact) {
+      device::mma_16<device::BFloat>(rest, a.lost, b.lost[half]);
+      device::mma_tf32(rest, a.low, b.low[half]);
+    }
+    device::mma_tf32(rest, a.low, b.high[half]);
+    device::mma_tf32(rest, a.high, b.low[half]);
+    device::mma_tf32(whole, a.high, b.high[half]);
+    MOLEX_UNROLL for (int i = 0; i < 4; ++i) c[i] += whole[i] + rest[i];
+  }
+
+ private:
+  // Returns what is lost.
+  MOLEX_DEVICE static float split(float x, uint32_t& high, uint32_t& low) {
+    high = device::to_tf32(x);
+    const float rest = x - device::as_float(high);
+    low = device::to_tf32(rest);
+    return rest - device::as_float(low);
+  }
+};
+
+template <int M, int N>
+MOLEX_DEVICE void clear(float (&c)[M][N][4]) {
+  MOLEX_UNROLL for (int m = 0; m < M; ++m) {
+    MOLEX_UNROLL for (int n = 0; n < N; ++n) {
+      MOLEX_UNROLL for (int e = 0; e < 4; ++e) c[m][n][e] = 0.0f;
+    }
+  }
+}
+
+// c += a b^T: a of 16 M rows and b of 8 N rows, both of `Depth` columns in shared memory. `Ahead` columns
+// are one round of the loop, which bounds the registers of operands loaded ahead.
+template <class E, int Depth, int Ahead, bool Exact, int M, int N>
+MOLEX_DEVICE void multiply_rows(float (&c)[M][N][4], const E* a, const E* b) {
+  using F = Fragments<E>;
+  constexpr int kLength = kPitch<Depth>;
+  MOLEX_UNROLL_BY(Ahead / F::kDepth) for (int k = 0; k < Depth; k += F::kDepth) {
+    typename F::Left left[M];
+    MOLEX_UNROLL for (int m = 0; m < M; ++m) F::load(left[m], a + 16 * m * kLength + k, kLength);
+    MOLEX_UNROLL for (int n = 0; n < N; n += 2) {
+      typename F::Right right;
+      F::load_rows(right, b + 8 * n * kLength + k, kLength);
+      MOLEX_UNROLL for (int m = 0; m < M; ++m) {
+        F::template multiply<Exact>(c[m][n], left[m], right, 0);
+        F::template multiply<Exact>(c[m][n + 1], left[m], right, 1);
+      }
+    }
+  }
+}
+
+// c += p b: p an accumulator of 8 K columns, b of 8 K rows and 8 N columns in shared memory. In fp32 the
+// product is summed before it is added: c is a sum of many.
+template <class E, int M, int N, int K>
+MOLEX_DEVICE void multiply_columns(float (&c)[M][N][4], const float (&p)[M][K][4], const E* b) {
+  using F = Fragments<E>;
+  constexpr int kLength = kPitch<8 * N>, kSteps = 8 * K / F::kDepth;
+  const auto load = [&](int step, int n) {
+    typename F::Right right;
+    F::load_columns(right, b + F::kDepth * step * kLength + 8 * n, kLength);
+    return right;
+  };
+  if constexpr (sizeof(E) == 2) {
+    MOLEX_UNROLL for (int step = 0; step < kSteps; ++step) {
+      typename F::Left left[M];
+      MOLEX_UNROLL for (int m = 0; m < M; ++m) F::convert(left[m], p[m], step);
+      MOLEX_UNROLL for (int n = 0; n < N; n += 2) {
+        const typename F::Right right = load(step, n);
+        MOLEX_UNROLL for (int m = 0; m < M; ++m) {
+          F::multiply(c[m][n], left[m], right, 0);
+          F::multiply(c[m][n + 1], left[m], right, 1);
+        }
+      }
+    }
+  } else {
+    constexpr int kAtOnce = N < 16 && kSteps > 1 ? 2 : 1;  // what the registers hold
+    MOLEX_UNROLL for (int first = 0; first < kSteps; first += kAtOnce) {
+      typename F::Left left[M][kAtOnce];
+      MOLEX_UNROLL for (int m = 0; m < M; ++m) {
+        MOLEX_UNROLL for (int i = 0; i < kAtOnce; ++i) F::convert(left[m][i], p[m], first + i);
+      }
+      MOLEX_UNROLL for (int n = 0; n < N; n += 2) {
+        float sum[M][2][4];
+        clear(sum);
+        MOLEX_UNROLL for (int i = 0; i < kAtOnce; ++i) {
+          const typename F::Right right = load(first + i, n);
+          MOLEX_UNROLL for (int m = 0; m < M; ++m) {
+            F::multiply(sum[m][0], left[m][i], right, 0);
+            F::multiply(sum[m][1], left[m][i], right, 1);
+          }
+        }
+        MOLEX_UNROLL for (int m = 0; m < M; ++m) {
+          MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
+            c[m][n][e] += sum[m][0][e];
+            c[m][n + 1][e] += sum[m][1][e];
+          }
+        }
+      }
+    }
+  }
+}
+
+// The sum, or the largest, over the four lanes that share a row.
+MOLEX_DEVICE float row_sum(float x) {
+  x += device::shuffle_xor(x, 1);
+  return x + device::shuffle_xor(x, 2);
+}
+MOLEX_DEVICE float larger(float x, float y) { return x > y ? x : y; }
+MOLEX_DEVICE float row_max(float x) {
+  x = larger(x, device::shuffle_xor(x, 1));
+  return larger(x, device::shuffle_xor(x, 2));
+}
+
+}  // namespace molex
