@@ -144,6 +144,6 @@ std::tuple<Tensor, Tensor> moe_mlp_fwd(const Tensor& x,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(molex, CPU, library) {
-  library.impl("moe_experts_fwd", molex::cpu_kernel<&moe_experts_fwd>);
+  library.impl("moe_experts", molex::cpu_kernel<&moe_experts_fwd>);
   library.impl("moe_mlp_fwd", molex::cpu_kernel<&moe_mlp_fwd>);
 }
