@@ -28,22 +28,33 @@ def tensor(
 
     `letters` names the sizes for the message: "T, D".
     """
-    _type(name, value, f"[{letters}]", dtypes)
-    if value.dim() != len(sizes) or any(
-        want is not None and want != got for want, got in zip(sizes, value.shape, strict=True)
-    ):
+    # The texts of messages cost more than the checks: a good call makes none.
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+        _type(name, value, f"[{letters}]", dtypes)
+    shape = value.shape
+    if shape != sizes and not _fits(shape, sizes):
         raise ValueError(
             f"{name}: expected shape [{letters}]{_known(letters, sizes)}, got {list(value.shape)}"
         )
-    if like is not None:
+    if like is not None and value.device != like.device:
         device(name, value, like)
+
+
+def _fits(shape: torch.Size, sizes: Sequence[int | None]) -> bool:
+    if len(shape) != len(sizes):
+        return False
+    for got, want in zip(shape, sizes):  # noqa: B905, SIM110  (either cure takes twice the time)
+        if want is not None and want != got:
+            return False
+    return True
 
 
 def same_shape(
     name: str, value: Any, dtypes: Sequence[torch.dtype], like: Tensor, like_name: str
 ) -> None:
     """A tensor of the shape and on the device of `like`, one of these dtypes."""
-    _type(name, value, f"of the shape of {like_name}", dtypes)
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+        _type(name, value, f"of the shape of {like_name}", dtypes)
     if value.shape != like.shape:
         raise ValueError(
             f"{name}: expected the shape of {like_name}, {list(like.shape)}, "
