@@ -41,8 +41,10 @@ def install_rpc_attention(
     Returns:
         The indices of the blocks that were changed.
 
-    Raises ValueError for a model without such blocks, an index that there is not, or an attention
-    with norms or a gate of its own; nothing is changed then.
+    Raises:
+        TypeError: an index that is no int.
+        ValueError: a model without such blocks, an index that there is not, or an attention with
+            norms or a gate of its own; nothing is changed then.
     """
     _check.choice("projection", projection, ("kv", "qkv"))
     blocks = getattr(model, "blocks", None)

@@ -48,8 +48,12 @@ def install_experts() -> str:
     code between two `grouped_gemm`. Routers stay the model's. Dropless, deterministic, without
     waiting for the device; ids of experts on other ranks contribute nothing.
 
-    Raises NotImplementedError where transformers (before 5.0) or its absence leaves nothing to
-    register with.
+    Returns:
+        The name, "molex".
+
+    Raises:
+        NotImplementedError: transformers (before 5.0) or its absence leaves nothing to register
+            with.
     """
     if _MISSING is not None:
         raise NotImplementedError(
@@ -83,7 +87,14 @@ def experts_forward(
 ) -> Tensor:
     """What transformers calls in the place of an experts module's forward.
 
-    hidden_states [T, D], top_k_index [T, K], top_k_weights [T, K] -> [T, D].
+    Args:
+        experts: the module.
+        hidden_states: [T, D].
+        top_k_index: [T, K].
+        top_k_weights: [T, K].
+
+    Returns:
+        [T, D].
     """
     w_up, w_down, b_up, b_down = _weights(experts)
     weights = top_k_weights.to(torch.promote_types(top_k_weights.dtype, hidden_states.dtype))

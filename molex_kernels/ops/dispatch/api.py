@@ -44,6 +44,8 @@ def grouped_gemm(
     y_t = weight_e x_t + bias_e  for offsets[e-1] <= t < offsets[e]  (from row 0 for e = 0);
     y_t = 0  for rows past the last offset.
 
+    Differentiable in x, weight and bias, once. Deterministic. Never waits for the device.
+
     Args:
         x: [T, D], rows in expert order. fp16, bf16, fp32 (fp64: reference only).
         weight: [E, N, D], of x's dtype, any strides.
@@ -57,10 +59,9 @@ def grouped_gemm(
     Returns:
         [T, N] in x's dtype. Accumulated in fp32. Under autocast, x, weight and bias are cast first.
 
-    Differentiable in x, weight and bias, once. Deterministic. Never waits for the device.
-
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape or device, no expert.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape or device, no expert.
         NotImplementedError: the explicit `impl` cannot run.
     """
     num_experts = _num_experts("weight", weight, "E, N, D")
@@ -105,13 +106,17 @@ def moe_mlp(
     With relu and both biases this is the layer of MomentumSMoE (arXiv 2410.14574) and ACMoE
     (arXiv 2502.15315); their published code (FastMoE) waits for the device five times per call.
 
+    Differentiable in x, expert_weight, w_up, w_down, b_up and b_down, once; of the activations only
+    x and the pre-activation are kept for that. Deterministic. Never waits for the device.
+
     Args:
         x: [T, D]. fp16, bf16, fp32 (fp64: reference only).
         expert_index: [T, K] int64 or int32, K >= 1.
         expert_weight: [T, K], fp32 or x's dtype.
         w_up: [E, I, D], or [E, 2I, D] when gated; of x's dtype, any strides (never copied).
         w_down: [E, D, I].
-        b_up: [E, I] or [E, 2I], or None. b_down: [E, D] or None.
+        b_up: [E, I] or [E, 2I], or None.
+        b_down: [E, D] or None.
         activation: relu, gelu, gelu_tanh, silu, swiglu, geglu or reglu.
         gate_layout: "concat" or "interleaved".
         plan: `route_plan(expert_index, E)`, to share it with other ops; it must belong to this
@@ -123,11 +128,9 @@ def moe_mlp(
         [T, D] in x's dtype. Products and the sum over k are accumulated in fp32. Under autocast, x,
         the weights and the biases are cast first; expert_weight keeps its precision.
 
-    Differentiable in x, expert_weight, w_up, w_down, b_up and b_down, once; of the activations only
-    x and the pre-activation are kept for that. Deterministic. Never waits for the device.
-
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or option.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or option.
         NotImplementedError: the explicit `impl` cannot run.
     """
     weights = (w_up, w_down, b_up, b_down)

@@ -22,17 +22,22 @@ PUBLISHED = {
 
 
 class MoEMLP(nn.Module):
-    """The experts of a sparse MoE layer: w_up [E, I, D] (gated: [E, 2I, D]), w_down [E, D, I],
-    b_up [E, I] (gated: [E, 2I]) and b_down [E, D], used by `moe_mlp`.
+    """The experts of a sparse MoE layer, as `moe_mlp` takes them.
+
+    Parameters: `w_up` [E, I, D] (gated: [E, 2I, D]), `w_down` [E, D, I], `b_up` [E, I] (gated:
+    [E, 2I]) and `b_down` [E, D]. They start as those of `nn.Linear`, each expert for itself:
+    uniform in +-1/sqrt(fan in).
 
     Args:
-        d_model: D. d_hidden: I, the width after the activation. num_experts: E.
-        activation, gate_layout: as in `moe_mlp`.
+        d_model: D.
+        d_hidden: I, the width after the activation.
+        num_experts: E.
+        activation: as in `moe_mlp`.
+        gate_layout: as in `moe_mlp`.
         bias: whether the experts have biases (`b_up` and `b_down` are None without).
         impl: passed to `moe_mlp` at each call.
-        device, dtype: of the parameters.
-
-    Parameters start as those of `nn.Linear`, each expert for itself: uniform in +-1/sqrt(fan in).
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
     b_up: nn.Parameter | None
@@ -82,9 +87,15 @@ class MoEMLP(nn.Module):
     def forward(
         self, x: Tensor, routing: Sequence[Tensor], *, plan: RoutePlan | None = None
     ) -> Tensor:
-        """[..., D] -> [..., D].
+        """Sends every token through its experts.
 
-        `routing` is a `Routing`, or a pair (expert_index, expert_weight) of shape [..., K] each.
+        Args:
+            x: [..., D].
+            routing: a `Routing`, or a pair (expert_index, expert_weight) of shape [..., K] each.
+            plan: as in `moe_mlp`.
+
+        Returns:
+            [..., D].
         """
         expert_index, expert_weight = routing[0], routing[1]
         y = moe_mlp(
@@ -103,10 +114,17 @@ class MoEMLP(nn.Module):
         return y.view(x.shape)
 
     def load_published(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Copies the experts from FastMoE's names: `htoh4.weight` [E, I, D], `htoh4.bias` [E, I],
-        `h4toh.weight` [E, D, I], `h4toh.bias` [E, D], alone or under any prefix (`experts.`).
+        """Copies the experts from FastMoE's names, alone or under any prefix (`experts.`).
 
-        Raises ValueError for a missing name, a name under two prefixes, or another shape.
+        The names are `htoh4.weight` [E, I, D], `htoh4.bias` [E, I], `h4toh.weight` [E, D, I] and
+        `h4toh.bias` [E, D].
+
+        Args:
+            state_dict: of the checkpoint.
+
+        Raises:
+            TypeError: a value that is no floating tensor.
+            ValueError: a missing name, a name under two prefixes, or another shape.
         """
         names = {name: PUBLISHED[name] for name, _ in self.named_parameters()}
         _published.load(self, state_dict, names)

@@ -48,7 +48,8 @@ def layer_vote(
         Never waits for the device. One launch.
 
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or mode.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or mode.
         NotImplementedError: the explicit `impl` cannot run.
     """
     _check.choice("mode", mode, MODES)
@@ -88,28 +89,29 @@ def layer_linear(
     Triton and the CPU kernels record it for `check_layer_index`. With MOLEX_DEBUG=1 in the
     environment at import the index is read and a wrong one raises at once.
 
+    Differentiable in x, weights, biases, a and b, once. Gradients are dense, 0 for layers that no
+    branch chose; only chosen layers cost work, and parameters that want no gradient cost nothing.
+    Where branches choose the same layer their gradients add. Deterministic. Never waits for the
+    device, and can be captured in a graph.
+
     Args:
-        x: [G, ..., D]; with `shared` [..., D], which every branch reads. fp16, bf16, fp32 (fp64:
-            reference only).
+        x: [G, ..., D]; with `shared` [..., D]. fp16, bf16, fp32 (fp64: reference only).
         weights: [L, N, D], or a sequence of L tensors [N, D] anywhere in memory. Any strides; where
             those of a sequence differ from one another, contiguous copies are made.
         index: int64 or int32 [G], on x's device. Branches may choose the same layer.
         biases: [L, N], or L tensors [N]; or None.
         lora: `LoRA` of any rank r >= 1; or None.
+        shared: whether x has no dimension of branches, and every branch reads all of it.
         impl: "triton", "cpu" or "reference"; None takes the fastest that supports the inputs.
 
     Returns:
         [G, ..., N] in x's dtype, accumulated in fp32; x A^T is rounded to x's dtype, as PyTorch's
         would be. Under autocast x is cast, and tiles of the parameters on their way in.
 
-    Differentiable in x, weights, biases, a and b, once. Gradients are dense, 0 for layers that no
-    branch chose; only chosen layers cost work, and parameters that want no gradient cost nothing.
-    Where branches choose the same layer their gradients add. Deterministic. Never waits for the
-    device, and can be captured in a graph.
-
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape or device, unequal layers, a
-        rank that does not match; with MOLEX_DEBUG=1 an index outside the layers.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape or device, unequal layers, a rank that does not match; with
+            MOLEX_DEBUG=1 an index outside the layers.
         NotImplementedError: the explicit `impl` cannot run.
     """
     if not isinstance(x, Tensor) or x.dim() < (1 if shared else 2):
@@ -171,6 +173,9 @@ def layer_mix(
     coefficients: 0.95 and 0.05 so become 0.711 and 0.289. Where the gate is shared it leaves the
     softmax out and mixes with the raw parameters, which need not sum to one: pass them as `coeff`.
 
+    Differentiable in outputs, residual, coeff, logits, weight and bias, once. Deterministic. Never
+    waits for the device.
+
     Args:
         outputs: [G, ..., D], G >= 1. fp16, bf16, fp32 (fp64: reference only).
         coeff: [G], fp32 or outputs' dtype; or None where logits are given.
@@ -183,12 +188,10 @@ def layer_mix(
         y [..., D] in outputs' dtype; with a norm the pair (y, LayerNorm(y)), the norm taken of y
         before it is rounded. Computed in fp32.
 
-    Differentiable in outputs, residual, coeff, logits, weight and bias, once. Deterministic. Never
-    waits for the device.
-
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape or device, coefficients that do
-        not match the branches, both or none of coeff and logits.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape or device, coefficients that do not match the branches, both or
+            none of coeff and logits.
         NotImplementedError: the explicit `impl` cannot run.
     """
     if not isinstance(outputs, Tensor) or outputs.dim() < 2:
@@ -233,10 +236,13 @@ def layer_mix(
 
 
 def check_layer_index() -> None:
-    """Raises ValueError if `layer_linear` was given a layer that is not there since the last call.
+    """Raises an error if `layer_linear` was given a layer that is not there since the last call.
 
     Waits for the devices: call it now and then, never between the layers of a model. Records of
     Triton and the CPU kernels; the reference only clamps.
+
+    Raises:
+        ValueError: a layer index was outside [0, L); the message names the devices.
     """
     devices = types.take_flags()
     if devices:

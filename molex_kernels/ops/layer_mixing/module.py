@@ -19,7 +19,13 @@ _THIRDS = {"q": 0, "k": 1, "v": 2}  # of a fused projection
 
 
 class LayerExpertOutput(NamedTuple):
-    """hidden [B, N, D]; balance_loss [], unscaled; chosen int64 [L], t where layer t is alone."""
+    """What a stack of mixed layers returns.
+
+    Attributes:
+        hidden: [B, N, D].
+        balance_loss: [], unscaled.
+        chosen: int64 [L], t where layer t is alone.
+    """
 
     hidden: Tensor
     balance_loss: Tensor
@@ -58,6 +64,12 @@ class LayerExpertStack(nn.Module):
 
     Gradients as those of `layer_linear` and `layer_mix`; deterministic but for dropout; under data
     parallelism each rank decides from its own batch, as published.
+
+    Args:
+        facts: what the layers have in common, as `from_transformers` finds it.
+        num_layers: L.
+        d_model: D.
+        options: what `from_transformers` makes of its own options.
     """
 
     layer_ids: Tensor
@@ -117,15 +129,20 @@ class LayerExpertStack(nn.Module):
             forward_only: layer t chooses among t .. L - 1; it needs individual gates.
             straight_through: the gate learns from the task.
             lora_rank: r of new adapters; 0: none. They start as PEFT's: a uniform, b zero.
-            lora_alpha: scaling is lora_alpha / r. lora_dropout: on their input, in training.
+            lora_alpha: scaling is lora_alpha / r.
+            lora_dropout: on the adapters' input, in training.
             lora_targets: of "q", "k", "v", "out", "up", "down"; published: ("q", "v").
             freeze: whether weights, biases and norms of the model get no gradient.
             published: see the class.
             impl: passed to the functions at each call.
 
+        Returns:
+            The stack, in the model's mode (training or not).
+
         Raises:
-            TypeError: a wrong type. ValueError: an unknown kind of model, layers that differ, a
-            wrong option, new adapters beside PEFT's.
+            TypeError: a wrong type.
+            ValueError: an unknown kind of model, layers that differ, a wrong option, new adapters
+                beside PEFT's.
         """
         kind, layers = layout.layers_of(model)
         facts = layout.facts_of(kind, layers)
@@ -191,6 +208,11 @@ class LayerExpertStack(nn.Module):
 
         Returns:
             `LayerExpertOutput`; `hidden` is what the model's last layer would give.
+
+        Raises:
+            TypeError: a wrong dtype.
+            ValueError: a wrong shape or device.
+            NotImplementedError: a cache is given.
         """
         if cache is not None:
             raise NotImplementedError(

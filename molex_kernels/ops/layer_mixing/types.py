@@ -14,7 +14,10 @@ MODES = ("mode", "mean_softmax", "mean_sigmoid")
 class LoRA(NamedTuple):
     """Low-rank adapters of all layers: layer l adds scaling (x a_l^T) b_l^T.
 
-    a: [L, r, D], or L tensors [r, D]. b: [L, N, r], or L tensors [N, r]. scaling: alpha / r.
+    Attributes:
+        a: [L, r, D], or L tensors [r, D].
+        b: [L, N, r], or L tensors [N, r].
+        scaling: alpha / r.
     """
 
     a: Tensor | Sequence[Tensor]

@@ -44,6 +44,9 @@ def camex_deltas(
     passed to `camex_linear`. The factors are applied one after the other, where the published code
     holds r copies of tau.
 
+    Differentiable in base, experts and the factors, once. Deterministic. Never waits for the
+    device. Extra memory: a few fp32 tensors [E, O, D], whatever the rank.
+
     Args:
         base: [O, D]. fp16, bf16, fp32 (fp64: reference only).
         experts: [E, O, D], E >= 1, of base's dtype.
@@ -57,11 +60,9 @@ def camex_deltas(
         and keeps what stands between two factors in base's dtype. Autocast is left out: the
         difference of two weights needs their precision.
 
-    Differentiable in base, experts and the factors, once. Deterministic. Never waits for the
-    device. Extra memory: a few fp32 tensors [E, O, D], whatever the rank.
-
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or mask, no expert.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or mask, no expert.
         NotImplementedError: the explicit `impl` cannot run.
     """
     _check.floating("base", base, "O, D", (None, None))
@@ -88,15 +89,20 @@ def camex_merge(
     those of `camex_deltas`, by `impl`; the sum over experts is PyTorch's, in fp32.
 
     Args:
+        base: as in `camex_deltas`.
+        experts: as in `camex_deltas`.
         gates: [S, E], fp32 or base's dtype; rows need not sum to one.
+        curvature: as in `camex_deltas`.
+        mask: as in `camex_deltas`.
         alpha: the step size of the paper; the published code has 1.
-        base, experts, curvature, mask, impl: as in `camex_deltas`.
+        impl: as in `camex_deltas`.
 
     Returns:
         [S, O, D] in base's dtype. Differentiable in base, experts, gates and the factors, once.
 
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or option.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or option.
         NotImplementedError: the explicit `impl` cannot run.
     """
     _check.floating("base", base, "O, D", (None, None))
@@ -143,12 +149,16 @@ def camex_linear(
     generator; p = `expert_dropout`. The published code draws one for the weight (p = 0.1) and
     another for the bias; here both share it.
 
+    Differentiable in x, base, experts, gates, deltas, the biases and all factors, once.
+    Deterministic but for the dropout. Never waits for the device.
+
     Args:
         x: [S, T, D]. fp16, bf16, fp32 (fp64: reference only).
         base: [O, D] of x's dtype, any strides.
         experts: [E, O, D]; None when `deltas` are given.
         gates: [S, E], fp32 or x's dtype; rows need not sum to one.
-        curvature, mask: as in `camex_deltas`.
+        curvature: as in `camex_deltas`.
+        mask: as in `camex_deltas`.
         deltas: [E, O, D] from `camex_deltas(base, experts, ...)`, in place of `experts` and
             `curvature`, which must then be None; `mask` is then that of the biases alone. Their
             gradient reaches base, experts and curvature through the call that made them.
@@ -165,11 +175,9 @@ def camex_linear(
         accumulated in fp32. Under autocast x, base and the deltas are cast; the deltas are made
         before that, in the parameters' dtype.
 
-    Differentiable in x, base, experts, gates, deltas, the biases and all factors, once.
-    Deterministic but for the dropout. Never waits for the device.
-
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or option.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or option.
         NotImplementedError: the explicit `impl` cannot run.
     """
     _check.floating("x", x, "S, T, D", (None, None, None))

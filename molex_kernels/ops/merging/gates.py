@@ -35,7 +35,8 @@ def segment_gates(gates: Tensor, *, first: str = "own", impl: str | None = None)
         [B, S, E]. Differentiable (also twice). Deterministic, no host synchronisation.
 
     Raises:
-        TypeError, ValueError: a bad argument, which the message names.
+        TypeError: an argument of a bad type or dtype, which the message names.
+        ValueError: an argument of a bad shape, device or value, which the message names.
         NotImplementedError: another `impl`.
     """
     _check.floating("gates", gates, "B, S, E", (None, None, None))
@@ -70,7 +71,8 @@ def noisy_topk_gates(
 
     Args:
         x: [S, D], one row per segment or sequence: the mean over its tokens.
-        w_gate: [D, E]. w_noise: [D, E] or None for no noise.
+        w_gate: [D, E].
+        w_noise: [D, E] or None for no noise.
         top_k: K, from 1 to E.
         training: whether to add noise.
         generator: of the noise; None is PyTorch's own.
@@ -81,7 +83,8 @@ def noisy_topk_gates(
         and w_noise; load is where it is an expectation. No host synchronisation.
 
     Raises:
-        TypeError, ValueError: a bad argument, which the message names.
+        TypeError: an argument of a bad type or dtype, which the message names.
+        ValueError: an argument of a bad shape, device or value, which the message names.
         NotImplementedError: another `impl`.
     """
     _check.floating("x", x, "S, D", (None, None))
@@ -119,7 +122,8 @@ def cv_squared_loss(
     published coefficient is 1e-2 on T5 and 1e-5 on GPT-2, with the gates before `segment_gates`.
 
     Args:
-        gates: [..., E], floating. load: [E] or None.
+        gates: [..., E], floating.
+        load: [E] or None.
         impl: None or "reference", the only implementation.
 
     Returns:
@@ -127,7 +131,8 @@ def cv_squared_loss(
         synchronisation.
 
     Raises:
-        TypeError, ValueError: a bad argument, which the message names.
+        TypeError: an argument of a bad type or dtype, which the message names.
+        ValueError: an argument of a bad shape, device or value, which the message names.
         NotImplementedError: another `impl`.
     """
     if not isinstance(gates, Tensor):
@@ -162,7 +167,8 @@ def propagate_base(
         Deterministic, no host synchronisation.
 
     Raises:
-        TypeError, ValueError: a bad argument, which the message names.
+        TypeError: an argument of a bad type or dtype, which the message names.
+        ValueError: an argument of a bad shape, device or value, which the message names.
         NotImplementedError: another `impl`.
     """
     if not isinstance(base, Tensor):

@@ -41,18 +41,25 @@ ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 
 class CAMExLinear(nn.Module):
-    """A linear layer merged anew for every sequence, or every causal segment of one (CAMEx,
-    arXiv 2502.18821): a noisy top-k gate on the mean of the tokens, then `camex_linear`.
+    """A linear layer merged anew for every sequence, or every causal segment of one.
+
+    CAMEx (arXiv 2502.18821): a noisy top-k gate on the mean of the tokens, then `camex_linear`.
 
     Parameters: `w_gate`, `w_noise` [D, E]; `base` [O, D], `experts` [E, O, D]; with bias
     `base_bias` [O], `bias` [E, O]; with a curvature `out1`, `out2`, `in1`, `in2` and, with bias,
     `bias_out1`, `bias_out2`, as in `KroneckerCurvature`.
 
+    Weights start as N(0, 0.02), biases as 0, w_noise as 0 (GPT-2 as published: unset), the
+    curvature as the identity.
+
     Args:
-        in_features: D. out_features: O. num_experts: E.
+        in_features: D.
+        out_features: O.
+        num_experts: E.
         rank: of the curvature; 0 is none (the Euclidean baseline).
-        mask: "ties" or None. expert_dropout: p in training, as in `camex_linear`; the published
-            T5 layer has 0.1 where there is no mask.
+        mask: "ties" or None.
+        expert_dropout: p in training, as in `camex_linear`; the published T5 layer has 0.1 where
+            there is no mask.
         top_k: experts with a gate above 0; None is all of them, as in the published scripts and,
             on GPT-2, wherever there is a mask. With less than half of them the published code
             merges the chosen experts without base and curvature; this one does not.
@@ -62,15 +69,14 @@ class CAMExLinear(nn.Module):
         first: the gate of a sequence's first segment, as in `segment_gates`.
         bias: whether there are biases. The published layers with a bias cannot run; this is what
             their code means.
-        alpha: the step size. scale: of the curvature at the start, "published" (Delta = r tau) or
+        alpha: the step size.
+        scale: of the curvature at the start, "published" (Delta = r tau) or
             "unit" (Delta = tau).
         loss_coef: of the balancing loss; published 1e-2 (T5), 1e-5 (GPT-2).
         own_base: False leaves out `base`, which forward then needs: the dynamic merging.
         impl: passed to the ops at each call.
-        device, dtype: of the parameters.
-
-    Weights start as N(0, 0.02), biases as 0, w_noise as 0 (GPT-2 as published: unset), the
-    curvature as the identity.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
     base: nn.Parameter | None
@@ -155,8 +161,15 @@ class CAMExLinear(nn.Module):
     ) -> CAMExLinear:
         """As published: every expert a copy of the pretrained layer, and the base of expert 0.
 
-        `linear` has a `weight` [O, D] (`transposed`: [D, O], as GPT-2's Conv1D) and maybe a `bias`.
-        `options` are those of the class; the biases, device and dtype are the layer's.
+        Args:
+            linear: has a `weight` [O, D] (`transposed`: [D, O], as GPT-2's Conv1D) and maybe a
+                `bias`.
+            num_experts: E.
+            transposed: whether the weight is [D, O].
+            options: those of the class; the biases, device and dtype are the layer's.
+
+        Returns:
+            The merged layer.
         """
         weight, bias = linear.weight, linear.bias
         weight = weight.mT if transposed else weight
@@ -177,14 +190,25 @@ class CAMExLinear(nn.Module):
         return module
 
     def curvature(self) -> KroneckerCurvature | None:
-        """The curvature, or None."""
+        """The curvature, as `camex_deltas` takes it.
+
+        Returns:
+            The parameters in a tuple, or None without a curvature.
+        """
         factors = [getattr(self, name) for name in KroneckerCurvature._fields]
         return None if factors[0] is None else KroneckerCurvature(*factors)
 
     def deltas(self, base: Tensor | None = None) -> Tensor:
         """`camex_deltas` of the parameters: to be made once and passed to forward while they stay.
 
-        `base` stands in for the module's own.
+        Args:
+            base: [O, D], stands in for the module's own.
+
+        Returns:
+            [E, O, D].
+
+        Raises:
+            ValueError: there is no base.
         """
         return camex_deltas(
             self._base(base),
@@ -197,12 +221,34 @@ class CAMExLinear(nn.Module):
     def next_base(
         self, gamma: float, *, base: Tensor | None = None, deltas: Tensor | None = None
     ) -> Tensor:
-        """The base for the next layer of the dynamic merging: `propagate_base`."""
+        """The base for the next layer of the dynamic merging: `propagate_base`.
+
+        Args:
+            gamma: the step size.
+            base: [O, D], stands in for the module's own.
+            deltas: what `deltas(base)` returned; None makes them.
+
+        Returns:
+            [O, D].
+
+        Raises:
+            ValueError: there is no base.
+        """
         deltas = self.deltas(base) if deltas is None else deltas
         return propagate_base(self._base(base), deltas, gamma)
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, L, D] -> (gates [B, S, E] of its segments, load [E]); S = 1 for whole sequences."""
+        """The gates of the segments of x; S = 1 for whole sequences.
+
+        Args:
+            x: [B, L, D].
+
+        Returns:
+            (gates [B, S, E], load [E]).
+
+        Raises:
+            ValueError: `segment` does not divide L.
+        """
         num_segments = self._num_segments(x)
         means = x.reshape(-1, x.shape[1] // num_segments, x.shape[2]).mean(1)
         gates, load = noisy_topk_gates(
@@ -213,12 +259,19 @@ class CAMExLinear(nn.Module):
     def forward(
         self, x: Tensor, *, base: Tensor | None = None, deltas: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x [B, L, D] -> (y [B, L, O], balancing loss).
+        """Applies the layer to every sequence, or segment, with a weight of its own.
 
-        `base` [O, D] stands in for the module's own; `deltas` are what `deltas(base)` returned.
-        The loss is `loss_coef` (CV^2 of the gates' sum + CV^2 of the load).
+        Args:
+            x: [B, L, D].
+            base: [O, D], stands in for the module's own.
+            deltas: what `deltas(base)` returned; None makes them.
 
-        Raises ValueError where `segment` does not divide L, and where there is no base.
+        Returns:
+            (y [B, L, O], the balancing loss), which is `loss_coef` (CV^2 of the gates' sum + CV^2
+            of the load).
+
+        Raises:
+            ValueError: `segment` does not divide L, or there is no base.
         """
         gates, load = self.gates(x)
         loss = self.loss_coef * cv_squared_loss(gates, load)
@@ -252,7 +305,13 @@ class CAMExLinear(nn.Module):
         bias `curve1_bias`, `curve2_bias`) [r, E, m, m]. The published forward is that with
         scale="published", which only matters for parameters that start anew.
 
-        Raises ValueError for a missing name, a name under two prefixes, or another shape.
+        Args:
+            state_dict: of the checkpoint.
+            prefix: what the layer's names start with.
+
+        Raises:
+            TypeError: a value that is no floating tensor.
+            ValueError: a missing name, a name under two prefixes, or another shape.
         """
         given = {
             key: value.view(-1) if key.endswith("res_bias") else value
@@ -298,13 +357,15 @@ class CAMExLinear(nn.Module):
 class CAMExMLP(nn.Module):
     """Two merged linear layers with an activation between: D -> I -> D.
 
-    Args:
-        d_model: D. d_hidden: I. num_experts: E.
-        activation: relu, gelu, gelu_tanh or silu.
-        options: as in `CAMExLinear`, for both layers.
-
     With own_base=False the layers of a model share one pair of bases, moved from layer to layer by
     `next_bases` (the paper's dynamic merging): forward then takes the pair.
+
+    Args:
+        d_model: D.
+        d_hidden: I.
+        num_experts: E.
+        activation: relu, gelu, gelu_tanh or silu.
+        options: as in `CAMExLinear`, for both layers.
     """
 
     def __init__(
@@ -323,7 +384,17 @@ class CAMExMLP(nn.Module):
         self.down = CAMExLinear(d_hidden, d_model, num_experts, **options)
 
     def deltas(self, bases: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """The deltas of both layers, for forward."""
+        """The deltas of both layers, for forward.
+
+        Args:
+            bases: stand in for the layers' own.
+
+        Returns:
+            ([E, I, D], [E, D, I]).
+
+        Raises:
+            ValueError: there is no base.
+        """
         up, down = (None, None) if bases is None else bases
         return self.up.deltas(up), self.down.deltas(down)
 
@@ -334,7 +405,19 @@ class CAMExMLP(nn.Module):
         bases: tuple[Tensor, Tensor] | None = None,
         deltas: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The pair of bases for the next layer."""
+        """The pair of bases for the next layer.
+
+        Args:
+            gamma: the step size.
+            bases: stand in for the layers' own.
+            deltas: what `deltas(bases)` returned; None makes them.
+
+        Returns:
+            ([I, D], [D, I]).
+
+        Raises:
+            ValueError: there is no base.
+        """
         base_up, base_down = (None, None) if bases is None else bases
         up, down = (None, None) if deltas is None else deltas
         return (
@@ -349,7 +432,19 @@ class CAMExMLP(nn.Module):
         bases: tuple[Tensor, Tensor] | None = None,
         deltas: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x [B, L, D] -> (y [B, L, D], the sum of both balancing losses)."""
+        """Applies both layers.
+
+        Args:
+            x: [B, L, D].
+            bases: stand in for the layers' own.
+            deltas: what `deltas(bases)` returned; None makes them.
+
+        Returns:
+            (y [B, L, D], the sum of both balancing losses).
+
+        Raises:
+            ValueError: `segment` does not divide L, or there is no base.
+        """
         base_up, base_down = (None, None) if bases is None else bases
         up, down = (None, None) if deltas is None else deltas
         hidden, up_loss = self.up(x, base=base_up, deltas=up)
@@ -361,8 +456,13 @@ class CAMExMLP(nn.Module):
     ) -> None:
         """Copies both layers from T5's names, or those given: ("c_fc", "c_proj") for GPT-2.
 
-        `state_dict` is that of one MLP: `wi.weight`, `wi.res_weight`, ...; other prefixes go into
-        `names`. Raises ValueError as `CAMExLinear.load_published` does.
+        Args:
+            state_dict: that of one MLP: `wi.weight`, `wi.res_weight`, ...
+            names: of the two layers; other prefixes go in here.
+
+        Raises:
+            TypeError: a value that is no floating tensor.
+            ValueError: as `CAMExLinear.load_published` does.
         """
         self.up.load_published(state_dict, names[0] + ".")
         self.down.load_published(state_dict, names[1] + ".")

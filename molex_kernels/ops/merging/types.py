@@ -20,12 +20,18 @@ class KroneckerCurvature(NamedTuple):
 
     with the rows of tau as [o1, o2] and its columns as [d1, d2], row-major. Trained freely: neither
     symmetric nor positive.
+
+    Attributes:
+        out1: [r, E, o1, o1].
+        out2: [r, E, o2, o2].
+        in1: [r, E, d1, d1].
+        in2: [r, E, d2, d2].
     """
 
-    out1: Tensor  # [r, E, o1, o1]
-    out2: Tensor  # [r, E, o2, o2]
-    in1: Tensor  # [r, E, d1, d1]
-    in2: Tensor  # [r, E, d2, d2]
+    out1: Tensor
+    out2: Tensor
+    in1: Tensor
+    in2: Tensor
 
     @classmethod
     def identity(
@@ -41,8 +47,22 @@ class KroneckerCurvature(NamedTuple):
     ) -> KroneckerCurvature:
         """Every factor the identity; o1 is the largest divisor of O up to its root, d1 that of D.
 
-        `scale="published"`: M tau = r tau at the start, as in the authors' code; `"unit"`: out1 is
-        divided by r, so that M tau = tau.
+        Args:
+            num_experts: E.
+            out_features: O.
+            in_features: D.
+            rank: r.
+            scale: "published": M tau = r tau at the start, as in the authors' code; "unit": out1 is
+                divided by r, so that M tau = tau.
+            device: of the factors.
+            dtype: of the factors.
+
+        Returns:
+            The curvature.
+
+        Raises:
+            TypeError: a size that is no int.
+            ValueError: a size below 1, or another scale.
         """
         _check.integer("num_experts", num_experts, 1)
         _check.integer("out_features", out_features, 1)

@@ -44,6 +44,10 @@ def momentum_update(
     differ by the sign of f, which the experts' last layer learns; it matters only for weights that
     were trained without momentum (`MomentumMoE` has `sign` for them).
 
+    Differentiable in x, f, the state, learned mu and gamma, and the norm's weight and bias, once;
+    nothing is detached except where the rule says so. For a fixed linear rule without norm the
+    backward pass keeps no tensor at all. Deterministic. Never waits for the device.
+
     Args:
         x: [..., D], the layer's input, D >= 1. fp16, bf16, fp32 (fp64: reference only).
         f: of x's shape, the experts' output. Of any of these dtypes, so that a residual stream in
@@ -62,12 +66,9 @@ def momentum_update(
         y of x's shape and dtype, and the new state, in fp32 if `state` is None. Parts of the state
         that need no arithmetic (`x_prev`, `f_prev`) are x and f themselves, not copies.
 
-    Differentiable in x, f, the state, learned mu and gamma, and the norm's weight and bias, once;
-    nothing is detached except where the rule says so. For a fixed linear rule without norm the
-    backward pass keeps no tensor at all. Deterministic. Never waits for the device.
-
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or length of the state.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or length of the state.
         NotImplementedError: the explicit `impl` cannot run.
     """
     _check_rule(rule)
@@ -110,15 +111,27 @@ def moe_mlp_momentum(
     learned gamma). `Mars` has a norm over the whole sample before its step, so there f is written
     and the two functions run one after the other.
 
+    Differentiable in everything floating but the seed, once. Under autocast, expert_input and the
+    experts' parameters are cast; x, the state and the norm keep their precision. Deterministic for
+    a given seed. Never waits for the device.
+
     Args:
         x: [..., D], the residual stream that the step is subtracted from. Leading dimensions are
             flattened to T tokens for the experts.
         expert_index: [..., K] int64 or int32.
         expert_weight: [..., K], fp32 or expert_input's dtype.
-        w_up, w_down, b_up, b_down, activation, gate_layout, plan: as in `moe_mlp`.
-        state, rule, norm: as in `momentum_update`.
+        w_up: as in `moe_mlp`.
+        w_down: as in `moe_mlp`.
+        state: as in `momentum_update`.
+        rule: as in `momentum_update`.
         expert_input: of x's shape, what the experts see; None is x. `rule.lookahead(x, state)` for
             `RobustMomentum`, the normalised x in a pre-LN block.
+        b_up: as in `moe_mlp`.
+        b_down: as in `moe_mlp`.
+        activation: as in `moe_mlp`.
+        gate_layout: as in `moe_mlp`.
+        plan: as in `moe_mlp`.
+        norm: as in `momentum_update`.
         dropout_p: probability that an element of f is dropped, in [0, 1); the others are divided by
             1 - dropout_p. 0 in evaluation.
         dropout_seed: int64 scalar on x's device; the same seed drops the same elements, whatever
@@ -129,12 +142,9 @@ def moe_mlp_momentum(
     Returns:
         y of x's shape and dtype, and the new state.
 
-    Differentiable in everything floating but the seed, once. Under autocast, expert_input and the
-    experts' parameters are cast; x, the state and the norm keep their precision. Deterministic for
-    a given seed. Never waits for the device.
-
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, device, range or option.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device, range or option.
         NotImplementedError: the explicit `impl` cannot run.
     """
     _check_rule(rule)

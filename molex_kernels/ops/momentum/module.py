@@ -23,7 +23,13 @@ LEARNED = ("mu", "gamma")
 
 
 class MomentumOutput(NamedTuple):
-    """What a layer returns: `state` goes to the next layer, `routing` to a balance loss."""
+    """What a layer returns: `state` goes to the next layer, `routing` to a balance loss.
+
+    Attributes:
+        y: [..., D].
+        state: of the rule.
+        routing: what the router returned, or was given.
+    """
 
     y: Tensor
     state: State
@@ -44,7 +50,10 @@ class MomentumMoE(nn.Module):
     before returned. `RobustMomentum` evaluates router and experts at its look-ahead point.
 
     Args:
-        d_model: D. d_hidden: the experts' width. num_experts: E. top_k: K.
+        d_model: D.
+        d_hidden: the experts' width.
+        num_experts: E.
+        top_k: K.
         rule: shared or one per layer. An `nn.Parameter` in it (mu, gamma) becomes a parameter of
             this module, and of every other one that is given the same rule.
         wiring: "published" or "pre_ln".
@@ -55,7 +64,8 @@ class MomentumMoE(nn.Module):
         sign: 1 subtracts the step, as published. -1 adds it, which is what weights expect that were
             trained without momentum, where the experts' output is added.
         impl: passed to the functions at each call.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
     def __init__(
@@ -107,10 +117,16 @@ class MomentumMoE(nn.Module):
     def forward(
         self, x: Tensor, state: State | None = None, *, routing: Sequence[Tensor] | None = None
     ) -> MomentumOutput:
-        """x [..., D] -> (y [..., D], state, routing).
+        """Runs one layer.
 
-        `routing`, a `Routing` or (expert_index, expert_weight) of T rows, takes the place of the
-        module's own router.
+        Args:
+            x: [..., D].
+            state: what the layer before returned; None in the first layer.
+            routing: a `Routing` or (expert_index, expert_weight) of T rows, takes the place of the
+                module's own router.
+
+        Returns:
+            (y [..., D], state, routing).
         """
         rule = self._current_rule()
         published = self.wiring == "published"
@@ -148,7 +164,13 @@ class MomentumMoE(nn.Module):
 
         `gate.gate.*`, `experts.htoh4.*`, `experts.h4toh.*` (all FastMoE's), `layer_norm.*` and, in
         the published wiring, `norm2.*`. Its attention and first norm are not part of this module.
-        Raises ValueError for a missing name, a name under two prefixes, or another shape.
+
+        Args:
+            state_dict: of the checkpoint.
+
+        Raises:
+            TypeError: a value that is no floating tensor.
+            ValueError: a missing name, a name under two prefixes, or another shape.
         """
         names = {f"experts.{own}": f"experts.{name}" for own, name in EXPERTS.items()}
         for part in ("weight", "bias"):

@@ -49,7 +49,14 @@ class Rule:
     states: ClassVar[tuple[str, ...]]
 
     def coefficients(self, step: int) -> Coefficients:
-        """The numbers of update `step` (from 1); a learned one stands at 1."""
+        """The numbers of an update; a learned one stands at 1.
+
+        Args:
+            step: the number of the update, from 1.
+
+        Returns:
+            The coefficients of the rule's formula.
+        """
         raise NotImplementedError
 
     @property
@@ -63,7 +70,15 @@ class Rule:
         return _tensor(getattr(self, "gamma", None))
 
     def lookahead(self, x: Tensor, state: Any) -> Tensor:
-        """The point at which to evaluate the experts: x itself for all rules but RobustMomentum."""
+        """The point at which to evaluate the experts: x itself for all rules but RobustMomentum.
+
+        Args:
+            x: [..., D], the layer's input.
+            state: of the rule, or None in the first layer.
+
+        Returns:
+            Like x.
+        """
         del state
         return x
 
@@ -72,7 +87,10 @@ class Rule:
 class HeavyBall(Rule):
     """m' = mu m + gamma f;  y = x - m'.  State (m,).
 
-    -1 < mu < 1 (the scripts of MomentumSMoE use 0.7; negative momentum is allowed), gamma finite.
+    Attributes:
+        mu: the momentum, -1 < mu < 1 (the scripts of MomentumSMoE use 0.7; negative momentum is
+            allowed), or a tensor of one element, which is learned.
+        gamma: the step size, finite, or a tensor of one element.
     """
 
     mu: Number
@@ -90,21 +108,32 @@ class HeavyBall(Rule):
 
 @dataclass(frozen=True)
 class Nesterov(HeavyBall):
-    """m' = mu m + gamma f;  y = x - (mu m' + gamma f).  State (m,).  Ranges as HeavyBall."""
+    """m' = mu m + gamma f;  y = x - (mu m' + gamma f).  State (m,).
+
+    Attributes:
+        mu: as in `HeavyBall`.
+        gamma: as in `HeavyBall`.
+    """
 
     kind: ClassVar[str] = "nesterov"
 
 
 @dataclass(frozen=True)
 class Adam(Rule):
-    """p' = beta1 p + (1 - beta1) f;  v' = beta2 v + (1 - beta2) f^2;
-    y = (1 - decay) x - gamma p' / sqrt(v' + eps).  State (p, v), without bias correction.
+    """Adam over the outputs of layers, without bias correction.
 
-    eps stands inside the root, as in the published code. `decay=1` is the published layer: there
-    the input cancels. 0 <= beta < 1, eps > 0, decay >= 0.
+    p' = beta1 p + (1 - beta1) f;  v' = beta2 v + (1 - beta2) f^2;
+    y = (1 - decay) x - gamma p' / sqrt(v' + eps).  State (p, v).
 
     AdamSMoE runs Adam in its first layer and heavy ball in the others; `heavy_ball_state` carries
     over.
+
+    Attributes:
+        gamma: the step size, finite, or a tensor of one element, which is learned.
+        beta1: of the first moment, 0 <= beta1 < 1.
+        beta2: of the second moment, 0 <= beta2 < 1.
+        eps: above 0; it stands inside the root, as in the published code.
+        decay: at least 0; `decay=1` is the published layer: there the input cancels.
     """
 
     gamma: Number = 1.0
@@ -125,22 +154,34 @@ class Adam(Rule):
         """(gamma f,) from the state after the first layer, where p' = (1 - beta1) f.
 
         The published code updates m beside p and v there, and goes on with it in the next layers.
+
+        Args:
+            state: after the first layer.
+            gamma: of the heavy ball.
+
+        Returns:
+            A state of `HeavyBall`.
         """
         return (state[0] * (gamma / (1 - self.beta1)),)
 
 
 @dataclass(frozen=True)
 class RobustMomentum(Rule):
-    """The robust momentum method (Cyrus et al., arXiv 1710.04753) for gradients of `smoothness` L
-    and `convexity` m_c, with kappa = L / m_c:
+    """The robust momentum method (Cyrus et al., arXiv 1710.04753).
+
+    For gradients of `smoothness` L and `convexity` m_c, with kappa = L / m_c:
 
     m' = mu m + gamma f(x + alpha (x - x_prev));  y = x - m'.  State (m, x_prev), x_prev' = x.
     mu = kappa rho^3 / (kappa - 1);  gamma = kappa (1 - rho)^2 (1 + rho) / L;
     alpha = rho^3 / ((kappa - 1) (1 - rho)^2 (1 + rho)).
 
-    0 < convexity < smoothness and 1 - 1/sqrt(kappa) <= rho < 1: the smaller, the faster; the
-    larger, the more robust. `lookahead(x, state)` gives the point at which to evaluate the experts;
-    in the first layer (state None) that is x. x_prev has the dtype of x.
+    `lookahead(x, state)` gives the point at which to evaluate the experts; in the first layer
+    (state None) that is x. x_prev has the dtype of x.
+
+    Attributes:
+        smoothness: L, above `convexity`.
+        convexity: m_c, above 0.
+        rho: 1 - 1/sqrt(kappa) <= rho < 1: the smaller, the faster; the larger, the more robust.
     """
 
     smoothness: float
@@ -179,7 +220,15 @@ class RobustMomentum(Rule):
         return Coefficients(mu=self.mu, gamma=self.gamma)
 
     def lookahead(self, x: Tensor, state: Any) -> Tensor:
-        """x + alpha (x - x_prev), differentiable in both."""
+        """x + alpha (x - x_prev), differentiable in both.
+
+        Args:
+            x: [..., D], the layer's input.
+            state: of the rule, or None in the first layer, where x itself is the point.
+
+        Returns:
+            Like x.
+        """
         if state is None:
             return x
         return torch.lerp(state[1].to(x.dtype), x, 1 + self.alpha)
@@ -187,17 +236,30 @@ class RobustMomentum(Rule):
 
 @dataclass(frozen=True)
 class AdEMAMix(Rule):
-    """With the number t of this update, from 1 (Pagliardini et al., arXiv 2409.03137):
+    """Adam with a second, slower average (Pagliardini et al., arXiv 2409.03137).
+
+    With the number t of this update, from 1:
 
     m1' = beta1 m1 + (1 - beta1) f;  v' = beta2 v + (1 - beta2) f^2;
     m2' = beta3(t) m2 + (1 - beta3(t)) f;
     y = (1 - decay) x
         - gamma (m1' / (1 - beta1^t) + alpha(t) m2') / (sqrt(v' / (1 - beta2^t)) + eps).
 
-    State (m1, v, m2, step): the last is an int, the number of updates done. With `alpha_warmup`=W,
-    alpha(t) = alpha min(t / W, 1). With `beta3_warmup`=W, beta3(t) = min(beta3, exp(log beta1 log
-    beta3 / ((1 - t/W) log beta3 + t/W log beta1))), which makes the half-life grow linearly. The
-    slope of the root is taken as 0 where v' = 0.
+    State (m1, v, m2, step): the last is an int, the number of updates done. The slope of the root
+    is taken as 0 where v' = 0.
+
+    Attributes:
+        gamma: as in `Adam`.
+        beta1: as in `Adam`.
+        beta2: as in `Adam`.
+        beta3: of the slower average, 0 <= beta3 < 1.
+        alpha: the weight of the slower average, at least 0.
+        eps: above 0, outside the root.
+        decay: at least 0.
+        alpha_warmup: W, with which alpha(t) = alpha min(t / W, 1); None is no warm-up.
+        beta3_warmup: W, with which beta3(t) = min(beta3, exp(log beta1 log beta3 / ((1 - t/W) log
+            beta3 + t/W log beta1))), which makes the half-life grow linearly; it needs 0 < beta1 <=
+            beta3. None is no warm-up.
     """
 
     gamma: Number = 1.0
@@ -243,9 +305,12 @@ class AdEMAMix(Rule):
 
 @dataclass(frozen=True)
 class Signum(Rule):
-    """v' = beta v + (1 - beta) sign(f);  y = x - v'.  State (v,), 0 <= beta < 1.
+    """v' = beta v + (1 - beta) sign(f);  y = x - v'.  State (v,).
 
     The sign has no slope: neither the experts nor the router get a gradient through it.
+
+    Attributes:
+        beta: of the average, 0 <= beta < 1.
     """
 
     beta: float
@@ -261,7 +326,7 @@ class Signum(Rule):
 
 @dataclass(frozen=True)
 class Mars(Rule):
-    """Adam on a variance-reduced gradient (MARS, arXiv 2411.10438), as published for expert layers:
+    """Adam on a variance-reduced gradient (MARS, arXiv 2411.10438), as published for expert layers.
 
     c = f + correction beta1 / (1 - beta1) (f - f_prev);  c^ = c / max(1, ||c||_F);
     p' = beta1 p + (1 - beta1) c^;  v' = beta2 v + (1 - beta2) c^^2;
@@ -272,6 +337,14 @@ class Mars(Rule):
     itself would have c = f there. The published code writes both f and its step with the opposite
     sign, which is the same update. The correction and the norm run in PyTorch, the rest in a
     kernel.
+
+    Attributes:
+        gamma: as in `Adam`.
+        beta1: as in `Adam`.
+        beta2: as in `Adam`.
+        eps: above 0, inside the root.
+        decay: at least 0.
+        correction: the weight of the variance reduction, at least 0.
     """
 
     gamma: Number = 1.0
@@ -291,7 +364,15 @@ class Mars(Rule):
         return _adam(self)
 
     def corrected(self, f: Tensor, f_prev: Tensor | None) -> Tensor:
-        """c^, in at least fp32."""
+        """The clipped c^ of the equations, in at least fp32.
+
+        Args:
+            f: the experts' output.
+            f_prev: that of the layer before; None is 0.
+
+        Returns:
+            Like f.
+        """
         wide = f.to(torch.promote_types(f.dtype, torch.float32))
         weight = self.correction * self.beta1 / (1 - self.beta1)
         c = (1 + weight) * wide

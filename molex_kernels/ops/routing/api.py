@@ -62,7 +62,8 @@ def topk_route(
         with impl="reference" alone. Deterministic, no host synchronisation.
 
     Raises:
-        TypeError, ValueError: a bad argument, which the message names.
+        TypeError: an argument of a bad type or dtype, which the message names.
+        ValueError: an argument of a bad shape, device or value, which the message names.
         NotImplementedError: an explicit `impl` that cannot run, with every reason.
     """
     _check_router(x, gate_weight, gate_bias, top_k)
@@ -120,7 +121,12 @@ def ac_weights(
         x: tokens [T, D].
         cluster: [T] int64 or int32; tokens with an id outside [0, C) take no part.
         num_clusters: C, at least 1.
-        recipe, stat, eps (above 0), clip (above 0), norm: above; None means the recipe's.
+        recipe: "lm", "swin" or "softmoe", as above.
+        stat: "mad", "variance" or "pairwise", as above; None means the recipe's.
+        eps: above 0; None means the recipe's.
+        clip: above 0; None means the recipe's.
+        norm: "feature_post", "global_pre", "global_post" or "none", as above; None means the
+            recipe's.
         empty: "mask" or "published".
         impl: None, "triton" (C <= 1024), "cpu" or "reference".
 
@@ -129,7 +135,8 @@ def ac_weights(
         synchronisation; pairwise takes O(T log T) time per feature and O(T D) memory.
 
     Raises:
-        TypeError, ValueError: a bad argument, which the message names.
+        TypeError: an argument of a bad type or dtype, which the message names.
+        ValueError: an argument of a bad shape, device or value, which the message names.
         NotImplementedError: an explicit `impl` that cannot run, with every reason.
     """
     _check.floating("x", x, "T, D", (None, None))
@@ -187,7 +194,12 @@ def ac_route(
         cosine: normalise the gate's rows, with norms of at least 1e-4; differentiable.
         mix: mix the weights of all K' previous experts.
         stats_from: [T, D], of x's dtype or fp32: tokens for the statistics in place of x.
-        recipe, stat, eps, clip, norm, empty: as in `ac_weights`.
+        recipe: as in `ac_weights`.
+        stat: as in `ac_weights`.
+        eps: as in `ac_weights`.
+        clip: as in `ac_weights`.
+        norm: as in `ac_weights`.
+        empty: as in `ac_weights`.
         process_group: sums the statistics over the ranks of this `torch.distributed` group, so that
             all route by the clusters of all their tokens; every rank must call. Not for "pairwise",
             and outside what `torch.compile` traces.
@@ -199,7 +211,8 @@ def ac_route(
         alone. Deterministic, no host synchronisation.
 
     Raises:
-        TypeError, ValueError: a bad argument, which the message names.
+        TypeError: an argument of a bad type or dtype, which the message names.
+        ValueError: an argument of a bad shape, device or value, which the message names.
         NotImplementedError: an explicit `impl` that cannot run, or "pairwise" over a group.
     """
     _check_router(x, gate_weight, gate_bias, top_k)
@@ -255,7 +268,8 @@ def route_plan(expert_index: Tensor, num_experts: int, *, impl: str | None = Non
         Not differentiable. Deterministic, no host synchronisation.
 
     Raises:
-        TypeError, ValueError: a bad argument, which the message names.
+        TypeError: an argument of a bad type or dtype, which the message names.
+        ValueError: an argument of a bad shape, device or value, which the message names.
         NotImplementedError: an explicit `impl` that cannot run, with every reason.
     """
     _check.index("expert_index", expert_index, "T, K", (None, None))

@@ -37,7 +37,8 @@ def load_balance_loss(
         impl="reference"); f is constant. Deterministic, no host synchronisation.
 
     Raises:
-        TypeError, ValueError: a bad argument, which the message names.
+        TypeError: an argument of a bad type or dtype, which the message names.
+        ValueError: an argument of a bad shape, device or value, which the message names.
         NotImplementedError: the explicit `impl` cannot run.
     """
     if not isinstance(routing, Routing):
@@ -65,7 +66,8 @@ def router_z_loss(logits: Tensor, *, impl: str | None = None) -> Tensor:
         impl="reference"). Deterministic, no host synchronisation.
 
     Raises:
-        TypeError, ValueError: a bad argument, which the message names.
+        TypeError: an argument of a bad type or dtype, which the message names.
+        ValueError: an argument of a bad shape, device or value, which the message names.
         NotImplementedError: the explicit `impl` cannot run.
     """
     _check.floating("logits", logits, "T, E", (None, None))

@@ -56,8 +56,14 @@ class _Gate(nn.Module):
         """Copies the gate from the published names, alone or under any prefix.
 
         They are FastMoE's `gate.weight` [E, D] and `gate.bias` [E]; of a cosine gate,
-        `expert_embeddings` [E, D]. Raises ValueError for a missing name, a name under two
-        prefixes, or another shape.
+        `expert_embeddings` [E, D].
+
+        Args:
+            state_dict: of the checkpoint.
+
+        Raises:
+            TypeError: a value that is no floating tensor.
+            ValueError: a missing name, a name under two prefixes, or another shape.
         """
         _published.load(self, state_dict, self._published_names())
 
@@ -71,11 +77,14 @@ class TopKRouter(_Gate):
     """A linear gate and `topk_route`.
 
     Args:
-        d_model: D. num_experts: E. top_k: K.
+        d_model: D.
+        num_experts: E.
+        top_k: K.
         bias: whether the gate has a bias (FastMoE's has; default without, as in Mixtral).
         score: as in `topk_route`.
         impl: passed to `topk_route` at each call.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
     def __init__(
@@ -95,7 +104,15 @@ class TopKRouter(_Gate):
         self.reset_parameters()
 
     def forward(self, x: Tensor, *, expert_bias: Tensor | None = None) -> Routing:
-        """x [..., D], flattened to T tokens -> Routing."""
+        """Routes each token.
+
+        Args:
+            x: [..., D], flattened to T tokens.
+            expert_bias: as in `topk_route`.
+
+        Returns:
+            The routing of T tokens.
+        """
         return topk_route(
             x.flatten(0, -2),
             self.weight,
@@ -114,15 +131,25 @@ class ACRouter(_Gate):
     layer without a previous routing routes plainly.
 
     Args:
-        d_model: D. num_experts: E. top_k: K.
+        d_model: D.
+        num_experts: E.
+        top_k: K.
         bias: whether the gate has a bias; not with `cosine`.
         cosine: normalise the gate's rows, as the published code does by default. Its rows start
             orthogonal with norm 1.5. The published code rescales them to that norm in place at each
             forward pass; since the forward pass divides by the norm anyway, that changes only the
             gradient's scale. `renormalize_`, called after each optimiser step, reproduces it.
-        mix, recipe, stat, eps, clip, norm, empty, process_group: as in `ac_route`.
+        mix: as in `ac_route`.
+        recipe: as in `ac_route`.
+        stat: as in `ac_route`.
+        eps: as in `ac_route`.
+        clip: as in `ac_route`.
+        norm: as in `ac_route`.
+        empty: as in `ac_route`.
+        process_group: as in `ac_route`.
         impl: passed to `ac_route` at each call.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
     def __init__(
@@ -172,9 +199,15 @@ class ACRouter(_Gate):
     def forward(
         self, x: Tensor, prev: Routing | None = None, *, stats_from: Tensor | None = None
     ) -> Routing:
-        """x [..., D], flattened to T tokens, and the previous MoE layer's Routing -> Routing.
+        """Routes each token, by the clusters that the previous MoE layer's routing makes.
 
-        `stats_from` [..., D]: tokens for the statistics in place of x.
+        Args:
+            x: [..., D], flattened to T tokens.
+            prev: the previous MoE layer's routing; None routes plainly.
+            stats_from: [..., D], tokens for the statistics in place of x.
+
+        Returns:
+            The routing of T tokens.
         """
         tokens = x.flatten(0, -2)
         if prev is None:

@@ -11,11 +11,16 @@ class Routing(NamedTuple):
     """A router's decision for T tokens: K of E experts each, best first.
 
     `expert_weight` and `logits` are fp32 (fp64 for fp64 input) and carry gradients.
+
+    Attributes:
+        expert_index: [T, K] int64: distinct experts of each token, best first.
+        expert_weight: [T, K]: the score of each chosen expert.
+        logits: [T, E]: the router's output before selection.
     """
 
-    expert_index: Tensor  # [T, K] int64: distinct experts of each token, best first
-    expert_weight: Tensor  # [T, K]: the score of each chosen expert
-    logits: Tensor  # [T, E]: the router's output before selection
+    expert_index: Tensor
+    expert_weight: Tensor
+    logits: Tensor
 
 
 class RoutePlan(NamedTuple):
@@ -23,9 +28,15 @@ class RoutePlan(NamedTuple):
 
     An id outside [0, E) means "not here": such assignments come last, in their own order, at rows
     `offsets[-1]` and after.
+
+    Attributes:
+        counts: [E] int32: assignments to each expert.
+        offsets: [E] int32: ends of the experts' rows (inclusive cumulative sum of counts).
+        permutation: [T*K] int64: row in expert order -> assignment t * K + k; stable.
+        inverse: [T*K] int64: assignment -> row in expert order.
     """
 
-    counts: Tensor  # [E] int32: assignments to each expert
-    offsets: Tensor  # [E] int32: ends of the experts' rows (inclusive cumulative sum of counts)
-    permutation: Tensor  # [T*K] int64: row in expert order -> assignment t * K + k; stable
-    inverse: Tensor  # [T*K] int64: assignment -> row in expert order
+    counts: Tensor
+    offsets: Tensor
+    permutation: Tensor
+    inverse: Tensor

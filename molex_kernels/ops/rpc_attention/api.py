@@ -55,15 +55,22 @@ def rpc_attention(
     whole model (`mu_width` = H * d) and not of one head. With S empty the first iteration is plain
     symmetric attention A(k, k, v), the second is A(L, L, v) of that.
 
+    Products take operands in k's dtype and accumulate in fp32; everything else is fp32. Under
+    autocast k, v and q are cast. Differentiable in k, v, q and a tensor T, once; to k also through
+    mu. At |a| = T the gradient is that of |a| > T, as published. Deterministic for a given seed.
+    Never waits for the device. A head whose norm is below 1e-20 takes that for its norm.
+
     Args:
-        k, v: [B, H, N, d] of one dtype. fp16, bf16, fp32 (fp64: reference only). NaN in k or v is
-            NaN in every row that sees it and, through mu, in the whole head.
+        k: [B, H, N, d]. fp16, bf16, fp32 (fp64: reference only). NaN in k or v is NaN in every row
+            that sees it and, through mu, in the whole head.
+        v: like k, of its dtype.
         num_iters: at least 1.
         lam: at least 0; not used where `threshold` gives T.
         threshold: "lam_times_mu" (published), "lam_over_mu", or T itself: a number, or a tensor
             [B, H] or, for each token its own, [B, H, N], in k's dtype or fp32, at least 0
             (infinity keeps S empty).
-        mu_width, mu_divisor: as above; None is H * d, as published.
+        mu_width: as above; None is H * d, as published.
+        mu_divisor: as above.
         q: [B, H, N, d], attends in place of C: L = A(q, C, v). This project's, not the authors'.
         causal: True masks later tokens in every iteration, while mu still sees the whole segment.
             "prefix" also takes N and the norm over the tokens up to each row, which makes T one per
@@ -83,13 +90,9 @@ def rpc_attention(
     Returns:
         [B, H, N, d] in k's dtype; with `return_sparse` also S [B, H, N, d] in fp32.
 
-    Products take operands in k's dtype and accumulate in fp32; everything else is fp32. Under
-    autocast k, v and q are cast. Differentiable in k, v, q and a tensor T, once; to k also through
-    mu. At |a| = T the gradient is that of |a| > T, as published. Deterministic for a given seed.
-    Never waits for the device. A head whose norm is below 1e-20 takes that for its norm.
-
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, device, range or option.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device, range or option.
         NotImplementedError: the explicit `impl` cannot run, such as a kernel with d > 128.
     """
     _check_heads("k", k)
@@ -144,8 +147,13 @@ def scaled_attention(
     As in the code of RPC-Attention (arXiv 2406.13762), which writes I as a tensor of B x H x N x N;
     here it is never made.
 
+    Differentiable in everything. Under autocast all are cast. Deterministic where PyTorch's
+    `scaled_dot_product_attention` is. Never waits for the device.
+
     Args:
-        q, k, v: [B, H, N, d] of one dtype. fp16, bf16, fp32 (fp64: reference only).
+        q: [B, H, N, d]. fp16, bf16, fp32 (fp64: reference only).
+        k: like q, of its dtype.
+        v: like q, of its dtype.
         s: [] or [1], or [H, N, N]; of q's dtype or fp32.
         scale: of the scores; None is 1 / sqrt(d).
         impl: "sdpa" (PyTorch's fused attention and, for a matrix, one product) or "reference";
@@ -154,11 +162,9 @@ def scaled_attention(
     Returns:
         [B, H, N, d] in q's dtype.
 
-    Differentiable in everything. Under autocast all are cast. Deterministic where PyTorch's
-    `scaled_dot_product_attention` is. Never waits for the device.
-
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or range.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or range.
         NotImplementedError: the explicit `impl` cannot run.
     """
     _check_heads("q", q)

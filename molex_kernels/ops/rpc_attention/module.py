@@ -60,7 +60,12 @@ class _Attention(nn.Module):
     def load_published(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copies `qkv.*` and `proj.*` from one layer's names, alone or under a prefix of its own.
 
-        Raises ValueError for a missing name, a name under two prefixes, or another shape.
+        Args:
+            state_dict: of the checkpoint.
+
+        Raises:
+            TypeError: a value that is no floating tensor.
+            ValueError: a missing name, a name under two prefixes, or another shape.
         """
         names = {name: name for name, _ in self.named_parameters()}
         _published.load(self, state_dict, names)
@@ -78,7 +83,8 @@ class RPCAttention(_Attention):
     `integrations.timm.install_rpc_attention` puts it into a model with the model's own weights.
 
     Args:
-        dim: C. num_heads: H, a divisor of C. Where d = C / H is above 128, the reference runs.
+        dim: C.
+        num_heads: H, a divisor of C. Where d = C / H is above 128, the reference runs.
         num_iters: 1 or more; the published models have 4, 5 or 6 in their first layer alone, or 2
             in every layer.
         lam: the threshold's factor; 4 in the published runs. 0 takes everything for sparse.
@@ -86,10 +92,16 @@ class RPCAttention(_Attention):
             one iteration with S empty.
         projection: "kv" has k and v alone, as published: `qkv` has 2 C rows, k's first. "qkv" has q
             as well and gives it to `rpc_attention`.
-        qkv_bias: whether `qkv` has a bias. attn_drop, proj_drop: probabilities, in training.
-        threshold, mu_width, mu_divisor, causal: as in `rpc_attention`.
+        qkv_bias: whether `qkv` has a bias.
+        attn_drop: probability that an element of the softmax is dropped, in training.
+        proj_drop: probability that an element of the output is dropped, in training.
+        threshold: as in `rpc_attention`.
+        mu_width: as in `rpc_attention`.
+        mu_divisor: as in `rpc_attention`.
+        causal: as in `rpc_attention`.
         impl: passed to `rpc_attention` at each call.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
     def __init__(
@@ -136,10 +148,19 @@ class RPCAttention(_Attention):
         *,
         key_mask: Tensor | None = None,
     ) -> Tensor:
-        """x [B, N, C], key_mask [B, N] bool or None -> [B, N, C].
+        """Attends within each sequence.
 
-        `attn_mask` and `is_causal` are what timm's blocks hand on: a mask of scores is refused
-        (ValueError), and `is_causal=True` makes this call causal.
+        Args:
+            x: [B, N, C].
+            attn_mask: what timm's blocks hand on; a mask of scores is refused.
+            is_causal: what timm's blocks hand on; True makes this call causal.
+            key_mask: [B, N] bool or None, as in `rpc_attention`.
+
+        Returns:
+            [B, N, C].
+
+        Raises:
+            ValueError: there is an `attn_mask`.
         """
         _no_mask(attn_mask, "key_mask [B, N] tells which tokens there are")
         *q, k, v = self._heads(x)
@@ -175,11 +196,16 @@ class ScaledAttention(_Attention):
     """Scaled attention (`scaled_attention`) between two linear layers: [B, N, C] -> [B, N, C].
 
     Args:
-        dim: C. num_heads: H, a divisor of C.
+        dim: C.
+        num_heads: H, a divisor of C.
         num_tokens: N, for kind="matrix": each input has to have this many tokens.
         kind: "scalar", one learned number, or "matrix", a learned [H, N, N]; both start at 0, which
             is ordinary attention.
-        qkv_bias, proj_drop, impl, device, dtype: as in `RPCAttention`.
+        qkv_bias: as in `RPCAttention`.
+        proj_drop: as in `RPCAttention`.
+        impl: as in `RPCAttention`.
+        device: as in `RPCAttention`.
+        dtype: as in `RPCAttention`.
     """
 
     def __init__(
@@ -209,7 +235,19 @@ class ScaledAttention(_Attention):
         nn.init.zeros_(self.s)
 
     def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-        """[B, N, C] -> [B, N, C]. timm's blocks hand on two more arguments, which have no use."""
+        """Attends within each sequence.
+
+        Args:
+            x: [B, N, C].
+            attn_mask: what timm's blocks hand on; a mask of scores is refused.
+            is_causal: what timm's blocks hand on; True is refused.
+
+        Returns:
+            [B, N, C].
+
+        Raises:
+            ValueError: there is an `attn_mask`, or `is_causal` is True.
+        """
         _no_mask(attn_mask, "scaled attention has no mask")
         if is_causal:
             raise ValueError("is_causal: expected False, scaled attention has no mask; got True")
