@@ -25,7 +25,7 @@ PARALLEL = $(shell $(PY) -c "import xdist; print('-n $(JOBS)')" 2>/dev/null)
 
 .PHONY: bench bench-compare test aot-facts emulate gpu gpu-build gpu-test gpu-bench gpu-sanitize gpu-pack \
 	sanitize rehearse rehearse-tree rehearse-build rehearse-kernels rehearse-tests \
-	build ready env lint format clean
+	build ready env lint style types format dev clean
 
 bench: $(READY)
 	$(PY) -m benchmarks --preset quick
@@ -146,15 +146,27 @@ rehearse-tests: rehearse-build
 env: $(READY)
 	$(PY) -m molex_kernels.env
 
-lint: $(READY)
-	@$(PY) -c "import ruff, mypy" 2>/dev/null || $(PY) -m pip install -q -e ".[dev]" --no-build-isolation
+CLANG_FORMAT = $(PY) -c "from clang_format import clang_format; clang_format()"
+CPP_FILES    = $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+lint: style types
+
+style: dev
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(CLANG_FORMAT) --dry-run --Werror $(CPP_FILES)
+
+types: dev
 	$(PY) -m mypy
 
-format: $(READY)
+format: dev
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
+	$(CLANG_FORMAT) -i $(CPP_FILES)
+
+dev: $(READY)
+	@$(PY) -c "import ruff, mypy, clang_format" 2>/dev/null || \
+		$(PY) -m pip install -q -e ".[dev]" --no-build-isolation
 
 # What tests and benchmarks need: the environment, and the extension.
 ready: $(READY)
