@@ -80,7 +80,9 @@ class _Operator:
 
     def run(self, *arguments: Any) -> Any:
         """Computes it on a device for which no kernel is registered, or with the one named."""
-        *arguments, impl = arguments if len(arguments) > len(self.arguments) else (*arguments, "")
+        count = len(self.arguments)
+        impl = arguments[count] if len(arguments) > count else ""
+        arguments = arguments[:count]
         device = _device(arguments)
         name = impl or self._own(device)
         if name in self.native:
@@ -114,7 +116,7 @@ class _Operator:
     def _is_native(self, name: str) -> bool:
         return f"{name}:{self.name}" in _extension.EXPECTED and _extension.why_not(name) is None
 
-    def _reference(self, arguments: list[Any], device: torch.device) -> Any:
+    def _reference(self, arguments: Values, device: torch.device) -> Any:
         keeps = [
             a for n, a in zip(self.arguments, arguments, strict=True) if n.startswith("keeps_")
         ]

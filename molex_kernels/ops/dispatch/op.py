@@ -16,6 +16,10 @@ _WEIGHTS = "Tensor w_up, Tensor w_down, Tensor? b_up, Tensor? b_down"
 _ACTIVATION = "str activation, str layout"
 
 
+def _weights(a: Any) -> tuple[Any, ...]:
+    return a.w_up, a.w_down, a.b_up, a.b_down, a.activation, a.layout
+
+
 def _expert_of_row(a: Any) -> Tensor:
     rows = torch.arange(a.permutation.shape[0], device=a.permutation.device)
     return torch.searchsorted(a.offsets.long(), rows, right=True)
@@ -24,16 +28,15 @@ def _expert_of_row(a: Any) -> Tensor:
 def _moe_mlp(a: Any) -> Tensor:
     index = torch.empty_like(a.permutation)
     index[a.permutation] = _expert_of_row(a)
-    return reference.moe_mlp(
-        a.x, index.view(a.expert_weight.shape), a.expert_weight, *a[5:9], a.activation, a.layout
-    )
+    chosen = (index.view(a.expert_weight.shape), a.expert_weight)
+    return reference.moe_mlp(a.x, *chosen, *_weights(a))
 
 
 def _moe_experts(a: Any) -> Tensor:
     index = _expert_of_row(a)[:, None]
     weight = a.x.new_ones(index.shape)
     tokens = a.x[a.permutation // a.top_k]
-    return reference.moe_mlp(tokens, index, weight, *a[3:7], a.activation, a.layout)
+    return reference.moe_mlp(tokens, index, weight, *_weights(a))
 
 
 def _pre_activation(a: Any) -> Tensor:

@@ -51,7 +51,8 @@ class _Mix(_operators.Pass):
         if found is None:
             return None
         doutputs, dcoeff, dnorm = found
-        return doutputs, dcoeff, doutputs, *(dnorm if needs[2] else (None, None))
+        dweight, dbias = (None, None) if dnorm is None or not needs[2] else dnorm.unbind(0)
+        return doutputs, dcoeff, doutputs, dweight, dbias
 
 
 vote = _operators.Pass(
@@ -90,5 +91,7 @@ mix = _Mix(
         "norm": lambda a: a.coeff.new_empty(2, a.outputs.shape[2], dtype=torch.float32),
     },
     triton=_TRITON,
-    reference=lambda a: reference.mix(*a[:3], None if a.eps is None else (a.weight, a.bias, a.eps)),
+    reference=lambda a: reference.mix(
+        a.outputs, a.coeff, a.residual, None if a.eps is None else (a.weight, a.bias, a.eps)
+    ),
 )

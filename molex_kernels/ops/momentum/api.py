@@ -158,20 +158,20 @@ def moe_mlp_momentum(
     _check_norm(norm, x)
     _check_learned(rule, x)
     _philox.check(dropout_p, dropout_seed, x)
-    arguments: Any = (
+    given: Any = (
         inner.reshape(-1, width),
         expert_index.reshape(-1, expert_index.shape[-1]),
         expert_weight.reshape(-1, expert_weight.shape[-1]),
         *(w_up, w_down, b_up, b_down, activation, gate_layout, plan),
     )
-    experts = experts_arguments(*arguments)
+    experts = experts_arguments(*given)
     chosen = select("moe_mlp_momentum", impl, x, triton=experts.too_many)
     seed = None
     if dropout_p > 0:
         seed = _philox.draw_seed(x) if dropout_seed is None else dropout_seed
     if chosen == "reference" or isinstance(rule, Mars):
         f = moe_mlp(
-            *arguments[:5],
+            *given[:5],
             b_up=b_up,
             b_down=b_down,
             activation=activation,
@@ -183,15 +183,24 @@ def moe_mlp_momentum(
         return _update(x, f, state, rule, norm, chosen, impl)
     step = states.step_number(state, rule)
     within, apart = _split(norm, rule, x, chosen)
-    flat = (x.reshape(-1, width), None, states.averages(state, rule, width))
-    arguments = _arguments(*flat, rule, step, within)._replace(
+    averages = states.averages(state, rule, width)
+    w_up, w_down, b_up, b_down = experts.weights
+    offsets, permutation, inverse = experts.rows()
+    pointwise, layout = experts.activation
+    arguments = _arguments(x.reshape(-1, width), None, averages, rule, step, within)._replace(
         dropout_p=float(dropout_p),
         seed=seed,
         expert_input=experts.x,
         expert_weight=experts.expert_weight,
-        **dict(zip(("w_up", "w_down", "b_up", "b_down"), experts.weights, strict=True)),
-        **dict(zip(("offsets", "permutation", "inverse"), experts.rows(), strict=True)),
-        **dict(zip(("activation", "layout"), experts.activation, strict=True)),
+        w_up=w_up,
+        w_down=w_down,
+        b_up=b_up,
+        b_down=b_down,
+        offsets=offsets,
+        permutation=permutation,
+        inverse=inverse,
+        activation=pointwise,
+        layout=layout,
     )
     new = op.update(impl, arguments)
     return _normalised(new[0], apart).view(x.shape), states.after(new[1:], rule, x, None, step)
@@ -248,12 +257,22 @@ def _arguments(
 ) -> op.Arguments:
     """As the operators take them, without dropout and experts."""
     weight, bias, eps = norm or (None, None, None)
+    s0, s1, s2 = [*state, None, None, None][:3]
     return op.Arguments(
-        *(x, f, *state, *(None,) * (3 - len(state)), weight, bias),
-        *(rule.learned_mu, rule.learned_gamma),
-        *(tuple(rule.coefficients(step)), rule.kind, states.num_averages(rule)),
-        None if eps is None else float(eps),
-        0.0,
+        x,
+        f,
+        s0,
+        s1,
+        s2,
+        norm_weight=weight,
+        norm_bias=bias,
+        mu=rule.learned_mu,
+        gamma=rule.learned_gamma,
+        numbers=tuple(rule.coefficients(step)),
+        kind=rule.kind,
+        num_states=states.num_averages(rule),
+        norm_eps=None if eps is None else float(eps),
+        dropout_p=0.0,
     )
 
 

@@ -82,6 +82,9 @@ class Arguments(NamedTuple):
         return self.norm_eps is None and self.numbers[KEEP] == 1.0
 
 
+_arguments: Any = Arguments  # of other values, in the same places
+
+
 def _forward_fake(a: Any) -> Tensors:
     dtype = torch.float32 if a.s0 is None else a.s0.dtype
     sizes = [a.x.shape if index < a.num_states else (0,) for index in range(3)]
@@ -156,7 +159,7 @@ def _run(a: Arguments, impl: tuple[str, ...], keeps: bool) -> tuple[Tensors, Ten
 class _Momentum(_operators.Differentiable):
     def call(self, *arguments: Any) -> tuple[Any, ...]:
         *given, impl = arguments
-        a = Arguments(*given)
+        a = _arguments(*given)
         results, f, hidden = _run(a, impl, True)
         rule: tuple[Tensor | None, ...] = (None,) * 8
         if a.needs_step:
@@ -176,7 +179,7 @@ class _Momentum(_operators.Differentiable):
             for t in (a.norm_weight, a.norm_bias, a.mu, a.gamma)
         ]
         # The tensors of `a` are saved, and its options are kept.
-        bare = Arguments(*(None if isinstance(v, Tensor) else v for v in a))
+        bare = _arguments(*(None if isinstance(v, Tensor) else v for v in a))
         flags = (a.needs_step and a.from_state, a.passes_x)
         return results, (*rule, a.seed, *experts), (bare, impl, dtypes, learned, flags)
 
@@ -184,7 +187,7 @@ class _Momentum(_operators.Differentiable):
         self, upstream: Any, saved: Any, constants: Any, needs: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         a, impl = constants[:2]
-        named = Arguments(*needs[:-1])  # what wants a gradient
+        named = _arguments(*needs[:-1])  # what wants a gradient
         experts = [*named[15:21]]
         found = self._rule(upstream, saved[:9], constants, named, named.f or any(experts))
         gradients: list[Tensor | None] = [None] * len(needs)
@@ -198,7 +201,7 @@ class _Momentum(_operators.Differentiable):
         return gradients
 
     def _rule(
-        self, upstream: Any, saved: Any, constants: Any, needs: Arguments, needs_f: bool
+        self, upstream: Any, saved: Any, constants: Any, needs: Any, needs_f: bool
     ) -> list[Tensor | None]:
         """Gradients of x, f, the three states, the norm's weight and bias, mu and gamma."""
         a, impl, dtypes, learned, (from_state, passes_x) = constants

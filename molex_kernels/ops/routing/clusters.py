@@ -53,7 +53,7 @@ def compute(
     if impl != "reference":
         statistics, weights = partial(op.statistics, impl), partial(op.weights, impl)
     given = (x.detach(), cluster)
-    sums: tuple[Tensor | None, Tensor | None] = (None, None)
+    sums: Any = (None, None)
     if group is not None:  # the means have to be known first, in a pass of their own
         sums = _over(group, *statistics(*given, *sums, num_clusters, "sum"))
     deviations, counts = statistics(*given, *sums, num_clusters, recipe.stat)

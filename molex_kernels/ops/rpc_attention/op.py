@@ -31,7 +31,8 @@ def _fake(a: Any) -> tuple[Tensor, ...]:
 
 
 def _reference(a: Any) -> tuple[Tensor, Tensor | None]:
-    low, sparse = reference.rpc_attention(*a[:5], *a[6:10], a.seed)
+    inputs: tuple[Any, ...] = (*a[:5], *a[6:10], a.seed)
+    low, sparse = reference.rpc_attention(*inputs)
     return low, sparse if a.returns_sparse else None
 
 
