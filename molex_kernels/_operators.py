@@ -26,6 +26,7 @@ import re
 import warnings
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ _LIBRARY = torch.library.Library("molex", "DEF")
 _ARGUMENT = re.compile(r"(\w+(?:\[\])?\??)\s+(\w+)")
 
 Values = tuple[Any, ...]
+
+_EMPTY = torch.Size([0])
 
 OPERATORS: list[_Operator] = []
 
@@ -269,28 +272,28 @@ class Pass(Differentiable):
         )
         self.backward = second.overload
         self._wire(second, like or {}, public)
-        fixed = [i for i in range(self.public) if self.results[i] not in self.upstream]
-        super().__init__(name, fixed)
+        super().__init__(name, self.fixed)
 
     def _wire(self, backward: _Operator, like: Mapping[str, Any], public: int | None) -> None:
         """Resolves the names of the backward schema; one that nothing has fails at import."""
         self.taken, self.given, self.like = backward.arguments, backward.results, like
         if backward.results == ["y"]:
             raise ValueError(f"{backward.name}: expected named gradients")
-        self.upstream = [n[1:] for n in self.taken if n[0] == "d" and n[1:] in self.results]
+        upstream = [n[1:] for n in self.taken if n[0] == "d" and n[1:] in self.results]
         if public is None:
-            self.public = sum(n in self.upstream for n in self.results)
+            self.public = sum(n in upstream for n in self.results)
+        self.fixed = [i for i in range(self.public) if self.results[i] not in upstream]
+        self.upstream = _getter([self.results.index(n) for n in upstream])
         # Which upstream gradients the backward pass may go without.
-        self.optional = [t.endswith("?") for t in backward.types[: len(self.upstream)]]
+        self.optional = [t.endswith("?") for t in backward.types[: len(upstream)]]
         self.takes_needs = self.taken[-1] == "needs"
-        kept = self.taken[len(self.upstream) : len(self.taken) - self.takes_needs]
-        types = backward.types[len(self.upstream) :]
-        values = [*self.names, *self.results]
-        self.saved = [values.index(n) for n, t in zip(kept, types, strict=False) if "Tensor" in t]
-        self.options = [
-            values.index(n) for n, t in zip(kept, types, strict=False) if "Tensor" not in t
-        ]
-        self.saved_lists = [n for n, i in enumerate(self.saved) if i in self.lists]
+        names = [*self.names, *self.results]
+        kept = list(zip(self.taken, backward.types, strict=True))[len(upstream) :]
+        kept = kept[: len(kept) - self.takes_needs]
+        saved = [names.index(n) for n, t in kept if "Tensor" in t]
+        self.saved = _getter(saved)
+        self.options = _getter([names.index(n) for n, t in kept if "Tensor" not in t])
+        self.saved_lists = [place for place, index in enumerate(saved) if index in self.lists]
         self.wants = [self.names.index(n) for n in self.differentiable()]
 
     def differentiable(self) -> Sequence[str]:
@@ -335,42 +338,65 @@ class Pass(Differentiable):
         return self.apply(impl, counts, *flat)
 
     def call(self, impl: str, counts: Values, *flat: Any) -> tuple[Values, Sequence[Any], Values]:
-        arguments = _grouped(flat, self.lists, counts)
+        arguments = _grouped(flat, self.lists, counts) if self.lists else flat
         found = self.forward(*arguments, impl) if impl else self.forward(*arguments)
-        results = (found,) if self.single else found
-        saved, options = self.keep(arguments, results)
-        sizes = [len(saved[i]) for i in self.saved_lists]
-        for index in reversed(self.saved_lists):
-            saved[index : index + 1] = saved[index]
-        likes = [(a.dtype, a.dim()) if isinstance(a, Tensor) else None for a in flat]
-        return results[: self.public], saved, (impl, counts, sizes, options, likes)
-
-    def keep(self, arguments: Values, results: Values) -> tuple[list[Any], list[Any]]:
-        """Tensors and options that the backward pass takes, in its order."""
-        values = (*arguments, *results)
-        return [values[i] for i in self.saved], [values[i] for i in self.options]
+        results = (found,) if self.single else tuple(found)
+        values = arguments + results
+        saved, layout = self.saved(values), None
+        if self.lists:
+            sizes = [len(saved[i]) for i in self.saved_lists]
+            dims = [t.dim() if isinstance(t, Tensor) else 0 for t in flat]
+            layout = (counts, sizes, dims)
+            for index in reversed(self.saved_lists):
+                saved = saved[:index] + tuple(saved[index]) + saved[index + 1 :]
+        return results[: self.public], saved, (impl, self.options(values), layout)
 
     def gradients(
         self, upstream: Values, saved: Values, constants: Values, needs: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        impl, counts, sizes, options, likes = constants
-        wanted = _grouped(needs[2:], self.lists, counts)
-        wants = [_any(wanted[i]) for i in self.wants]
-        kept = _grouped(saved, self.saved_lists, sizes)
-        given = self._upstream(upstream)
-        found = self.differentiate(given, kept, options, wants, impl)
-        if found is None:
-            return [None] * len(needs)
+        impl, options, layout = constants
+        needs = needs[2:]
+        if layout is not None:
+            needs = _grouped(needs, self.lists, layout[0])
+            saved = _grouped(saved, self.saved_lists, layout[1])
+            wants = [any(needs[i]) if i in self.lists else needs[i] for i in self.wants]
+        else:
+            wants = [needs[i] for i in self.wants]
+        # Tracing makes gradients for empty results.
+        given = [
+            None if g is not None and optional and g.shape == _EMPTY else g
+            for g, optional in zip(self.upstream(upstream), self.optional, strict=True)
+        ]
+        found = self.differentiate(given, saved, options, wants, impl)
         gradients: list[Any] = [None] * len(self.names)
-        for index, gradient, need in zip(self.wants, found, wants, strict=True):
-            gradients[index] = gradient if need else None
-        flat = self._flat(gradients, counts, likes) if self.lists else gradients
-        for index, gradient in enumerate(flat):
-            if gradient is not None and gradient.dtype != likes[index][0]:
-                flat[index] = gradient.to(likes[index][0])
-        return [None, None, *flat]
+        if found is not None:
+            for index, gradient, need in zip(self.wants, found, wants, strict=True):
+                if need:
+                    gradients[index] = gradient
+        if layout is not None:
+            gradients = self._flat(gradients, layout[0], layout[2])
+        return [None, None, *gradients]
 
-    def _flat(self, gradients: list[Any], counts: Values, likes: list[Any]) -> list[Any]:
+    def differentiate(
+        self,
+        upstream: list[Tensor | None],
+        saved: Values,
+        options: Values,
+        wants: list[bool],
+        impl: str,
+    ) -> Sequence[Tensor | None] | None:
+        """Gradients of the differentiable arguments; None where nothing comes down."""
+        if all(gradient is None for gradient in upstream):
+            return None
+        for index, gradient in enumerate(upstream):
+            if gradient is None and not self.optional[index]:
+                upstream[index] = torch.zeros_like(saved[0])
+        last = (wants,) if self.takes_needs else ()
+        named = (impl,) if impl else ()
+        found = self.backward(*upstream, *saved, *options, *last, *named)
+        return found if isinstance(found, tuple) else (found,)
+
+    def _flat(self, gradients: list[Any], counts: Values, dims: list[int]) -> list[Any]:
         """The gradient of a list is stacked: it is that of its one stacked tensor, or of many."""
         sizes = dict(zip(self.lists, counts, strict=True))
         flat: list[Any] = []
@@ -379,36 +405,11 @@ class Pass(Differentiable):
                 flat.append(gradient)
             elif gradient is None:
                 flat += [None] * sizes[index]
-            elif likes[len(flat)][1] == gradient.dim():
+            elif dims[len(flat)] == gradient.dim():
                 flat.append(gradient)
             else:
                 flat += gradient.unbind(0)
         return flat
-
-    def differentiate(
-        self,
-        upstream: list[Tensor | None],
-        kept: Values,
-        options: Sequence[Any],
-        wants: Sequence[bool],
-        impl: str,
-    ) -> Sequence[Tensor | None] | None:
-        """Gradients of the differentiable arguments; None where nothing comes down."""
-        if not any(g is not None for g in upstream):
-            return None
-        like = kept[0]
-        needed = [
-            torch.zeros_like(like) if g is None and not optional else g
-            for g, optional in zip(upstream, self.optional, strict=True)
-        ]
-        last = ([*wants],) if self.takes_needs else ()
-        return _tuple(self.backward(*needed, *kept, *options, *last, *_named(impl)))
-
-    def _upstream(self, upstream: Values) -> list[Tensor | None]:
-        """Those that the backward pass takes; tracing makes gradients for empty results."""
-        by_name = dict(zip(self.results, upstream, strict=False))
-        found = [by_name[name] for name in self.upstream]
-        return [None if g is not None and g.shape == (0,) else g for g in found]
 
     def _fake_backward(self, given: Any) -> Any:
         needs = given.needs if self.takes_needs else [True] * len(self.given)
@@ -481,22 +482,19 @@ def _backward(op: Differentiable, first: int = 0) -> Any:
     return staticmethod(once_differentiable(backward))
 
 
-def _named(impl: str) -> tuple[str, ...]:
-    return (impl,) if impl else ()
+def _getter(places: Sequence[int]) -> Callable[[Values], Values]:
+    """Takes the values at these places, as a tuple."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda values: tuple(values[place] for place in places)
 
 
 def _tuple(found: Any) -> Values:
     return found if isinstance(found, tuple) else (found,)
 
 
-def _any(need: Any) -> bool:
-    return any(need) if isinstance(need, tuple) else need
-
-
 def _grouped(flat: Sequence[Any], lists: Sequence[int], counts: Sequence[int]) -> Values:
     """The values with those that belong to the lists (by place) together again."""
-    if not lists:
-        return tuple(flat)
     found: list[Any] = []
     rest = list(flat)
     sizes = dict(zip(lists, counts, strict=True))

@@ -42,12 +42,12 @@ class _Mix(_operators.Pass):
         return ["outputs", "coeff", "residual", "weight", "bias"]
 
     def differentiate(
-        self, upstream: Any, kept: Any, options: Any, wants: Any, impl: str
+        self, upstream: Any, saved: Any, options: Any, wants: Any, impl: str
     ) -> Sequence[Tensor | None] | None:
         outputs, coeff, residual, weight, bias = wants
         normed = upstream[1] is not None
         needs = [outputs or residual, coeff, (weight or bias) and normed]
-        found = super().differentiate(upstream, kept, options, needs, impl)
+        found = super().differentiate(upstream, saved, options, needs, impl)
         if found is None:
             return None
         doutputs, dcoeff, dnorm = found
