@@ -44,7 +44,7 @@ def native():
 @pytest.mark.usefixtures("native")
 def test_memory_does_not_grow_with_the_segments_on_a_cpu(generator):
     molex = torch.ops.molex
-    passes = {"forward": molex.camex_linear_fwd_cpu, "backward": molex.camex_linear_bwd_cpu}
+    passes = {"forward": molex.camex_linear_fwd, "backward": molex.camex_linear_bwd}
     # All but the results is a thread's own memory for a few rows, outside the allocator.
     for segments in (8, 64):
         assert _extra_bytes(passes, segments, generator) == {"forward": 0, "backward": 0}
@@ -82,8 +82,8 @@ def test_memory_of_the_deltas_does_not_grow_with_the_rank(impl, generator):
 
     if impl == "cpu":
         forward, backward = (
-            torch.ops.molex.camex_deltas_fwd_cpu,
-            torch.ops.molex.camex_deltas_bwd_cpu,
+            torch.ops.molex.camex_deltas_fwd,
+            torch.ops.molex.camex_deltas_bwd,
         )
     else:
         forward, backward = launch.deltas_forward, launch.deltas_backward

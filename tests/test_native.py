@@ -25,7 +25,7 @@ def _routing(generator):
     cluster = torch.randint(experts + 1, (tokens,), generator=generator)
     upstream = torch.randn(tokens, 2, generator=generator)
     for stat in ("mad", "variance", "pairwise"):
-        yield from molex.cluster_statistics_cpu(x, cluster, None, None, experts, stat)
+        yield from molex.cluster_statistics(x, cluster, None, None, experts, stat)
         yield mk.ac_weights(x, cluster, experts, stat=stat, impl="cpu")
     for tokens_of in (x, x[:200], x[:5]):
         count = tokens_of.shape[0]
@@ -33,11 +33,11 @@ def _routing(generator):
         table = torch.rand(experts + 1, width, generator=generator)
         labels = torch.stack([cluster[:count], cluster[:count].flip(0)], 1)
         weighing = (table, labels, torch.rand(count, 2, generator=generator))
-        routed = molex.router_fwd_cpu(tokens_of, gate, gate[:, 0], None, *weighing, 2, "softmax")
+        routed = molex.router_fwd(tokens_of, gate, gate[:, 0], None, *weighing, 2, "softmax")
         index, weight, logits = routed
         yield from routed
-        yield from molex.router_bwd_cpu(
-            tokens_of, gate, logits, index, weight, upstream[:count], logits, *weighing, "softmax",
+        yield from molex.router_bwd(
+            upstream[:count], logits, tokens_of, gate, logits, index, weight, *weighing, "softmax",
             [True] * 3,
         )  # fmt: skip
     index, weight, logits = mk.topk_route(x, gate, top_k=2, impl="cpu")
@@ -59,14 +59,14 @@ def _merging(generator):
     factors = [torch.randn(2, experts, m, m, generator=generator) for m in (30, 40, 4, 101)]
     gates = torch.rand(segments, experts, generator=generator)
     for curvature in ([None] * 4, factors):
-        yield molex.camex_deltas_fwd_cpu(base, stack, *curvature, True)
+        yield molex.camex_deltas_fwd(base, stack, *curvature, True)
         needs = [True, True] + [factor is not None for factor in curvature]
-        yield from molex.camex_deltas_bwd_cpu(stack, base, stack, *curvature, True, needs)
+        yield from molex.camex_deltas_bwd(stack, base, stack, *curvature, True, needs)
     x = torch.randn(segments, 33, width, generator=generator)
     bias = torch.randn(segments, rows, generator=generator)
-    y = molex.camex_linear_fwd_cpu(x, base, stack, gates, bias)
+    y = molex.camex_linear_fwd(x, base, stack, gates, bias)
     yield y
-    yield from molex.camex_linear_bwd_cpu(y, x, base, stack, gates, [True] * 5)
+    yield from molex.camex_linear_bwd(y, x, base, stack, gates, [True] * 5)
 
 
 def _dispatch(generator):
