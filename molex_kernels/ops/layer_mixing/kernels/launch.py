@@ -56,7 +56,10 @@ def layer_linear_forward(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     scaling: float,
+    shared: bool,
 ) -> Tensor:
+    """A branch's product each, [G, T, N]; x is [G, T, D], or [T, D] where shared."""
+    x = types.branches(x, index, shared)
     weights, biases, a, b = map(_alike, (weights, biases, a, b))
     out = x.new_empty(*x.shape[:2], weights[0].shape[-2])
     groups = (_table(weights, 3), _table(biases, 2), _table(a, 3), _table(b, 3))
@@ -80,8 +83,8 @@ def layer_linear_backward(
     needs_x, needs_weight, needs_bias, needs_a, needs_b = needs
     weights, biases, a, b = map(_alike, (weights, biases, a, b))
     num_layers = types.num_layers(weights, 3)
-    size = (x.shape[1:] if shared else x.shape) if needs_x else (0,)
-    dx = x.new_empty(size)
+    dx = x.new_empty(x.shape if needs_x else (0,))
+    x = types.branches(x, index, shared)
     groups = ((weights, 3, needs_weight), (biases, 2, needs_bias), (a, 3, needs_a), (b, 3, needs_b))
     dweight, dbias, da, db = (
         torch.zeros(

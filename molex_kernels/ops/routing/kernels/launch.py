@@ -164,26 +164,27 @@ def route_plan_forward(
     return counts, offsets, permutation, inverse
 
 
-def cluster_sum_forward(x: Tensor, permutation: Tensor, offsets: Tensor) -> Tensor:
-    """Sums [C, D] fp32 of the tokens of each cluster."""
-    return _segmented(x, permutation, offsets, None, None, "sum")
-
-
-def cluster_deviation_forward(
+def cluster_statistics_forward(
     x: Tensor,
     cluster: Tensor,
-    permutation: Tensor,
-    offsets: Tensor,
-    sums: Tensor,
-    counts: Tensor,
+    sums: Tensor | None,
+    counts: Tensor | None,
+    num_clusters: int,
     stat: str,
-) -> Tensor:
-    """Of each cluster, [C, D] fp32: sums of |x - mean| or (x - mean)^2, with mean = sums / counts,
-    or for "pairwise" sum_{i != j} |x_i - x_j| / (n - 1).
+) -> tuple[Tensor, Tensor]:
+    """Of each cluster's tokens, [C, D] fp32, and their number, [C] int32.
+
+    "sum": their sum. Else sums of |x - mean| or (x - mean)^2, with mean = sums / counts, of these
+    tokens where `sums` is None; "pairwise": sum_{i != j} |x_i - x_j| / (n - 1).
     """
+    sizes, offsets, permutation, _ = route_plan_forward(cluster[:, None], num_clusters)
+    if sums is None or counts is None:
+        sums, counts = _segmented(x, permutation, offsets, None, None, "sum"), sizes
+    if stat == "sum":
+        return sums, sizes
     if stat == "pairwise":
-        return _pairwise(x, cluster, offsets, sums, counts)
-    return _segmented(x, permutation, offsets, sums, counts, stat)
+        return _pairwise(x, cluster, offsets, sums, counts), sizes
+    return _segmented(x, permutation, offsets, sums, counts, stat), sizes
 
 
 def feature_weights_forward(
