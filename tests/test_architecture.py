@@ -118,6 +118,17 @@ def test_one_file_talks_to_torch_library():
     assert users == ["_operators.py"]
 
 
+def test_one_function_starts_kernels():
+    """`kernel[grid](...)` stands in one place; another op's launchers are called by their names."""
+    found = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}"
+        for path in [*PACKAGE.glob("_triton/*.py"), *PACKAGE.glob("ops/*/kernels/*.py")]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+    ]
+    assert [place.partition(":")[0] for place in found] == ["_triton/launch.py"], found
+
+
 def _code(path: Path) -> str:
     """The file's names and attributes, without docstrings and comments."""
     return ast.unparse(

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from molex_kernels._triton.arguments import at, load_fp32
+
 
 @triton.jit
 def segment_of_tile(
@@ -30,12 +32,8 @@ def segment_of_tile(
 
 @triton.jit
 def sum_expert_rows(
-    packed_ptr,  # [R, D]
-    stride_pt,
-    stride_pd,
-    expert_weight_ptr,  # [T, K]
-    stride_et,
-    stride_ek,
+    packed,  # [R, D]
+    expert_weight,  # [T, K]; None: each row counts once
     offsets_ptr,  # [E] int32
     inverse_ptr,  # [R] int64
     offs_t,
@@ -44,24 +42,20 @@ def sum_expert_rows(
     mask_d,
     num_experts,
     top_k,
-    IS_WEIGHTED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """sum_k w_tk packed[inverse_tk] in fp32, in the order of k, without what is not here."""
-    num_here = tl.load(offsets_ptr + num_experts - 1)
-    stride_ek = tl.cast(stride_ek, tl.int64)
+    """sum_k w_tk packed[inverse_tk] in fp32, in the order of k, over local experts."""
+    num_local = tl.load(offsets_ptr + num_experts - 1)
     out = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for k in range(top_k):
         row = tl.load(inverse_ptr + offs_t * top_k + k, mask=mask_t, other=0)
-        here = mask_t & (row < num_here)
-        packed_ptrs = packed_ptr + row[:, None] * stride_pt + offs_d[None, :] * stride_pd
-        packed = tl.load(packed_ptrs, mask=here[:, None] & mask_d[None, :], other=0.0)
-        packed = packed.to(tl.float32)
-        if IS_WEIGHTED:
-            weight_ptrs = expert_weight_ptr + offs_t * stride_et + k * stride_ek
-            packed *= tl.load(weight_ptrs, mask=here, other=0.0).to(tl.float32)[:, None]
-        out += packed
+        is_local = mask_t & (row < num_local)
+        packed_ptrs = at(packed, row[:, None], offs_d[None, :])
+        rows = load_fp32(packed_ptrs, is_local[:, None] & mask_d[None, :])
+        if expert_weight is not None:
+            rows *= load_fp32(at(expert_weight, offs_t, k), is_local)[:, None]
+        out += rows
     return out
 
 

@@ -1,17 +1,19 @@
-"""Launch configurations: pinned per kernel and shape class, swept only on request.
+"""Launch configurations: pinned per kernel, chip and shape class, swept only on request.
 
-A launcher names its kernel, its shape class, the pinned configuration and at most eight candidates.
-`MOLEX_AUTOTUNE=1`, read at import, times the candidates once per shape class on a GPU and keeps the
-fastest for the life of the process. Without it nothing is ever timed.
+`MOLEX_AUTOTUNE=1`, read at import, times a short list of candidates once per shape class on a GPU
+and keeps the fastest, for later processes too (see `winners`). Without it nothing is ever timed.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
+
+from molex_kernels._triton import winners
 
 AUTOTUNE = os.environ.get("MOLEX_AUTOTUNE") == "1"
 MAX_CANDIDATES = 8
@@ -38,6 +40,16 @@ class Config:
         }
 
 
+Options = tuple[Config, tuple[Config, ...]]  # the pinned configuration, and what a sweep tries
+
+
+def around(pinned: Config, *, warps: Sequence[int] = (), stages: Sequence[int] = ()) -> Options:
+    """The pinned configuration, and the same tile with other warps and stages."""
+    other = [replace(pinned, num_warps=n) for n in warps]
+    other += [replace(pinned, num_stages=n) for n in stages]
+    return pinned, tuple(other)
+
+
 def aligned(*tensors: Tensor) -> bool:
     """Whether rows move 16 elements at a time: one unit stride, the others multiples of 16."""
     return all(
@@ -48,29 +60,57 @@ def aligned(*tensors: Tensor) -> bool:
     )
 
 
-_chosen: dict[tuple[str, Hashable], Config] = {}
+_chosen: dict[str, Config] = {}
 
 
 def choose(
-    kernel: str,
-    shape_class: Hashable,
-    pinned: Config,
-    candidates: Sequence[Config],
-    launch: Callable[[Config], None],
-    *,
-    on_gpu: bool,
+    shape_class: str,
+    options: Options,
+    start: Callable[[Config], None],
+    device: torch.device,
+    updates: Sequence[Tensor | None] = (),
 ) -> Config:
     """The configuration for this launch: the pinned one, or the fastest when sweeping is on.
 
-    `launch` runs the kernel with a configuration and must be safe to repeat.
+    Args:
+        shape_class: What the result is kept under; it names the kernel and its source.
+        options: The pinned configuration and the candidates, of which MAX_CANDIDATES are tried.
+        start: Runs the kernel with a configuration.
+        device: Where it runs; nothing is timed but on a GPU.
+        updates: Tensors that a repeated start would change: they are left as they were.
     """
-    if not (AUTOTUNE and on_gpu):
+    pinned, candidates = options
+    if not (AUTOTUNE and device.type == "cuda"):
         return pinned
-    key = (kernel, shape_class)
+    tried = [pinned, *(c for c in candidates if c != pinned)][:MAX_CANDIDATES]
+    if len(tried) == 1:
+        return pinned
+    key = f"{winners.platform(device)} | {shape_class}"
     if key not in _chosen:
-        from triton.testing import do_bench
-
-        tried = [pinned, *(c for c in candidates if c != pinned)][:MAX_CANDIDATES]
-        times = [do_bench(lambda c=config: launch(c), return_mode="median") for config in tried]
-        _chosen[key] = tried[times.index(min(times))]
+        known = winners.load().get(key)
+        best = next((c for c in tried if _entry(c) == known), None)
+        if best is None:
+            before = [(t, t.clone()) for t in updates if t is not None]
+            times = [_milliseconds(start, config) for config in tried]
+            for tensor, value in before:
+                tensor.copy_(value)
+            best = tried[times.index(min(times))]
+            winners.keep(key, _entry(best))
+        _chosen[key] = best
     return _chosen[key]
+
+
+def _entry(config: Config) -> dict[str, object]:
+    """The configuration as it stands in the file."""
+    return {**config.blocks, "num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def _milliseconds(start: Callable[[Config], None], config: Config) -> float:
+    """Infinite where the chip has not the registers or the shared memory."""
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    try:
+        return do_bench(lambda: start(config), return_mode="median")
+    except OutOfResources:
+        return float("inf")

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ def _do(place: int) -> tuple[int, Any, str]:
             compiler.front_end(launch, compiler.TARGETS[FIRST])
             return place, None, ""
         if what == "addresses":
-            found = addresses.narrow_products(compiler.front_end(launch, compiler.TARGETS[FIRST]))
+            ir = compiler.front_end(launch, compiler.TARGETS[FIRST])
+            found = addresses.narrow_products(ir, launch)
             return place, None, f"int32 products with a stride: {found}" if found else ""
         binary = compiler.compile_launch(launch, compiler.TARGETS[what])
         warps = dict(launch.options)["num_warps"]
@@ -52,9 +54,11 @@ def _do(place: int) -> tuple[int, Any, str]:
         return place, None, traceback.format_exc(limit=-3)
 
 
-def run(targets: list[str], dtypes: list[str], jobs: int) -> dict[str, Any]:
+def run(
+    targets: list[str], dtypes: list[str], jobs: int, only: Sequence[str] = ()
+) -> dict[str, Any]:
     """Everything that is found: counts by op, figures by chip and key, errors."""
-    counts, errors = _gather(targets, tuple(getattr(torch, name) for name in dtypes))
+    counts, errors = _gather(targets, tuple(getattr(torch, name) for name in dtypes), only)
     found: dict[str, Any] = {target: {} for target in targets}
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         for place, figures, error in pool.imap_unordered(_do, range(len(_tasks))):
@@ -66,16 +70,16 @@ def run(targets: list[str], dtypes: list[str], jobs: int) -> dict[str, Any]:
     return {"counts": counts, "figures": found, "errors": sorted(errors)}
 
 
-def _gather(targets: list[str], dtypes: tuple[torch.dtype, ...]) -> tuple[Any, set[str]]:
+def _gather(
+    targets: list[str], dtypes: tuple[torch.dtype, ...], only: Sequence[str]
+) -> tuple[Any, set[str]]:
     """Makes the tasks; the numbers of keys by op, and what is wrong with the launches already."""
-    ops = launches.load_ops()
-    recordings: dict[Any, launches.Recording] = {}
+    ops = {name: op for name, op in launches.load_ops().items() if not only or name in only}
+    recordings: dict[str, launches.Recording] = {}
     for name in targets:
-        target, some = compiler.TARGETS[name], dtypes if name == FIRST else (torch.bfloat16,)
-        kind = target.backend, some
-        if kind not in recordings:
-            recordings[kind] = launches.record(ops, target, some)
-        chosen = recordings[kind].by_tile(all_lengths=name == FIRST)
+        some = dtypes if name == FIRST else (torch.bfloat16,)
+        recordings[name] = launches.record(ops, name, compiler.TARGETS[name], some)
+        chosen = recordings[name].by_tile(all_lengths=name == FIRST)
         _tasks.extend((name, launch) for launch in chosen)
     errors = {
         f"{launch.kernel} {launch.dtype}: enable_fp_fusion is not stated"
@@ -85,10 +89,12 @@ def _gather(targets: list[str], dtypes: tuple[torch.dtype, ...]) -> tuple[Any, s
     }
     if FIRST not in targets:
         return {}, errors
-    first = recordings[compiler.TARGETS[FIRST].backend, dtypes]
+    first = recordings[FIRST]
     done = {launch.code_key for launch in first.by_tile()}
     _tasks.extend(("code", launch) for launch in first.by_code() if launch.code_key not in done)
-    strided = launches.record(ops, compiler.TARGETS[FIRST], (torch.bfloat16,), is_strided=True)
+    strided = launches.record(
+        ops, FIRST, compiler.TARGETS[FIRST], (torch.bfloat16,), is_strided=True
+    )
     _tasks.extend(("addresses", launch) for launch in strided.by_code())
     return first.counts(), errors
 
@@ -96,15 +102,18 @@ def _gather(targets: list[str], dtypes: tuple[torch.dtype, ...]) -> tuple[Any, s
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m aot", description=__doc__)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--ops", nargs="*", default=(), help="these alone; all without it")
     parser.add_argument("--write", action="store_true", help=f"to {facts.FILE.name}")
     arguments = parser.parse_args()
     knobs.compilation.disable_line_info = True  # faster, and no change in the code
     start = time.monotonic()
     targets = _chosen("MOLEX_AOT_TARGETS", tuple(compiler.TARGETS))
-    result = run(targets, _chosen("MOLEX_AOT_DTYPES", DTYPES), arguments.jobs)
+    result = run(targets, _chosen("MOLEX_AOT_DTYPES", DTYPES), arguments.jobs, arguments.ops)
     seconds = time.monotonic() - start
     print(f"{len(_tasks)} compilations in {seconds:.0f} s", file=sys.stderr)
     if arguments.write:
+        if arguments.ops:
+            sys.exit("--write keeps the figures of all ops, not of some")
         if result["errors"]:
             sys.exit("\n".join(["nothing is written:", *result["errors"]]))
         facts.write(compiler.TRITON_MINOR, {"counts": result["counts"], **result["figures"]})

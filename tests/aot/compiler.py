@@ -64,10 +64,8 @@ def _lower(launch: Launch, target: GPUTarget, last: str) -> tuple[Any, dict[str,
     That function keeps neither the assembler's report nor an unfinished module.
     """
     backend = make_backend(target)
-    names = [name for name, _ in launch.signature]
-    constants = {(names.index(name),): value for name, value in launch.constants}
     attributes = {place: [list(known) for known in all_] for place, all_ in launch.attributes}
-    source = ASTSource(launch.function, dict(launch.signature), constants, attributes)
+    source = ASTSource(launch.function, dict(launch.signature), dict(launch.constants), attributes)
     options = backend.parse_options({**dict(launch.options), **source.parse_options()})
     stages: dict[str, Any] = {}
     backend.add_stages(stages, options, source.language)

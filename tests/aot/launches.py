@@ -32,8 +32,8 @@ class Launch:
 
     kernel: str
     dtype: str  # the narrowest of its tensors' floating dtypes
-    signature: Items  # type by argument
-    constants: Items  # value by argument
+    signature: Items  # type by argument; of a tuple, a tuple of types
+    constants: Items  # value by place: an argument's, or one inside a tuple
     attributes: Items  # what is known of arguments, by their places
     options: Items  # the backend's options, as given
     function: JITFunction = field(compare=False, repr=False)
@@ -41,12 +41,12 @@ class Launch:
     @property
     def nones(self) -> tuple[str, ...]:
         """The arguments that were left out."""
-        return tuple(name for name, value in self.constants if value is None)
+        return tuple(name for name, value in self._plain_constants if value is None)
 
     @property
     def flags(self) -> Items:
         """Boolean and string constants."""
-        return tuple((n, v) for n, v in self.constants if isinstance(v, (bool, str)))
+        return tuple((n, v) for n, v in self._plain_constants if isinstance(v, (bool, str)))
 
     @property
     def tile(self) -> Items:
@@ -54,9 +54,24 @@ class Launch:
         declared = {p.name for p in self.function.params if p.is_constexpr}
         return tuple(
             (n, v)
-            for n, v in self.constants
+            for n, v in self._plain_constants
             if n in declared and isinstance(v, int) and not isinstance(v, bool)
         )
+
+    @property
+    def _plain_constants(self) -> Items:
+        """Constants by argument, without those inside tuples, which are strides of 1."""
+        names = [name for name, _ in self.signature]
+        return tuple((names[place[0]], v) for place, v in self.constants if len(place) == 1)
+
+    @property
+    def leaves(self) -> list[tuple[str, str, bool]]:
+        """Each argument's name and type, a tuple's members apart; whether it is a stride."""
+        found = []
+        for name, kind in self.signature:
+            for place, leaf in enumerate(_flat(kind)):
+                found.append((name, str(leaf), place > 0))
+        return found
 
     @property
     def code_key(self) -> tuple[Any, ...]:
@@ -81,7 +96,7 @@ class Launch:
     @property
     def fullness(self) -> tuple[int, int, int]:
         """Tensors passed, options switched on, arguments with known divisors."""
-        pointers = sum(str(t).startswith("*") for _, t in self.signature)
+        pointers = sum(kind.startswith("*") for _, kind, _ in self.leaves)
         return pointers, sum(v is True for _, v in self.flags), len(self.attributes)
 
 
@@ -140,14 +155,15 @@ def load_ops() -> dict[str, Any]:
 
 def record(
     ops: dict[str, Any],
+    chip: str,
     target: GPUTarget,
     dtypes: Sequence[torch.dtype],
     *,
     is_strided: bool = False,
 ) -> Recording:
-    """What these ops launch on `target`, for the cases of tests and benchmarks.
+    """What these ops launch on a chip, for the cases of tests and benchmarks.
 
-    Chips of one maker are launched for alike: no launcher looks at the chip itself.
+    `chip` is its name, `target` what Triton compiles for.
     `is_strided`: the tests' cases alone, with no stride of 1 and nothing aligned.
     """
     recording = Recording()
@@ -158,7 +174,7 @@ def record(
         for dtype in dtypes:
             measured = dtype == torch.bfloat16 and not is_strided  # as the benchmarks are on a GPU
             cases = {case.id: case for case in _cases(info, measured)}.values()
-            with _recorded(recording, info.name, backend):
+            with _recorded(recording, info.name, backend, chip):
                 for case in cases:
                     _call(info, case, dtype, is_strided)
     return recording
@@ -199,9 +215,11 @@ def _call(info: Any, case: Any, dtype: torch.dtype, is_strided: bool) -> None:
 
 
 @contextmanager
-def _recorded(recording: Recording, op: str, backend: Any) -> Iterator[None]:
-    """Launches inside are kept and do nothing."""
-    given = JITFunction.run, torch.version.hip
+def _recorded(recording: Recording, op: str, backend: Any, chip: str) -> Iterator[None]:
+    """Launches inside are those for the chip; they are kept and do nothing."""
+    from molex_kernels._triton import chips
+
+    given = JITFunction.run, chips.of
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         del warmup
@@ -212,11 +230,11 @@ def _recorded(recording: Recording, op: str, backend: Any) -> Iterator[None]:
         recording.ops.setdefault(launch, set()).add(op)
 
     JITFunction.run = run
-    torch.version.hip = "7.0" if backend.target.backend == "hip" else None
+    chips.of = lambda device: chips.CHIPS[chip]
     try:
         yield
     finally:
-        JITFunction.run, torch.version.hip = given
+        JITFunction.run, chips.of = given
 
 
 def _specialised(kernel: JITFunction, backend: Any, args: Any, kwargs: dict[str, Any]) -> Launch:
@@ -225,16 +243,21 @@ def _specialised(kernel: JITFunction, backend: Any, args: Any, kwargs: dict[str,
     _, signature, constants, attributes = kernel._pack_args(
         backend, kwargs, bound, specialization, given
     )
-    names = list(signature)
+    types = [leaf for kind in signature.values() for leaf in _flat(kind)]
     return Launch(
         kernel.fn.__name__,
-        next((name for name in _DTYPES if f"*{name}" in signature.values()), "int"),
+        next((name for name in _DTYPES if f"*{name}" in types), "int"),
         tuple(signature.items()),
-        tuple((names[place[0]], value) for place, value in constants.items()),
+        tuple(constants.items()),
         tuple((place, tuple(map(tuple, known))) for place, known in attributes.items()),
         tuple(sorted(given.items())),
         kernel,
     )
+
+
+def _flat(kind: Any) -> tuple[Any, ...]:
+    """The types of a tuple's members, or of the one argument."""
+    return kind if isinstance(kind, tuple) else (kind,)
 
 
 @functools.cache

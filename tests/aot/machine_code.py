@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from aot.compiler import Binary
 
-# Of a multiprocessor: registers, warps, blocks, and bytes of shared memory (of which a block costs
-# 1 KiB more than it asks for); and what one block may have.
+# Of a multiprocessor: registers, warps, blocks, and bytes of shared memory, of which a block costs
+# 1 KiB more than it asks for.
 _REGISTERS, _WARPS, _BLOCKS, _RESERVED = 65536, 64, 32, 1024
 _SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
-BLOCK_SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 
 # Cycles that one instruction of a warp (of a warp group, for wgmma) takes of its tensor core.
 _HMMA_CYCLES = 4

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from aot import addresses, compiler, machine_code
 from aot.launches import Launch
+from molex_kernels._triton.arguments import Vec, places
 
 _TARGET = compiler.TARGETS["sm_90"]
 
@@ -42,20 +43,21 @@ def returns_once(x_ptr, table_ptr, n):
 
 
 @triton.jit
-def narrow_stride(x_ptr, stride_x, n):
-    tl.store(x_ptr + (n + tl.arange(0, 16)) * stride_x, 1)
+def narrow_stride(x, n):
+    tl.store(x.ptr + (n + tl.arange(0, 16)) * x.step, 1)
 
 
 @triton.jit
-def narrow_step(x_ptr, stride_x, n):
+def narrow_step(x, n):
+    ptr = x.ptr
     for _ in range(n):
-        tl.store(x_ptr, 1)
-        x_ptr += 64 * stride_x
+        tl.store(ptr, 1)
+        ptr += 64 * x.step
 
 
 @triton.jit
-def wide_stride(x_ptr, stride_x, n):
-    tl.store(x_ptr + (n + tl.arange(0, 16)).to(tl.int64) * stride_x, 1)
+def wide_stride(x, n):
+    tl.store(places(x, n + tl.arange(0, 16)), 1)
 
 
 @triton.jit
@@ -72,27 +74,27 @@ def product(x_ptr, w_ptr, y_ptr, n, divisor, DIVIDES: tl.constexpr):
 
 def _launch(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> Launch:
     known = {n: "constexpr" if n in constants else t for n, t in signature.items()}
+    names = list(signature)
     aligned = (("tt.divisibility", 16),)
-    places = [i for i, t in enumerate(known.values()) if t.startswith("*")]
+    places = [i for i, t in enumerate(known.values()) if str(t).startswith("*")]
     return Launch(
         kernel.fn.__name__,
         "bf16",
         tuple(known.items()),
-        tuple(constants.items()),
+        tuple(((names.index(n),), value) for n, value in constants.items()),
         tuple(((i,), aligned) for i in places),
         (("num_stages", 3), ("num_warps", 4)),
         kernel,
     )
 
 
-def _narrow(kernel: Any, second: str, constants: dict[str, Any]) -> Any:
-    names = kernel.arg_names
-    signature = dict(zip(names, ("*i32", second, "i32"), strict=True))
+def _narrow(kernel: Any, types: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+    launch = _launch(kernel, dict(zip(kernel.arg_names, types, strict=True)), constants)
     try:
-        ir = compiler.front_end(_launch(kernel, signature, constants), _TARGET)
+        ir = compiler.front_end(launch, _TARGET)
     except Exception as error:
         return str(error.__cause__ or error)
-    return addresses.narrow_products(ir)
+    return addresses.narrow_products(ir, launch)
 
 
 def _figures(divides: bool) -> dict[str, Any]:
@@ -104,11 +106,11 @@ def _figures(divides: bool) -> dict[str, Any]:
 
 if __name__ == "__main__":
     found = {
-        "returns_early": _narrow(returns_early, "*i64", {"table_ptr": None}),
-        "returns_once": _narrow(returns_once, "*i64", {"table_ptr": None}),
+        "returns_early": _narrow(returns_early, ("*i32", "*i64", "i32"), {"table_ptr": None}),
+        "returns_once": _narrow(returns_once, ("*i32", "*i64", "i32"), {"table_ptr": None}),
         "product": _figures(False),
         "product_with_division": _figures(True),
     }
     for kernel in (narrow_stride, narrow_step, wide_stride):
-        found[kernel.fn.__name__] = _narrow(kernel, "i32", {})
+        found[kernel.fn.__name__] = _narrow(kernel, (Vec("*i32", "i32"), "i32"), {})
     print(json.dumps(found))

@@ -1,10 +1,11 @@
-"""Pinned launch configurations of the dispatch kernels, by shape class."""
+"""Launch configurations of the dispatch kernels, by chip and shape class."""
 
 from __future__ import annotations
 
 import torch
 
-from molex_kernels._triton.tuning import Config
+from molex_kernels._triton.chips import KIB, Chip
+from molex_kernels._triton.tuning import Config, Options, around
 
 GROUP = 8  # row tiles that share their columns' weights in the L2 cache
 
@@ -25,6 +26,9 @@ _HALF_GATED = {
     "some": _gemm(64, 64, 64, 4, 4),
     "many": _gemm(128, 64, 64, 8, 3),
 }
+# Where a block has 64 KiB of shared memory, as on gfx942.
+_SMALL_HALF = {**_HALF, "some": _gemm(64, 128, 64, 4, 3)}
+_SMALL_HALF_GATED = {**_HALF_GATED, "some": _gemm(64, 64, 64, 4, 3)}
 _SINGLE = {
     "few": _gemm(16, 64, 32, 4, 2),
     "some": _gemm(64, 64, 32, 4, 2),
@@ -63,8 +67,6 @@ _HALF_GATED_CANDIDATES = (
 )
 _SINGLE_CANDIDATES = (_gemm(32, 64, 32, 4, 2), _gemm(64, 64, 16, 4, 2), _gemm(64, 32, 32, 4, 2))
 
-Options = tuple[Config, tuple[Config, ...]]  # the pinned configuration, and what a sweep tries
-
 
 def rows_class(num_rows: int, num_experts: int) -> str:
     """How many rows an expert has on average; more is not known without waiting for the device."""
@@ -72,28 +74,33 @@ def rows_class(num_rows: int, num_experts: int) -> str:
     return "few" if average <= 32 else "some" if average <= 96 else "many"
 
 
-def gemm(dtype: torch.dtype, rows: str, aligned: bool, *, gated: bool = False) -> Options:
+def gemm(
+    chip: Chip, dtype: torch.dtype, rows: str, aligned: bool, *, gated: bool = False
+) -> Options:
     """For a product of each expert's rows with its weight."""
     if not aligned:
-        return _UNALIGNED[rows], ()
+        return around(_UNALIGNED[rows], warps=(2, 8))
     if dtype == torch.float32:
         return (_SINGLE_GATED if gated else _SINGLE)[rows], _SINGLE_CANDIDATES
-    return (_HALF_GATED[rows], _HALF_GATED_CANDIDATES) if gated else (_HALF[rows], _HALF_CANDIDATES)
+    is_small = chip.shared <= 64 * KIB
+    if gated:
+        return (_SMALL_HALF_GATED if is_small else _HALF_GATED)[rows], _HALF_GATED_CANDIDATES
+    return (_SMALL_HALF if is_small else _HALF)[rows], _HALF_CANDIDATES
 
 
-def hidden(dtype: torch.dtype, rows: str, aligned: bool) -> Options:
+def hidden(chip: Chip, dtype: torch.dtype, rows: str, aligned: bool) -> Options:
     """For the product that goes back through the activation: it holds H beside the product."""
     if not aligned:
-        return _UNALIGNED[rows], ()
+        return around(_UNALIGNED[rows], warps=(2, 8))
     if dtype == torch.float32:
         return _SINGLE_HIDDEN[rows], _SINGLE_CANDIDATES
     return _HALF_GATED[rows], _HALF_GATED_CANDIDATES
 
 
-def wgrad(dtype: torch.dtype, rows: str, aligned: bool) -> Options:
+def wgrad(chip: Chip, dtype: torch.dtype, rows: str, aligned: bool) -> Options:
     """For the weights' gradient; BLOCK_T is the depth of the product here."""
     if not aligned:
-        return _gemm(32, 64, 64, 8, 2), ()
+        return around(_gemm(32, 64, 64, 8, 2), warps=(4,))
     if dtype == torch.float32:
         return _gemm(32, 64, 64, 4, 2), (_gemm(16, 64, 64, 4, 2), _gemm(32, 64, 32, 4, 2))
     if rows == "few":
@@ -101,11 +108,18 @@ def wgrad(dtype: torch.dtype, rows: str, aligned: bool) -> Options:
     return _gemm(64, 128, 128, 8, 3), (_gemm(64, 128, 256, 8, 3), _gemm(32, 128, 128, 8, 4))
 
 
-def combine(num_features: int) -> Config:
+def combine(chip: Chip, num_features: int) -> Options:
     """About 8 elements to a thread; wide rows are read in long runs."""
-    wide = num_features >= 1024
-    return Config({"BLOCK_T": 2 if wide else 8, "BLOCK_D": 512 if wide else 128}, 4, 2)
+    is_wide = num_features >= 1024
+    blocks = {"BLOCK_T": 2 if is_wide else 8, "BLOCK_D": 512 if is_wide else 128}
+    return around(Config(blocks, 4, 2), warps=(2, 8))
 
 
-BIAS = Config({"BLOCK_T": 16, "BLOCK_N": 32}, 4, 2)
-WEIGHT = Config({"BLOCK_T": 16, "BLOCK_D": 128}, 4, 2)
+def bias(chip: Chip) -> Options:
+    """For the sums of rows; BLOCK_T of them at a time."""
+    return around(Config({"BLOCK_T": 16, "BLOCK_N": 32}, 4, 2), warps=(2, 8))
+
+
+def weight(chip: Chip) -> Options:
+    """For the gradient of the experts' weights."""
+    return around(Config({"BLOCK_T": 16, "BLOCK_D": 128}, 4, 2), warps=(2, 8))

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from molex_kernels._triton.arguments import Mat, at, load_fp32, nth, store, wide
 from molex_kernels._triton.tiles import segment_of_tile
 from molex_kernels.ops.dispatch.kernels.activation import activate
 from molex_kernels.ops.dispatch.kernels.product import grouped_order, multiply, token_of_row
@@ -10,22 +11,11 @@ from molex_kernels.ops.dispatch.kernels.product import grouped_order, multiply, 
 
 @triton.jit
 def _dispatch_fwd_gemm(
-    x_ptr,  # [T, D] gathered, else [R, D]
-    stride_xt,
-    stride_xd,
-    weight_ptr,  # [E, N, D]; gated: [E, 2N, D]
-    stride_we,
-    stride_wn,
-    stride_wd,
-    bias_ptr,  # [E, N]; gated: [E, 2N]
-    stride_be,
-    stride_bn,
-    out_ptr,  # [R, N]
-    stride_ot,
-    stride_on,
-    hidden_ptr,  # [R, N]; gated: [R, 2N]
-    stride_ht,
-    stride_hn,
+    x,  # [T, D] gathered, else [R, D]
+    weight,  # [E, N, D]; gated: [E, 2N, D]
+    bias,  # [E, N]; gated: [E, 2N]
+    out,  # [R, N]
+    hidden,  # [R, N]; gated: [R, 2N]
     offsets_ptr,  # [E] int32
     permutation_ptr,  # [R] int64
     num_rows,
@@ -38,8 +28,6 @@ def _dispatch_fwd_gemm(
     up_shift,  # rows of the weight from a gate to its up
     IS_GATHERED: tl.constexpr,
     IS_GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_HIDDEN: tl.constexpr,
     HAS_ZERO_TAIL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -49,25 +37,25 @@ def _dispatch_fwd_gemm(
     BLOCK_E: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """out_r = act(weight_e x_token(r) + bias_e); keeps the pre-activation where HAS_HIDDEN."""
+    """out_r = act(weight_e x_token(r) + bias_e); keeps the pre-activation where there is room."""
     tile, column = grouped_order(num_row_tiles, tl.cdiv(num_columns, BLOCK_N), GROUP)
-    offs_n = column.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = wide(column) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_columns
     gate_n = offs_n * gate_step
-    up_shift = tl.cast(up_shift, tl.int64)
+    up_n = wide(up_shift)
     if HAS_ZERO_TAIL:
         # The tiles are at least as many as the rows need: each also clears its share of the tail.
         tail_t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
         mask = (tail_t >= tl.load(offsets_ptr + num_experts - 1)) & (tail_t < num_rows)
         mask = mask[:, None] & mask_n[None, :]
-        tail_t = tail_t.to(tl.int64)[:, None]
-        zeros = tl.zeros((BLOCK_T, BLOCK_N), out_ptr.dtype.element_ty)
-        tl.store(out_ptr + tail_t * stride_ot + offs_n[None, :] * stride_on, zeros, mask=mask)
-        if HAS_HIDDEN:
-            hidden_ptrs = hidden_ptr + tail_t * stride_ht + gate_n[None, :] * stride_hn
-            tl.store(hidden_ptrs, zeros, mask=mask)
+        tail_t = wide(tail_t)
+        zeros = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+        store(at(out, tail_t[:, None], offs_n[None, :]), zeros, mask)
+        if hidden is not None:
+            hidden_ptrs = at(hidden, tail_t[:, None], gate_n[None, :])
+            store(hidden_ptrs, zeros, mask)
             if IS_GATED:
-                tl.store(hidden_ptrs + up_shift * stride_hn, zeros, mask=mask)
+                store(hidden_ptrs + up_n * wide(hidden.col), zeros, mask)
 
     expert, first, end = segment_of_tile(offsets_ptr, num_experts, tile, BLOCK_T, BLOCK_E)
     if expert >= num_experts:
@@ -75,15 +63,14 @@ def _dispatch_fwd_gemm(
     offs_t = first + tl.arange(0, BLOCK_T)
     mask_t = (offs_t >= 0) & (offs_t < end) & (offs_t < num_rows)
     source = token_of_row(permutation_ptr, offs_t, mask_t, top_k) if IS_GATHERED else offs_t
-    expert = expert.to(tl.int64)
-    out, up = multiply(
-        x_ptr + source.to(tl.int64)[:, None] * stride_xt,
+    result, up = multiply(
+        x,
+        wide(source),
         mask_t,
-        stride_xd,
-        weight_ptr + expert * stride_we + gate_n[None, :] * stride_wn,
+        Mat(nth(weight, expert), weight.row, weight.col),
+        gate_n,
         mask_n,
-        stride_wd,
-        up_shift * stride_wn,
+        up_shift,
         num_features,
         IS_GATED,
         PRECISION,
@@ -91,24 +78,21 @@ def _dispatch_fwd_gemm(
         BLOCK_N,
         BLOCK_D,
     )
-    if HAS_BIAS:
-        bias_ptrs = bias_ptr + expert * stride_be + gate_n * stride_bn
-        out += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        bias_ptrs = at(bias, expert, gate_n)
+        result += load_fp32(bias_ptrs, mask_n)[None, :]
         if IS_GATED:
-            bias_ptrs += up_shift * stride_bn
-            up += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+            up += load_fp32(bias_ptrs + up_n * wide(bias.col), mask_n)[None, :]
 
-    rows = offs_t.to(tl.int64)[:, None]
+    rows = wide(offs_t)[:, None]
     mask = mask_t[:, None] & mask_n[None, :]
-    if HAS_HIDDEN:
-        hidden_ptrs = hidden_ptr + rows * stride_ht + gate_n[None, :] * stride_hn
-        tl.store(hidden_ptrs, out.to(hidden_ptr.dtype.element_ty), mask=mask)
+    if hidden is not None:
+        hidden_ptrs = at(hidden, rows, gate_n[None, :])
+        store(hidden_ptrs, result, mask)
         if IS_GATED:
-            hidden_ptrs += up_shift * stride_hn
-            tl.store(hidden_ptrs, up.to(hidden_ptr.dtype.element_ty), mask=mask)
+            store(hidden_ptrs + up_n * wide(hidden.col), up, mask)
     if ACTIVATION != "none":
-        out = activate(out, ACTIVATION)
+        result = activate(result, ACTIVATION)
     if IS_GATED:
-        out = out * up
-    out_ptrs = out_ptr + rows * stride_ot + offs_n[None, :] * stride_on
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+        result = result * up
+    store(at(out, rows, offs_n[None, :]), result, mask)

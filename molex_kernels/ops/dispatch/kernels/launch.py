@@ -6,21 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from molex_kernels.ops.dispatch.kernels.parts import (
-    Rows,
-    launch_bias,
-    launch_combine,
-    launch_gemm,
-    launch_hidden,
-    launch_weight,
-    launch_wgrad,
-)
+from molex_kernels.ops.dispatch.kernels import starts
+from molex_kernels.ops.dispatch.kernels.starts import Rows
 
 
 def grouped_gemm_forward(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     rows = Rows(offsets.contiguous(), x.shape[0])
     out = x.new_empty(x.shape[0], weight.shape[1])
-    launch_gemm(x, weight, bias, out, rows, zero_tail=True)
+    starts.gemm(x, weight, bias, out, rows, zero_tail=True)
     return out
 
 
@@ -33,15 +26,15 @@ def grouped_gemm_backward(
     dweight = x.new_empty(weight.shape if needs_weight else (0,))
     dbias = x.new_empty(weight.shape[:2] if needs_bias else (0,))
     if needs_x:
-        launch_gemm(dy, weight.mT, None, dx, rows, zero_tail=True)
+        starts.gemm(dy, weight.mT, None, dx, rows, zero_tail=True)
     if needs_weight:
-        launch_wgrad(dy, x, dweight, rows)
+        starts.wgrad(dy, x, dweight, rows)
     if needs_bias:
-        launch_bias(dy, None, dbias, rows)
+        starts.bias(dy, None, dbias, rows)
     return dx, dweight, dbias
 
 
-def experts_forward(
+def moe_experts_forward(
     x: Tensor,
     offsets: Tensor,
     permutation: Tensor,
@@ -56,7 +49,7 @@ def experts_forward(
 ) -> tuple[Tensor, Tensor]:
     """In expert order: the experts' outputs and the pre-activation (empty unless `keeps_hidden`).
 
-    Rows of what is not here are 0.
+    Rows of experts that are not local are 0.
     """
     plan = (offsets.contiguous(), permutation.shape[0], permutation.contiguous())
     weights = (w_up, w_down, b_up, b_down)
@@ -79,7 +72,7 @@ def _experts(
 ) -> tuple[Tensor, Tensor]:
     kept = x.new_empty(rows.num_rows if keeps_hidden else 0, w_up.shape[1])
     acted = x.new_empty(rows.num_rows, w_down.shape[2])
-    launch_gemm(
+    starts.gemm(
         x,
         w_up,
         b_up,
@@ -92,7 +85,7 @@ def _experts(
         zero_tail=keeps_hidden,
     )
     packed = x.new_empty(rows.num_rows, x.shape[1])
-    launch_gemm(acted, w_down, b_down, packed, rows, zero_tail=zero_tail)
+    starts.gemm(acted, w_down, b_down, packed, rows, zero_tail=zero_tail)
     return packed, kept
 
 
@@ -111,12 +104,12 @@ def moe_mlp_forward(
     keeps_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output and, in expert order, the pre-activation (empty unless `keeps_hidden`)."""
-    rows = _rows(offsets, permutation, inverse, expert_weight)
+    rows = Rows.of_plan(offsets, permutation, inverse, expert_weight.shape[1])
     weights = (w_up, w_down, b_up, b_down)
-    # The combine skips rows of what is not here, so they stay unwritten.
+    # The combine skips rows of experts that are not local, so they stay unwritten.
     packed, kept = _experts(x, *weights, rows, activation, layout, keeps_hidden, zero_tail=False)
     out = x.new_empty(x.shape)
-    launch_combine(packed, expert_weight, out, rows)
+    starts.combine(packed, expert_weight, out, rows)
     return out, kept
 
 
@@ -142,13 +135,13 @@ def moe_mlp_backward(
     dw_down = sum dy_t A'^T,  dw_up = sum dH x_t^T.
     """
     needs_x, needs_weight, needs_w_up, needs_w_down, needs_b_up, needs_b_down = needs
-    rows = _rows(offsets, permutation, inverse, expert_weight)
+    rows = Rows.of_plan(offsets, permutation, inverse, expert_weight.shape[1])
     needs_dhidden = needs_x or needs_w_up or needs_b_up
     dhidden = hidden.new_empty(hidden.shape) if needs_dhidden else None
     weighted = x.new_empty(rows.num_rows, w_down.shape[2]) if needs_w_down else None
     partial = None
     if needs_dhidden or needs_w_down or needs_weight:
-        partial = launch_hidden(
+        partial = starts.hidden(
             dy,
             w_down,
             hidden,
@@ -168,22 +161,17 @@ def moe_mlp_backward(
     db_up = x.new_empty(w_up.shape[:2] if needs_b_up else (0,))
     db_down = x.new_empty(w_down.shape[:2] if needs_b_down else (0,))
     if needs_weight:
-        launch_weight(partial, dy, b_down, dweight, rows)
+        starts.weight(partial, dy, b_down, dweight, rows)
     if needs_w_down:
-        launch_wgrad(dy, weighted, dw_down, rows, left_gathered=True)
+        starts.wgrad(dy, weighted, dw_down, rows, left_gathered=True)
     if needs_b_down:
-        launch_bias(dy, expert_weight, db_down, rows)
+        starts.bias(dy, expert_weight, db_down, rows)
     if needs_w_up:
-        launch_wgrad(dhidden, x, dw_up, rows, right_gathered=True)
+        starts.wgrad(dhidden, x, dw_up, rows, right_gathered=True)
     if needs_b_up:
-        launch_bias(dhidden, None, db_up, rows)
+        starts.bias(dhidden, None, db_up, rows)
     if needs_x:
         packed = x.new_empty(rows.num_rows, x.shape[1])
-        launch_gemm(dhidden, w_up.mT, None, packed, rows)
-        launch_combine(packed, None, dx, rows)
+        starts.gemm(dhidden, w_up.mT, None, packed, rows)
+        starts.combine(packed, None, dx, rows)
     return dx, dweight, dw_up, dw_down, db_up, db_down
-
-
-def _rows(offsets: Tensor, permutation: Tensor, inverse: Tensor, expert_weight: Tensor) -> Rows:
-    plan = (permutation.contiguous(), inverse.contiguous())
-    return Rows(offsets.contiguous(), permutation.shape[0], *plan, expert_weight.shape[1])

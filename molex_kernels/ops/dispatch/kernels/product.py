@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from molex_kernels._triton.arguments import at, wide
+
 
 @triton.jit
 def grouped_order(num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
@@ -23,13 +25,13 @@ def token_of_row(permutation_ptr, offs_t, mask_t, top_k):
 
 @triton.jit
 def multiply(
-    x_ptrs,  # [BLOCK_T, 1] starts of the rows
+    x,  # [T, D]
+    offs_t,
     mask_t,
-    stride_xd,
-    weight_ptrs,  # [1, BLOCK_N] starts of the columns
+    weight,  # [N, D]
+    offs_n,
     mask_n,
-    stride_wd,
-    up_shift,  # from a column of the gate half to its column of the up half, in elements
+    up_shift,  # from a column of the gate half to its column of the up half
     num_features,
     IS_GATED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -38,22 +40,21 @@ def multiply(
     BLOCK_D: tl.constexpr,
 ):
     """sum_d x[t, d] weight[n, d] in fp32; when gated, also that of the up half (else zeros)."""
-    stride_xd = tl.cast(stride_xd, tl.int64)
-    stride_wd = tl.cast(stride_wd, tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
-    x_ptrs = x_ptrs + offs_d[None, :] * stride_xd
-    weight_ptrs = weight_ptrs + offs_d[:, None] * stride_wd
+    x_ptrs = at(x, offs_t[:, None], offs_d[None, :])
+    weight_ptrs = at(weight, offs_n[None, :], offs_d[:, None])
+    to_up = wide(up_shift) * wide(weight.row)
     out = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     up = out
     for d in range(0, num_features, BLOCK_D):
         mask_d = offs_d < num_features - d
-        x = tl.load(x_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0)
+        x_tile = tl.load(x_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0)
         mask = mask_d[:, None] & mask_n[None, :]
-        weight = tl.load(weight_ptrs, mask=mask, other=0.0)
-        out = tl.dot(x, weight, out, input_precision=PRECISION)
+        weight_tile = tl.load(weight_ptrs, mask=mask, other=0.0)
+        out = tl.dot(x_tile, weight_tile, out, input_precision=PRECISION)
         if IS_GATED:
-            weight_up = tl.load(weight_ptrs + up_shift, mask=mask, other=0.0)
-            up = tl.dot(x, weight_up, up, input_precision=PRECISION)
-        x_ptrs += BLOCK_D * stride_xd
-        weight_ptrs += BLOCK_D * stride_wd
+            up_tile = tl.load(weight_ptrs + to_up, mask=mask, other=0.0)
+            up = tl.dot(x_tile, up_tile, up, input_precision=PRECISION)
+        x_ptrs += BLOCK_D * wide(x.col)
+        weight_ptrs += BLOCK_D * wide(weight.col)
     return out, up

@@ -1,18 +1,21 @@
-"""Pinned launch configurations of the layer-mixing kernels, by shape class."""
+"""Launch configurations of the layer-mixing kernels, by chip and shape class."""
 
 from __future__ import annotations
 
 import torch
 import triton
 
-from molex_kernels._triton.tuning import Config
+from molex_kernels._triton.chips import Chip
+from molex_kernels._triton.tuning import Config, Options, around
 
 MAX_PROGRAMS = 1024  # of mixing backwards: as many rows of partial sums
-BIAS = Config({"BLOCK_T": 32, "BLOCK_N": 64}, 4, 2)
-TABLE = Config({}, 1, 1)
+TABLE = (Config({}, 1, 1), ())  # the same few stores on every chip
 VOTE_ELEMENTS = 4096
 
-Options = tuple[Config, tuple[Config, ...]]  # the pinned configuration, and what a sweep tries
+
+def bias(chip: Chip) -> Options:
+    """For the gradient of the biases."""
+    return around(Config({"BLOCK_T": 32, "BLOCK_N": 64}, 4, 2), warps=(2, 8))
 
 
 def _product(rows: int, columns: int, features: int, num_warps: int, num_stages: int) -> Config:
@@ -20,16 +23,16 @@ def _product(rows: int, columns: int, features: int, num_warps: int, num_stages:
     return Config(blocks, num_warps, num_stages)
 
 
-def linear(dtype: torch.dtype, num_tokens: int, aligned: bool, rank: int) -> Options:
+def linear(chip: Chip, dtype: torch.dtype, num_tokens: int, aligned: bool, rank: int) -> Options:
     """For a branch's product. An adapter holds x A^T beside it, so its tiles are smaller."""
     if not aligned:
-        return _product(32, 32, 16 if rank else 32, 4, 2), ()
+        return around(_product(32, 32, 16 if rank else 32, 4, 2), warps=(2, 8))
     if dtype == torch.float32:
         if rank:
-            return _product(32, 64, 32, 4, 2), ()
+            return around(_product(32, 64, 32, 4, 2), warps=(8,))
         return _product(64, 64, 32, 4, 2), (_product(64, 64, 16, 4, 2),)
     if num_tokens <= 64:
-        return _product(64, 64, 64, 4, 3), ()
+        return around(_product(64, 64, 64, 4, 3), warps=(8,), stages=(2, 4))
     if rank:
         return _product(128, 64, 64, 8, 3), (_product(64, 64, 64, 4, 3),)
     return _product(128, 128, 64, 8, 3), (
@@ -44,31 +47,32 @@ def rank_block(rank: int, aligned: bool) -> int:
     return min(max(triton.next_power_of_2(rank), 16), 32 if aligned else 16)
 
 
-def wgrad(dtype: torch.dtype, aligned: bool) -> Options:
+def wgrad(chip: Chip, dtype: torch.dtype, aligned: bool) -> Options:
     """For the parameters' gradient; BLOCK_T is the depth of the product here."""
     if not aligned:
-        return _product(32, 32, 32, 4, 2), ()
+        return around(_product(32, 32, 32, 4, 2), warps=(8,))
     if dtype == torch.float32:
-        return _product(32, 64, 64, 4, 2), ()
+        return around(_product(32, 64, 64, 4, 2), warps=(8,))
     return _product(64, 128, 64, 8, 3), (_product(64, 128, 128, 8, 3), _product(64, 64, 64, 4, 3))
 
 
-def mix(num_features: int, has_norm: bool, *, backward: bool) -> Config:
+def mix(chip: Chip, num_features: int, has_norm: bool, *, backward: bool) -> Options:
     """Whole rows to a program for a norm, else pieces of rows.
 
     8 elements to a thread; 4 backwards through a norm, which holds more of them.
     """
     if not has_norm:
         width = 512 if num_features >= 1024 else 128
-        return Config({"BLOCK_T": 1024 // width, "BLOCK_D": width}, 4, 1)
+        return around(Config({"BLOCK_T": 1024 // width, "BLOCK_D": width}, 4, 1), warps=(2, 8))
     width = max(triton.next_power_of_2(num_features), 128)
     each = 32 * (4 if backward else 8)
     warps = min(max(width // each, 4), 32)
-    return Config({"BLOCK_T": max(each * warps // width, 1), "BLOCK_D": width}, warps, 1)
+    pinned = Config({"BLOCK_T": max(each * warps // width, 1), "BLOCK_D": width}, warps, 1)
+    return around(pinned, warps=(max(warps // 2, 1), min(2 * warps, 32)))
 
 
-def vote(num_tokens: int, num_layers: int) -> Config:
+def vote(chip: Chip, num_layers: int) -> Options:
     """One program reads everything, in long steps."""
     block_l = max(triton.next_power_of_2(num_layers), 2)
     rows = max(VOTE_ELEMENTS // block_l, 1)
-    return Config({"BLOCK_T": min(rows, 512), "BLOCK_L": block_l}, 8, 2)
+    return around(Config({"BLOCK_T": min(rows, 512), "BLOCK_L": block_l}, 8, 2), warps=(4, 16))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,9 @@ import triton
 from torch import Tensor
 
 from molex_kernels._dtypes import dot_precision
-from molex_kernels._triton import tuning
+from molex_kernels._triton import chips, tuning
+from molex_kernels._triton.arguments import Stack, strided
+from molex_kernels._triton.launch import launch
 from molex_kernels.ops.layer_mixing import types
 from molex_kernels.ops.layer_mixing.kernels import config
 from molex_kernels.ops.layer_mixing.kernels.layers import _layer_mixing_fwd_table
@@ -33,20 +35,20 @@ class Group(NamedTuple):
     is_aligned: bool  # whether every layer starts at a multiple of 16 bytes
 
 
-def vote(logits: Tensor, mask: Tensor | None, mode: str) -> Tensor:
+def layer_vote_forward(logits: Tensor, mask: Tensor | None, mode: str) -> Tensor:
+    """The layer with the largest sum of scores over all tokens, [] int64."""
     out = logits.new_empty((), dtype=torch.int64)
-    _layer_mixing_fwd_vote[(1,)](
-        *(logits, *logits.stride()),
-        *((None, 0) if mask is None else (mask, mask.stride(0))),
-        out,
-        *logits.shape,
-        MODE=mode,
-        **config.vote(*logits.shape).launch_options(),
+    launch(
+        _layer_mixing_fwd_vote,
+        lambda _: (1,),
+        (*map(strided, (logits, mask)), out, *logits.shape),
+        {"MODE": mode},
+        config.vote(chips.of(logits.device), logits.shape[1]),
     )
     return out
 
 
-def linear_forward(
+def layer_linear_forward(
     x: Tensor,
     index: Tensor,
     weights: Sequence[Tensor],
@@ -54,7 +56,10 @@ def linear_forward(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     scaling: float,
+    shared: bool,
 ) -> Tensor:
+    """A branch's product each, [G, T, N]; x is [G, T, D], or [T, D] where shared."""
+    x = types.branches(x, index, shared)
     weights, biases, a, b = map(_alike, (weights, biases, a, b))
     out = x.new_empty(*x.shape[:2], weights[0].shape[-2])
     groups = (_table(weights, 3), _table(biases, 2), _table(a, 3), _table(b, 3))
@@ -62,7 +67,7 @@ def linear_forward(
     return out
 
 
-def linear_backward(
+def layer_linear_backward(
     dy: Tensor,
     x: Tensor,
     index: Tensor,
@@ -78,8 +83,8 @@ def linear_backward(
     needs_x, needs_weight, needs_bias, needs_a, needs_b = needs
     weights, biases, a, b = map(_alike, (weights, biases, a, b))
     num_layers = types.num_layers(weights, 3)
-    size = (x.shape[1:] if shared else x.shape) if needs_x else (0,)
-    dx = x.new_empty(size)
+    dx = x.new_empty(x.shape if needs_x else (0,))
+    x = types.branches(x, index, shared)
     groups = ((weights, 3, needs_weight), (biases, 2, needs_bias), (a, 3, needs_a), (b, 3, needs_b))
     dweight, dbias, da, db = (
         torch.zeros(
@@ -111,7 +116,7 @@ def linear_backward(
     return dx, dweight, dbias, da, db
 
 
-def mix_forward(
+def layer_mix_forward(
     outputs: Tensor,
     coeff: Tensor,
     residual: Tensor | None,
@@ -122,26 +127,24 @@ def mix_forward(
     branches, tokens, features = outputs.shape
     y = outputs.new_empty(tokens, features)
     normed = outputs.new_empty((0,) if eps is None else (tokens, features))
-    chosen = config.mix(features, eps is not None, backward=False)
     if y.numel() > 0:
-        _layer_mixing_fwd_mix[(_tiles(tokens, features, chosen),)](
-            *(outputs, *outputs.stride()),
-            *_with_strides(residual, 3),
-            coeff.contiguous(),
-            None if weight is None else weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            y,
-            None if eps is None else normed,
-            float(eps or 0.0),
-            branches,
-            tokens,
-            features,
-            **chosen.launch_options(),
+        launch(
+            _layer_mixing_fwd_mix,
+            lambda b: (_tiles(y, b),),
+            (
+                *(strided(outputs), strided(residual), coeff.contiguous()),
+                None if weight is None else weight.contiguous(),
+                None if bias is None else bias.contiguous(),
+                *(y, None if eps is None else normed, float(eps or 0.0)),
+                *(branches, tokens, features),
+            ),
+            {},
+            config.mix(chips.of(y.device), features, eps is not None, backward=False),
         )
     return y, normed
 
 
-def mix_backward(
+def layer_mix_backward(
     dy: Tensor | None,
     dnormed: Tensor | None,
     outputs: Tensor,
@@ -155,30 +158,34 @@ def mix_backward(
     needs_outputs, needs_coeff, needs_norm = needs
     branches, tokens, features = outputs.shape
     doutputs = outputs.new_empty(outputs.shape if needs_outputs else (0,))
-    chosen = config.mix(features, dnormed is not None, backward=True)
-    tiles = _tiles(tokens, features, chosen)
-    programs = min(tiles, config.MAX_PROGRAMS)
-    single = {"dtype": torch.float32, "device": outputs.device}
-    coeff_parts = torch.empty(programs, branches, **single) if needs_coeff else None
-    norm_parts = torch.empty(2, programs, features, **single) if needs_norm else None
-    if outputs.numel() > 0:
-        _layer_mixing_bwd_mix[(programs,)](
-            *_with_strides(dy, 2),
-            *_with_strides(dnormed, 2),
-            *(outputs, *outputs.stride()),
-            *_with_strides(residual, 3),
+    single: Any = {"dtype": torch.float32, "device": outputs.device}
+    coeff_parts = torch.empty(0, branches, **single) if needs_coeff else None
+    norm_parts = torch.empty(2, 0, features, **single) if needs_norm else None
+
+    def programs(blocks: Mapping[str, int]) -> int:
+        return min(_tiles(outputs[0], blocks), config.MAX_PROGRAMS)
+
+    def arguments(blocks: Mapping[str, int]) -> tuple[Any, ...]:
+        nonlocal coeff_parts, norm_parts
+        if needs_coeff:
+            coeff_parts = torch.empty(programs(blocks), branches, **single)
+        if needs_norm:
+            norm_parts = torch.empty(2, programs(blocks), features, **single)
+        return (
+            *map(strided, (dy, dnormed, outputs, residual)),
             coeff.contiguous(),
             None if weight is None else weight.contiguous(),
-            doutputs if needs_outputs else None,
-            coeff_parts,
-            norm_parts,
-            float(eps or 0.0),
-            branches,
-            tokens,
-            features,
-            tiles,
-            BLOCK_G=triton.next_power_of_2(branches),
-            **chosen.launch_options(),
+            *(doutputs if needs_outputs else None, coeff_parts, norm_parts, float(eps or 0.0)),
+            *(branches, tokens, features, _tiles(outputs[0], blocks)),
+        )
+
+    if outputs.numel() > 0:
+        launch(
+            _layer_mixing_bwd_mix,
+            lambda b: (programs(b),),
+            arguments,
+            {"BLOCK_G": triton.next_power_of_2(branches)},
+            config.mix(chips.of(outputs.device), features, dnormed is not None, backward=True),
         )
     dcoeff = torch.empty(0, **single) if coeff_parts is None else coeff_parts.sum(0)
     dnorm = torch.empty(0, **single) if norm_parts is None else norm_parts.sum(1)
@@ -207,35 +214,21 @@ def _linear(
         g.is_aligned for g in groups
     )
 
-    def launch(chosen: tuning.Config) -> None:
-        tiles = triton.cdiv(num_tokens, chosen.blocks["BLOCK_T"])
-        tiles *= triton.cdiv(num_columns, chosen.blocks["BLOCK_N"])
-        _layer_mixing_fwd_linear[(out.shape[0] * tiles,)](
-            *(x, *x.stride()),
-            *(index, *index.stride()),
-            *_of_layers(weight, 3),
-            *_of_layers(bias, 2),
-            *_of_layers(a, 3),
-            *_of_layers(b, 3),
-            *(out, *out.stride()),
-            types.flag(x.device),
-            float(scaling),
-            num_layers,
-            x.shape[0] // out.shape[0],
-            num_tokens,
-            num_columns,
-            x.shape[2],
-            rank,
-            IS_ALIGNED=is_aligned,
-            PRECISION=dot_precision(x.dtype),
-            BLOCK_R=config.rank_block(rank, is_aligned),
-            **chosen.launch_options(),
-        )
-
-    pinned, candidates = config.linear(x.dtype, num_tokens, is_aligned, rank)
-    key = (x.dtype, tuple(out.shape), x.shape[2], is_aligned, rank)
     launch(
-        tuning.choose("layer_mixing_fwd_linear", key, pinned, candidates, launch, on_gpu=x.is_cuda)
+        _layer_mixing_fwd_linear,
+        lambda b: (out.shape[0] * _tiles(out[0], b, "BLOCK_N"),),
+        (
+            *(strided(x), strided(index)),
+            *(argument for group in (weight, bias, a, b) for argument in _of_layers(group)),
+            *(strided(out), types.flag(x.device), float(scaling), num_layers),
+            *(x.shape[0] // out.shape[0], num_tokens, num_columns, x.shape[2], rank),
+        ),
+        {
+            "IS_ALIGNED": is_aligned,
+            "PRECISION": dot_precision(x.dtype),
+            "BLOCK_R": config.rank_block(rank, is_aligned),
+        },
+        config.linear(chips.of(x.device), x.dtype, num_tokens, is_aligned, rank),
     )
 
 
@@ -243,44 +236,34 @@ def _wgrad(left: Tensor, right: Tensor, index: Tensor, out: Tensor, scaling: flo
     if out.numel() == 0:
         return
 
-    def launch(chosen: tuning.Config) -> None:
-        tiles = triton.cdiv(out.shape[1], chosen.blocks["BLOCK_N"])
-        tiles *= triton.cdiv(out.shape[2], chosen.blocks["BLOCK_D"])
-        _layer_mixing_bwd_wgrad[(index.shape[0] * tiles,)](
-            *(left, *left.stride()),
-            *(right, *right.stride()),
-            *(index, *index.stride()),
-            *(out, *out.stride()),
-            float(scaling),
-            out.shape[0],
-            index.shape[0],
-            left.shape[1],
-            *out.shape[1:],
-            PRECISION=dot_precision(left.dtype),
-            **chosen.launch_options(),
-        )
+    num_columns, num_features = out.shape[1:]
 
-    is_aligned = tuning.aligned(left, right, out)
-    pinned, candidates = config.wgrad(left.dtype, is_aligned)
-    key = (left.dtype, tuple(out.shape), is_aligned)
-    chosen = tuning.choose(
-        "layer_mixing_bwd_wgrad", key, pinned, candidates, launch, on_gpu=left.is_cuda
+    def grid(blocks: Mapping[str, int]) -> tuple[int]:
+        tiles = triton.cdiv(num_columns, blocks["BLOCK_N"])
+        return (index.shape[0] * tiles * triton.cdiv(num_features, blocks["BLOCK_D"]),)
+
+    launch(
+        _layer_mixing_bwd_wgrad,
+        grid,
+        (
+            *map(strided, (left, right, index, out)),
+            *(float(scaling), out.shape[0], index.shape[0], left.shape[1]),
+            *(num_columns, num_features),
+        ),
+        {"PRECISION": dot_precision(left.dtype)},
+        config.wgrad(chips.of(out.device), left.dtype, tuning.aligned(left, right, out)),
     )
-    launch(chosen)
 
 
 def _bias(dy: Tensor, index: Tensor, out: Tensor) -> None:
     if out.numel() == 0:
         return
-    tiles = triton.cdiv(out.shape[1], config.BIAS.blocks["BLOCK_N"])
-    _layer_mixing_bwd_bias[(index.shape[0] * tiles,)](
-        *(dy, *dy.stride()),
-        *(index, *index.stride()),
-        *(out, *out.stride()),
-        out.shape[0],
-        index.shape[0],
-        *dy.shape[1:],
-        **config.BIAS.launch_options(),
+    launch(
+        _layer_mixing_bwd_bias,
+        lambda b: (index.shape[0] * triton.cdiv(out.shape[1], b["BLOCK_N"]),),
+        (*map(strided, (dy, index, out)), out.shape[0], index.shape[0], *dy.shape[1:]),
+        {},
+        config.bias(chips.of(out.device)),
     )
 
 
@@ -300,10 +283,12 @@ def _table(tensors: Sequence[Tensor], dims: int) -> Group | None:
     table = tensors[0].new_empty(count, dtype=torch.int64)
     padded = [*tensors, *[tensors[0]] * (count - len(tensors))]
     for first in range(0, count, ADDRESSES):
-        _layer_mixing_fwd_table[(1,)](
-            table[first:],
-            *padded[first : first + ADDRESSES],
-            **config.TABLE.launch_options(),
+        launch(
+            _layer_mixing_fwd_table,
+            lambda _: (1,),
+            (table[first:], *padded[first : first + ADDRESSES]),
+            {},
+            config.TABLE,
         )
     return Group(tensors[0], table, all(t.data_ptr() % 16 == 0 for t in tensors))
 
@@ -312,19 +297,18 @@ def _transposed(group: Group | None) -> Group | None:
     return None if group is None else group._replace(tensor=group.tensor.mT)
 
 
-def _of_layers(group: Group | None, dims: int) -> tuple[Any, ...]:
-    """Pointer, strides over layers and inside them, table."""
+def _of_layers(group: Group | None) -> tuple[Stack | None, Tensor | None]:
+    """The layers as a kernel's argument, and their table; a bias is a matrix of one row."""
     if group is None:
-        return (None, *(0,) * dims, None)
+        return None, None
     strides = group.tensor.stride()
     strides = strides if group.table is None else (0, *strides)
-    return group.tensor, *strides, group.table
+    outer, *inner = strides
+    row, col = inner if len(inner) == 2 else (0, *inner)
+    return Stack(group.tensor, outer, row, col), group.table
 
 
-def _tiles(tokens: int, features: int, chosen: tuning.Config) -> int:
-    tiles = triton.cdiv(tokens, chosen.blocks["BLOCK_T"])
-    return tiles * triton.cdiv(features, chosen.blocks["BLOCK_D"])
-
-
-def _with_strides(x: Tensor | None, dims: int) -> tuple[Any, ...]:
-    return (None, *(0,) * dims) if x is None else (x, *x.stride())
+def _tiles(x: Tensor, blocks: Mapping[str, int], columns: str = "BLOCK_D") -> int:
+    """Tiles of a matrix."""
+    num_rows, num_columns = x.shape
+    return triton.cdiv(num_rows, blocks["BLOCK_T"]) * triton.cdiv(num_columns, blocks[columns])

@@ -3,27 +3,29 @@
 import triton
 import triton.language as tl
 
+from molex_kernels._triton.arguments import places, wide
+
 
 @triton.jit
-def chosen_layer(index_ptr, stride_ig, g, num_layers):
+def chosen_layer(index, g, num_layers):
     """The layer of branch g, clamped into range, and whether it had to be."""
-    given = tl.load(index_ptr + g * stride_ig).to(tl.int64)
+    given = wide(tl.load(places(index, g)))
     layer = tl.minimum(tl.maximum(given, 0), num_layers - 1)
     return layer, layer != given
 
 
 @triton.jit
-def layer_start(ptr, stride_l, table_ptr, layer, IS_ALIGNED: tl.constexpr):
-    """Elements from ptr, the first layer's start, to that of `layer`."""
+def layer_ptr(layers, table_ptr, layer, IS_ALIGNED: tl.constexpr):
+    """Where a layer's tensor starts: `layers` is the stack, or the first layer's with a table."""
     # One return: Triton compiles what follows a return inside a compile-time `if`.
     if table_ptr is None:
-        start = layer * stride_l
+        start = layer * layers.outer
     else:
-        start = tl.load(table_ptr + layer) - ptr.to(tl.int64)
-        start = start // (ptr.dtype.element_ty.primitive_bitwidth // 8)
+        start = tl.load(table_ptr + layer) - layers.ptr.to(tl.int64)
+        start = start // (layers.ptr.dtype.element_ty.primitive_bitwidth // 8)
         if IS_ALIGNED:
             start = tl.multiple_of(start, 16)
-    return start
+    return layers.ptr + start
 
 
 @triton.jit

@@ -3,40 +3,23 @@
 import triton
 import triton.language as tl
 
-from molex_kernels.ops.layer_mixing.kernels.layers import chosen_layer, layer_start
+from molex_kernels._triton.arguments import Mat, along, at, load_fp32, nth, store, wide
+from molex_kernels.ops.layer_mixing.kernels.layers import chosen_layer, layer_ptr
 
 
 @triton.jit
 def _layer_mixing_fwd_linear(
-    x_ptr,  # [G, T, D]
-    stride_xg,
-    stride_xt,
-    stride_xd,
-    index_ptr,  # [G]
-    stride_ig,
-    weight_ptr,  # [L, N, D], or the first layer's where there is a table
-    stride_wl,
-    stride_wn,
-    stride_wd,
+    x,  # [G, T, D]
+    index,  # [G]
+    weight,  # [L, N, D], or the first layer's where there is a table
     weight_table_ptr,  # [L] int64
-    bias_ptr,  # [L, N]
-    stride_bl,
-    stride_bn,
+    bias,  # [L, 1, N], likewise
     bias_table_ptr,
-    a_ptr,  # [L, r, D]
-    stride_al,
-    stride_ar,
-    stride_ad,
+    a,  # [L, r, D], likewise
     a_table_ptr,
-    b_ptr,  # [L, N, r]
-    stride_cl,
-    stride_cn,
-    stride_cr,
+    b,  # [L, N, r], likewise
     b_table_ptr,
-    out_ptr,  # [G, T, N]; [1, T, N] where summed
-    stride_og,
-    stride_ot,
-    stride_on,
+    out,  # [G, T, N]; [1, T, N] where summed
     flag_ptr,  # [1] int32
     scaling,
     num_layers,
@@ -56,51 +39,44 @@ def _layer_mixing_fwd_linear(
 
     The first BLOCK_R ranks of x A^T are accumulated beside x W^T, from the same tiles of x.
     """
-    stride_xd = tl.cast(stride_xd, tl.int64)
-    stride_wd = tl.cast(stride_wd, tl.int64)
-    stride_ad = tl.cast(stride_ad, tl.int64)
-    stride_ar = tl.cast(stride_ar, tl.int64)
-    stride_cr = tl.cast(stride_cr, tl.int64)
     pid = tl.program_id(0)
     tiles_t = tl.cdiv(num_tokens, BLOCK_T)
     tiles = tiles_t * tl.cdiv(num_columns, BLOCK_N)
-    first = (pid // tiles).to(tl.int64)
+    first = wide(pid // tiles)
     tile = pid % tiles
-    offs_t = (tile % tiles_t).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_n = (tile // tiles_t).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_t = wide(tile % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_n = wide(tile // tiles_t) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_t = offs_t < num_tokens
     mask_n = offs_n < num_columns
-    out = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for g in range(first, first + num_summed):
-        layer, is_outside = chosen_layer(index_ptr, stride_ig, g, num_layers)
+        layer, is_outside = chosen_layer(index, g, num_layers)
         tl.store(flag_ptr, 1, mask=is_outside)
-        rows = x_ptr + g * stride_xg + offs_t[:, None] * stride_xt
-        x_ptrs = rows + offs_d[None, :] * stride_xd
-        start = layer_start(weight_ptr, stride_wl, weight_table_ptr, layer, IS_ALIGNED)
-        weight_ptrs = weight_ptr + start + offs_n[None, :] * stride_wn + offs_d[:, None] * stride_wd
-        if a_ptr is not None:
+        rows = nth(x, g) + along(offs_t[:, None], x.row)
+        x_ptrs = rows + along(offs_d[None, :], x.col)
+        own = Mat(layer_ptr(weight, weight_table_ptr, layer, IS_ALIGNED), weight.row, weight.col)
+        weight_ptrs = at(own, offs_n[None, :], offs_d[:, None])
+        if a is not None:
             offs_r = tl.arange(0, BLOCK_R)
             mask_r = offs_r < rank
-            a_start = layer_start(a_ptr, stride_al, a_table_ptr, layer, IS_ALIGNED)
-            a_columns = a_ptr + a_start + offs_d[:, None] * stride_ad
-            a_ptrs = a_columns + offs_r[None, :] * stride_ar
+            a_columns = layer_ptr(a, a_table_ptr, layer, IS_ALIGNED) + along(offs_d[:, None], a.col)
+            a_ptrs = a_columns + along(offs_r[None, :], a.row)
             down = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
         for d in range(0, num_features, BLOCK_D):
             mask_d = offs_d < num_features - d
-            x = tl.load(x_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0)
+            x_tile = tl.load(x_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0)
             mask = mask_d[:, None] & mask_n[None, :]
-            weight = tl.load(weight_ptrs, mask=mask, other=0.0).to(x.dtype)
-            out = tl.dot(x, weight, out, input_precision=PRECISION)
-            if a_ptr is not None:
-                a = tl.load(a_ptrs, mask=mask_d[:, None] & mask_r[None, :], other=0.0).to(x.dtype)
-                down = tl.dot(x, a, down, input_precision=PRECISION)
-                a_ptrs += BLOCK_D * stride_ad
-            x_ptrs += BLOCK_D * stride_xd
-            weight_ptrs += BLOCK_D * stride_wd
-        if a_ptr is not None:
-            b_start = layer_start(b_ptr, stride_cl, b_table_ptr, layer, IS_ALIGNED)
-            b_columns = b_ptr + b_start + offs_n[None, :] * stride_cn
+            weight_tile = tl.load(weight_ptrs, mask=mask, other=0.0).to(x_tile.dtype)
+            total = tl.dot(x_tile, weight_tile, total, input_precision=PRECISION)
+            if a is not None:
+                a_tile = tl.load(a_ptrs, mask=mask_d[:, None] & mask_r[None, :], other=0.0)
+                down = tl.dot(x_tile, a_tile.to(x_tile.dtype), down, input_precision=PRECISION)
+                a_ptrs += BLOCK_D * wide(a.col)
+            x_ptrs += BLOCK_D * wide(x.col)
+            weight_ptrs += BLOCK_D * wide(weight.col)
+        if a is not None:
+            b_columns = layer_ptr(b, b_table_ptr, layer, IS_ALIGNED) + along(offs_n[None, :], b.row)
             for r in range(0, rank, BLOCK_R):
                 offs_r = r + tl.arange(0, BLOCK_R)
                 mask_r = offs_r < rank
@@ -109,20 +85,19 @@ def _layer_mixing_fwd_linear(
                     for d in range(0, num_features, BLOCK_D):
                         mask_d = offs_d < num_features - d
                         mask = mask_t[:, None] & mask_d[None, :]
-                        x = tl.load(rows + (d + offs_d)[None, :] * stride_xd, mask=mask, other=0.0)
-                        a_ptrs = a_columns + d * stride_ad + offs_r[None, :] * stride_ar
+                        x_ptrs = rows + along((d + offs_d)[None, :], x.col)
+                        x_tile = tl.load(x_ptrs, mask=mask, other=0.0)
+                        a_ptrs = a_columns + along(d, a.col) + along(offs_r[None, :], a.row)
                         mask = mask_d[:, None] & mask_r[None, :]
-                        a = tl.load(a_ptrs, mask=mask, other=0.0).to(x.dtype)
-                        down = tl.dot(x, a, down, input_precision=PRECISION)
-                b_ptrs = b_columns + offs_r[:, None] * stride_cr
-                b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
-                kept = (scaling * down).to(x_ptr.dtype.element_ty)
-                out = tl.dot(kept, b.to(kept.dtype), out, input_precision=PRECISION)
-        if bias_ptr is not None:
-            bias_start = layer_start(bias_ptr, stride_bl, bias_table_ptr, layer, False)
-            bias_ptrs = bias_ptr + bias_start + offs_n * stride_bn
-            out += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    out_ptrs = out_ptr + first * stride_og + offs_t[:, None] * stride_ot
-    out_ptrs += offs_n[None, :] * stride_on
-    out = out.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptrs, out, mask=mask_t[:, None] & mask_n[None, :])
+                        a_tile = tl.load(a_ptrs, mask=mask, other=0.0).to(x_tile.dtype)
+                        down = tl.dot(x_tile, a_tile, down, input_precision=PRECISION)
+                b_ptrs = b_columns + along(offs_r[:, None], b.col)
+                b_tile = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
+                kept = (scaling * down).to(x.ptr.dtype.element_ty)
+                total = tl.dot(kept, b_tile.to(kept.dtype), total, input_precision=PRECISION)
+        if bias is not None:
+            bias_ptrs = layer_ptr(bias, bias_table_ptr, layer, False) + along(offs_n, bias.col)
+            total += load_fp32(bias_ptrs, mask_n)[None, :]
+    own_out = Mat(nth(out, first), out.row, out.col)
+    out_ptrs = at(own_out, offs_t[:, None], offs_n[None, :])
+    store(out_ptrs, total, mask_t[:, None] & mask_n[None, :])

@@ -3,51 +3,44 @@
 import triton
 import triton.language as tl
 
+from molex_kernels._triton.arguments import Mat, at, load_fp32, nth, store, wide
+
 
 @triton.jit
-def _moved(
-    outputs_ptr, stride_ut, stride_ud, residual_ptr, stride_rt, stride_rd, rows, columns, mask
-):
-    """outputs_g + residual_g in fp32."""
-    ptrs = outputs_ptr + rows * stride_ut + columns * stride_ud
-    moved = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        ptrs = residual_ptr + rows * stride_rt + columns * stride_rd
-        moved += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+def _moved(outputs_ptr, residual_ptr, outputs, residual, rows, columns, mask):
+    """outputs_g + residual_g in fp32; the pointers are those of branch g."""
+    ptrs = at(Mat(outputs_ptr, outputs.row, outputs.col), rows, columns)
+    moved = load_fp32(ptrs, mask)
+    if residual is not None:
+        ptrs = at(Mat(residual_ptr, residual.row, residual.col), rows, columns)
+        moved += load_fp32(ptrs, mask)
     return moved
 
 
 @triton.jit
 def _mixed(
-    outputs_ptr, stride_ug, stride_ut, stride_ud,
-    residual_ptr, stride_rg, stride_rt, stride_rd,
-    coeff_ptr, num_branches, rows, columns, mask,
+    outputs, residual, coeff_ptr, num_branches, rows, columns, mask,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """sum_g coeff_g (outputs_g + residual_g) in fp32."""
     y = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    outputs_ptr = outputs.ptr
+    residual_ptr = outputs.ptr
+    if residual is not None:
+        residual_ptr = residual.ptr
     for g in range(num_branches):
-        moved = _moved(
-            outputs_ptr, stride_ut, stride_ud, residual_ptr, stride_rt, stride_rd,
-            rows, columns, mask,
-        )  # fmt: skip
+        moved = _moved(outputs_ptr, residual_ptr, outputs, residual, rows, columns, mask)
         y += tl.load(coeff_ptr + g) * moved
-        outputs_ptr += stride_ug
-        if residual_ptr is not None:
-            residual_ptr += stride_rg
+        outputs_ptr += outputs.outer
+        if residual is not None:
+            residual_ptr += residual.outer
     return y
 
 
 @triton.jit
 def _layer_mixing_fwd_mix(
-    outputs_ptr,  # [G, T, D]
-    stride_ug,
-    stride_ut,
-    stride_ud,
-    residual_ptr,  # [G, T, D]
-    stride_rg,
-    stride_rt,
-    stride_rd,
+    outputs,  # [G, T, D]
+    residual,  # [G, T, D]
     coeff_ptr,  # [G] fp32, contiguous
     weight_ptr,  # [D] fp32, contiguous
     bias_ptr,  # [D] fp32, contiguous
@@ -63,18 +56,14 @@ def _layer_mixing_fwd_mix(
     """y = sum_g coeff_g (outputs_g + residual_g); where asked for, LayerNorm(y)."""
     pid = tl.program_id(0)
     tiles_d = tl.cdiv(num_features, BLOCK_D)
-    offs_t = (pid // tiles_d).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_d = (pid % tiles_d).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_t = wide(pid // tiles_d) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_d = wide(pid % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < num_features
     mask = (offs_t < num_tokens)[:, None] & mask_d[None, :]
     rows, columns = offs_t[:, None], offs_d[None, :]
-    y = _mixed(
-        outputs_ptr, stride_ug, stride_ut, stride_ud,
-        residual_ptr, stride_rg, stride_rt, stride_rd,
-        coeff_ptr, num_branches, rows, columns, mask, BLOCK_T, BLOCK_D,
-    )  # fmt: skip
+    y = _mixed(outputs, residual, coeff_ptr, num_branches, rows, columns, mask, BLOCK_T, BLOCK_D)
     place = rows * num_features + columns
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
+    store(y_ptr + place, y, mask)
     if normed_ptr is not None:
         mean = tl.sum(tl.where(mask, y, 0.0), axis=1) / num_features
         centred = tl.where(mask, y - mean[:, None], 0.0)
@@ -84,25 +73,15 @@ def _layer_mixing_fwd_mix(
             normed *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0)[None, :]
         if bias_ptr is not None:
             normed += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0)[None, :]
-        tl.store(normed_ptr + place, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+        store(normed_ptr + place, normed, mask)
 
 
 @triton.jit
 def _layer_mixing_bwd_mix(
-    dy_ptr,  # [T, D]
-    stride_yt,
-    stride_yd,
-    dnormed_ptr,  # [T, D]
-    stride_nt,
-    stride_nd,
-    outputs_ptr,  # [G, T, D]
-    stride_ug,
-    stride_ut,
-    stride_ud,
-    residual_ptr,  # [G, T, D]
-    stride_rg,
-    stride_rt,
-    stride_rd,
+    dy,  # [T, D]
+    dnormed,  # [T, D]
+    outputs,  # [G, T, D]
+    residual,  # [G, T, D]
     coeff_ptr,  # [G] fp32, contiguous
     weight_ptr,  # [D] fp32, contiguous
     doutputs_ptr,  # [G, T, D] contiguous
@@ -129,59 +108,50 @@ def _layer_mixing_bwd_mix(
     dweight = tl.zeros((BLOCK_D,), tl.float32)
     dbias = tl.zeros((BLOCK_D,), tl.float32)
     for tile in range(pid, num_tiles, num_programs):
-        offs_t = (tile // tiles_d).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-        offs_d = (tile % tiles_d).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+        offs_t = wide(tile // tiles_d) * BLOCK_T + tl.arange(0, BLOCK_T)
+        offs_d = wide(tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask_d = offs_d < num_features
         mask = (offs_t < num_tokens)[:, None] & mask_d[None, :]
         rows, columns = offs_t[:, None], offs_d[None, :]
-        dy = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-        if dnormed_ptr is not None:
+        d = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        if dnormed is not None:
             y = _mixed(
-                outputs_ptr, stride_ug, stride_ut, stride_ud,
-                residual_ptr, stride_rg, stride_rt, stride_rd,
-                coeff_ptr, num_branches, rows, columns, mask, BLOCK_T, BLOCK_D,
-            )  # fmt: skip
+                outputs, residual, coeff_ptr, num_branches, rows, columns, mask, BLOCK_T, BLOCK_D
+            )
             mean = tl.sum(tl.where(mask, y, 0.0), axis=1) / num_features
             centred = tl.where(mask, y - mean[:, None], 0.0)
             variance = tl.sum(centred * centred, axis=1) / num_features
             inverse = (1.0 / tl.sqrt(variance + eps))[:, None]
             normed = centred * inverse
-            ptrs = dnormed_ptr + rows * stride_nt + columns * stride_nd
-            dnormed = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-            dweight += tl.sum(dnormed * normed, axis=0)
-            dbias += tl.sum(dnormed, axis=0)
+            upstream = load_fp32(at(dnormed, rows, columns), mask)
+            dweight += tl.sum(upstream * normed, axis=0)
+            dbias += tl.sum(upstream, axis=0)
             if weight_ptr is not None:
-                dnormed *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0)[None, :]
-            along = tl.sum(dnormed * normed, axis=1) / num_features
-            mean = tl.sum(dnormed, axis=1) / num_features
-            dy = inverse * (dnormed - normed * along[:, None] - mean[:, None])
-            dy = tl.where(mask, dy, 0.0)
-        if dy_ptr is not None:
-            ptrs = dy_ptr + rows * stride_yt + columns * stride_yd
-            dy += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+                upstream *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0)[None, :]
+            inner = tl.sum(upstream * normed, axis=1) / num_features
+            mean = tl.sum(upstream, axis=1) / num_features
+            d = inverse * (upstream - normed * inner[:, None] - mean[:, None])
+            d = tl.where(mask, d, 0.0)
+        if dy is not None:
+            d += load_fp32(at(dy, rows, columns), mask)
         for g in range(num_branches):
-            branch = tl.cast(g, tl.int64)
+            branch = wide(g)
             if doutputs_ptr is not None:
                 place = (branch * num_tokens + rows) * num_features + columns
-                doutputs = tl.load(coeff_ptr + g) * dy
-                tl.store(
-                    doutputs_ptr + place, doutputs.to(doutputs_ptr.dtype.element_ty), mask=mask
-                )
+                store(doutputs_ptr + place, tl.load(coeff_ptr + g) * d, mask)
             if coeff_parts_ptr is not None:
-                residual = residual_ptr
-                if residual_ptr is not None:
-                    residual = residual_ptr + branch * stride_rg
-                moved = _moved(
-                    outputs_ptr + branch * stride_ug, stride_ut, stride_ud,
-                    residual, stride_rt, stride_rd, rows, columns, mask,
-                )  # fmt: skip
-                dcoeff += tl.where(offs_g == g, tl.sum(tl.sum(dy * moved, axis=1), axis=0), 0.0)
+                outputs_ptr = nth(outputs, branch)
+                residual_ptr = outputs_ptr
+                if residual is not None:
+                    residual_ptr = nth(residual, branch)
+                moved = _moved(outputs_ptr, residual_ptr, outputs, residual, rows, columns, mask)
+                dcoeff += tl.where(offs_g == g, tl.sum(tl.sum(d * moved, axis=1), axis=0), 0.0)
     if coeff_parts_ptr is not None:
         ptrs = coeff_parts_ptr + pid * num_branches + offs_g
         tl.store(ptrs, dcoeff, mask=offs_g < num_branches)
     if norm_parts_ptr is not None:
         offs_d = tl.arange(0, BLOCK_D)
-        ptrs = norm_parts_ptr + pid.to(tl.int64) * num_features + offs_d
+        ptrs = norm_parts_ptr + wide(pid) * num_features + offs_d
         tl.store(ptrs, dweight, mask=offs_d < num_features)
-        ptrs += num_programs.to(tl.int64) * num_features
+        ptrs += wide(num_programs) * num_features
         tl.store(ptrs, dbias, mask=offs_d < num_features)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from molex_kernels._triton.arguments import at, load_fp32, places, wide
+
 
 @triton.jit
 def _first_largest(values, offs, mask, axis: tl.constexpr, NONE: tl.constexpr):
@@ -21,11 +23,8 @@ def _first_largest(values, offs, mask, axis: tl.constexpr, NONE: tl.constexpr):
 
 @triton.jit
 def _layer_mixing_fwd_vote(
-    logits_ptr,  # [T, L]
-    stride_lt,
-    stride_ll,
-    mask_ptr,  # [T] bool
-    stride_mt,
+    logits,  # [T, L]
+    token_mask,  # [T] bool
     out_ptr,  # [] int64
     num_tokens,
     num_layers,
@@ -34,28 +33,26 @@ def _layer_mixing_fwd_vote(
     BLOCK_L: tl.constexpr,
 ):
     """argmax_l of the tokens' summed scores, in one program: it is read once and has no order."""
-    stride_ll = tl.cast(stride_ll, tl.int64)
     offs_l = tl.arange(0, BLOCK_L)
     mask_l = offs_l < num_layers
     scores = tl.zeros((BLOCK_L,), tl.float32)
     for t in range(0, num_tokens, BLOCK_T):
         offs_t = t + tl.arange(0, BLOCK_T)
         counted = offs_t < num_tokens
-        ptrs = logits_ptr + offs_t.to(tl.int64)[:, None] * stride_lt + offs_l[None, :] * stride_ll
-        mask = counted[:, None] & mask_l[None, :]
-        logits = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-        if mask_ptr is not None:
-            given = tl.load(mask_ptr + offs_t.to(tl.int64) * stride_mt, mask=counted, other=0)
+        ptrs = at(logits, wide(offs_t)[:, None], offs_l[None, :])
+        values = load_fp32(ptrs, counted[:, None] & mask_l[None, :])
+        if token_mask is not None:
+            given = tl.load(places(token_mask, offs_t), mask=counted, other=0)
             counted = counted & (given != 0)
-        logits = tl.where(mask_l[None, :], logits, float("-inf"))
+        values = tl.where(mask_l[None, :], values, float("-inf"))
         if MODE == "mode":
-            best = _first_largest(logits, offs_l[None, :], mask_l[None, :], 1, BLOCK_L)
+            best = _first_largest(values, offs_l[None, :], mask_l[None, :], 1, BLOCK_L)
             score = (offs_l[None, :] == best[:, None]).to(tl.float32)
         elif MODE == "mean_softmax":
-            score = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+            score = tl.exp(values - tl.max(values, axis=1)[:, None])
             score = score / tl.sum(score, axis=1)[:, None]
         else:
-            score = 1.0 / (1.0 + tl.exp(-logits))
+            score = 1.0 / (1.0 + tl.exp(-values))
         scores += tl.sum(tl.where(counted[:, None], score, 0.0), axis=0)
     winner = _first_largest(scores, offs_l, mask_l, 0, BLOCK_L)
     tl.store(out_ptr, winner.to(tl.int64))

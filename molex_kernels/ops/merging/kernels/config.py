@@ -1,17 +1,20 @@
-"""Pinned launch configurations of the merging kernels, by shape class."""
+"""Launch configurations of the merging kernels, by chip and shape class."""
 
 from __future__ import annotations
 
 import torch
 
-from molex_kernels._triton.tuning import Config
+from molex_kernels._triton.chips import Chip
+from molex_kernels._triton.tuning import Config, Options, around
 
 MAX_UNROLLED = 8  # experts up to which a tile's merge is one straight run, its loads in flight
 MIN_PROGRAMS = 132  # segments go in pairs where that leaves a program for each SM of a large GPU
-MASK = Config({"BLOCK_O": 4, "BLOCK_D": 128}, 4, 2)
 PARTS = 32  # of the sum behind a factor's gradient: with the experts, enough programs for a GPU
 
-Options = tuple[Config, tuple[Config, ...]]  # the pinned configuration, and what a sweep tries
+
+def mask(chip: Chip) -> Options:
+    """For what goes element by element."""
+    return around(Config({"BLOCK_O": 4, "BLOCK_D": 128}, 4, 2), warps=(2, 8))
 
 
 def _linear(tokens: int, columns: int, features: int, num_warps: int, num_stages: int) -> Config:
@@ -32,16 +35,16 @@ def is_paired(
     return programs >= MIN_PROGRAMS
 
 
-def linear(dtype: torch.dtype, num_tokens: int, aligned: bool, paired: bool) -> Options:
+def linear(chip: Chip, dtype: torch.dtype, num_tokens: int, aligned: bool, paired: bool) -> Options:
     """For the product with merged weights. A stage holds base and deltas, so it is shallow."""
     if not aligned:
-        return _linear(32, 32, 32, 4, 1), ()
+        return around(_linear(32, 32, 32, 4, 1), warps=(2, 8))
     if dtype == torch.float32:
         return _linear(64, 64, 16, 4, 2), (_linear(64, 64, 16, 8, 2),)
     if num_tokens <= 32:
-        return _linear(32, 64, 32, 4, 3), ()
+        return around(_linear(32, 64, 32, 4, 3), warps=(2, 8), stages=(2,))
     if num_tokens <= 64:
-        return _linear(64, 64, 32, 4, 3), ()
+        return around(_linear(64, 64, 32, 4, 3), warps=(8,), stages=(2,))
     if paired:
         return _linear(128, 64, 32, 8, 3), (_linear(64, 64, 32, 4, 3), _linear(128, 64, 64, 8, 2))
     candidates = (
@@ -53,32 +56,33 @@ def linear(dtype: torch.dtype, num_tokens: int, aligned: bool, paired: bool) -> 
     return _linear(128, 64, 32, 4, 3), candidates
 
 
-def weights(dtype: torch.dtype, aligned: bool) -> Options:
+def weights(chip: Chip, dtype: torch.dtype, aligned: bool) -> Options:
     """For the gradient of the weights; BLOCK_T is the depth of the product here.
 
     A tile of all BLOCK_E experts is held in registers, twice: their deltas and their gradients.
     """
     if dtype == torch.float32:
-        return _linear(16, 32, 16, 4, 3), ()
+        return around(_linear(16, 32, 16, 4, 3), warps=(8,), stages=(2,))
     if not aligned:
-        return _linear(32, 32, 32, 4, 2), ()
+        return around(_linear(32, 32, 32, 4, 2), warps=(8,))
     return _linear(64, 64, 32, 8, 3), (_linear(64, 64, 32, 4, 3), _linear(32, 64, 32, 8, 3))
 
 
-def mode(size: int, inner: int, precision: str) -> Config:
+def mode(chip: Chip, size: int, inner: int, precision: str) -> Options:
     """For a product along a mode."""
     if precision == "ieee":  # without tensor cores the operands stay in registers
         blocks = {"BLOCK_I": _block(size), "BLOCK_J": 16, "BLOCK_N": 32 if inner == 1 else 64}
-        return Config(blocks, 4, 2)
+        return around(Config(blocks, 4, 2), warps=(8,))
     blocks = {"BLOCK_I": _block(size), "BLOCK_J": 32, "BLOCK_N": 64 if inner == 1 else 128}
-    return Config(blocks, 4, 3)
+    return around(Config(blocks, 4, 3), warps=(8,), stages=(2,))
 
 
-def contraction(size: int, precision: str) -> Config:
+def contraction(chip: Chip, size: int, precision: str) -> Options:
     """For a factor's gradient."""
     block = _block(size)
     depth = 16 if precision == "ieee" and block < 64 else 32
-    return Config({"BLOCK_I": block, "BLOCK_J": block, "BLOCK_N": depth}, 4, 2)
+    pinned = Config({"BLOCK_I": block, "BLOCK_J": block, "BLOCK_N": depth}, 4, 2)
+    return around(pinned, warps=(2, 8))
 
 
 def at_a_time(rank: int, num_experts: int) -> tuple[int, int]:

@@ -9,17 +9,10 @@ import torch
 from torch import Tensor
 
 from molex_kernels._dtypes import dot_precision
-from molex_kernels.ops.merging.kernels import config, order
-from molex_kernels.ops.merging.kernels.parts import (
-    launch_contract,
-    launch_linear,
-    launch_mask,
-    launch_product,
-    launch_weights,
-)
+from molex_kernels.ops.merging.kernels import config, order, starts
 
 
-def deltas_forward(
+def camex_deltas_forward(
     base: Tensor,
     experts: Tensor,
     out1: Tensor | None,
@@ -31,7 +24,7 @@ def deltas_forward(
     factors = [f for f in (out1, out2, in1, in2) if f is not None]
     out = experts.new_empty(experts.shape)
     if not factors:
-        launch_mask(base, experts, None, out, None, ties)
+        starts.mask(base, experts, None, out, None, ties)
         return out
     ranks, group = config.at_a_time(*factors[0].shape[:2])
     several = ranks < factors[0].shape[0]  # sums that are continued stay fp32
@@ -41,17 +34,17 @@ def deltas_forward(
         order.transform(
             tau,
             [factor[:, mine] for factor in factors],
-            partial(launch_product, precision),
+            partial(starts.product, precision),
             curved[mine, None],
             ranks=ranks,
             dtype=base.dtype,
         )
     if ties or several:
-        launch_mask(base, experts, curved, out, None, ties)
+        starts.mask(base, experts, curved, out, None, ties)
     return out
 
 
-def deltas_backward(
+def camex_deltas_backward(
     ddeltas: Tensor,
     base: Tensor,
     experts: Tensor,
@@ -78,7 +71,7 @@ def deltas_backward(
         upstream = ddeltas.contiguous()
         if ties:
             upstream = torch.empty_like(upstream)
-            launch_mask(base, experts, ddeltas, upstream, None, ties)
+            starts.mask(base, experts, ddeltas, upstream, None, ties)
         source = torch.empty_like(upstream, dtype=torch.float32)
         found = [torch.empty_like(factor, dtype=torch.float32) for factor in factors]
         precision = _precision(base)
@@ -87,8 +80,8 @@ def deltas_backward(
                 tau,
                 upstream[mine, None],
                 [factor[:, mine] for factor in factors],
-                partial(launch_product, precision),
-                partial(launch_contract, precision),
+                partial(starts.product, precision),
+                partial(starts.contract, precision),
                 source[mine, None] if needs_tau else None,
                 [gradient[:, mine] for gradient in found] if any(needs_factors) else None,
                 ranks=ranks,
@@ -98,7 +91,7 @@ def deltas_backward(
             if need:
                 dfactor.copy_(gradient)
     if needs_tau:
-        launch_mask(
+        starts.mask(
             base,
             experts,
             source,
@@ -109,15 +102,15 @@ def deltas_backward(
     return dbase, dexperts, *dfactors
 
 
-def linear_forward(
+def camex_linear_forward(
     x: Tensor, base: Tensor, deltas: Tensor, gates: Tensor, bias: Tensor | None
 ) -> Tensor:
     out = x.new_empty(*x.shape[:2], base.shape[0])
-    launch_linear(x, base, deltas, gates, bias, out)
+    starts.linear(x, base, deltas, gates, bias, out)
     return out
 
 
-def linear_backward(
+def camex_linear_backward(
     dy: Tensor, x: Tensor, base: Tensor, deltas: Tensor, gates: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """Gradients of x, base, deltas, gates and bias; those not needed are empty."""
@@ -127,9 +120,9 @@ def linear_backward(
     ddeltas = deltas.new_empty(deltas.shape if needs_deltas else (0,))
     dgates: Tensor | None = None
     if needs_x:
-        launch_linear(dy, base.mT, deltas.mT, gates, None, dx)
+        starts.linear(dy, base.mT, deltas.mT, gates, None, dx)
     if needs_base or needs_deltas or needs_gates:
-        dgates = launch_weights(
+        dgates = starts.weights(
             dy,
             x,
             deltas,
@@ -148,7 +141,7 @@ def _tau(base: Tensor, experts: Tensor, group: int) -> Iterator[tuple[slice, Ten
     for first in range(0, experts.shape[0], group):
         mine = slice(first, min(first + group, experts.shape[0]))
         tau = buffer[: mine.stop - first]
-        launch_mask(base, experts[mine], None, tau[:, 0], None, False)
+        starts.mask(base, experts[mine], None, tau[:, 0], None, False)
         yield mine, tau
 
 

@@ -3,30 +3,17 @@
 import triton
 import triton.language as tl
 
+from molex_kernels._triton.arguments import Vec, at, load_fp32, places, store, wide
+
 
 @triton.jit
 def _merging_fwd_linear(
-    x_ptr,  # [S, T, D]
-    stride_xs,
-    stride_xt,
-    stride_xd,
-    base_ptr,  # [N, D]
-    stride_bn,
-    stride_bd,
-    deltas_ptr,  # [E, N, D]
-    stride_de,
-    stride_dn,
-    stride_dd,
-    gates_ptr,  # [S, E] fp32
-    stride_gs,
-    stride_ge,
-    bias_ptr,  # [S, N] fp32
-    stride_is,
-    stride_in,
-    out_ptr,  # [S, T, N]
-    stride_os,
-    stride_ot,
-    stride_on,
+    x,  # [S, T, D]
+    base,  # [N, D]
+    deltas,  # [E, N, D]
+    gates,  # [S, E] fp32
+    bias,  # [S, N] fp32
+    out,  # [S, T, N]
     num_segments,
     num_tokens,
     num_columns,
@@ -35,7 +22,6 @@ def _merging_fwd_linear(
     num_row_tiles,  # of all segments, or of all pairs
     NUM_UNROLLED: tl.constexpr,  # the number of experts where it is small, else 0
     IS_PAIRED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -48,73 +34,67 @@ def _merging_fwd_linear(
     tiles of all segments come one after the other for the same columns, and IS_PAIRED serves two
     segments with what is read once.
     """
-    stride_xd = tl.cast(stride_xd, tl.int64)
-    stride_bd = tl.cast(stride_bd, tl.int64)
-    stride_dd = tl.cast(stride_dd, tl.int64)
-    stride_ge = tl.cast(stride_ge, tl.int64)
     pid = tl.program_id(0)
     tiles_t = tl.cdiv(num_tokens, BLOCK_T)
     row_tile = pid % num_row_tiles
-    segment = (row_tile // tiles_t).to(tl.int64) * (2 if IS_PAIRED else 1)
-    offs_t = (row_tile % tiles_t).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_n = (pid // num_row_tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    segment = wide(row_tile // tiles_t) * (2 if IS_PAIRED else 1)
+    offs_t = wide(row_tile % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_n = wide(pid // num_row_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_t = offs_t < num_tokens
     mask_n = offs_n < num_columns
 
-    rows = x_ptr + offs_t[None, :] * stride_xt + offs_d[:, None] * stride_xd
-    x_ptrs = rows + segment * stride_xs
-    gate_ptrs = gates_ptr + segment * stride_gs
-    base_ptrs = base_ptr + offs_n[:, None] * stride_bn + offs_d[None, :] * stride_bd
-    deltas_ptrs = deltas_ptr + offs_n[:, None] * stride_dn + offs_d[None, :] * stride_dd
-    out = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    rows = at(x, offs_t[None, :], offs_d[:, None])
+    x_ptrs = rows + segment * x.outer
+    gate = Vec(gates.ptr + segment * gates.row, gates.col)
+    base_ptrs = at(base, offs_n[:, None], offs_d[None, :])
+    deltas_ptrs = at(deltas, offs_n[:, None], offs_d[None, :])
+    total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     if IS_PAIRED:
         # The last of an odd number of segments is computed twice and stored once.
         other = tl.minimum(segment + 1, num_segments - 1)
-        other_x_ptrs = rows + other * stride_xs
-        other_gate_ptrs = gates_ptr + other * stride_gs
-        other_out = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+        other_x_ptrs = rows + other * x.outer
+        other_gate = Vec(gates.ptr + other * gates.row, gates.col)
+        other_total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     for d in range(0, num_features, BLOCK_D):
         mask_d = offs_d < num_features - d
         mask = mask_n[:, None] & mask_d[None, :]
         mask_x = mask_d[:, None] & mask_t[None, :]
-        weight = tl.load(base_ptrs, mask=mask, other=0.0).to(tl.float32)
+        weight = load_fp32(base_ptrs, mask)
         if IS_PAIRED:
             other_weight = weight
         delta_ptrs = deltas_ptrs
         if NUM_UNROLLED > 0:
             for e in tl.static_range(NUM_UNROLLED):
-                delta = tl.load(delta_ptrs, mask=mask, other=0.0).to(tl.float32)
-                weight += tl.load(gate_ptrs + e * stride_ge) * delta
+                delta = load_fp32(delta_ptrs, mask)
+                weight += tl.load(places(gate, e)) * delta
                 if IS_PAIRED:
-                    other_weight += tl.load(other_gate_ptrs + e * stride_ge) * delta
-                delta_ptrs += stride_de
+                    other_weight += tl.load(places(other_gate, e)) * delta
+                delta_ptrs += deltas.outer
         else:
             for e in range(num_experts):
-                delta = tl.load(delta_ptrs, mask=mask, other=0.0).to(tl.float32)
-                weight += tl.load(gate_ptrs + e * stride_ge) * delta
+                delta = load_fp32(delta_ptrs, mask)
+                weight += tl.load(places(gate, e)) * delta
                 if IS_PAIRED:
-                    other_weight += tl.load(other_gate_ptrs + e * stride_ge) * delta
-                delta_ptrs += stride_de
-        x = tl.load(x_ptrs, mask=mask_x, other=0.0)
-        out = tl.dot(weight.to(x.dtype), x, out, input_precision=PRECISION)
-        x_ptrs += BLOCK_D * stride_xd
+                    other_weight += tl.load(places(other_gate, e)) * delta
+                delta_ptrs += deltas.outer
+        x_tile = tl.load(x_ptrs, mask=mask_x, other=0.0)
+        total = tl.dot(weight.to(x_tile.dtype), x_tile, total, input_precision=PRECISION)
+        x_ptrs += BLOCK_D * wide(x.col)
         if IS_PAIRED:
-            x = tl.load(other_x_ptrs, mask=mask_x, other=0.0)
-            other_out = tl.dot(other_weight.to(x.dtype), x, other_out, input_precision=PRECISION)
-            other_x_ptrs += BLOCK_D * stride_xd
-        base_ptrs += BLOCK_D * stride_bd
-        deltas_ptrs += BLOCK_D * stride_dd
+            x_tile = tl.load(other_x_ptrs, mask=mask_x, other=0.0)
+            other_weight = other_weight.to(x_tile.dtype)
+            other_total = tl.dot(other_weight, x_tile, other_total, input_precision=PRECISION)
+            other_x_ptrs += BLOCK_D * wide(x.col)
+        base_ptrs += BLOCK_D * wide(base.col)
+        deltas_ptrs += BLOCK_D * wide(deltas.col)
 
-    out_ptrs = out_ptr + offs_t[None, :] * stride_ot + offs_n[:, None] * stride_on
+    out_ptrs = at(out, offs_t[None, :], offs_n[:, None])
     mask = mask_n[:, None] & mask_t[None, :]
-    if HAS_BIAS:
-        bias_ptrs = bias_ptr + segment * stride_is + offs_n * stride_in
-        out += tl.load(bias_ptrs, mask=mask_n, other=0.0)[:, None]
-    tl.store(out_ptrs + segment * stride_os, out.to(out_ptr.dtype.element_ty), mask=mask)
+    if bias is not None:
+        total += tl.load(at(bias, segment, offs_n), mask=mask_n, other=0.0)[:, None]
+    store(out_ptrs + segment * out.outer, total, mask)
     if IS_PAIRED:
-        if HAS_BIAS:
-            bias_ptrs = bias_ptr + other * stride_is + offs_n * stride_in
-            other_out += tl.load(bias_ptrs, mask=mask_n, other=0.0)[:, None]
-        other_out = other_out.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptrs + other * stride_os, other_out, mask=mask & (other > segment))
+        if bias is not None:
+            other_total += tl.load(at(bias, other, offs_n), mask=mask_n, other=0.0)[:, None]
+        store(out_ptrs + other * out.outer, other_total, mask & (other > segment))

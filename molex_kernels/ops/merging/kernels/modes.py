@@ -1,26 +1,21 @@
 """Products along one of the four modes of tau, and their contractions.
 
 Every [O, D] is contiguous here, seen as [outer, size, inner]; a and b are the outer and the inner
-index. Inputs and intermediate results may be fp32 or the parameters' dtype, sums are fp32.
+index. A Mat has one such block for each expert and rank. Inputs and intermediate results may be
+fp32 or the parameters' dtype, sums are fp32.
 """
 
 import triton
 import triton.language as tl
 
+from molex_kernels._triton.arguments import along, at, load_fp32, store, wide
+
 
 @triton.jit
 def _merging_fwd_mode(
-    factor_ptr,  # [r, E, size, size]
-    stride_fr,
-    stride_fe,
-    stride_fi,
-    stride_fj,
-    x_ptr,  # [E, r, outer, size, inner], of which the last three are contiguous
-    stride_xe,
-    stride_xr,
-    out_ptr,  # [E, r, outer, size, inner]; summed: [E, outer, size, inner]
-    stride_oe,
-    stride_or,
+    factor,  # [r, E, size, size]
+    x,  # [E, r, outer, size, inner] as a Mat of [outer, size, inner]
+    out,  # [E, r, outer, size, inner], likewise; summed: [E, outer, size, inner]
     size,
     inner,
     num_columns,  # outer * inner
@@ -38,11 +33,9 @@ def _merging_fwd_mode(
     IS_SUMMED: of all ranks, as one product over r and j; IS_ADDED: to what is there. The indices a
     and b together are the columns.
     """
-    stride_fi = tl.cast(stride_fi, tl.int64)
-    stride_fj = tl.cast(stride_fj, tl.int64)
     pid = tl.program_id(0)
     tiles_i = tl.cdiv(size, BLOCK_I)
-    expert = (pid % num_experts).to(tl.int64)
+    expert = wide(pid % num_experts)
     pid = pid // num_experts
     steps_j = tl.cdiv(size, BLOCK_J)
     if IS_SUMMED:
@@ -51,49 +44,45 @@ def _merging_fwd_mode(
         steps = num_ranks * steps_j
     else:
         tile = pid // num_ranks
-        rank = (pid % num_ranks).to(tl.int64)
+        rank = wide(pid % num_ranks)
         steps = steps_j
     offs_i = (tile % tiles_i) * BLOCK_I + tl.arange(0, BLOCK_I)
-    offs_n = (tile // tiles_i).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = wide(tile // tiles_i) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_j = tl.arange(0, BLOCK_J)
     mask_i = offs_i < size
     mask_n = offs_n < num_columns
     column = (offs_n // inner) * size * inner + offs_n % inner
-    factor_ptrs = factor_ptr + expert * stride_fe + rank * stride_fr
-    factor_ptrs += offs_i[:, None] * stride_fi
-    x_ptrs = x_ptr + expert * stride_xe + rank * stride_xr + column[None, :]
-    out = tl.zeros((BLOCK_I, BLOCK_N), tl.float32)
+    factor_ptrs = factor.ptr + expert * factor.head + rank * factor.batch
+    factor_ptrs += along(offs_i[:, None], factor.row)
+    x_ptrs = at(x, expert, rank) + column[None, :]
+    total = tl.zeros((BLOCK_I, BLOCK_N), tl.float32)
     for step in range(steps):
         offs = (step % steps_j) * BLOCK_J + offs_j
-        later = tl.cast(step // steps_j, tl.int64)
+        later = wide(step // steps_j)
         mask_j = offs < size
-        factor = tl.load(
-            factor_ptrs + later * stride_fr + offs[None, :] * stride_fj,
+        factor_tile = tl.load(
+            factor_ptrs + later * factor.batch + along(offs[None, :], factor.col),
             mask=mask_i[:, None] & mask_j[None, :],
             other=0.0,
         )
-        x = tl.load(
-            x_ptrs + later * stride_xr + offs[:, None].to(tl.int64) * inner,
+        x_tile = tl.load(
+            x_ptrs + later * x.col + wide(offs[:, None]) * inner,
             mask=mask_j[:, None] & mask_n[None, :],
             other=0.0,
         )
-        out = tl.dot(factor.to(x.dtype), x, out, input_precision=PRECISION)
-    out_ptrs = out_ptr + expert * stride_oe + rank * stride_or
-    out_ptrs += offs_i[:, None].to(tl.int64) * inner + column[None, :]
+        factor_tile = factor_tile.to(x_tile.dtype)
+        total = tl.dot(factor_tile, x_tile, total, input_precision=PRECISION)
+    out_ptrs = at(out, expert, rank) + (wide(offs_i[:, None]) * inner + column[None, :])
     mask = mask_i[:, None] & mask_n[None, :]
     if IS_ADDED:
-        out += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+        total += load_fp32(out_ptrs, mask)
+    store(out_ptrs, total, mask)
 
 
 @triton.jit
 def _merging_bwd_mode(
-    left_ptr,  # [E, r, outer, size, inner], of which the last three are contiguous
-    stride_le,
-    stride_lr,
-    right_ptr,  # [E, r, outer, size, inner], likewise
-    stride_re,
-    stride_rr,
+    left,  # [E, r, outer, size, inner] as a Mat of [outer, size, inner]
+    right,  # [E, r, outer, size, inner], likewise
     partial_ptr,  # [parts, r, E, size, size] fp32
     size,
     inner,
@@ -111,20 +100,18 @@ def _merging_bwd_mode(
     """
     pid = tl.program_id(0)
     tiles = tl.cdiv(size, BLOCK_I)
-    expert = (pid % num_experts).to(tl.int64)
+    expert = wide(pid % num_experts)
     pid = pid // num_experts
-    rank = (pid % num_ranks).to(tl.int64)
+    rank = wide(pid % num_ranks)
     pid = pid // num_ranks
     tile = pid % (tiles * tiles)
-    part = (pid // (tiles * tiles)).to(tl.int64)
+    part = wide(pid // (tiles * tiles))
     offs_i = (tile // tiles) * BLOCK_I + tl.arange(0, BLOCK_I)
     offs_j = (tile % tiles) * BLOCK_J + tl.arange(0, BLOCK_J)
     mask_i = offs_i < size
     mask_j = offs_j < size
-    left_ptrs = left_ptr + expert * stride_le + rank * stride_lr
-    left_ptrs += offs_i[:, None].to(tl.int64) * inner
-    right_ptrs = right_ptr + expert * stride_re + rank * stride_rr
-    right_ptrs += offs_j[None, :].to(tl.int64) * inner
+    left_ptrs = at(left, expert, rank) + wide(offs_i[:, None]) * inner
+    right_ptrs = at(right, expert, rank) + wide(offs_j[None, :]) * inner
     out = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
     steps = tl.cdiv(num_columns, BLOCK_N)
     per_part = tl.cdiv(steps, num_parts)
@@ -134,11 +121,10 @@ def _merging_bwd_mode(
         mask_n = offs_n < num_columns
         column = (offs_n // inner) * size * inner + offs_n % inner
         mask_left = mask_i[:, None] & mask_n[None, :]
-        left = tl.load(left_ptrs + column[None, :], mask=mask_left, other=0.0)
+        left_tile = tl.load(left_ptrs + column[None, :], mask=mask_left, other=0.0)
         mask_right = mask_n[:, None] & mask_j[None, :]
-        right = tl.load(right_ptrs + column[:, None], mask=mask_right, other=0.0)
-        left = left.to(tl.float32)
-        out = tl.dot(left, right.to(tl.float32), out, input_precision=PRECISION)
+        right_tile = load_fp32(right_ptrs + column[:, None], mask_right)
+        out = tl.dot(left_tile.to(tl.float32), right_tile, out, input_precision=PRECISION)
     start = ((part * num_ranks + rank) * num_experts + expert) * size
     partial_ptrs = partial_ptr + (start + offs_i[:, None]) * size + offs_j[None, :]
     tl.store(partial_ptrs, out, mask=mask_i[:, None] & mask_j[None, :])

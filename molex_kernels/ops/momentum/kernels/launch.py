@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,17 @@ import triton
 from torch import Tensor
 
 from molex_kernels import _philox
-from molex_kernels._triton.tuning import Config
+from molex_kernels._triton import chips
+from molex_kernels._triton.arguments import strided
+from molex_kernels._triton.launch import launch
+from molex_kernels._triton.tuning import Options
+from molex_kernels.ops.momentum import types
 from molex_kernels.ops.momentum.kernels import config
 from molex_kernels.ops.momentum.kernels.backward import _momentum_bwd
 from molex_kernels.ops.momentum.kernels.forward import _momentum_fwd
 
 
-def forward(
+def momentum_forward(
     x: Tensor,
     f: Tensor,
     s0: Tensor | None,
@@ -43,45 +47,29 @@ def forward(
     y = x.new_empty(x.shape)
     new = [x.new_empty(x.shape if i < num_states else (0,), dtype=state_dtype) for i in range(3)]
     kept = f.new_empty(x.shape if keeps_f else (0,))
-    chosen = _config(width, num_states, norm_eps, backward=False)
-    tiles = triton.cdiv(tokens, chosen.blocks["BLOCK_T"])
-    tiles *= triton.cdiv(width, chosen.blocks["BLOCK_D"])
+    states = [state if i < num_states else None for i, state in enumerate(new)]
     if x.numel() > 0:
-        _momentum_fwd[(tiles,)](
-            *_strided(x),
-            *_strided(f),
-            *_strided(s0),
-            *_strided(s1),
-            *_strided(s2),
-            *_strided(y),
-            *(argument for state in new for argument in _strided(state)),
-            *_strided(kept),
-            *_strided(expert_weight),
-            None if offsets is None else offsets.contiguous(),
-            None if inverse is None else inverse.contiguous(),
-            *_strided(norm_weight, 1),
-            *_strided(norm_bias, 1),
-            mu,
-            gamma,
-            seed,
-            tokens,
-            width,
-            0 if offsets is None else offsets.shape[0],
-            0 if expert_weight is None else expert_weight.shape[1],
-            *_scalars(numbers, norm_eps, dropout_p),
-            KIND=kind,
-            NUM_STATES=num_states,
-            HAS_STATE=s0 is not None,
-            HAS_NORM=norm_eps is not None,
-            HAS_DROPOUT=seed is not None,
-            HAS_KEPT=keeps_f,
-            IS_COMBINED=expert_weight is not None,
-            **chosen.launch_options(),
+        launch(
+            _momentum_fwd,
+            lambda b: (_tiles(x, b),),
+            (
+                *map(strided, (x, f, s0, s1, s2, y, *states, kept if keeps_f else None)),
+                strided(expert_weight),
+                None if offsets is None else offsets.contiguous(),
+                None if inverse is None else inverse.contiguous(),
+                *map(strided, (norm_weight, norm_bias)),
+                *(mu, gamma, seed, tokens, width),
+                0 if offsets is None else offsets.shape[0],
+                0 if expert_weight is None else expert_weight.shape[1],
+                *_scalars(numbers, norm_eps, dropout_p),
+            ),
+            {"KIND": kind, "NUM_STATES": num_states, "HAS_NORM": norm_eps is not None},
+            _options(x, num_states, norm_eps, backward=False),
         )
     return y, *new, kept
 
 
-def backward(
+def momentum_backward(
     like: Tensor,
     dy: Tensor | None,
     g0: Tensor | None,
@@ -118,48 +106,40 @@ def backward(
         for need, dtype in zip(needs, dtypes, strict=False)
     ]
     needs_norm, needs_numbers = needs[5:]
-    chosen = _config(width, num_states, norm_eps, backward=True)
-    tiles = triton.cdiv(tokens, chosen.blocks["BLOCK_T"])
-    tiles *= triton.cdiv(width, chosen.blocks["BLOCK_D"])
-    has_sums = needs_norm or needs_numbers
-    programs = min(tiles, config.MAX_PROGRAMS) if has_sums else tiles
-    parts = {"dtype": torch.float32, "device": like.device}
-    norm_parts = torch.empty(2, programs, width, **parts) if needs_norm else None
-    number_parts = torch.empty(2, programs, **parts) if needs_numbers else None
-    if like.numel() > 0:
-        _momentum_bwd[(programs,)](
-            *_strided(dy),
-            *_strided(g0),
-            *_strided(g1),
-            *_strided(g2),
-            *_strided(x),
-            *_strided(f),
-            *_strided(s0),
-            *_strided(s1),
-            *_strided(s2),
-            *(
-                argument
-                for gradient, need in zip(out, needs, strict=False)
-                for argument in _strided(gradient if need else None)
-            ),
-            *_strided(norm_weight, 1),
-            norm_parts,
-            number_parts,
-            mu,
-            gamma,
-            seed,
-            tokens,
-            width,
-            tiles,
+    parts: Any = {"dtype": torch.float32, "device": like.device}
+    norm_parts = torch.empty(2, 0, width, **parts) if needs_norm else None
+    number_parts = torch.empty(2, 0, **parts) if needs_numbers else None
+
+    def programs(blocks: Mapping[str, int]) -> int:
+        tiles = _tiles(like, blocks)
+        return min(tiles, config.MAX_PROGRAMS) if needs_norm or needs_numbers else tiles
+
+    def arguments(blocks: Mapping[str, int]) -> tuple[Any, ...]:
+        nonlocal norm_parts, number_parts
+        if needs_norm:
+            norm_parts = torch.empty(2, programs(blocks), width, **parts)
+        if needs_numbers:
+            number_parts = torch.empty(2, programs(blocks), **parts)
+        gradients = (g if need else None for g, need in zip(out, needs, strict=False))
+        tensors = (dy, g0, g1, g2, x, f, s0, s1, s2, *gradients, norm_weight)
+        return (
+            *map(strided, tensors),
+            *(norm_parts, number_parts, mu, gamma, seed, tokens, width, _tiles(like, blocks)),
             *_scalars(numbers, norm_eps, dropout_p),
-            KIND=kind,
-            NUM_STATES=num_states,
-            HAS_STATE=s0 is not None,
-            HAS_FORWARD=f is not None,
-            HAS_NORM=norm_eps is not None,
-            HAS_DROPOUT=seed is not None,
-            FROM_STATE=from_state,
-            **chosen.launch_options(),
+        )
+
+    if like.numel() > 0:
+        launch(
+            _momentum_bwd,
+            lambda b: (programs(b),),
+            arguments,
+            {
+                "KIND": kind,
+                "NUM_STATES": num_states,
+                "HAS_NORM": norm_eps is not None,
+                "FROM_STATE": from_state,
+            },
+            _options(like, num_states, norm_eps, backward=True),
         )
     dnorm = like.new_empty(0, dtype=torch.float32) if norm_parts is None else norm_parts.sum(1)
     dnumbers = like.new_empty(0, dtype=torch.float32)
@@ -168,21 +148,18 @@ def backward(
     return *out, dnorm, dnumbers
 
 
-def _config(width: int, num_states: int, norm_eps: float | None, *, backward: bool) -> Config:
-    if norm_eps is None:
-        return config.tiles(width, num_states)
-    return config.rows(width, num_states, backward=backward)
+def _tiles(x: Tensor, blocks: Mapping[str, int]) -> int:
+    tokens, width = x.shape
+    return triton.cdiv(tokens, blocks["BLOCK_T"]) * triton.cdiv(width, blocks["BLOCK_D"])
+
+
+def _options(x: Tensor, num_states: int, norm_eps: float | None, *, backward: bool) -> Options:
+    chip, has_norm = chips.of(x.device), norm_eps is not None
+    return config.update(chip, x.shape[1], num_states, has_norm=has_norm, backward=backward)
 
 
 def _scalars(numbers: Sequence[float], norm_eps: float | None, dropout_p: float) -> tuple[Any, ...]:
     """In the kernels' order; an int would be compiled in, so all but the threshold are floats."""
     scale = 1.0 / (1.0 - dropout_p)
-    return _philox.threshold(dropout_p), scale, float(norm_eps or 0.0), *map(float, numbers)
-
-
-def _strided(x: Tensor | None, dims: int = 2) -> tuple[Any, ...]:
-    return (None, *(0,) * dims) if x is None else (x, *_strides(x, dims))
-
-
-def _strides(x: Tensor, dims: int) -> tuple[int, ...]:
-    return x.stride() if x.dim() == dims else (0,) * dims
+    coefficients = types.Coefficients(*map(float, numbers))
+    return _philox.threshold(dropout_p), scale, float(norm_eps or 0.0), coefficients

@@ -1,4 +1,7 @@
-"""The steps of all rules, element by element: what the forward and the backward kernel share."""
+"""The steps of all rules, element by element: what the forward and the backward kernel share.
+
+`numbers` are `types.Coefficients`; mu and gamma, which may be learned, stand beside them.
+"""
 
 import triton
 import triton.language as tl
@@ -6,8 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def step_forward(
-    f, s0, s1, s2,
-    mu, gamma, beta1, rest1, beta2, rest2, beta3, rest3, alpha, eps, scale1, scale2,
+    f, s0, s1, s2, mu, gamma, numbers,
     KIND: tl.constexpr,
     FROM_STATE: tl.constexpr,
 ):  # fmt: skip
@@ -18,14 +20,15 @@ def step_forward(
     n0, n1, n2 = s0, s1, s2
     step = f
     if KIND == "adam":
-        n0 = beta1 * s0 + rest1 * f
-        n1 = beta2 * s1 + rest2 * f * f
-        step = gamma * n0 / tl.sqrt(n1 + eps)
+        n0 = numbers.beta1 * s0 + numbers.rest1 * f
+        n1 = numbers.beta2 * s1 + numbers.rest2 * f * f
+        step = gamma * n0 / tl.sqrt(n1 + numbers.eps)
     elif KIND == "ademamix":
-        n0 = beta1 * s0 + rest1 * f
-        n1 = beta2 * s1 + rest2 * f * f
-        n2 = beta3 * s2 + rest3 * f
-        step = gamma * (scale1 * n0 + alpha * n2) / (tl.sqrt(scale2 * n1) + eps)
+        n0 = numbers.beta1 * s0 + numbers.rest1 * f
+        n1 = numbers.beta2 * s1 + numbers.rest2 * f * f
+        n2 = numbers.beta3 * s2 + numbers.rest3 * f
+        mixed = numbers.scale1 * n0 + numbers.alpha * n2
+        step = gamma * mixed / (tl.sqrt(numbers.scale2 * n1) + numbers.eps)
     else:
         if FROM_STATE:
             n0 = f
@@ -44,8 +47,7 @@ def step_forward(
 
 @triton.jit
 def step_backward(
-    d, f, s0, n0, n1, n2, g0, g1, g2,
-    mu, gamma, beta1, rest1, beta2, rest2, beta3, rest3, alpha, eps, scale1, scale2,
+    d, f, s0, n0, n1, n2, g0, g1, g2, mu, gamma, numbers,
     KIND: tl.constexpr,
 ):  # fmt: skip
     """Gradients of f, the old states, mu and gamma.
@@ -55,25 +57,25 @@ def step_backward(
     zero = tl.zeros_like(d)
     d0, d1, d2, dmu, dgamma = zero, zero, zero, zero, zero
     if KIND == "adam":
-        inverse = 1.0 / tl.sqrt(n1 + eps)
+        inverse = 1.0 / tl.sqrt(n1 + numbers.eps)
         t0 = g0 + d * gamma * inverse
         t1 = g1 - 0.5 * d * gamma * n0 * inverse * inverse * inverse
-        df = rest1 * t0 + 2.0 * rest2 * f * t1
-        d0 = beta1 * t0
-        d1 = beta2 * t1
+        df = numbers.rest1 * t0 + 2.0 * numbers.rest2 * f * t1
+        d0 = numbers.beta1 * t0
+        d1 = numbers.beta2 * t1
         dgamma = d * n0 * inverse
     elif KIND == "ademamix":
-        root = tl.sqrt(scale2 * n1)
-        inverse = 1.0 / (root + eps)
-        mixed = scale1 * n0 + alpha * n2
-        t0 = g0 + d * gamma * scale1 * inverse
-        slope = tl.where(n1 > 0, 0.5 * scale2 / tl.where(n1 > 0, root, 1.0), 0.0)
+        root = tl.sqrt(numbers.scale2 * n1)
+        inverse = 1.0 / (root + numbers.eps)
+        mixed = numbers.scale1 * n0 + numbers.alpha * n2
+        t0 = g0 + d * gamma * numbers.scale1 * inverse
+        slope = tl.where(n1 > 0, 0.5 * numbers.scale2 / tl.where(n1 > 0, root, 1.0), 0.0)
         t1 = g1 - d * gamma * mixed * inverse * inverse * slope
-        t2 = g2 + d * gamma * alpha * inverse
-        df = rest1 * t0 + 2.0 * rest2 * f * t1 + rest3 * t2
-        d0 = beta1 * t0
-        d1 = beta2 * t1
-        d2 = beta3 * t2
+        t2 = g2 + d * gamma * numbers.alpha * inverse
+        df = numbers.rest1 * t0 + 2.0 * numbers.rest2 * f * t1 + numbers.rest3 * t2
+        d0 = numbers.beta1 * t0
+        d1 = numbers.beta2 * t1
+        d2 = numbers.beta3 * t2
         dgamma = d * mixed * inverse
     elif KIND == "nesterov":
         t0 = g0 + mu * d

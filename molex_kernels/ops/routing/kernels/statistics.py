@@ -4,20 +4,11 @@ Every cluster's rows are cut into tiles; each tile leaves a partial sum, and the
 cluster are added in order. There are no atomics, and nothing depends on the order of the programs.
 """
 
-import math
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from molex_kernels._triton.arguments import at, load_fp32, places, wide
 from molex_kernels._triton.tiles import segment_of_tile
-from molex_kernels._triton.tuning import Config, choose
-
-_KEYS = Config({"BLOCK_T": 64, "BLOCK_D": 32})
-_RANKS = Config({"BLOCK_T": 128, "BLOCK_D": 16})
-_REDUCE = Config({"BLOCK_T": 32, "BLOCK_D": 64})
-_WEIGHTS = Config({"BLOCK_D": 64, "BLOCK_C": 32})
 
 
 @triton.jit
@@ -29,7 +20,7 @@ def _cluster_mean(sums_ptr, counts_ptr, cluster, offs_d, mask_d, D):
 
 @triton.jit
 def _statistics_fwd_tile(
-    x_ptr, stride_xt, stride_xd,  # [T, D]
+    x,  # [T, D]
     permutation_ptr,  # [T] int64, contiguous: tokens in the order of their clusters
     offsets_ptr,  # [C] int32, contiguous
     sums_ptr, counts_ptr,  # [C, D] fp32 and [C] int32, contiguous; None for STAT "sum"
@@ -37,8 +28,8 @@ def _statistics_fwd_tile(
     D, num_clusters,
     STAT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0).to(tl.int64)
-    offs_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    tile = wide(tl.program_id(0))
+    offs_d = wide(tl.program_id(1)) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     cluster, first, end = segment_of_tile(offsets_ptr, num_clusters, tile, BLOCK_T, BLOCK_C)
     if cluster < num_clusters:
@@ -46,39 +37,35 @@ def _statistics_fwd_tile(
         mask_t = rows < end
         token = tl.load(permutation_ptr + rows, mask=mask_t, other=0)
         mask = mask_t[:, None] & mask_d[None, :]
-        x = tl.load(
-            x_ptr + token[:, None] * stride_xt + offs_d[None, :] * stride_xd, mask=mask, other=0.0
-        ).to(tl.float32)
+        terms = load_fp32(at(x, token[:, None], offs_d[None, :]), mask)
         if STAT != "sum":
             mean = _cluster_mean(sums_ptr, counts_ptr, cluster, offs_d, mask_d, D)
-            x = tl.where(mask, x - mean[None, :], 0.0)
-            x = tl.abs(x) if STAT == "mad" else x * x
-        tl.store(partial_ptr + tile * D + offs_d, tl.sum(x, axis=0), mask=mask_d)
+            terms = tl.where(mask, terms - mean[None, :], 0.0)
+            terms = tl.abs(terms) if STAT == "mad" else terms * terms
+        tl.store(partial_ptr + tile * D + offs_d, tl.sum(terms, axis=0), mask=mask_d)
 
 
 @triton.jit
 def _pairwise_fwd_keys(
-    x_ptr, stride_xt, stride_xd,  # [T, D]
-    cluster_ptr, stride_ct,  # [T]
+    x,  # [T, D]
+    cluster,  # [T]
     keys_ptr,  # [D, T] int64, contiguous
     T, D, num_clusters,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """cluster << 32 | the value's bits, mapped so that they sort as the values do."""
-    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_t = wide(tl.program_id(0)) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_d = wide(tl.program_id(1)) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_t = offs_t < T
     mask = mask_t[:, None] & (offs_d < D)[None, :]
-    cluster = tl.load(cluster_ptr + offs_t * stride_ct, mask=mask_t, other=0).to(tl.int64)
-    cluster = tl.where((cluster >= 0) & (cluster < num_clusters), cluster, num_clusters)
-    x = tl.load(
-        x_ptr + offs_t[:, None] * stride_xt + offs_d[None, :] * stride_xd, mask=mask, other=0.0
-    ).to(tl.float32)
-    bits = x.to(tl.int32, bitcast=True)
+    label = wide(tl.load(places(cluster, offs_t), mask=mask_t, other=0))
+    label = tl.where((label >= 0) & (label < num_clusters), label, num_clusters)
+    value = load_fp32(at(x, offs_t[:, None], offs_d[None, :]), mask)
+    bits = value.to(tl.int32, bitcast=True)
     # Negative floats grow downwards as integers; the shift by 2^31 makes the low word unsigned.
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
     pointers = keys_ptr + offs_d[None, :] * T + offs_t[:, None]
-    tl.store(pointers, (cluster[:, None] << 32) + ordered, mask=mask)
+    tl.store(pointers, (label[:, None] << 32) + ordered, mask=mask)
 
 
 @triton.jit
@@ -91,8 +78,8 @@ def _pairwise_fwd_tile(
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """sum_r (2r - n + 1) (x_(r) - mean) over a tile of ranks r."""
-    tile = tl.program_id(0).to(tl.int64)
-    offs_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    tile = wide(tl.program_id(0))
+    offs_d = wide(tl.program_id(1)) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     cluster, first, end = segment_of_tile(offsets_ptr, num_clusters, tile, BLOCK_T, BLOCK_C)
     if cluster < num_clusters:
@@ -124,8 +111,8 @@ def _statistics_fwd_reduce(
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Adds the tiles of ROWS tokens of one cluster, BLOCK_T tiles at a time."""
-    cluster = tl.program_id(0).to(tl.int64)
-    offs_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    cluster = wide(tl.program_id(0))
+    offs_d = wide(tl.program_id(1)) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < num_clusters
@@ -197,7 +184,7 @@ def _feature_weights_fwd(
     BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Each program writes BLOCK_D features, and adds up the global sums by itself."""
-    offs_d = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_d = wide(tl.program_id(0)) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     limit = float("inf")
     total, rows = _sum_of_weights(
@@ -234,108 +221,3 @@ def _feature_weights_fwd(
             tl.where(present[:, None], weight, 1.0),
             mask=(offs_c < num_clusters)[:, None] & mask_d[None, :],
         )
-
-
-def launch_sum(x: Tensor, permutation: Tensor, offsets: Tensor) -> Tensor:
-    """Sums [C, D] fp32 of the tokens of each cluster."""
-    return _segmented(x, permutation, offsets, None, None, "sum")
-
-
-def launch_deviation(
-    x: Tensor, permutation: Tensor, offsets: Tensor, sums: Tensor, counts: Tensor, stat: str
-) -> Tensor:
-    """Sums [C, D] fp32 of |x - mean| or (x - mean)^2; mean = sums / counts."""
-    return _segmented(x, permutation, offsets, sums, counts, stat)
-
-
-def launch_pairwise(
-    x: Tensor, cluster: Tensor, offsets: Tensor, sums: Tensor, counts: Tensor
-) -> Tensor:
-    """sum_{i != j} |x_i - x_j| / (n - 1), [C, D] fp32."""
-    tokens, dim = x.shape
-    clusters = offsets.shape[0]
-    if tokens == 0 or dim == 0:
-        return x.new_zeros(clusters, dim, dtype=torch.float32)
-    keys = x.new_empty(dim, tokens, dtype=torch.int64)
-    blocks = _KEYS.blocks
-    grid = (triton.cdiv(tokens, blocks["BLOCK_T"]), triton.cdiv(dim, blocks["BLOCK_D"]))
-    _pairwise_fwd_keys[grid](
-        x, *x.stride(), cluster, cluster.stride(0), keys, tokens, dim, clusters,
-        **_KEYS.launch_options(),
-    )  # fmt: skip
-    keys = torch.sort(keys, dim=1).values
-    block_c = _block_c(clusters)
-    rows = _RANKS.blocks["BLOCK_T"]
-    tiles = triton.cdiv(tokens, rows) + clusters
-    partial = x.new_empty(tiles, dim, dtype=torch.float32)
-    _pairwise_fwd_tile[(tiles, triton.cdiv(dim, _RANKS.blocks["BLOCK_D"]))](
-        keys, offsets, sums, counts, partial, tokens, dim, clusters,
-        BLOCK_C=block_c, **_RANKS.launch_options(),
-    )  # fmt: skip
-    return _reduce(partial, offsets, counts, rows, block_c)
-
-
-def launch_weights(
-    deviations: Tensor, counts: Tensor, eps: float, clip: float, norm: str, mask: bool
-) -> Tensor:
-    """Feature weights W [C, D] fp32."""
-    clusters, dim = deviations.shape
-    out = deviations.new_empty(clusters, dim)
-    has_clip = math.isfinite(clip)
-    _feature_weights_fwd[(triton.cdiv(dim, _WEIGHTS.blocks["BLOCK_D"]),)](
-        deviations, counts, out, dim, clusters, eps, clip if has_clip else 0.0,
-        NORM=norm, HAS_CLIP=has_clip, MASKED=mask, **_WEIGHTS.launch_options(),
-    )  # fmt: skip
-    return out
-
-
-def _segmented(
-    x: Tensor,
-    permutation: Tensor,
-    offsets: Tensor,
-    sums: Tensor | None,
-    counts: Tensor | None,
-    stat: str,
-) -> Tensor:
-    tokens, dim = x.shape
-    clusters = offsets.shape[0]
-    if tokens == 0:
-        return x.new_zeros(clusters, dim, dtype=torch.float32)
-    block_c = _block_c(clusters)
-    result: list[Tensor] = []
-
-    def launch(config: Config) -> None:
-        blocks = config.blocks
-        tiles = triton.cdiv(tokens, blocks["BLOCK_T"]) + clusters
-        partial = x.new_empty(tiles, dim, dtype=torch.float32)
-        _statistics_fwd_tile[(tiles, triton.cdiv(dim, blocks["BLOCK_D"]))](
-            x, *x.stride(), permutation, offsets, sums, counts, partial, dim, clusters,
-            STAT=stat, BLOCK_C=block_c, **config.launch_options(),
-        )  # fmt: skip
-        result[:] = [_reduce(partial, offsets, None, blocks["BLOCK_T"], block_c)]
-
-    pinned = Config({"BLOCK_T": 64, "BLOCK_D": 64})
-    candidates = [
-        Config({"BLOCK_T": t, "BLOCK_D": d}) for t, d in ((128, 32), (32, 128), (64, 128))
-    ]
-    shape_class = (x.dtype, stat, block_c, triton.next_power_of_2(dim))
-    launch(choose("statistics", shape_class, pinned, candidates, launch, on_gpu=x.is_cuda))
-    return result[0]
-
-
-def _block_c(clusters: int) -> int:
-    """A power of two above the number of clusters: few sizes, so that few kernels are compiled."""
-    return 64 if clusters < 64 else 256 if clusters < 256 else triton.next_power_of_2(clusters + 1)
-
-
-def _reduce(
-    partial: Tensor, offsets: Tensor, pairwise_counts: Tensor | None, rows: int, block_c: int
-) -> Tensor:
-    clusters, dim = offsets.shape[0], partial.shape[1]
-    out = partial.new_empty(clusters, dim)
-    _statistics_fwd_reduce[(clusters, triton.cdiv(dim, _REDUCE.blocks["BLOCK_D"]))](
-        partial, offsets, pairwise_counts, out, dim, clusters,
-        PAIRWISE=pairwise_counts is not None, ROWS=rows,
-        BLOCK_C=block_c, **_REDUCE.launch_options(),
-    )  # fmt: skip
-    return out

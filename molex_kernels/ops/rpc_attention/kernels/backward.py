@@ -3,12 +3,14 @@
 import triton
 import triton.language as tl
 
+from molex_kernels._triton.arguments import Mat
 from molex_kernels._triton.tiles import keep_mask
-from molex_kernels.ops.rpc_attention.kernels.parts import (
+from molex_kernels.ops.rpc_attention.kernels.heads import (
     block_of_head,
     load_bound,
     load_present,
     load_rows,
+    of_head,
     sign,
     soft,
     store_rows,
@@ -17,21 +19,9 @@ from molex_kernels.ops.rpc_attention.kernels.parts import (
 
 @triton.jit
 def _rpc_bwd_rows(
-    k_ptr,  # [B, H, N, d]
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_kd,
-    dout_ptr,  # [B, H, N, d], for the last iteration
-    stride_ob,
-    stride_oh,
-    stride_on,
-    stride_od,
-    dsparse_ptr,  # [B, H, N, d] fp32, behind the last iteration, or None
-    stride_sb,
-    stride_sh,
-    stride_sn,
-    stride_sd,
+    k,  # [B, H, N, d]
+    dout,  # [B, H, N, d], for the last iteration
+    dsparse,  # [B, H, N, d] fp32, behind the last iteration, else None
     out_ptr,  # [B, H, N, d] contiguous
     lows_ptr,  # [iterations - 1, B, H, N, d] fp32 contiguous
     dclean_ptr,  # [B, H, N, d] fp32 contiguous: of the iteration behind
@@ -51,8 +41,6 @@ def _rpc_bwd_rows(
     IS_LAST: tl.constexpr,  # nothing is behind
     IS_DONE: tl.constexpr,  # nothing is ahead
     IS_PER_TOKEN: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_DSPARSE: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -67,56 +55,58 @@ def _rpc_bwd_rows(
     """
     block, head, num_all_heads = block_of_head(num_tokens, BLOCK_I)
     batch = head // num_heads
-    within = head % num_heads
     own = head * num_tokens * num_features
     offs_i = block * BLOCK_I + tl.arange(0, BLOCK_I)
     offs_d = tl.arange(0, BLOCK_D)
     inside = offs_i < num_tokens
-    mask_i = load_present(key_mask_ptr, batch, offs_i, num_tokens, HAS_MASK)
+    mask_i = load_present(key_mask_ptr, batch, offs_i, num_tokens)
     bound = load_bound(bound_ptr, head, offs_i, mask_i, num_tokens, IS_PER_TOKEN)
-    k_ptr += batch * stride_kb + within * stride_kh
-    k = load_rows(k_ptr, stride_kn, stride_kd, offs_i, mask_i, offs_d, num_features)
-    k = k.to(tl.float32)
+    own_k = Mat(of_head(k, head, num_heads), k.row, k.col)
+    key = load_rows(own_k, offs_i, mask_i, offs_d, num_features).to(tl.float32)
 
     low = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
     u = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
-    a = k
+    a = key
     if not IS_DONE:
         lows_ptr += own
         stride_low = num_all_heads * num_tokens * num_features
         for _ in range(1, iteration):
             sparse = soft(a, bound)
-            low = load_rows(lows_ptr, num_features, 1, offs_i, mask_i, offs_d, num_features)
-            u = u + k - sparse - low
-            a = k - low + u
+            low = load_rows(Mat(lows_ptr, num_features, 1), offs_i, mask_i, offs_d, num_features)
+            u = u + key - sparse - low
+            a = key - low + u
             lows_ptr += stride_low
         sparse = soft(a, bound)
-        clean = k - sparse - u
+        clean = key - sparse - u
         store_rows(clean_ptr + own, clean, offs_i, inside, offs_d, num_features)
         if IS_LAST:
-            low = load_rows(out_ptr + own, num_features, 1, offs_i, mask_i, offs_d, num_features)
+            low = load_rows(
+                Mat(out_ptr + own, num_features, 1), offs_i, mask_i, offs_d, num_features
+            )
             low = low.to(tl.float32)
         else:
-            low = load_rows(lows_ptr, num_features, 1, offs_i, mask_i, offs_d, num_features)
-            u = u + k - sparse - low
-            a = k - low + u
+            low = load_rows(Mat(lows_ptr, num_features, 1), offs_i, mask_i, offs_d, num_features)
+            u = u + key - sparse - low
+            a = key - low + u
 
     if IS_LAST:
-        dout_ptr += batch * stride_ob + within * stride_oh
-        dlow = load_rows(dout_ptr, stride_on, stride_od, offs_i, mask_i, offs_d, num_features)
+        own_dout = Mat(of_head(dout, head, num_heads), dout.row, dout.col)
+        dlow = load_rows(own_dout, offs_i, mask_i, offs_d, num_features)
         dlow = dlow.to(tl.float32)
         zeros = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
         store_rows(dk_ptr + own, zeros, offs_i, inside, offs_d, num_features)
         store_rows(du_ptr + own, zeros, offs_i, inside, offs_d, num_features)
         sums = tl.zeros((BLOCK_I,), tl.float32)
     else:
-        du = load_rows(du_ptr + own, num_features, 1, offs_i, mask_i, offs_d, num_features)
-        dclean = load_rows(dclean_ptr + own, num_features, 1, offs_i, mask_i, offs_d, num_features)
-        dk = load_rows(dk_ptr + own, num_features, 1, offs_i, mask_i, offs_d, num_features)
+        du = load_rows(Mat(du_ptr + own, num_features, 1), offs_i, mask_i, offs_d, num_features)
+        dclean = load_rows(
+            Mat(dclean_ptr + own, num_features, 1), offs_i, mask_i, offs_d, num_features
+        )
+        dk = load_rows(Mat(dk_ptr + own, num_features, 1), offs_i, mask_i, offs_d, num_features)
         ds = -du
-        if HAS_DSPARSE:
-            dsparse_ptr += batch * stride_sb + within * stride_sh
-            ds += load_rows(dsparse_ptr, stride_sn, stride_sd, offs_i, mask_i, offs_d, num_features)
+        if dsparse is not None:
+            own_dsparse = Mat(of_head(dsparse, head, num_heads), dsparse.row, dsparse.col)
+            ds += load_rows(own_dsparse, offs_i, mask_i, offs_d, num_features)
         is_inside = tl.abs(a) < bound
         da = tl.where(is_inside, 0.0, ds - dclean)
         if IS_DONE:
@@ -144,16 +134,8 @@ def _rpc_bwd_rows(
 @triton.jit
 def _rpc_bwd_attention(
     clean_ptr,  # [B, H, N, d] contiguous
-    v_ptr,  # [B, H, N, d]
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_vd,
-    q_ptr,  # [B, H, N, d] or None
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_qd,
+    v,  # [B, H, N, d]
+    q,  # [B, H, N, d] or None
     dlow_ptr,  # [B, H, N, d] contiguous
     inner_ptr,  # [B, H, N] fp32
     stats_ptr,  # [2, B, H, N] fp32
@@ -174,9 +156,6 @@ def _rpc_bwd_attention(
     IS_SUM: tl.constexpr,
     AS_ROWS: tl.constexpr,
     AS_KEYS: tl.constexpr,
-    HAS_Q: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -192,54 +171,55 @@ def _rpc_bwd_attention(
     """
     block, head, num_all_heads = block_of_head(num_tokens, BLOCK_I)
     batch = head // num_heads
-    within = head % num_heads
     own = head * num_tokens * num_features
     clean_ptr += own
     dlow_ptr += own
-    v_ptr += batch * stride_vb + within * stride_vh
+    own_v = Mat(of_head(v, head, num_heads), v.row, v.col)
     inner_ptr += head * num_tokens
     top_ptr = stats_ptr + head * num_tokens
     total_ptr = top_ptr + num_all_heads * num_tokens
     offs_i = block * BLOCK_I + tl.arange(0, BLOCK_I)
     offs_d = tl.arange(0, BLOCK_D)
     inside = offs_i < num_tokens
-    mask_i = load_present(key_mask_ptr, batch, offs_i, num_tokens, HAS_MASK)
-    v_i = load_rows(v_ptr, stride_vn, stride_vd, offs_i, mask_i, offs_d, num_features)
-    if HAS_Q:
-        q_ptr += batch * stride_qb + within * stride_qh
-    if AS_ROWS and HAS_Q:
-        own_i = load_rows(q_ptr, stride_qn, stride_qd, offs_i, mask_i, offs_d, num_features)
+    mask_i = load_present(key_mask_ptr, batch, offs_i, num_tokens)
+    v_i = load_rows(own_v, offs_i, mask_i, offs_d, num_features)
+    if q is not None:
+        own_q = Mat(of_head(q, head, num_heads), q.row, q.col)
+    if AS_ROWS and q is not None:
+        own_i = load_rows(own_q, offs_i, mask_i, offs_d, num_features)
     else:
-        own_i = load_rows(clean_ptr, num_features, 1, offs_i, mask_i, offs_d, num_features)
+        own_i = load_rows(Mat(clean_ptr, num_features, 1), offs_i, mask_i, offs_d, num_features)
     if AS_ROWS:
-        dlow_i = load_rows(dlow_ptr, num_features, 1, offs_i, mask_i, offs_d, num_features)
+        dlow_i = load_rows(Mat(dlow_ptr, num_features, 1), offs_i, mask_i, offs_d, num_features)
         top_i = tl.load(top_ptr + offs_i, mask=inside, other=0.0)
         total_i = tl.load(total_ptr + offs_i, mask=inside, other=float("inf"))
         inner_i = tl.load(inner_ptr + offs_i, mask=inside, other=0.0)
         amiss = tl.zeros((BLOCK_I,), tl.float32)  # what inner_i lacks
-    if HAS_DROPOUT:
+    if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     down = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)  # gradient of own_i
     dv = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
     for start in range(0, num_tokens, BLOCK_J):
         offs_j = start + tl.arange(0, BLOCK_J)
         inside_j = offs_j < num_tokens
-        mask_j = load_present(key_mask_ptr, batch, offs_j, num_tokens, HAS_MASK)
-        if AS_KEYS and HAS_Q:
-            other_j = load_rows(q_ptr, stride_qn, stride_qd, offs_j, mask_j, offs_d, num_features)
+        mask_j = load_present(key_mask_ptr, batch, offs_j, num_tokens)
+        if AS_KEYS and q is not None:
+            other_j = load_rows(own_q, offs_j, mask_j, offs_d, num_features)
         else:
-            other_j = load_rows(clean_ptr, num_features, 1, offs_j, mask_j, offs_d, num_features)
+            other_j = load_rows(
+                Mat(clean_ptr, num_features, 1), offs_j, mask_j, offs_d, num_features
+            )
         scores = tl.dot(own_i, tl.trans(other_j), input_precision=PRECISION)
         dscores = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
         if AS_ROWS:  # [i, j] is row i on key j
-            v_j = load_rows(v_ptr, stride_vn, stride_vd, offs_j, mask_j, offs_d, num_features)
+            v_j = load_rows(own_v, offs_j, mask_j, offs_d, num_features)
             weights = tl.exp2((scores - top_i[:, None]) * score_scale) / total_i[:, None]
             seen = mask_j[None, :]
             if IS_CAUSAL:
                 seen = seen & (offs_j[None, :] <= offs_i[:, None])
             weights = tl.where(seen, weights, 0.0)
             dweights = tl.dot(dlow_i, tl.trans(v_j), input_precision=PRECISION)
-            if HAS_DROPOUT:
+            if seed_ptr is not None:
                 position = (head * num_tokens + offs_i)[:, None] * num_tokens + offs_j[None, :]
                 kept = keep_mask(seed, position, drop_threshold)
                 dweights = tl.where(kept, dweights * keep_scale, 0.0)
@@ -247,7 +227,7 @@ def _rpc_bwd_attention(
             if IS_SUM:
                 amiss += tl.sum(dscores, axis=1)
         if AS_KEYS:  # [i, j] is row j on key i
-            dlow_j = load_rows(dlow_ptr, num_features, 1, offs_j, mask_j, offs_d, num_features)
+            dlow_j = load_rows(Mat(dlow_ptr, num_features, 1), offs_j, mask_j, offs_d, num_features)
             top_j = tl.load(top_ptr + offs_j, mask=inside_j, other=0.0)
             total_j = tl.load(total_ptr + offs_j, mask=inside_j, other=float("inf"))
             inner_j = tl.load(inner_ptr + offs_j, mask=inside_j, other=0.0)
@@ -258,7 +238,7 @@ def _rpc_bwd_attention(
             weights = tl.where(seen, weights, 0.0)
             dweights = tl.dot(v_i, tl.trans(dlow_j), input_precision=PRECISION)
             passed = weights
-            if HAS_DROPOUT:
+            if seed_ptr is not None:
                 position = (head * num_tokens + offs_j)[None, :] * num_tokens + offs_i[:, None]
                 kept = keep_mask(seed, position, drop_threshold)
                 dweights = tl.where(kept, dweights * keep_scale, 0.0)
@@ -274,9 +254,13 @@ def _rpc_bwd_attention(
     elif AS_KEYS:
         store_rows(dclean_ptr + own, down, offs_i, inside, offs_d, num_features)
         if not IS_LAST:
-            dv += load_rows(dv_ptr + own, num_features, 1, offs_i, inside, offs_d, num_features)
+            dv += load_rows(
+                Mat(dv_ptr + own, num_features, 1), offs_i, inside, offs_d, num_features
+            )
         store_rows(dv_ptr + own, dv, offs_i, inside, offs_d, num_features)
     else:
         if not IS_LAST:
-            down += load_rows(dq_ptr + own, num_features, 1, offs_i, inside, offs_d, num_features)
+            down += load_rows(
+                Mat(dq_ptr + own, num_features, 1), offs_i, inside, offs_d, num_features
+            )
         store_rows(dq_ptr + own, down, offs_i, inside, offs_d, num_features)

@@ -1,18 +1,34 @@
-"""Pinned launch configurations of the attention kernels."""
+"""Launch configurations of the attention kernels, by chip and shape class."""
 
 from __future__ import annotations
 
 import torch
 
-from molex_kernels._triton.tuning import Config
+from molex_kernels._triton.chips import Chip
+from molex_kernels._triton.tuning import Config, Options, around
 
 
 def _tiles(rows: int, keys: int, width: int, num_warps: int, num_stages: int) -> Config:
     return Config({"BLOCK_I": rows, "BLOCK_J": keys, "BLOCK_D": width}, num_warps, num_stages)
 
 
-def forward(dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool) -> Config:
+def forward(
+    chip: Chip, dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool
+) -> Options:
     """Rows that attend, and keys that they pass over at a time."""
+    pinned = _forward(dtype, width, aligned, has_dropout)
+    return around(pinned, warps=(4, 8), stages=(1, 2, 3))
+
+
+def backward(
+    chip: Chip, dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool
+) -> Options:
+    """Tokens that are rows and keys at once, and tokens that they pass over at a time."""
+    pinned = _backward(dtype, width, aligned, has_dropout)
+    return around(pinned, warps=(4, 8), stages=(1, 2))
+
+
+def _forward(dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool) -> Config:
     if dtype == torch.float32:
         return _tiles(16 if width > 64 else 32, 16, width, 4 if width <= 32 else 8, 2)
     if not aligned:
@@ -22,8 +38,7 @@ def forward(dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool) ->
     return _tiles(64, keys, width, 4, 2) if width <= 64 else _tiles(64, keys, width, 8, 1)
 
 
-def backward(dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool) -> Config:
-    """Tokens that are rows and keys at once, and tokens that they pass over at a time."""
+def _backward(dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool) -> Config:
     if dtype == torch.float32:
         if width > 32:
             return _tiles(16, 16, width, 8, 1)
@@ -39,6 +54,6 @@ def one_role(dtype: torch.dtype, width: int) -> bool:
     return dtype == torch.float32 and width > 64
 
 
-def rows(width: int) -> Config:
+def rows(chip: Chip, width: int) -> Options:
     """Rows to a program of the element-wise steps."""
-    return Config({"BLOCK_I": 1024 // width, "BLOCK_D": width}, 4, 1)
+    return around(Config({"BLOCK_I": 1024 // width, "BLOCK_D": width}, 4, 1), warps=(2, 8))

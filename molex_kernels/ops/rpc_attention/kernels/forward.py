@@ -3,12 +3,14 @@
 import triton
 import triton.language as tl
 
+from molex_kernels._triton.arguments import Mat
 from molex_kernels._triton.tiles import keep_mask
-from molex_kernels.ops.rpc_attention.kernels.parts import (
+from molex_kernels.ops.rpc_attention.kernels.heads import (
     block_of_head,
     load_bound,
     load_present,
     load_rows,
+    of_head,
     soft,
     store_rows,
 )
@@ -16,21 +18,9 @@ from molex_kernels.ops.rpc_attention.kernels.parts import (
 
 @triton.jit
 def _rpc_fwd(
-    k_ptr,  # [B, H, N, d]
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_kd,
-    v_ptr,  # [B, H, N, d]
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_vd,
-    q_ptr,  # [B, H, N, d] or None
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_qd,
+    k,  # [B, H, N, d]
+    v,  # [B, H, N, d]
+    q,  # [B, H, N, d] or None
     clean_ptr,  # [B, H, N, d] contiguous: cleaned keys, from the second iteration on
     next_clean_ptr,  # of the next one
     rest_ptr,  # [B, H, N, d] fp32 contiguous: u + k - S of this iteration, then of the next
@@ -51,11 +41,6 @@ def _rpc_fwd(
     IS_LAST: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     IS_PER_TOKEN: tl.constexpr,
-    HAS_Q: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    HAS_SPARSE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -64,25 +49,25 @@ def _rpc_fwd(
     """L = softmax(C C^T scale) v; then u = u + k - L - S, S = soft(k - L + u), C = k - S - u."""
     block, head, num_all_heads = block_of_head(num_tokens, BLOCK_I)
     batch = head // num_heads
-    within = head % num_heads
-    k_ptr += batch * stride_kb + within * stride_kh
-    v_ptr += batch * stride_vb + within * stride_vh
+    own_k = Mat(of_head(k, head, num_heads), k.row, k.col)
+    own_v = Mat(of_head(v, head, num_heads), v.row, v.col)
     own = head * num_tokens * num_features
     offs_i = block * BLOCK_I + tl.arange(0, BLOCK_I)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_i = load_present(key_mask_ptr, batch, offs_i, num_tokens, HAS_MASK)
+    mask_i = load_present(key_mask_ptr, batch, offs_i, num_tokens)
     bound = load_bound(bound_ptr, head, offs_i, mask_i, num_tokens, IS_PER_TOKEN)
-    if HAS_Q:
-        q_ptr += batch * stride_qb + within * stride_qh
-        q = load_rows(q_ptr, stride_qn, stride_qd, offs_i, mask_i, offs_d, num_features)
+    if q is not None:
+        own_q = Mat(of_head(q, head, num_heads), q.row, q.col)
+        attending = load_rows(own_q, offs_i, mask_i, offs_d, num_features)
     elif IS_FIRST:
-        raw = load_rows(k_ptr, stride_kn, stride_kd, offs_i, mask_i, offs_d, num_features)
-        wide = raw.to(tl.float32)
-        q = (wide - soft(wide, bound)).to(raw.dtype)
+        raw = load_rows(own_k, offs_i, mask_i, offs_d, num_features)
+        single = raw.to(tl.float32)
+        attending = (single - soft(single, bound)).to(raw.dtype)
     else:
-        q = load_rows(clean_ptr + own, num_features, 1, offs_i, mask_i, offs_d, num_features)
+        own_clean = Mat(clean_ptr + own, num_features, 1)
+        attending = load_rows(own_clean, offs_i, mask_i, offs_d, num_features)
     if score_scale < 0:  # the largest are then the smallest
-        q = -q
+        attending = -attending
     steep = tl.abs(score_scale)
 
     # Finite, so that rows that have seen nothing yet stay finite.
@@ -92,22 +77,21 @@ def _rpc_fwd(
     end = num_tokens
     if IS_CAUSAL:
         end = tl.minimum(num_tokens, (block + 1) * BLOCK_I)
-    if HAS_DROPOUT:
+    if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     for start in range(0, end, BLOCK_J):
         offs_j = start + tl.arange(0, BLOCK_J)
-        mask_j = load_present(key_mask_ptr, batch, offs_j, num_tokens, HAS_MASK)
+        mask_j = load_present(key_mask_ptr, batch, offs_j, num_tokens)
         if IS_FIRST:
-            keys = load_rows(k_ptr, stride_kn, stride_kd, offs_j, mask_j, offs_d, num_features)
+            keys = load_rows(own_k, offs_j, mask_j, offs_d, num_features)
             bound_j = load_bound(bound_ptr, head, offs_j, mask_j, num_tokens, IS_PER_TOKEN)
             clean = keys.to(tl.float32)
             clean = (clean - soft(clean, bound_j)).to(keys.dtype)
         else:
-            clean = load_rows(
-                clean_ptr + own, num_features, 1, offs_j, mask_j, offs_d, num_features
-            )
-        v = load_rows(v_ptr, stride_vn, stride_vd, offs_j, mask_j, offs_d, num_features)
-        scores = tl.dot(q, tl.trans(clean), input_precision=PRECISION)
+            own_clean = Mat(clean_ptr + own, num_features, 1)
+            clean = load_rows(own_clean, offs_j, mask_j, offs_d, num_features)
+        values = load_rows(own_v, offs_j, mask_j, offs_d, num_features)
+        scores = tl.dot(attending, tl.trans(clean), input_precision=PRECISION)
         seen = mask_j[None, :]
         if IS_CAUSAL:
             seen = seen & (offs_j[None, :] <= offs_i[:, None])
@@ -118,17 +102,17 @@ def _rpc_fwd(
         shrunk = tl.exp2((top - above) * steep)
         total = total * shrunk + tl.sum(weights, axis=1)
         top = above
-        if HAS_DROPOUT:
+        if seed_ptr is not None:
             position = (head * num_tokens + offs_i)[:, None] * num_tokens + offs_j[None, :]
             kept = keep_mask(seed, position, drop_threshold)
             weights = tl.where(kept, weights * keep_scale, 0.0)
         low = low * shrunk[:, None]
-        low = tl.dot(weights.to(v.dtype), v, low, input_precision=PRECISION)
+        low = tl.dot(weights.to(values.dtype), values, low, input_precision=PRECISION)
 
     total = tl.where(mask_i, total, 1.0)
     low = tl.where(mask_i[:, None], low / total[:, None], 0.0)
     inside = offs_i < num_tokens
-    if HAS_STATE:
+    if stats_ptr is not None:
         # A masked row gets an infinite sum: it has no weights.
         stats_ptr += head * num_tokens
         top = tl.where(score_scale < 0, -top, top)
@@ -137,22 +121,23 @@ def _rpc_fwd(
         tl.store(stats_ptr + offs_i, tl.where(mask_i, total, float("inf")), mask=inside)
     if IS_LAST:
         store_rows(out_ptr + own, low, offs_i, inside, offs_d, num_features)
-        if IS_FIRST and HAS_SPARSE:
-            k = load_rows(k_ptr, stride_kn, stride_kd, offs_i, mask_i, offs_d, num_features)
-            sparse = soft(k.to(tl.float32), bound)
+        if IS_FIRST and sparse_ptr is not None:
+            key = load_rows(own_k, offs_i, mask_i, offs_d, num_features)
+            sparse = soft(key.to(tl.float32), bound)
             store_rows(sparse_ptr + own, sparse, offs_i, inside, offs_d, num_features)
     else:
-        if HAS_STATE:
+        if low_ptr is not None:
             store_rows(low_ptr + own, low, offs_i, inside, offs_d, num_features)
-        k = load_rows(k_ptr, stride_kn, stride_kd, offs_i, mask_i, offs_d, num_features)
-        k = k.to(tl.float32)
+        key = load_rows(own_k, offs_i, mask_i, offs_d, num_features)
+        key = key.to(tl.float32)
         if IS_FIRST:
-            rest = k - soft(k, bound)
+            rest = key - soft(key, bound)
         else:
-            rest = load_rows(rest_ptr + own, num_features, 1, offs_i, mask_i, offs_d, num_features)
+            own_rest = Mat(rest_ptr + own, num_features, 1)
+            rest = load_rows(own_rest, offs_i, mask_i, offs_d, num_features)
         u = rest - low
-        sparse = soft(k - low + u, bound)
-        store_rows(next_clean_ptr + own, k - sparse - u, offs_i, inside, offs_d, num_features)
-        store_rows(rest_ptr + own, u + k - sparse, offs_i, inside, offs_d, num_features)
-        if HAS_SPARSE:
+        sparse = soft(key - low + u, bound)
+        store_rows(next_clean_ptr + own, key - sparse - u, offs_i, inside, offs_d, num_features)
+        store_rows(rest_ptr + own, u + key - sparse, offs_i, inside, offs_d, num_features)
+        if sparse_ptr is not None:
             store_rows(sparse_ptr + own, sparse, offs_i, inside, offs_d, num_features)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from molex_kernels import _philox
 from molex_kernels._dtypes import dot_precision
+from molex_kernels._triton import chips
+from molex_kernels._triton.arguments import strided
+from molex_kernels._triton.launch import launch
 from molex_kernels.ops.rpc_attention.kernels import config
 from molex_kernels.ops.rpc_attention.kernels.backward import _rpc_bwd_attention, _rpc_bwd_rows
 from molex_kernels.ops.rpc_attention.kernels.forward import _rpc_fwd
@@ -19,7 +22,7 @@ from molex_kernels.ops.rpc_attention.kernels.forward import _rpc_fwd
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
-def forward(
+def rpc_attention_forward(
     k: Tensor,
     v: Tensor,
     q: Tensor | None,
@@ -44,47 +47,44 @@ def forward(
     stats = k.new_empty((num_iters, 2, *k.shape[:3]) if keeps_state else (0,), **wide)
     if k.numel() == 0:
         return out, sparse, lows, stats
-    batch, heads, tokens, width = k.shape
+    heads, tokens, width = k.shape[1:]
     cleans = [k.new_empty(k.shape) for _ in range(min(num_iters - 1, 2))]
     rest = k.new_empty(k.shape, **wide) if num_iters > 1 else None
+    chip, is_aligned = chips.of(k.device), _aligned(k, v, q)
     for t in range(num_iters):
         last = t == num_iters - 1
         drops = last and seed is not None
-        chosen = config.forward(k.dtype, _padded(width), _aligned(k, v, q), drops)
-        _rpc_fwd[(triton.cdiv(tokens, chosen.blocks["BLOCK_I"]) * batch * heads,)](
-            *_strided(k),
-            *_strided(v),
-            *_strided(q),
-            None if t == 0 else cleans[(t - 1) % 2],
-            None if last else cleans[t % 2],
-            rest,
-            lows[t] if keeps_state and not last else None,
-            out,
-            sparse if returns_sparse else None,
-            stats[t] if keeps_state else None,
-            threshold.contiguous(),
-            None if key_mask is None else key_mask.contiguous(),
-            seed if drops else None,
-            heads,
-            tokens,
-            width,
-            *_scales(scale, dropout_p)[1:],
-            IS_FIRST=t == 0,
-            IS_LAST=last,
-            IS_CAUSAL=is_causal,
-            IS_PER_TOKEN=threshold.dim() == 3,
-            HAS_Q=q is not None,
-            HAS_MASK=key_mask is not None,
-            HAS_DROPOUT=drops,
-            HAS_STATE=keeps_state,
-            HAS_SPARSE=returns_sparse and t >= num_iters - 2,
-            PRECISION=dot_precision(k.dtype),
-            **chosen.launch_options(),
+        launch(
+            _rpc_fwd,
+            lambda b: (_blocks(k, b),),
+            (
+                *map(strided, (k, v, q)),
+                None if t == 0 else cleans[(t - 1) % 2],
+                None if last else cleans[t % 2],
+                rest,
+                lows[t] if keeps_state and not last else None,
+                out,
+                sparse if returns_sparse and t >= num_iters - 2 else None,
+                stats[t] if keeps_state else None,
+                threshold.contiguous(),
+                None if key_mask is None else key_mask.contiguous(),
+                seed if drops else None,
+                *(heads, tokens, width, *_scales(scale, dropout_p)[1:]),
+            ),
+            {
+                "IS_FIRST": t == 0,
+                "IS_LAST": last,
+                "IS_CAUSAL": is_causal,
+                "IS_PER_TOKEN": threshold.dim() == 3,
+                "PRECISION": dot_precision(k.dtype),
+            },
+            config.forward(chip, k.dtype, _padded(width), is_aligned, drops),
+            updates=(rest,),
         )
     return out, sparse, lows, stats
 
 
-def backward(
+def rpc_attention_backward(
     dout: Tensor,
     dsparse: Tensor | None,
     k: Tensor,
@@ -107,7 +107,8 @@ def backward(
         gradients = [k.new_empty(k.shape if need else (0,)) for need in needs[:3]]
         dthreshold = threshold.new_zeros(threshold.shape if needs[3] else (0,))
         return gradients[0], gradients[1], gradients[2], dthreshold
-    batch, heads, tokens, width = k.shape
+    heads, tokens, width = k.shape[1:]
+    chip, is_aligned = chips.of(k.device), _aligned(k, v, q)
     wide: Any = {"dtype": torch.float32}
     clean, dlow, dk = (k.new_empty(k.shape) for _ in range(3))
     dclean, dk_sum, du, dv_sum = (k.new_empty(k.shape, **wide) for _ in range(4))
@@ -117,29 +118,25 @@ def backward(
     inner, dbound = (k.new_empty(k.shape[:3], **wide) for _ in range(2))
     bound = threshold.contiguous()
     mask = None if key_mask is None else key_mask.contiguous()
-    by_row = config.rows(_padded(width))
     sizes = (heads, tokens, width)
 
     def rows(iteration: int) -> None:
         """From behind the iteration after this one to before this one's attention."""
-        _rpc_bwd_rows[(triton.cdiv(tokens, by_row.blocks["BLOCK_I"]) * batch * heads,)](
-            *_strided(k),
-            *_strided(dout),
-            *_strided(dsparse),
-            out,
-            lows,
-            *(dclean, dk_sum, du, dbound),
-            *(clean, dlow, inner, dk),
-            bound,
-            mask,
-            iteration,
-            *sizes,
-            IS_LAST=iteration == num_iters,
-            IS_DONE=iteration == 0,
-            IS_PER_TOKEN=bound.dim() == 3,
-            HAS_MASK=mask is not None,
-            HAS_DSPARSE=dsparse is not None and iteration == num_iters - 1,
-            **by_row.launch_options(),
+        launch(
+            _rpc_bwd_rows,
+            lambda b: (_blocks(k, b),),
+            (
+                *map(strided, (k, dout, dsparse if iteration == num_iters - 1 else None)),
+                *(out, lows, dclean, dk_sum, du, dbound),
+                *(clean, dlow, inner, dk, bound, mask, iteration, *sizes),
+            ),
+            {
+                "IS_LAST": iteration == num_iters,
+                "IS_DONE": iteration == 0,
+                "IS_PER_TOKEN": bound.dim() == 3,
+            },
+            config.rows(chip, _padded(width)),
+            updates=(dk_sum, du, dbound),
         )
 
     def attention(
@@ -148,27 +145,24 @@ def backward(
         """Back through one iteration's attention, in one role or in both."""
         last = iteration == num_iters
         drops = last and seed is not None
-        tiles = config.backward(k.dtype, _padded(width), _aligned(k, v, q), drops)
-        _rpc_bwd_attention[(triton.cdiv(tokens, tiles.blocks["BLOCK_I"]) * batch * heads,)](
-            clean,
-            *_strided(v),
-            *_strided(other),
-            *(dlow, inner, stats[iteration - 1]),
-            *((None, None, None) if sums else (dclean, dv_sum, dq_sum)),
-            mask,
-            seed if drops else None,
-            *sizes,
-            *_scales(scale, dropout_p),
-            IS_LAST=last or (as_rows and not as_keys and q is None),
-            IS_CAUSAL=is_causal,
-            IS_SUM=sums,
-            AS_ROWS=as_rows,
-            AS_KEYS=as_keys,
-            HAS_Q=other is not None,
-            HAS_MASK=mask is not None,
-            HAS_DROPOUT=drops,
-            PRECISION=dot_precision(k.dtype),
-            **tiles.launch_options(),
+        launch(
+            _rpc_bwd_attention,
+            lambda b: (_blocks(k, b),),
+            (
+                *(clean, strided(v), strided(other), dlow, inner, stats[iteration - 1]),
+                *((None, None, None) if sums else (dclean, dv_sum, dq_sum)),
+                *(mask, seed if drops else None, *sizes, *_scales(scale, dropout_p)),
+            ),
+            {
+                "IS_LAST": last or (as_rows and not as_keys and q is None),
+                "IS_CAUSAL": is_causal,
+                "IS_SUM": sums,
+                "AS_ROWS": as_rows,
+                "AS_KEYS": as_keys,
+                "PRECISION": dot_precision(k.dtype),
+            },
+            config.backward(chip, k.dtype, _padded(width), is_aligned, drops),
+            updates=(inner,) if sums else (dv_sum, dq_sum),
         )
 
     rows(num_iters)
@@ -217,5 +211,7 @@ def _aligned(*tensors: Tensor | None) -> bool:
     return all(t.stride(-1) == 1 and t.shape[-1] * t.element_size() % 16 == 0 for t in given)
 
 
-def _strided(x: Tensor | None) -> tuple[Any, ...]:
-    return (None, 0, 0, 0, 0) if x is None else (x, *x.stride())
+def _blocks(k: Tensor, blocks: Mapping[str, int]) -> int:
+    """A program for each block of tokens of each head."""
+    batch, heads, tokens, _ = k.shape
+    return triton.cdiv(tokens, blocks["BLOCK_I"]) * batch * heads

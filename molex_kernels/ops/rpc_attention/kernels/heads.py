@@ -1,7 +1,9 @@
-"""What the forward and the backward kernels share."""
+"""Rows of one head: where they are, which there are, and the threshold on them."""
 
 import triton
 import triton.language as tl
+
+from molex_kernels._triton.arguments import Mat, at, store, wide
 
 
 @triton.jit
@@ -29,20 +31,24 @@ def block_of_head(num_tokens, BLOCK_I: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, stride_n, stride_d, offs_n, mask_n, offs_d, num_features):
-    """Rows of one head, 0 where there is no token: [N, D] in their own dtype."""
-    stride_d = tl.cast(stride_d, tl.int64)
+def of_head(x, head, num_heads):
+    """Pointer to one head of a Heads: `Mat(of_head(x, ...), x.row, x.col)`."""
+    return x.ptr + (head // num_heads * x.batch + head % num_heads * x.head)
+
+
+@triton.jit
+def load_rows(x, offs_n, mask_n, offs_d, num_features):
+    """Rows of one head, a Mat, 0 where there is no token: [N, D] in their own dtype."""
     mask = mask_n[:, None] & (offs_d < num_features)[None, :]
-    ptrs = ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :] * stride_d
-    return tl.load(ptrs, mask=mask, other=0.0)
+    return tl.load(at(x, wide(offs_n)[:, None], offs_d[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
 def store_rows(ptr, values, offs_n, mask_n, offs_d, num_features):
     """Into rows of one head of a contiguous tensor."""
     mask = mask_n[:, None] & (offs_d < num_features)[None, :]
-    ptrs = ptr + offs_n.to(tl.int64)[:, None] * num_features + offs_d[None, :]
-    tl.store(ptrs, values.to(ptr.dtype.element_ty), mask=mask)
+    rows = Mat(ptr, num_features, 1)
+    store(at(rows, wide(offs_n)[:, None], offs_d[None, :]), values, mask)
 
 
 @triton.jit
@@ -57,10 +63,10 @@ def load_bound(bound_ptr, head, offs_n, mask_n, num_tokens, IS_PER_TOKEN: tl.con
 
 
 @triton.jit
-def load_present(key_mask_ptr, batch, offs_n, num_tokens, HAS_MASK: tl.constexpr):
-    """Which of these tokens there are."""
+def load_present(key_mask_ptr, batch, offs_n, num_tokens):
+    """Which of these tokens there are; all of the sequence where there is no mask."""
     present = offs_n < num_tokens
-    if HAS_MASK:
+    if key_mask_ptr is not None:
         there = tl.load(key_mask_ptr + batch * num_tokens + offs_n, mask=present, other=0)
         present = present & (there != 0)
     return present

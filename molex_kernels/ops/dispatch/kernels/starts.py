@@ -1,0 +1,244 @@
+"""The start of each dispatch kernel: its grid, arguments and configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from molex_kernels._dtypes import dot_precision
+from molex_kernels._triton import chips, tuning
+from molex_kernels._triton.arguments import strided
+from molex_kernels._triton.launch import launch
+from molex_kernels.ops.dispatch.kernels import config
+from molex_kernels.ops.dispatch.kernels.combine import _dispatch_bwd_weight, _dispatch_fwd_combine
+from molex_kernels.ops.dispatch.kernels.gemm import _dispatch_fwd_gemm
+from molex_kernels.ops.dispatch.kernels.hidden import _dispatch_bwd_hidden
+from molex_kernels.ops.dispatch.kernels.wgrad import _dispatch_bwd_bias, _dispatch_bwd_wgrad
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows in expert order. Without a permutation they are the tokens themselves."""
+
+    offsets: Tensor
+    num_rows: int
+    permutation: Tensor | None = None
+    inverse: Tensor | None = None
+    top_k: int = 1
+
+    @classmethod
+    def of_plan(cls, offsets: Tensor, permutation: Tensor, inverse: Tensor, top_k: int) -> Rows:
+        plan = (permutation.contiguous(), inverse.contiguous())
+        return cls(offsets.contiguous(), permutation.shape[0], *plan, top_k)
+
+    @property
+    def num_experts(self) -> int:
+        return self.offsets.shape[0]
+
+    @property
+    def size_class(self) -> str:
+        return config.rows_class(self.num_rows, self.num_experts)
+
+    @property
+    def block_e(self) -> int:
+        """A power of two above the number of experts; one size serves all small numbers."""
+        return max(32, triton.next_power_of_2(self.num_experts + 1))
+
+    def tiles(self, block: int) -> int:
+        """At least as many tiles of `block` rows as all experts' rows need."""
+        return triton.cdiv(self.num_rows, block) + self.num_experts
+
+
+def gemm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    rows: Rows,
+    *,
+    gathered: bool = False,
+    activation: str = "none",
+    layout: str = "plain",
+    hidden: Tensor | None = None,
+    zero_tail: bool = False,
+) -> None:
+    """out_r = act(weight_e x_r + bias_e), with the pre-activation in `hidden`."""
+    if out.numel() == 0:
+        return
+    gated = layout != "plain"
+    num_columns = out.shape[1]
+    is_aligned = tuning.aligned(x, weight, out)
+    launch(
+        _dispatch_fwd_gemm,
+        lambda b: (rows.tiles(b["BLOCK_T"]) * triton.cdiv(num_columns, b["BLOCK_N"]),),
+        lambda b: (
+            *map(strided, (x, weight, bias, out, hidden)),
+            *(rows.offsets, rows.permutation, rows.num_rows, rows.num_experts),
+            *(num_columns, x.shape[1], rows.tiles(b["BLOCK_T"]), rows.top_k),
+            *_halves(layout, num_columns),
+        ),
+        {
+            "IS_GATHERED": gathered,
+            "IS_GATED": gated,
+            "HAS_ZERO_TAIL": zero_tail,
+            "ACTIVATION": activation,
+            "PRECISION": dot_precision(x.dtype),
+            "BLOCK_E": rows.block_e,
+            "GROUP": config.GROUP,
+        },
+        config.gemm(chips.of(x.device), x.dtype, rows.size_class, is_aligned, gated=gated),
+    )
+
+
+def hidden(
+    dy: Tensor,
+    w_down: Tensor,
+    hidden: Tensor,
+    expert_weight: Tensor,
+    dhidden: Tensor | None,
+    weighted: Tensor | None,
+    rows: Rows,
+    activation: str,
+    layout: str,
+    needs_partial: bool,
+) -> Tensor | None:
+    """Fills dhidden and weighted; returns the partial sums of the expert weights' gradient."""
+    num_columns = w_down.shape[2]
+    if hidden.numel() == 0:
+        return dy.new_empty((rows.num_rows, 0), dtype=torch.float32) if needs_partial else None
+    partial: Tensor | None = None
+
+    def tiles(blocks: Mapping[str, int]) -> tuple[int, int]:
+        return rows.tiles(blocks["BLOCK_T"]), triton.cdiv(num_columns, blocks["BLOCK_N"])
+
+    def arguments(blocks: Mapping[str, int]) -> tuple[object, ...]:
+        nonlocal partial
+        num_row_tiles, num_column_tiles = tiles(blocks)
+        if needs_partial:
+            partial = dy.new_empty((rows.num_rows, num_column_tiles), dtype=torch.float32)
+        tensors = (dy, w_down.mT, hidden, expert_weight, dhidden, weighted, partial)
+        return (
+            *map(strided, tensors),
+            *(rows.offsets, rows.permutation, rows.num_rows, rows.num_experts),
+            *(num_columns, dy.shape[1], num_row_tiles, rows.top_k),
+            *_halves(layout, num_columns),
+        )
+
+    is_aligned = tuning.aligned(dy, w_down, hidden)
+    launch(
+        _dispatch_bwd_hidden,
+        lambda b: (tiles(b)[0] * tiles(b)[1],),
+        arguments,
+        {
+            "IS_GATED": layout != "plain",
+            "ACTIVATION": activation,
+            "PRECISION": dot_precision(dy.dtype),
+            "BLOCK_E": rows.block_e,
+            "GROUP": config.GROUP,
+        },
+        config.hidden(chips.of(dy.device), dy.dtype, rows.size_class, is_aligned),
+    )
+    return partial
+
+
+def wgrad(
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    rows: Rows,
+    *,
+    left_gathered: bool = False,
+    right_gathered: bool = False,
+) -> None:
+    """out_e = sum over the expert's rows r of left_r^T right_r."""
+    if out.numel() == 0:
+        return
+    num_experts, num_columns, num_features = out.shape
+    is_aligned = tuning.aligned(left, right, out)
+
+    def grid(blocks: Mapping[str, int]) -> tuple[int]:
+        tiles = triton.cdiv(num_columns, blocks["BLOCK_N"])
+        return (num_experts * tiles * triton.cdiv(num_features, blocks["BLOCK_D"]),)
+
+    launch(
+        _dispatch_bwd_wgrad,
+        grid,
+        (
+            *map(strided, (left, right, out)),
+            *(rows.offsets, rows.permutation, rows.num_rows),
+            *(num_columns, num_features, rows.top_k),
+        ),
+        {
+            "IS_LEFT_GATHERED": left_gathered,
+            "IS_RIGHT_GATHERED": right_gathered,
+            "PRECISION": dot_precision(left.dtype),
+        },
+        config.wgrad(chips.of(out.device), left.dtype, rows.size_class, is_aligned),
+    )
+
+
+def bias(x: Tensor, expert_weight: Tensor | None, out: Tensor, rows: Rows) -> None:
+    """Sums of x's rows; with `expert_weight`, x is gathered by token and weighted."""
+    if out.numel() == 0:
+        return
+    num_columns = out.shape[1]
+    launch(
+        _dispatch_bwd_bias,
+        lambda b: (rows.num_experts * triton.cdiv(num_columns, b["BLOCK_N"]),),
+        (
+            *map(strided, (x, expert_weight, out)),
+            *(rows.offsets, rows.permutation, rows.num_rows, num_columns, rows.top_k),
+        ),
+        {},
+        config.bias(chips.of(out.device)),
+    )
+
+
+def combine(packed: Tensor, expert_weight: Tensor | None, out: Tensor, rows: Rows) -> None:
+    """out_t = sum_k w_tk packed_tk; without `expert_weight`, w is 1."""
+    if out.numel() == 0:
+        return
+    num_tokens, num_features = out.shape
+
+    def grid(blocks: Mapping[str, int]) -> tuple[int]:
+        tiles = triton.cdiv(num_features, blocks["BLOCK_D"])
+        return (triton.cdiv(num_tokens, blocks["BLOCK_T"]) * tiles,)
+
+    launch(
+        _dispatch_fwd_combine,
+        grid,
+        (
+            *map(strided, (packed, expert_weight, out)),
+            *(rows.offsets, rows.inverse, num_tokens, rows.num_experts, num_features, rows.top_k),
+        ),
+        {},
+        config.combine(chips.of(out.device), num_features),
+    )
+
+
+def weight(partial: Tensor, dy: Tensor, b_down: Tensor | None, out: Tensor, rows: Rows) -> None:
+    """Gradient of the expert weights: sums of `partial`, plus <dy_t, b_down_e>."""
+    if out.numel() == 0:
+        return
+    launch(
+        _dispatch_bwd_weight,
+        lambda b: (triton.cdiv(rows.num_rows, b["BLOCK_T"]),),
+        (
+            *map(strided, (partial, dy, b_down)),
+            *(out, rows.offsets, rows.inverse, rows.num_rows, rows.num_experts),
+            *(partial.shape[1], dy.shape[1], rows.top_k),
+        ),
+        {"BLOCK_E": rows.block_e},
+        config.weight(chips.of(out.device)),
+    )
+
+
+def _halves(layout: str, num_columns: int) -> tuple[int, int]:
+    """Rows from one gate to the next, and from a gate to its up half."""
+    if layout == "interleaved":
+        return 2, 1
+    return 1, num_columns

@@ -1,0 +1,374 @@
+"""The passes of the routing ops as launches. Nothing on the device is ever read here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from molex_kernels._dtypes import dot_precision
+from molex_kernels._triton import chips
+from molex_kernels._triton.arguments import strided
+from molex_kernels._triton.launch import launch, shared
+from molex_kernels._triton.tuning import Config
+from molex_kernels.ops.routing.kernels import config
+from molex_kernels.ops.routing.kernels.plan import (
+    _plan_fwd_count,
+    _plan_fwd_scan,
+    _plan_fwd_scatter,
+)
+from molex_kernels.ops.routing.kernels.router import _router_fwd
+from molex_kernels.ops.routing.kernels.router_backward import (
+    _router_bwd_gate,
+    _router_bwd_logits,
+    _router_bwd_x,
+)
+from molex_kernels.ops.routing.kernels.statistics import (
+    _feature_weights_fwd,
+    _pairwise_fwd_keys,
+    _pairwise_fwd_tile,
+    _statistics_fwd_reduce,
+    _statistics_fwd_tile,
+)
+
+# Feature weights as table [C, D], labels [T, M] and mix [T, M]; None where absent.
+Mixture = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def router_forward(
+    x: Tensor,
+    gate: Tensor,
+    gate_bias: Tensor | None,
+    expert_bias: Tensor | None,
+    table: Tensor | None,
+    labels: Tensor | None,
+    mix: Tensor | None,
+    top_k: int,
+    score: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """expert_index [T, K], expert_weight [T, K] and logits [T, E]."""
+    tokens, dim = x.shape
+    experts = gate.shape[0]
+    index = x.new_empty(tokens, top_k, dtype=torch.int64)
+    weight = x.new_empty(tokens, top_k, dtype=torch.float32)
+    logits = x.new_empty(tokens, experts, dtype=torch.float32)
+    if tokens == 0:
+        return index, weight, logits
+    upcast = table is not None or x.dtype != gate.dtype
+    operands = "fp32" if x.dtype == torch.float32 else "upcast" if upcast else "16-bit"
+    block_e = max(16, triton.next_power_of_2(experts))
+    mixture = (table, labels, mix)
+    launch(
+        _router_fwd,
+        lambda b: (triton.cdiv(tokens, b["BLOCK_T"]),),
+        (
+            *map(strided, (x, gate, gate_bias, expert_bias, *mixture)),
+            *(index, weight, logits, tokens, dim, experts, top_k, *_sizes(mixture)),
+        ),
+        {
+            "SCORE": score,
+            "PRECISION": _precision(x, upcast),
+            "UPCAST": upcast,
+            "BLOCK_E": block_e,
+            "BLOCK_K": max(8, triton.next_power_of_2(top_k)),
+        },
+        config.router(chips.of(x.device), block_e, operands),
+    )
+    return index, weight, logits
+
+
+def router_backward(
+    dweight: Tensor | None,
+    dlogits: Tensor | None,
+    x: Tensor,
+    gate: Tensor,
+    logits: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    table: Tensor | None,
+    labels: Tensor | None,
+    mix: Tensor | None,
+    score: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, gate and bias (fp32); an empty tensor for each that is not needed."""
+    tokens, experts = logits.shape
+    needs_x, needs_gate, needs_bias = needs
+    dx = x.new_empty(x.shape if needs_x else (0,))
+    dgate = gate.new_empty(gate.shape if needs_gate else (0,))
+    dbias = logits.new_empty(experts if needs_bias else 0)
+    if tokens == 0:
+        return dx, dgate.zero_(), dbias.zero_()
+    dz = _logits_gradient(dweight, dlogits, logits, index, weight, score)
+    mixture = (table, labels, mix)
+    if needs_x:
+        _x_gradient(dz, gate, mixture, dx)
+    if needs_gate:
+        dgate, parts = _gate_gradient(dz, x, gate, mixture, needs_bias)
+        dbias = dbias if parts is None else parts.sum(0)
+    elif needs_bias:
+        dbias = dz.sum(0)
+    return dx, dgate, dbias
+
+
+def route_plan_forward(
+    expert_index: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """counts, offsets, permutation, inverse of expert_index [T, K]."""
+    total, top_k = expert_index.numel(), expert_index.shape[1]
+    permutation = expert_index.new_empty(total, dtype=torch.int64)
+    inverse = expert_index.new_empty(total, dtype=torch.int64)
+    if total == 0:
+        zeros = expert_index.new_zeros(2, num_experts, dtype=torch.int32)
+        return zeros[0].clone(), zeros[1].clone(), permutation, inverse
+    counts = expert_index.new_empty(num_experts, dtype=torch.int32)
+    offsets = expert_index.new_empty(num_experts, dtype=torch.int32)
+    # One bin for experts that are not local and one for past the end.
+    block_e = max(64, triton.next_power_of_2(num_experts + 2))
+    chip = chips.of(expert_index.device)
+    sizes = (total, top_k, num_experts)
+
+    def start(chosen: Config) -> None:
+        blocks = triton.cdiv(total, chosen.blocks["BLOCK_A"])
+        histogram = expert_index.new_empty(blocks, block_e, dtype=torch.int32)
+        index, shift = strided(expert_index), strided(histogram)
+        fixed = (chosen, ())
+        launch(
+            _plan_fwd_count,
+            lambda _: (blocks,),
+            (index, shift, *sizes),
+            {"BLOCK_E": block_e},
+            fixed,
+        )
+        launch(
+            _plan_fwd_scan,
+            lambda _: (1,),
+            (shift, counts, offsets, blocks, num_experts),
+            {},
+            (config.scan(chip, blocks, block_e), ()),
+        )
+        launch(
+            _plan_fwd_scatter,
+            lambda _: (blocks,),
+            (index, shift, permutation, inverse, *sizes),
+            {},
+            fixed,
+        )
+
+    kernels = (_plan_fwd_count, _plan_fwd_scan, _plan_fwd_scatter)
+    start(shared(kernels, (expert_index, num_experts), config.plan(chip, total), start))
+    return counts, offsets, permutation, inverse
+
+
+def cluster_statistics_forward(
+    x: Tensor,
+    cluster: Tensor,
+    sums: Tensor | None,
+    counts: Tensor | None,
+    num_clusters: int,
+    stat: str,
+) -> tuple[Tensor, Tensor]:
+    """Of each cluster's tokens, [C, D] fp32, and their number, [C] int32.
+
+    "sum": their sum. Else sums of |x - mean| or (x - mean)^2, with mean = sums / counts, of these
+    tokens where `sums` is None; "pairwise": sum_{i != j} |x_i - x_j| / (n - 1).
+    """
+    sizes, offsets, permutation, _ = route_plan_forward(cluster[:, None], num_clusters)
+    if sums is None or counts is None:
+        sums, counts = _segmented(x, permutation, offsets, None, None, "sum"), sizes
+    if stat == "sum":
+        return sums, sizes
+    if stat == "pairwise":
+        return _pairwise(x, cluster, offsets, sums, counts), sizes
+    return _segmented(x, permutation, offsets, sums, counts, stat), sizes
+
+
+def feature_weights_forward(
+    deviations: Tensor, counts: Tensor, eps: float, clip: float, norm: str, mask: bool
+) -> Tensor:
+    """Feature weights W [C, D] fp32."""
+    clusters, dim = deviations.shape
+    out = deviations.new_empty(clusters, dim)
+    has_clip = math.isfinite(clip)
+    launch(
+        _feature_weights_fwd,
+        lambda b: (triton.cdiv(dim, b["BLOCK_D"]),),
+        (deviations, counts, out, dim, clusters, eps, clip if has_clip else 0.0),
+        {"NORM": norm, "HAS_CLIP": has_clip, "MASKED": mask},
+        config.weights(chips.of(out.device)),
+    )
+    return out
+
+
+def _logits_gradient(
+    dweight: Tensor | None,
+    dlogits: Tensor | None,
+    logits: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    score: str,
+) -> Tensor:
+    tokens, experts = logits.shape
+    dz = torch.empty_like(logits)
+    sizes = (tokens, experts, index.shape[1])
+    launch(
+        _router_bwd_logits,
+        lambda b: (triton.cdiv(tokens, b["BLOCK_T"]),),
+        (*map(strided, (dweight, dlogits)), logits, index, weight, dz, *sizes),
+        {"SCORE": score},
+        config.logits(chips.of(dz.device), max(16, triton.next_power_of_2(experts))),
+    )
+    return dz
+
+
+def _x_gradient(dz: Tensor, gate: Tensor, mixture: Mixture, dx: Tensor) -> None:
+    tokens, dim = dx.shape
+    launch(
+        _router_bwd_x,
+        lambda b: (triton.cdiv(tokens, b["BLOCK_T"]), triton.cdiv(dim, b["BLOCK_D"])),
+        (
+            *(dz, strided(gate), *map(strided, mixture), dx),
+            *(tokens, dim, gate.shape[0], *_sizes(mixture)),
+        ),
+        {"PRECISION": _precision(dx, True)},
+        config.dx(chips.of(dx.device)),
+    )
+
+
+def _gate_gradient(
+    dz: Tensor, x: Tensor, gate: Tensor, mixture: Mixture, needs_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gate's gradient, and where it is needed the bias's in parts that are yet to be summed."""
+    tokens, dim = x.shape
+    experts = gate.shape[0]
+    options = config.dgate(chips.of(x.device), experts)
+    blocks = options[0].blocks  # of all candidates: they differ in other things
+    tiles_d, tiles_e = triton.cdiv(dim, blocks["BLOCK_D"]), triton.cdiv(experts, blocks["BLOCK_E"])
+    splits = min(triton.cdiv(config.PROGRAMS, tiles_d * tiles_e), triton.cdiv(tokens, 128))
+    rows = triton.cdiv(triton.cdiv(tokens, splits), blocks["BLOCK_T"]) * blocks["BLOCK_T"]
+    splits = triton.cdiv(tokens, rows)
+    parts = dz.new_empty(splits, experts, dim)
+    bias_parts = dz.new_empty(splits, experts) if needs_bias else None
+    launch(
+        _router_bwd_gate,
+        lambda _: (tiles_d, tiles_e, splits),
+        (
+            *(dz, strided(x), *map(strided, mixture), parts, bias_parts),
+            *(tokens, dim, experts, rows, *_sizes(mixture)),
+        ),
+        {"PRECISION": _precision(x, True)},
+        options,
+    )
+    dgate = parts.sum(0) if splits > 1 else parts[0].clone()
+    return dgate.to(gate.dtype), bias_parts
+
+
+def _segmented(
+    x: Tensor,
+    permutation: Tensor,
+    offsets: Tensor,
+    sums: Tensor | None,
+    counts: Tensor | None,
+    stat: str,
+) -> Tensor:
+    if x.shape[0] == 0:
+        return x.new_zeros(offsets.shape[0], x.shape[1], dtype=torch.float32)
+    return _tiled(
+        _statistics_fwd_tile,
+        (strided(x), permutation, offsets, sums, counts),
+        (x.shape[1], offsets.shape[0]),
+        {"STAT": stat},
+        config.statistics(chips.of(x.device)),
+        x,
+        offsets,
+        None,
+    )
+
+
+def _pairwise(x: Tensor, cluster: Tensor, offsets: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+    tokens, dim = x.shape
+    clusters = offsets.shape[0]
+    if tokens == 0 or dim == 0:
+        return x.new_zeros(clusters, dim, dtype=torch.float32)
+    chip = chips.of(x.device)
+    keys = x.new_empty(dim, tokens, dtype=torch.int64)
+    launch(
+        _pairwise_fwd_keys,
+        lambda b: (triton.cdiv(tokens, b["BLOCK_T"]), triton.cdiv(dim, b["BLOCK_D"])),
+        (strided(x), strided(cluster), keys, tokens, dim, clusters),
+        {},
+        config.keys(chip),
+    )
+    keys = torch.sort(keys, dim=1).values
+    return _tiled(
+        _pairwise_fwd_tile,
+        (keys, offsets, sums, counts),
+        (tokens, dim, clusters),
+        {},
+        config.ranks(chip),
+        x,
+        offsets,
+        counts,
+    )
+
+
+def _tiled(
+    kernel: Any,
+    tensors: tuple[Any, ...],
+    sizes: tuple[int, ...],
+    constants: dict[str, Any],
+    options: Any,
+    x: Tensor,
+    offsets: Tensor,
+    pairwise_counts: Tensor | None,
+) -> Tensor:
+    """A partial sum for each tile of a cluster's rows, and then their sums [C, D]."""
+    (tokens, dim), clusters = x.shape, offsets.shape[0]
+    block_c = config.block_c(clusters)
+    partial = x.new_empty(0)
+
+    def tiles(blocks: Mapping[str, int]) -> int:
+        return triton.cdiv(tokens, blocks["BLOCK_T"]) + clusters
+
+    def arguments(blocks: Mapping[str, int]) -> tuple[Any, ...]:
+        nonlocal partial
+        partial = x.new_empty(tiles(blocks), dim, dtype=torch.float32)
+        return *tensors, partial, *sizes
+
+    chosen = launch(
+        kernel,
+        lambda b: (tiles(b), triton.cdiv(dim, b["BLOCK_D"])),
+        arguments,
+        {**constants, "BLOCK_C": block_c},
+        options,
+    )
+    out = partial.new_empty(clusters, dim)
+    launch(
+        _statistics_fwd_reduce,
+        lambda b: (clusters, triton.cdiv(dim, b["BLOCK_D"])),
+        (partial, offsets, pairwise_counts, out, dim, clusters),
+        {
+            "PAIRWISE": pairwise_counts is not None,
+            "ROWS": chosen.blocks["BLOCK_T"],
+            "BLOCK_C": block_c,
+        },
+        config.reduce(chips.of(x.device)),
+    )
+    return out
+
+
+def _precision(x: Tensor, upcast: bool) -> str:
+    """How `tl.dot` multiplies fp32: as three tf32 products where the inputs were 16-bit."""
+    if upcast and x.dtype != torch.float32:
+        return "ieee" if chips.of(x.device).is_amd else "tf32x3"
+    return dot_precision(x.dtype)
+
+
+def _sizes(mixture: Mixture) -> tuple[int, int]:
+    """Labels per token and clusters."""
+    table, labels, _ = mixture
+    return (0 if labels is None else labels.shape[1], 0 if table is None else table.shape[0])
