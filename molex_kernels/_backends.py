@@ -156,14 +156,14 @@ def select(
         raise NotImplementedError(
             f"{op}: impl={name!r} cannot run: {reason}. " + _others(op, name, x, limits)
         )
+    device, dtype = x.device.type, x.dtype
     for candidate in implementations:
-        if candidate.name == "triton" and x.device.type == "cpu":
+        if candidate.name == "triton" and device == "cpu":
             continue  # interpreted kernels are for tests
-        reason = _why_not(op, candidate.name, x.device.type, x.dtype)
-        reason = reason or limits.get(candidate.name)
-        if reason is None:
-            return candidate.name
-        if x.device.type in candidate.devices and _takes(candidate, x.dtype):
+        if device in candidate.devices and _takes(candidate, dtype):
+            reason = candidate.why_not() or limits.get(candidate.name)
+            if reason is None:
+                return candidate.name
             _warn_once(op, candidate.name, reason)
     raise NotImplementedError(f"{op}: " + _others(op, "", x, limits))
 

@@ -7,7 +7,7 @@ metadata only: nothing is allocated and no device is waited for.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ def probability(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected at least 0 and below 1, got {value}")
 
 
-def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+def choice(name: str, value: Any, allowed: Collection[Any]) -> None:
     """One of the allowed values."""
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")

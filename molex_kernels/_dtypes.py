@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,16 +18,24 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on for their device, as `F.linear` does it.
 
     fp64 tensors are left as they are, as autocast leaves them.
     """
-    device = next(t.device.type for t in tensors if t is not None)
+    tensors = (x, *others)
+    device = x.device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype in KERNEL_DTYPES else t for t in tensors)
+
+
+def parameter_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
+    """What an op's parameters may be: of x's dtype, or under autocast any that it casts."""
+    if x.dtype in KERNEL_DTYPES and torch.is_autocast_enabled(x.device.type):
+        return KERNEL_DTYPES
+    return (x.dtype,)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -183,11 +183,12 @@ class Differentiable:
     """A function with a gradient of its own, as autograd and functorch ask for it.
 
     `call` computes (results, saved tensors, constants) of arguments in which tensors of lists stand
-    one by one; `gradients` gives one gradient or None for each argument.
+    one by one; `gradients` gives one gradient or None for each argument. `fixed` are the places of
+    results without a gradient.
     """
 
     def __init__(self, name: str, fixed: Sequence[int] = ()) -> None:
-        self.fixed = fixed  # results without a gradient
+        self.fixed = fixed
         self.eager = _eager(self, name)
         self.transformed = _transformed(self, name)
 
@@ -201,11 +202,12 @@ class Differentiable:
         """A gradient or None for each argument of `call`."""
         raise NotImplementedError
 
-    def apply(self, *arguments: Any) -> Values:
-        """The results, by the Function that is fit for what is active."""
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    def apply(self, *arguments: Any) -> Any:
+        """The results, by the Function that is fit for what is active; one result by itself."""
+        if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
             record = _Record()
-            return self.transformed.apply(record, *arguments)[: record.num_results]
+            results = self.transformed.apply(record, *arguments)
+            return results[: record.num_results] if record.num_results > 1 else results[0]
         return self.eager.apply(*arguments)
 
 
@@ -302,80 +304,75 @@ class Pass(Differentiable):
 
     def __call__(self, impl: str | None, *arguments: Any) -> Any:
         """The results that are handed out; through autograd where a gradient is wanted."""
-        keeps = self.keeps
-        wants = bool(self.wants) and torch.is_grad_enabled() and self._requires_grad(arguments)
-        if keeps is not None:
-            arguments = (*arguments[:keeps], wants, *arguments[keeps:])
+        wants = False
+        if torch.is_grad_enabled():
+            for index in self.wants:
+                argument = arguments[index]
+                if argument is None:
+                    continue
+                if index in self.lists:
+                    wants = any(t.requires_grad for t in argument)
+                else:
+                    wants = argument.requires_grad
+                if wants:
+                    break
+        if self.keeps is not None:  # behind every differentiable argument
+            arguments = (*arguments[: self.keeps], wants, *arguments[self.keeps :])
         if wants:
-            results = self._differentiate(impl or "", arguments)
-        else:
-            found = self.forward(*arguments, impl) if impl else self.forward(*arguments)
-            if self.single:
-                return found
-            results = found
-        return results[0] if self.public == 1 else tuple(results[: self.public])
+            if not self.lists:
+                return self.apply(impl or "", *arguments)
+            counts = tuple(len(arguments[i]) for i in self.lists)
+            flat: list[Any] = []
+            for index, argument in enumerate(arguments):
+                flat += argument if index in self.lists else [argument]
+            return self.apply(impl or "", counts, *flat)
+        found = self.forward(*arguments, impl) if impl else self.forward(*arguments)
+        if self.single:
+            return found
+        return found[0] if self.public == 1 else tuple(found[: self.public])
 
-    def _requires_grad(self, arguments: Values) -> bool:
-        # `keeps_...` stands behind every differentiable argument.
-        for index in self.wants:
-            argument = arguments[index]
-            if argument is None:
-                continue
-            if isinstance(argument, Tensor):
-                if argument.requires_grad:
-                    return True
-            elif any(t.requires_grad for t in argument):
-                return True
-        return False
-
-    def _differentiate(self, impl: str, arguments: Values) -> Values:
-        if not self.lists:
-            return self.apply(impl, (), *arguments)
-        counts = tuple(len(arguments[i]) for i in self.lists)
-        flat: list[Any] = []
-        for index, argument in enumerate(arguments):
-            flat += argument if index in self.lists else [argument]
-        return self.apply(impl, counts, *flat)
-
-    def call(self, impl: str, counts: Values, *flat: Any) -> tuple[Values, Sequence[Any], Values]:
-        arguments = _grouped(flat, self.lists, counts) if self.lists else flat
+    def call(self, impl: str, *arguments: Any) -> tuple[Values, Sequence[Any], Values]:
+        if self.lists:
+            counts, *flat = arguments
+            arguments = _grouped(flat, self.lists, counts)
         found = self.forward(*arguments, impl) if impl else self.forward(*arguments)
         results = (found,) if self.single else tuple(found)
         values = arguments + results
-        saved, layout = self.saved(values), None
-        if self.lists:
-            sizes = [len(saved[i]) for i in self.saved_lists]
-            dims = [t.dim() if isinstance(t, Tensor) else 0 for t in flat]
-            layout = (counts, sizes, dims)
-            for index in reversed(self.saved_lists):
-                saved = saved[:index] + tuple(saved[index]) + saved[index + 1 :]
-        return results[: self.public], saved, (impl, self.options(values), layout)
+        saved, options = self.saved(values), self.options(values)
+        if self.public < len(results):
+            results = results[: self.public]
+        if not self.lists:
+            return results, saved, (impl, options, None)
+        sizes = [len(saved[i]) for i in self.saved_lists]
+        dims = [t.dim() if isinstance(t, Tensor) else 0 for t in flat]
+        for index in reversed(self.saved_lists):
+            saved = saved[:index] + tuple(saved[index]) + saved[index + 1 :]
+        return results, saved, (impl, options, (counts, sizes, dims))
 
     def gradients(
         self, upstream: Values, saved: Values, constants: Values, needs: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         impl, options, layout = constants
-        needs = needs[2:]
-        if layout is not None:
-            needs = _grouped(needs, self.lists, layout[0])
-            saved = _grouped(saved, self.saved_lists, layout[1])
-            wants = [any(needs[i]) if i in self.lists else needs[i] for i in self.wants]
+        if layout is None:
+            wants = [needs[1 + i] for i in self.wants]
         else:
-            wants = [needs[i] for i in self.wants]
+            grouped = _grouped(needs[2:], self.lists, layout[0])
+            saved = _grouped(saved, self.saved_lists, layout[1])
+            wants = [any(grouped[i]) if i in self.lists else grouped[i] for i in self.wants]
         # Tracing makes gradients for empty results.
         given = [
             None if g is not None and optional and g.shape == _EMPTY else g
             for g, optional in zip(self.upstream(upstream), self.optional, strict=True)
         ]
         found = self.differentiate(given, saved, options, wants, impl)
-        gradients: list[Any] = [None] * len(self.names)
+        gradients: list[Any] = [None] * (1 + len(self.names))
         if found is not None:
             for index, gradient, need in zip(self.wants, found, wants, strict=True):
                 if need:
-                    gradients[index] = gradient
-        if layout is not None:
-            gradients = self._flat(gradients, layout[0], layout[2])
-        return [None, None, *gradients]
+                    gradients[1 + index] = gradient
+        if layout is None:
+            return gradients
+        return [None, None, *self._flat(gradients[1:], layout[0], layout[2])]
 
     def differentiate(
         self,
@@ -432,9 +429,11 @@ class _Record:
 
 
 def _eager(op: Differentiable, name: str) -> type[Function]:
-    def forward(ctx: Any, *arguments: Any) -> Values:
+    def forward(ctx: Any, *arguments: Any) -> Any:
         results, saved, ctx.constants = op.call(*arguments)
         ctx.save_for_backward(*saved)
+        if len(results) == 1:
+            return results[0]
         ctx.set_materialize_grads(False)
         if op.fixed:
             ctx.mark_non_differentiable(*(results[i] for i in op.fixed))
@@ -486,7 +485,10 @@ def _getter(places: Sequence[int]) -> Callable[[Values], Values]:
     """Takes the values at these places, as a tuple."""
     if len(places) > 1:
         return itemgetter(*places)
-    return lambda values: tuple(values[place] for place in places)
+    if not places:
+        return lambda values: ()
+    (place,) = places
+    return lambda values: (values[place],)
 
 
 def _tuple(found: Any) -> Values:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from molex_kernels import _backends, _extension, _operators, env
+from molex_kernels import _backends, _extension, env
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 ABSENT = "sys.modules['molex_kernels._C'] = None"
 OUTDATED = """
 class Old:
-    build_facts = lambda: {"operators": "route_plan_cpu,layer_vote_cpu", "cuda_version": ""}
+    build_facts = lambda: {"operators": "cpu:route_plan,cpu:layer_vote", "cuda_version": ""}
 sys.modules["molex_kernels._C"] = Old
 """
 CALLS = """
@@ -44,8 +44,9 @@ def test_its_facts_name_operators_that_exist():
     operators = facts["operators"].split(",")
     assert operators
     for name in operators:
-        key = "CUDA" if name.endswith("_cuda") else "CPU"
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"molex::{name}", key)
+        device, operator = name.split(":")
+        key = device.upper()
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"molex::{operator}", key)
 
 
 @pytest.mark.parametrize(
@@ -69,18 +70,18 @@ def test_what_an_outdated_one_lacks_is_named():
     assert _extension._outdated(facts) is None
     kept = [name for name in facts["operators"].split(",") if "momentum" not in name]
     reason = _extension._outdated({**facts, "operators": ",".join(kept)})
-    assert "lacks momentum_fwd_cpu, momentum_bwd_cpu (pip install" in reason
+    assert "lacks cpu:momentum_fwd, cpu:momentum_bwd (pip install" in reason
     reason = _extension._outdated({**facts, "operators": ""})
-    natives = [name for name in _operators.COMPILED if name.endswith("_cpu")]
+    natives = [name for name in _extension.EXPECTED if name.startswith("cpu:")]
     assert f"lacks {', '.join(natives[:3])} and {len(natives) - 3} more (pip install" in reason
 
 
 def test_operators_on_cuda_are_missed_only_where_it_was_built_with_cuda():
-    operators = ",".join(name for name in _operators.COMPILED if name.endswith("_cpu"))
+    operators = ",".join(name for name in _extension.EXPECTED if name.startswith("cpu:"))
     facts = {"operators": operators, "cuda_version": ""}
     assert _extension._outdated(facts) is None
     reason = _extension._outdated({**facts, "cuda_version": "13.0"})
-    assert "lacks rpc_attention_fwd_cuda, rpc_attention_bwd_cuda (pip install" in reason
+    assert "lacks cuda:rpc_attention_fwd, cuda:rpc_attention_bwd (pip install" in reason
 
 
 def test_a_build_without_cuda_says_why():
@@ -92,7 +93,7 @@ def test_a_build_without_cuda_says_why():
 
 def test_an_op_names_the_reason_that_a_build_has_no_cuda(monkeypatch):
     facts = {"cuda_version": "", "without_cuda": "no CUDA toolkit is found"}
-    monkeypatch.setattr(_extension, "why_not", lambda: None)
+    monkeypatch.setattr(_extension, "_load", lambda: (None, None))
     monkeypatch.setattr(_extension, "build_facts", lambda: facts)
     assert "no CUDA toolkit is found" in (_backends.CUDA.why_not() or "")
 

@@ -70,7 +70,7 @@ def grouped_gemm(
     _check.tensor("offsets", offsets, "E", (num_experts,), (torch.int32,), x)
     if bias is not None:
         _check.tensor("bias", bias, "E, N", weight.shape[:2], dtypes, x)
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = _dtypes.autocast(x, weight, bias)
     chosen = select("grouped_gemm", impl, x, triton=_too_many(num_experts))
     if chosen == "reference":
         return reference.grouped_gemm(x, weight, offsets, bias)
@@ -176,29 +176,29 @@ def experts_arguments(
     plan: RoutePlan | None,
 ) -> ExpertsCall:
     """Checks the arguments of `moe_mlp` and casts them as autocast has it."""
-    _check.choice("activation", activation, tuple(ACTIVATIONS))
+    _check.choice("activation", activation, ACTIVATIONS)
     _check.choice("gate_layout", gate_layout, GATE_LAYOUTS)
     pointwise, gated = ACTIVATIONS[activation]
     num_experts = _num_experts("w_down", w_down, "E, D, I")
     dtypes = _like(x, "T, D")
     tokens, width = x.shape
     hidden = w_down.shape[2] * (2 if gated else 1)
-    rows = "2I" if gated else "I"
+    letters = ("E, 2I, D", "E, 2I") if gated else ("E, I, D", "E, I")
     _check.index("expert_index", expert_index, "T, K", (tokens, None), x)
     top_k = expert_index.shape[1]
     if top_k < 1:
         raise ValueError("expert_index: expected shape [T, K] with K at least 1, got K=0")
-    weight_dtypes = tuple(dict.fromkeys((*dtypes, torch.float32)))
+    weight_dtypes = (*dtypes, torch.float32)
     _check.tensor("expert_weight", expert_weight, "T, K", (tokens, top_k), weight_dtypes, x)
-    _check.tensor("w_up", w_up, f"E, {rows}, D", (num_experts, hidden, width), dtypes, x)
+    _check.tensor("w_up", w_up, letters[0], (num_experts, hidden, width), dtypes, x)
     _check.tensor("w_down", w_down, "E, D, I", (num_experts, width, None), dtypes, x)
     if b_up is not None:
-        _check.tensor("b_up", b_up, f"E, {rows}", (num_experts, hidden), dtypes, x)
+        _check.tensor("b_up", b_up, letters[1], (num_experts, hidden), dtypes, x)
     if b_down is not None:
         _check.tensor("b_down", b_down, "E, D", (num_experts, width), dtypes, x)
     if plan is not None:
         _check_plan(plan, num_experts, tokens * top_k, x)
-    x, w_up, w_down, b_up, b_down = _autocast(x, w_up, w_down, b_up, b_down)
+    x, w_up, w_down, b_up, b_down = _dtypes.autocast(x, w_up, w_down, b_up, b_down)
     weights = (w_up, w_down, b_up, b_down)
     if expert_weight.dtype != x.dtype:
         expert_weight = expert_weight.to(_dtypes.accumulate_dtype(x.dtype))
@@ -217,23 +217,15 @@ def _num_experts(name: str, weight: Tensor, letters: str) -> int:
 def _like(x: Tensor, letters: str) -> tuple[torch.dtype, ...]:
     """Checks x; the dtypes its weights may have: its own, or any that autocast will cast."""
     _check.floating("x", x, letters, (None, None))
-    if x.dtype in _dtypes.KERNEL_DTYPES and torch.is_autocast_enabled(x.device.type):
-        return _dtypes.KERNEL_DTYPES
-    return (x.dtype,)
+    return _dtypes.parameter_dtypes(x)
 
 
 def _check_plan(plan: RoutePlan, num_experts: int, num_rows: int, x: Tensor) -> None:
     if not isinstance(plan, RoutePlan):
         raise TypeError(f"plan: expected a RoutePlan, got {type(plan).__name__}")
     _check.tensor("plan.offsets", plan.offsets, "E", (num_experts,), (torch.int32,), x)
-    for name in ("permutation", "inverse"):
-        rows = getattr(plan, name)
-        _check.tensor(f"plan.{name}", rows, "T * K", (num_rows,), (torch.int64,), x)
-
-
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple:
-    """Untyped on purpose: what was a tensor stays one, what was None stays None."""
-    return _dtypes.autocast(x, *others)
+    _check.tensor("plan.permutation", plan.permutation, "T * K", (num_rows,), (torch.int64,), x)
+    _check.tensor("plan.inverse", plan.inverse, "T * K", (num_rows,), (torch.int64,), x)
 
 
 def _too_many(num_experts: int) -> str | None:

@@ -118,7 +118,7 @@ def layer_linear(
         letters = "T, D" if shared else "G, T, D"
         _check.floating("x", x, letters, (None,) * (2 if shared else 3))
     _check.floating("x", x, "..., D", (None,) * x.dim())
-    dtypes = _parameter_dtypes(x)
+    dtypes = _dtypes.parameter_dtypes(x)
     branches = None if shared else x.shape[0]
     weight = _layers("weights", weights, "N, D", (None, x.shape[-1]), x, dtypes)
     num_layers, columns = types.num_layers(weight, 3), weight[0].shape[-2]
@@ -292,10 +292,3 @@ def _layers(
         _check.tensor(f"{name}[{layer}]", one, letters, sizes, dtypes, x)
         sizes, dtypes = tuple(value[0].shape), (value[0].dtype,)
     return tuple(value)
-
-
-def _parameter_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
-    """x's own, or under autocast any: tiles are cast on their way in."""
-    if x.dtype in _dtypes.KERNEL_DTYPES and torch.is_autocast_enabled(x.device.type):
-        return _dtypes.KERNEL_DTYPES
-    return (x.dtype,)

@@ -181,7 +181,7 @@ def camex_linear(
         NotImplementedError: the explicit `impl` cannot run.
     """
     _check.floating("x", x, "S, T, D", (None, None, None))
-    dtypes = _weight_dtypes(x)
+    dtypes = _dtypes.parameter_dtypes(x)
     _check.tensor("base", base, "O, D", (None, x.shape[2]), dtypes, x)
     _check.choice("mask", mask, MASKS)
     _check.number("alpha", alpha, -float("inf"))
@@ -193,7 +193,7 @@ def camex_linear(
     factors = _check_factors("curvature", curvature, FACTORS, base, num_experts)
     bias_factors = _check_factors("bias_curvature", bias_curvature, BIAS_FACTORS, base, num_experts)
 
-    (in_autocast,) = _autocast(x)
+    (in_autocast,) = _dtypes.autocast(x)
     chosen = select("camex_linear", impl, in_autocast)
     named = chosen if chosen == "reference" else impl
     gates = _scaled(gates, alpha, x.dtype)
@@ -205,7 +205,7 @@ def camex_linear(
         merged_bias = _merged_bias(bias, base_bias, gates, bias_factors, mask)
     if deltas is None:
         deltas = _deltas(base, stack, factors, mask, named)
-    x, base, deltas = _autocast(x, base, deltas)
+    x, base, deltas = _dtypes.autocast(x, base, deltas)
     if chosen == "reference":
         return reference.linear(x, base, deltas, gates, merged_bias)
     return op.linear(impl, x, base, deltas, gates, merged_bias)
@@ -276,7 +276,7 @@ def _check_stack(
 
 
 def _check_gates(gates: Tensor, x: Tensor, sizes: Sequence[int | None]) -> None:
-    dtypes = tuple(dict.fromkeys((*_weight_dtypes(x), torch.float32)))
+    dtypes = tuple(dict.fromkeys((*_dtypes.parameter_dtypes(x), torch.float32)))
     _check.tensor("gates", gates, "S, E", sizes, dtypes, x)
 
 
@@ -335,15 +335,3 @@ def _check_dropout(p: float) -> None:
     _check.number("expert_dropout", p, 0.0)
     if p >= 1:
         raise ValueError(f"expert_dropout: expected at least 0 and below 1, got {p}")
-
-
-def _weight_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
-    """The dtypes weights may have: x's own, or any that autocast will cast."""
-    if x.dtype in _dtypes.KERNEL_DTYPES and torch.is_autocast_enabled(x.device.type):
-        return _dtypes.KERNEL_DTYPES
-    return (x.dtype,)
-
-
-def _autocast(*tensors: Tensor | None) -> tuple:
-    """Untyped on purpose: what was a tensor stays one, what was None stays None."""
-    return _dtypes.autocast(*tensors)

@@ -178,33 +178,32 @@ class _Momentum(_operators.Differentiable):
             None if t is None else (t.dtype, t.shape)
             for t in (a.norm_weight, a.norm_bias, a.mu, a.gamma)
         ]
-        # The tensors of `a` are saved, and its options are kept.
-        bare = _arguments(*(None if isinstance(v, Tensor) else v for v in a))
-        flags = (a.needs_step and a.from_state, a.passes_x)
-        return results, (*rule, a.seed, *experts), (bare, impl, dtypes, learned, flags)
+        options = (*a.options, a.needs_step and a.from_state)
+        rule_constants = (options, dtypes, learned, a.passes_x)
+        return results, (*rule, a.seed, *experts), (impl, a.activation, a.layout, rule_constants)
 
     def gradients(
         self, upstream: Any, saved: Any, constants: Any, needs: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        a, impl = constants[:2]
+        impl, activation, layout, rule = constants
         named = _arguments(*needs[:-1])  # what wants a gradient
         experts = [*named[15:21]]
-        found = self._rule(upstream, saved[:9], constants, named, named.f or any(experts))
+        found = self._rule(impl, upstream, saved[:9], rule, named, named.f or any(experts))
         gradients: list[Tensor | None] = [None] * len(needs)
         gradients[:9] = found
         if found[1] is not None and any(experts):
             gradients[1] = None
             inner = dispatch.moe_mlp.backward(
-                found[1], *saved[9:], a.activation, a.layout, experts, *impl
+                found[1], *saved[9:], activation, layout, experts, *impl
             )
             gradients[15:21] = [g if n else None for g, n in zip(inner, experts, strict=True)]
         return gradients
 
     def _rule(
-        self, upstream: Any, saved: Any, constants: Any, needs: Any, needs_f: bool
+        self, impl: Any, upstream: Any, saved: Any, constants: Any, needs: Any, needs_f: bool
     ) -> list[Tensor | None]:
         """Gradients of x, f, the three states, the norm's weight and bias, mu and gamma."""
-        a, impl, dtypes, learned, (from_state, passes_x) = constants
+        options, dtypes, learned, passes_x = constants
         dy, *states = upstream
         like = next((g for g in upstream if g is not None), None)
         if like is None:
@@ -219,8 +218,8 @@ class _Momentum(_operators.Differentiable):
         dx = dy if needs.x and passes_x else None
         if not any(wanted):
             return [dx] + [None] * 8
-        padded = (*states, *(None,) * (3 - a.num_states))
-        found = _backward(like, dy, *padded, *saved, *a.options, from_state, *dtypes, wanted, *impl)
+        padded = (*states, *(None,) * (3 - len(states)))
+        found = _backward(like, dy, *padded, *saved, *options, *dtypes, wanted, *impl)
         found = [g if want else None for g, want in zip(found, wanted, strict=True)]
         rows = [(found[5], 0), (found[5], 1), (found[6], 0), (found[6], 1)]
         return [

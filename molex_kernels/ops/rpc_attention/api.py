@@ -105,7 +105,7 @@ def rpc_attention(
     _check_scale(scale)
     _philox.check(dropout_p, dropout_seed, k)
     given = _check_threshold(threshold, lam, mu_width, mu_divisor, k)
-    k, v, q = _dtypes.autocast(k, v, q)  # type: ignore[assignment]
+    k, v, q = _dtypes.autocast(k, v, q)
     width = k.shape[3]
     too_wide = f"d = {width} is above {MAX_WIDTH}" if width > MAX_WIDTH else None
     limits = {"triton": too_wide, "cuda": too_wide or _too_small(k.device)}
@@ -172,7 +172,7 @@ def scaled_attention(
         _check.same_shape(name, value, (q.dtype,), q, "q")
     _check_s(s, q)
     _check_scale(scale)
-    q, k, v = _dtypes.autocast(q, k, v)  # type: ignore[assignment]
+    q, k, v = _dtypes.autocast(q, k, v)
     chosen = select("scaled_attention", impl, q)
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     if chosen == "reference":
