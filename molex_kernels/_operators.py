@@ -321,10 +321,7 @@ class Pass(Differentiable):
             if not self.lists:
                 return self.apply(impl or "", *arguments)
             counts = tuple(len(arguments[i]) for i in self.lists)
-            flat: list[Any] = []
-            for index, argument in enumerate(arguments):
-                flat += argument if index in self.lists else [argument]
-            return self.apply(impl or "", counts, *flat)
+            return self.apply(impl or "", counts, *_ungrouped(arguments, self.lists))
         found = self.forward(*arguments, impl) if impl else self.forward(*arguments)
         if self.single:
             return found
@@ -332,7 +329,7 @@ class Pass(Differentiable):
 
     def call(self, impl: str, *arguments: Any) -> tuple[Values, Sequence[Any], Values]:
         if self.lists:
-            counts, *flat = arguments
+            counts, flat = arguments[0], arguments[1:]
             arguments = _grouped(flat, self.lists, counts)
         found = self.forward(*arguments, impl) if impl else self.forward(*arguments)
         results = (found,) if self.single else tuple(found)
@@ -343,9 +340,9 @@ class Pass(Differentiable):
         if not self.lists:
             return results, saved, (impl, options, None)
         sizes = [len(saved[i]) for i in self.saved_lists]
-        dims = [t.dim() if isinstance(t, Tensor) else 0 for t in flat]
-        for index in reversed(self.saved_lists):
-            saved = saved[:index] + tuple(saved[index]) + saved[index + 1 :]
+        given = [arguments[i] for i in self.lists]
+        dims = [tensors[0].dim() if tensors else 0 for tensors in given]
+        saved = _ungrouped(saved, self.saved_lists)
         return results, saved, (impl, options, (counts, sizes, dims))
 
     def gradients(
@@ -392,20 +389,15 @@ class Pass(Differentiable):
         found = self.backward(*upstream, *saved, *options, *last, *named)
         return found if isinstance(found, tuple) else (found,)
 
-    def _flat(self, gradients: list[Any], counts: Values, dims: list[int]) -> list[Any]:
+    def _flat(self, gradients: list[Any], counts: Values, dims: list[int]) -> Values:
         """The gradient of a list is stacked: it is that of its one stacked tensor, or of many."""
-        sizes = dict(zip(self.lists, counts, strict=True))
-        flat: list[Any] = []
-        for index, gradient in enumerate(gradients):
-            if index not in sizes:
-                flat.append(gradient)
-            elif gradient is None:
-                flat += [None] * sizes[index]
-            elif dims[len(flat)] == gradient.dim():
-                flat.append(gradient)
+        for index, count, dim in zip(self.lists, counts, dims, strict=True):
+            gradient = gradients[index]
+            if gradient is None:
+                gradients[index] = (None,) * count
             else:
-                flat += gradient.unbind(0)
-        return flat
+                gradients[index] = (gradient,) if gradient.dim() == dim else gradient.unbind(0)
+        return _ungrouped(gradients, self.lists)
 
     def _fake_backward(self, given: Any) -> Any:
         needs = given.needs if self.takes_needs else [True] * len(self.given)
@@ -493,15 +485,24 @@ def _tuple(found: Any) -> Values:
 def _grouped(flat: Sequence[Any], lists: Sequence[int], counts: Sequence[int]) -> Values:
     """The values with those that belong to the lists (by place) together again."""
     found: list[Any] = []
-    rest = list(flat)
-    sizes = dict(zip(lists, counts, strict=True))
-    while rest:
-        size = sizes.get(len(found))
-        found.append(rest.pop(0) if size is None else tuple(rest[:size]))
-        if size is not None:
-            del rest[:size]
-    found += [()] * sum(index >= len(found) for index in lists)
-    return tuple(found)
+    start = 0
+    for place, count in zip(lists, counts, strict=True):
+        stop = start + place - len(found)
+        found += flat[start:stop]
+        start = stop + count
+        found.append(flat[stop:start])
+    return (*found, *flat[start:])
+
+
+def _ungrouped(values: Sequence[Any], lists: Sequence[int]) -> Values:
+    """The values, with those of the lists one by one."""
+    flat: list[Any] = []
+    start = 0
+    for place in lists:
+        flat += values[start:place]
+        flat += values[place]
+        start = place + 1
+    return (*flat, *values[start:])
 
 
 def _index(values: Sequence[Any], wanted: Any) -> int:

@@ -157,15 +157,19 @@ def _run(a: Arguments, impl: tuple[str, ...], keeps: bool) -> tuple[Tensors, Ten
 
 
 class _Momentum(_operators.Differentiable):
-    def call(self, *arguments: Any) -> tuple[Any, ...]:
-        *given, impl = arguments
+    def call(self, impl: tuple[str, ...], *given: Any) -> tuple[Any, ...]:
         a = _arguments(*given)
         results, f, hidden = _run(a, impl, True)
         rule: tuple[Tensor | None, ...] = (None,) * 8
+        learned: Any = (None,) * 4
+        from_state = False
         if a.needs_step:
             x = a.x if a.norm_eps is not None else None
-            f = results[1] if a.from_state else f
+            from_state = a.from_state
+            f = results[1] if from_state else f
             rule = (x, f, a.s0, a.s1, a.s2, a.norm_weight, a.mu, a.gamma)
+            parameters = (a.norm_weight, a.norm_bias, a.mu, a.gamma)
+            learned = [None if p is None else (p.dtype, p.shape) for p in parameters]
         experts: tuple[Tensor | None, ...] = ()
         if a.f is None:
             plan = (a.offsets, a.permutation, a.inverse)
@@ -174,29 +178,24 @@ class _Momentum(_operators.Differentiable):
             )
         source = a.expert_input if a.f is None else a.f
         dtypes = (a.x.dtype, source.dtype, results[1].dtype)
-        learned = [
-            None if t is None else (t.dtype, t.shape)
-            for t in (a.norm_weight, a.norm_bias, a.mu, a.gamma)
-        ]
-        options = (*a.options, a.needs_step and a.from_state)
-        rule_constants = (options, dtypes, learned, a.passes_x)
-        return results, (*rule, a.seed, *experts), (impl, a.activation, a.layout, rule_constants)
+        constants = ((*a.options, from_state), dtypes, learned, a.passes_x)
+        return results, (*rule, a.seed, *experts), (impl, a.activation, a.layout, constants)
 
     def gradients(
         self, upstream: Any, saved: Any, constants: Any, needs: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         impl, activation, layout, rule = constants
-        named = _arguments(*needs[:-1])  # what wants a gradient
+        named = _arguments(*needs[1:])  # what wants a gradient
         experts = [*named[15:21]]
         found = self._rule(impl, upstream, saved[:9], rule, named, named.f or any(experts))
         gradients: list[Tensor | None] = [None] * len(needs)
-        gradients[:9] = found
+        gradients[1:10] = found
         if found[1] is not None and any(experts):
-            gradients[1] = None
+            gradients[2] = None
             inner = dispatch.moe_mlp.backward(
                 found[1], *saved[9:], activation, layout, experts, *impl
             )
-            gradients[15:21] = [g if n else None for g, n in zip(inner, experts, strict=True)]
+            gradients[16:22] = [g if n else None for g, n in zip(inner, experts, strict=True)]
         return gradients
 
     def _rule(
@@ -238,5 +237,5 @@ def update(impl: str | None, a: Arguments) -> Tensors:
     """y and the new state, through autograd where a gradient is wanted."""
     name = (impl,) if impl else ()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in a.differentiable):
-        return _momentum.apply(*a, name)
+        return _momentum.apply(name, *(a if a.f is None else a[:14]))
     return _run(a, name, False)[0]
