@@ -94,10 +94,10 @@ class Launch:
         return self.kernel, self.dtype, tile, self.options
 
     @property
-    def fullness(self) -> tuple[int, int, int]:
-        """Tensors passed, options switched on, arguments with known divisors."""
+    def fullness(self) -> tuple[int, int]:
+        """Tensors passed, options switched on."""
         pointers = sum(kind.startswith("*") for _, kind, _ in self.leaves)
-        return pointers, sum(v is True for _, v in self.flags), len(self.attributes)
+        return pointers, sum(v is True for _, v in self.flags)
 
 
 @dataclass
