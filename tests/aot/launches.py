@@ -94,10 +94,10 @@ class Launch:
         return self.kernel, self.dtype, tile, self.options
 
     @property
-    def fullness(self) -> tuple[int, int]:
-        """Tensors passed, options switched on."""
+    def fullness(self) -> tuple[int, int, int]:
+        """Tensors passed, options switched on, the tensors' dimensions."""
         pointers = sum(kind.startswith("*") for _, kind, _ in self.leaves)
-        return pointers, sum(v is True for _, v in self.flags)
+        return pointers, sum(v is True for _, v in self.flags), len(self.leaves)
 
 
 @dataclass
