@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import sys
@@ -231,3 +232,75 @@ def test_a_chip_that_is_not_known_counts_as_the_nearest(name, nearest):
 
 def test_interpreted_kernels_have_a_chip():
     assert chips.of(CPU).name == "sm_90"
+
+
+BF16 = torch.bfloat16
+# Arguments behind the chip of every function that makes options, by op.
+OPTIONS = {
+    "dispatch": {
+        "gemm": (BF16, "some", True),
+        "hidden": (BF16, "some", True),
+        "wgrad": (BF16, "some", True),
+        "combine": (768,),
+        "bias": (),
+        "weight": (),
+    },
+    "layer_mixing": {
+        "bias": (),
+        "linear": (BF16, 1024, True, 8),
+        "wgrad": (BF16, True),
+        "mix": (768, True),
+        "vote": (12,),
+    },
+    "merging": {
+        "mask": (),
+        "linear": (BF16, 1024, True, True),
+        "weights": (BF16, True),
+        "mode": (32, 24, "tf32"),
+        "contraction": (32, "tf32"),
+    },
+    "momentum": {"update": (768, 1)},
+    "routing": {
+        "router": (64, "16-bit"),
+        "logits": (64,),
+        "dx": (),
+        "dgate": (64,),
+        "plan": (65536,),
+        "statistics": (),
+        "keys": (),
+        "ranks": (),
+        "reduce": (),
+        "weights": (),
+    },
+    "rpc_attention": {
+        "forward": (BF16, 64, True, False),
+        "backward": (BF16, 64, True, False),
+        "rows": (64,),
+    },
+}
+KEYWORDS = {
+    ("layer_mixing", "mix"): {"backward": True},
+    ("momentum", "update"): {"has_norm": True, "backward": True},
+}
+
+
+@pytest.mark.parametrize("op", OPTIONS)
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_kernel_has_candidates(op, chip):
+    """Of every chip, and no more of them than are tried."""
+    pytest.importorskip("triton")
+    config = importlib.import_module(f"molex_kernels.ops.{op}.kernels.config")
+    made = {
+        name
+        for name, value in vars(config).items()
+        if isinstance(value, types.FunctionType)
+        and value.__module__ == config.__name__
+        and value.__annotations__["return"] == "Options"
+        and not name.startswith("_")
+    }
+    assert made == OPTIONS[op].keys()
+    for name, arguments in OPTIONS[op].items():
+        keywords = KEYWORDS.get((op, name), {})
+        pinned, candidates = getattr(config, name)(chips.CHIPS[chip], *arguments, **keywords)
+        others = {repr(c) for c in candidates} - {repr(pinned)}
+        assert 1 <= len(others) < tuning.MAX_CANDIDATES, name

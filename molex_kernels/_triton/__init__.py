@@ -1,1 +1,1 @@
-"""What kernels share: tiles, launch configurations."""
+"""What kernels share: arguments, tiles, launches and their configurations by chip."""

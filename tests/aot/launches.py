@@ -95,9 +95,9 @@ class Launch:
 
     @property
     def fullness(self) -> tuple[int, int, int]:
-        """Tensors passed, options switched on, arguments with known divisors."""
+        """Tensors passed, options switched on, the tensors' dimensions."""
         pointers = sum(kind.startswith("*") for _, kind, _ in self.leaves)
-        return pointers, sum(v is True for _, v in self.flags), len(self.attributes)
+        return pointers, sum(v is True for _, v in self.flags), len(self.leaves)
 
 
 @dataclass

@@ -59,7 +59,7 @@ def _dispatch_bwd_weight(
     is_local = mask_t & (row < tl.load(offsets_ptr + num_experts - 1))
     total = tl.zeros((BLOCK_T,), tl.float32)
     for n in range(num_partials):
-        total += tl.load(at(partial, row, n), mask=is_local, other=0.0)
+        total += tl.load(at(partial, row, wide(n)), mask=is_local, other=0.0)
     if bias is not None:
         offs_e = tl.arange(0, BLOCK_E)
         mask_e = offs_e < num_experts

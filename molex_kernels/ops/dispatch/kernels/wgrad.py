@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import Mat, at, load_fp32, nth, store, wide
+from molex_kernels._triton.arguments import Mat, along, at, load_fp32, nth, store, wide
 from molex_kernels.ops.dispatch.kernels.product import token_of_row
 
 
@@ -54,13 +54,15 @@ def _dispatch_bwd_wgrad(
             left_t = token_of_row(permutation_ptr, offs_t, mask_t, top_k)
         if IS_RIGHT_GATHERED:
             right_t = token_of_row(permutation_ptr, offs_t, mask_t, top_k)
+        left_rows = left.ptr + along(wide(left_t)[None, :], left.row)
+        right_rows = right.ptr + along(wide(right_t)[:, None], right.row)
         left_tile = tl.load(
-            at(left, wide(left_t)[None, :], offs_n[:, None]),
+            left_rows + along(offs_n[:, None], left.col),
             mask=mask_n[:, None] & mask_t[None, :],
             other=0.0,
         )
         right_tile = tl.load(
-            at(right, wide(right_t)[:, None], offs_d[None, :]),
+            right_rows + along(offs_d[None, :], right.col),
             mask=mask_t[:, None] & mask_d[None, :],
             other=0.0,
         )

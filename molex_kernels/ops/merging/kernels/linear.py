@@ -44,7 +44,7 @@ def _merging_fwd_linear(
     mask_t = offs_t < num_tokens
     mask_n = offs_n < num_columns
 
-    rows = at(x, offs_t[None, :], offs_d[:, None])
+    rows = at(x, offs_t[None, :], wide(offs_d)[:, None])
     x_ptrs = rows + segment * x.outer
     gate = Vec(gates.ptr + segment * gates.row, gates.col)
     base_ptrs = at(base, offs_n[:, None], offs_d[None, :])

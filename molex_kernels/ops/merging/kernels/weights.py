@@ -47,8 +47,9 @@ def _merging_bwd_weights(
     mask_end = mask_e[:, None, None] & mask[None, :, :]
     if partial is not None:
         deltas_ptrs = deltas.ptr + offs_e[:, None, None] * deltas.outer
-        deltas_ptrs += along(offs_n[None, :, None], deltas.row)
-        deltas_ptrs += along(offs_d[None, None, :], deltas.col)
+        deltas_ptrs += along(offs_n[None, :, None], deltas.row) + along(
+            offs_d[None, None, :], deltas.col
+        )
         delta = tl.load(deltas_ptrs, mask=mask_end, other=0.0)
     if dbase is not None:
         base_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -86,10 +87,11 @@ def _merging_bwd_weights(
 
     if dbase is not None:
         # Every group of experts has the same sum: the first writes it.
-        first = mask & (pid < tiles)
-        store(at(dbase, offs_n[:, None], offs_d[None, :]), base_sum, first)
+        dbase_ptrs = at(dbase, offs_n[:, None], offs_d[None, :])
+        store(dbase_ptrs, base_sum, mask & (pid < tiles))
     if ddeltas is not None:
         ddeltas_ptrs = ddeltas.ptr + offs_e[:, None, None] * ddeltas.outer
-        ddeltas_ptrs += along(offs_n[None, :, None], ddeltas.row)
-        ddeltas_ptrs += along(offs_d[None, None, :], ddeltas.col)
+        ddeltas_ptrs += along(offs_n[None, :, None], ddeltas.row) + along(
+            offs_d[None, None, :], ddeltas.col
+        )
         store(ddeltas_ptrs, delta_sums, mask_end)

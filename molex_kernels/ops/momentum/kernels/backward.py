@@ -109,7 +109,8 @@ def _momentum_bwd(
             d = inverse * (d - normed * along[:, None] - mean_d[:, None])
             d = tl.where(mask, d, 0.0)  # past the row's end a root of 0 would divide it
         if dx is not None:
-            store(at(dx, rows, columns), numbers.keep * d, mask)
+            passed = numbers.keep * d
+            store(at(dx, rows, columns), passed, mask)
         output, old0, old1, old2, new0, new1, new2 = zero, zero, zero, zero, zero, zero, zero
         if f is not None:
             # Read again rather than held through the norm's sums: registers are scarcer than cache.
@@ -117,13 +118,12 @@ def _momentum_bwd(
             _, new0, new1, new2 = step_forward(
                 output, old0, old1, old2, mu, gamma, numbers, KIND, FROM_STATE
             )
+        above0 = _upstream(g0, rows, columns, mask, zero)
+        above1 = _upstream(g1, rows, columns, mask, zero)
+        above2 = _upstream(g2, rows, columns, mask, zero)
         doutput, dold0, dold1, dold2, dmu, dgamma = step_backward(
-            -d, output, old0, new0, new1, new2,
-            _upstream(g0, rows, columns, mask, zero),
-            _upstream(g1, rows, columns, mask, zero),
-            _upstream(g2, rows, columns, mask, zero),
-            mu, gamma, numbers, KIND,
-        )  # fmt: skip
+            -d, output, old0, new0, new1, new2, above0, above1, above2, mu, gamma, numbers, KIND
+        )
         if df is not None:
             if seed_ptr is not None:
                 keeps = keep_mask(tl.load(seed_ptr), rows * num_features + columns, threshold)

@@ -16,11 +16,13 @@ def router(chip: Chip, block_e: int, operands: str) -> Options:
 
     operands: "16-bit", "fp32", or "upcast" from 16 bit, which multiplies on tensor cores too.
     """
-    # The tiles of the gate for 1,024 experts in 64 KiB: half as deep, or one at a time.
-    is_tight = block_e >= 1024 and chip.shared <= 64 * KIB
+    # In 64 KiB a stage less of 256 experts, and of 1,024 half a tile's depth or one stage.
+    is_small = chip.shared <= 64 * KIB
     if operands == "16-bit":
         rows = min(64, max(16, 8192 // block_e))
-        depth, stages = (64, 3) if block_e <= 256 else (16 if is_tight else 32, 2)
+        depth, stages = (64, 3) if block_e <= 256 else (32, 2)
+        if is_small and block_e >= 256:
+            depth, stages = 64 if block_e == 256 else 32 if block_e == 512 else 16, 2
         warps = 4 if block_e <= 256 else 8
         smaller = ((16, depth), (rows, 32))
         candidates = [Config({"BLOCK_T": r, "BLOCK_D": d}, warps, stages) for r, d in smaller]
@@ -30,7 +32,7 @@ def router(chip: Chip, block_e: int, operands: str) -> Options:
     if block_e == 1024:
         rows, warps = (8, 8) if operands == "fp32" else (16, 16)
     candidates = [Config({"BLOCK_T": rows, "BLOCK_D": 16}, warps, s) for s in (2, 3)]
-    stages = 1 if is_tight else 2
+    stages = 1 if is_small and block_e >= 1024 else 2
     return Config({"BLOCK_T": rows, "BLOCK_D": depth}, warps, stages), tuple(candidates)
 
 
