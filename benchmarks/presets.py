@@ -178,9 +178,10 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU, fp32 on a CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """The dtype of every shape, and the one of an op's first shape alone: fp32, on a GPU bf16."""
+    both = torch.float32, torch.bfloat16
+    return both[::-1] if device.type == "cuda" else both
 
 
 def dtype_name(dtype: torch.dtype) -> str:

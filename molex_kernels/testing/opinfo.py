@@ -83,9 +83,9 @@ class OpInfo:
     floating tensors named in `differentiable` receive gradients. `results` turns what the function
     returns into named tensors: floating ones are compared within the error budget, integer ones
     exactly. `cost(case, dtype, backward)` counts a forward pass, or a forward and backward pass.
-    A baseline takes the same keyword arguments as the function and returns the same; `stand_in` is
+    A baseline takes the same keyword arguments as the function and returns the same; `oracle` is
     the one that gives the fp64 results where the reference does much more work than is asked for.
-    A yardstick takes them too, and does as much work as a library's kernel for something else.
+    A proxy takes them too, and does as much work in a vendor's kernel, for something else.
     `large` are tests, too: they fill more than one piece of a native kernel, and would take
     Triton's interpreter minutes. `compiled` are sizes that reach launch configurations which
     `tests` do not, for ahead-of-time compilation. `sweeps` are for a GPU, `quick_sweeps` take
@@ -103,8 +103,8 @@ class OpInfo:
     quick: tuple[Case, ...]
     cost: Callable[[Case, torch.dtype, bool], Cost]
     baselines: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    stand_in: str | None = None
-    yardsticks: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    oracle: str | None = None
+    proxies: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     large: tuple[Case, ...] = ()
     compiled: tuple[Case, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
