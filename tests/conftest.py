@@ -18,6 +18,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 
+from molex_kernels._backends import CUDA
+from molex_kernels._dtypes import KERNEL_DTYPES
 from molex_kernels.testing import budget
 
 # xdist's workers inherit the environment, so that all of them draw from the one printed seed.
@@ -41,10 +43,28 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"-m {asked}: there is no CUDA device, and every test would skip")
 
 
+def runs_here(impl: str) -> bool:
+    """Whether the implementation runs on the device of the tests."""
+    if DEVICE.type == "cuda":
+        return impl != "cpu" and (impl != "cuda" or CUDA.why_not() is None)
+    return impl != "cuda"
+
+
+def dtypes_of(impl: str) -> tuple[torch.dtype, ...]:
+    """The dtypes in which the implementation is tested here."""
+    if impl == "triton" and DEVICE.type == "cpu":
+        return (torch.float32, torch.float16)  # the interpreter gets bf16 wrong
+    return KERNEL_DTYPES
+
+
+def is_slow(impl: str) -> bool:
+    """Whether the implementation is interpreted or emulated here."""
+    return impl == "triton" and (DEVICE.type == "cpu" or EMULATED)
+
+
 def calls_of(impl: str) -> int:
-    """How many draws within the budget call the implementation: fewer where it is not compiled."""
-    slow = impl == "triton" and (DEVICE.type == "cpu" or EMULATED)
-    return budget.SLOW_DRAWS if slow else budget.DRAWS
+    """How many draws within the budget call the implementation."""
+    return budget.SLOW_DRAWS if is_slow(impl) else budget.DRAWS
 
 
 def also_for_a_gpu(test: Callable[..., None]) -> Callable[..., None]:

@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE, also_for_a_gpu, calls_of
+from conftest import DEVICE, also_for_a_gpu, calls_of, dtypes_of, runs_here
 
-from molex_kernels._backends import CUDA
-from molex_kernels._dtypes import KERNEL_DTYPES
 from molex_kernels.testing import contract, load_ops
 from molex_kernels.testing.calls import recorded
 from molex_kernels.testing.opinfo import Case, OpInfo
 
 OPS = load_ops()
-
-
-def _dtypes(impl: str) -> tuple[torch.dtype, ...]:
-    if impl == "triton" and DEVICE.type == "cpu":
-        return (torch.float32, torch.float16)  # the interpreter gets bf16 wrong
-    return KERNEL_DTYPES
-
-
-def _runs_here(impl: str) -> bool:
-    if DEVICE.type == "cuda":
-        return impl != "cpu" and (impl != "cuda" or CUDA.why_not() is None)
-    return impl != "cuda"
 
 
 def _matrix() -> list:
@@ -35,9 +21,9 @@ def _matrix() -> list:
         for info in OPS.values()
         for case in (*info.tests, *info.large, *(info.compiled if on_gpu else ()))
         for impl in info.implementations
-        if _runs_here(impl)
+        if runs_here(impl)
         if case in info.tests or impl != "triton" or on_gpu
-        for dtype in _dtypes(impl)
+        for dtype in dtypes_of(impl)
     ]
 
 
@@ -47,7 +33,7 @@ def _per_implementation(cases: slice) -> list:
         for info in OPS.values()
         for case in info.tests[cases]
         for impl in info.implementations
-        if _runs_here(impl)
+        if runs_here(impl)
     ]
 
 

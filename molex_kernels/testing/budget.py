@@ -22,8 +22,8 @@ from torch import Tensor
 SLACK = 2.0
 DRAWS = 3
 SLOW_DRAWS = 2  # of a kernel that is interpreted or emulated
-ENOUGH = 512  # elements: of a smaller tensor the reference is drawn until it has had as many
-MOST_DRAWS = 16
+ENOUGH = 1024  # elements: of a smaller tensor the reference is drawn until it has had as many
+MOST_DRAWS = 24
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
