@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from molex_kernels.testing import budget
 from molex_kernels.testing.budget import DRAWS, Errors, measure
@@ -231,7 +232,7 @@ def check_opcheck(
         assert calls or impl in COMPOSED, "no operator was called"
         for operator, args, kwargs in {call[0]: call for call in calls}.values():
             # Autograd stands outside the operators, so they are never given a tensor that wants it.
-            torch.library.opcheck(operator, tuple(map(_detached, args)), kwargs)
+            opcheck(operator, tuple(map(_detached, args)), kwargs)
 
 
 def check_traces(
