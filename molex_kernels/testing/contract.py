@@ -220,7 +220,7 @@ def check_opcheck(
     *,
     namespace: str = "molex",
 ) -> None:
-    """Every operator that a call reaches passes `torch.library.opcheck`, strided inputs included.
+    """Every operator that a call reaches passes PyTorch's `opcheck`, strided inputs included.
 
     Arguments as `check_budget`; `namespace` is the one that the operators are registered in.
     """
