@@ -66,7 +66,7 @@ class Preset:
     `compile_seconds`: after it nothing more is compiled or tuned, each baseline for itself.
     `case_seconds`: a shape whose step would take longer at the machine's matmul rate is left out.
     `call_seconds`: a reference that would take longer is left out. `check_seconds`: where it would
-    take longer to check with, something else stands in for it.
+    take longer to check with, the oracle does where the op names one.
     """
 
     name: str
