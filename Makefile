@@ -23,12 +23,17 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*/*)
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest
 PARALLEL = $(shell $(PY) -c "import xdist; print('-n $(JOBS)')" 2>/dev/null)
 
-.PHONY: bench bench-compare test aot-facts emulate gpu gpu-build gpu-test gpu-bench gpu-sanitize gpu-pack \
+.PHONY: bench bench-compare bench-train test aot-facts emulate gpu gpu-build gpu-test gpu-bench gpu-sanitize gpu-pack \
 	sanitize rehearse rehearse-tree rehearse-build rehearse-kernels rehearse-tests \
 	build ready env lint style types format dev clean
 
 bench: $(READY)
 	$(PY) -m benchmarks --preset quick
+
+# Small models on real text and images, and a fine-tune; what is not done after TRAIN_SECONDS is cut off.
+TRAIN_SECONDS ?= 600
+bench-train: $(READY)
+	$(PY) -m benchmarks.end_to_end --preset quick --limit $(TRAIN_SECONDS)
 
 # Measures, and fails where ours became slower than in RUN: this machine's latest stored run, or a file.
 RUN ?=
@@ -77,10 +82,12 @@ GPU_PYTEST = OMP_NUM_THREADS=1 timeout -s INT -k 30 500 $(PY) -m pytest $(PARALL
 gpu-test:
 	$(GPU_PYTEST) -m gpu $(call to_gpu_out,tests)
 
-# Cut short, it reports what it has measured by then.
+# Cut short, it reports what it has measured by then. Then the training runs, with a limit of their own.
+GPU_REPORT = --preset gpu --out "$(GPU_OUT)/report" --save-results "$(GPU_OUT)/report/stored"
 gpu-bench:
-	timeout -k 60 470 $(PY) -m benchmarks --preset gpu --out "$(GPU_OUT)/report" \
-		--save-results "$(GPU_OUT)/report/stored" $(call to_gpu_out,bench)
+	{ status=0; timeout -k 60 350 $(PY) -m benchmarks $(GPU_REPORT) || status=$$?; \
+		$(PY) -m benchmarks.end_to_end $(GPU_REPORT) --limit 120 || status=$$?; exit $$status; } \
+		$(call to_gpu_out,bench)
 
 gpu-sanitize: export PATH := $(PATH):$(CUDA_HOME)/bin
 gpu-sanitize:

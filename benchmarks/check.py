@@ -26,7 +26,7 @@ BASELINE_SLACK = 10.0  # a baseline has to compute the same thing, not to be as 
 
 
 @dataclass(frozen=True)
-class Pass:
+class Workload:
     """One row's work: a call of the function; given upstream gradients, its backward pass too."""
 
     info: OpInfo
@@ -80,8 +80,8 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Yardstick(Pass):
-    """A yardstick's work: it computes something else, so there is nothing to compare."""
+class ProxyWorkload(Workload):
+    """A proxy's work: it computes something else, so there is nothing to compare."""
 
     def call(self) -> Any:
         """What is timed."""
@@ -115,11 +115,11 @@ def random_upstream(info: OpInfo, inputs: Inputs, generator: torch.Generator) ->
 
 
 @dataclass(frozen=True)
-class Truth:
+class Expected:
     """The fp64 results and the reference's own in the dtype under test."""
 
-    expected: Tensors
-    own: Tensors
+    fp64: Tensors
+    reference: Tensors
     dtype: torch.dtype
 
     def accuracy(self, actual: Tensors) -> float:
@@ -128,18 +128,18 @@ class Truth:
         An error below half a unit in the last place of the largest element counts as that much.
         """
         worst = 0.0
-        for name, want in self.expected.items():
+        for name, want in self.fp64.items():
             if not want.is_floating_point() or name not in actual:
                 continue
             rounding = torch.finfo(self.dtype).eps / 2 * budget.largest(want)
-            own = max(budget.error(self.own[name], want), rounding)
+            own = max(budget.error(self.reference[name], want), rounding)
             if own:
                 worst = max(worst, budget.error(actual[name], want) / own)
         return worst
 
     def compare(self, actual: Tensors, slack: float = 1.0) -> str | None:
         """What is wrong with these results, or None. `slack` multiplies the budget."""
-        for name, want in self.expected.items():
+        for name, want in self.fp64.items():
             got = actual.get(name)
             if got is None:
                 return f"{name} is missing"
@@ -148,7 +148,7 @@ class Truth:
                     return f"{name} differs"
                 continue
             try:
-                budget.within_budget(name, got, want, self.own[name], self.dtype)
+                budget.within_budget(name, got, want, self.reference[name], self.dtype)
             except AssertionError as error:
                 if not self._excused(name, got, slack):
                     return str(error)
@@ -160,7 +160,7 @@ class Truth:
         relu's slope jumps at 0. Of the millions of hidden values of a large shape a few lie so near
         to it that two orders of summation fall on different sides.
         """
-        want, own = self.expected[name], self.own[name]
+        want, own = self.fp64[name], self.reference[name]
         if got.shape != want.shape or not torch.isfinite(got).equal(torch.isfinite(want)):
             return False
         largest = budget.largest(want)
@@ -170,26 +170,26 @@ class Truth:
         return bool((error > slack * allowed).sum() <= few and error.max() <= largest)
 
 
-def exact_function(info: OpInfo, *, stand_in: bool = True) -> Callable[..., Any]:
-    """The reference, or the baseline that stands in for it where the op names one."""
-    if stand_in and info.stand_in:
-        return info.baselines[info.stand_in]
+def exact_function(info: OpInfo, *, oracle: bool = True) -> Callable[..., Any]:
+    """The reference, or the oracle where the op names one."""
+    if oracle and info.oracle:
+        return info.baselines[info.oracle]
     return partial(info.function, impl="reference")
 
 
-def truth(
+def expect(
     info: OpInfo,
     inputs: Inputs,
     upstream: Tensors | None,
     dtype: torch.dtype,
     *,
-    stand_in: bool = False,
-) -> Truth:
-    """Runs the reference, or what stands in for it, in fp64 and in `dtype` on the same values."""
-    function = exact_function(info, stand_in=stand_in)
-    own = Pass(info, function, inputs, upstream).tensors()
-    exact = Pass(info, function, double(inputs), upstream and double(upstream)).tensors()
-    return Truth(exact, own, dtype)
+    oracle: bool = False,
+) -> Expected:
+    """Runs the reference, or the oracle, in fp64 and in `dtype` on the same values."""
+    function = exact_function(info, oracle=oracle)
+    own = Workload(info, function, inputs, upstream).tensors()
+    exact = Workload(info, function, double(inputs), upstream and double(upstream)).tensors()
+    return Expected(exact, own, dtype)
 
 
 @contextmanager

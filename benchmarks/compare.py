@@ -20,12 +20,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import environment, results, terminal
-from benchmarks.results import Results, Row
+from benchmarks import environment, folders, results, terminal
+from benchmarks.results import Results
 from benchmarks.rows import BASELINES, MODES
 
-SAVED = Path(__file__).parent / "results"
-LATEST = Path(__file__).parent / "reports" / "latest" / "results.json"
+LATEST = folders.LATEST / "results.json"
 
 MARGIN = 0.15  # of change that two processes show where nothing changed, beyond their intervals
 SLOWER, FASTER, SAME, BROKEN, GONE, NEW = "slower", "faster", "same", "broken", "gone", "new"
@@ -88,17 +87,6 @@ def _change(old: Results, new: Results, op: str, mode: str, shape: str) -> Chang
     return Change(*place, status, math.exp(moved), noise)
 
 
-def stored(facts: Row, but: Path | None = None) -> Path | None:
-    """The latest stored run of the machine."""
-    folder = SAVED / environment.machine_slug(facts)
-    runs = [p for p in folder.glob("*.json") if but is None or p.resolve() != but.resolve()]
-    return max(runs, key=_date, default=None)
-
-
-def _date(path: Path) -> str:
-    return json.loads(path.read_text())["environment"]["date"]
-
-
 def show(found: list[Change], console: Console) -> None:
     """What changed, and how much did not."""
     table = Table(title="Speed-ups against the run compared with")
@@ -145,7 +133,7 @@ def main() -> int:
         console.print(f"{options.new} is not there: run `make bench` first")
         return 2
     new = json.loads(options.new.read_text())
-    old = options.against or stored(new["environment"], but=options.new)
+    old = options.against or folders.latest(new["environment"], but=options.new)
     if old is None or not old.exists():
         machine = environment.machine_slug(new["environment"])
         console.print(f"no stored run of {machine}: name one with --against")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from benchmarks import expert_parallel, goals, results, scaling
+from benchmarks import expert_parallel, results, scaling
 from benchmarks.formats import cells, count, gain, image, percent, rate, ratio, seconds, size
 from benchmarks.results import Results, Row
 from benchmarks.rows import BASELINE, MODES, OURS
-from benchmarks.training_markdown import finetune_section, images_section, text_section
 
 # Columns that are there where the device and the pass have them.
 EXTRA: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -29,9 +28,6 @@ def report(found: Results, plots: list[str]) -> str:
         "# Benchmarks",
         "",
         *_environment(found),
-        "## Goals",
-        "",
-        *goals_table(found),
         "## Speed-up of the fastest implementation, geometric mean over shapes",
         "",
         *summary(found),
@@ -41,12 +37,6 @@ def report(found: Results, plots: list[str]) -> str:
         *_scaling(found, plots),
         *_expert_parallel(found),
     ]
-    if found["text"]:
-        lines += text_section(found["text"], plots)
-    if found["images"]:
-        lines += images_section(found["images"], plots)
-    if found["finetune"]:
-        lines += finetune_section(found["finetune"])
     return "\n".join(lines) + "\n"
 
 
@@ -58,7 +48,7 @@ def _environment(found: Results) -> Iterator[str]:
         yield f"| {name.replace('_', ' ')} | {value} |"
     yield f"| preset | {found['preset']} |"
     for dtype, ceiling in found["ceilings"].items():
-        yield f"| copy ceiling | {rate(ceiling['copy'] * 1e-9)} GB/s |"
+        yield f"| copy ceiling, beside {dtype} | {rate(ceiling['copy'] * 1e-9)} GB/s |"
         yield f"| matmul ceiling, {dtype} | {rate(ceiling['matmul'] * 1e-9)} GFLOP/s |"
     yield ""
     yield (
@@ -67,49 +57,65 @@ def _environment(found: Results) -> Iterator[str]:
         "baseline's times divided by ours, pair by pair; after it stands half of the interval that "
         "holds this median nine times in ten. Every result was checked against fp64 within the "
         "tests' error budget before it was timed; a wrong one is shown as wrong and has no time. "
-        "In italics: a yardstick, which does as much work for something else. The share of the "
-        "ceiling can exceed 100% where the data sits in a cache."
+        "In italics: a proxy, which does as much work in a vendor's kernel, for something else. "
+        "The share of the ceiling can exceed 100% where the data sits in a cache."
     )
     yield ""
 
 
-def goals_table(found: Results) -> Iterator[str]:
-    """Every goal of this kind of device beside what was measured."""
-    standings = goals.standings(found)
-    if not standings:
-        return
-    yield cells(goals.COLUMNS)
-    yield f"|{'---|' * len(goals.COLUMNS)}"
-    for standing in standings:
-        *shown, status = standing.cells(worst=True)
-        yield cells([*shown, f"**{status}**" if status == goals.MET else status])
-    yield ""
-
-
 def summary(found: Results) -> Iterator[str]:
-    """Geometric means of the speed-ups, an op a line."""
+    """Geometric means of the speed-ups, a line for each op, pass and dtype."""
     names = results.baselines(found["rows"])
     if not results.ops(found):
         yield "No op was measured."
         yield ""
         return
-    yield cells(["op", "pass", "ours", "shapes", *(f"vs `{name}`" for name in names)])
-    yield f"|---|---|---|---|{'---|' * len(names)}"
+    yield cells(["op", "pass", "dtype", "ours", "shapes", *(f"vs `{name}`" for name in names)])
+    yield f"|---|---|---|---|---|{'---|' * len(names)}"
     for op in results.ops(found):
         for mode in MODES:
-            groups = [results.members(found, op, mode, s) for s in results.shapes(found, op, mode)]
-            chosen = [ours for g in groups if (ours := results.best(g))]
-            if groups:
-                means = [ratio(_mean(chosen, name)) for name in names]
-                ours = ", ".join(dict.fromkeys(row["impl"] for row in chosen)) or "-"
-                shapes = f"{len(chosen)} of {len(groups)}"
-                yield cells([f"`{op}`", mode, ours, shapes, *means])
+            for dtype in found["ceilings"]:
+                chosen, count = _fastest(found, op, mode, dtype)
+                if count:
+                    means = [ratio(_mean(_gains(chosen, name))) for name in names]
+                    ours = ", ".join(dict.fromkeys(row["impl"] for row in chosen)) or "-"
+                    shapes = f"{len(chosen)} of {count}"
+                    yield cells([f"`{op}`", mode, dtype, ours, shapes, *means])
     yield ""
 
 
-def _mean(chosen: list[Row], name: str) -> float | None:
-    logs = [math.log(g.median) for ours in chosen if (g := results.speedup(ours, name))]
-    return math.exp(sum(logs) / len(logs)) if logs else None
+def brief(found: Results) -> Iterator[str]:
+    """An op a line: against `published` and against the fastest baseline of each shape."""
+    places = [(dtype, mode) for dtype in found["ceilings"] for mode in MODES]
+    names = results.baselines(found["rows"])
+    yield cells(["op", *(f"{dtype}, {mode}" for dtype, mode in places)])
+    yield f"|---|{'---|' * len(places)}"
+    for op in results.ops(found):
+        shown = []
+        for dtype, mode in places:
+            chosen, _ = _fastest(found, op, mode, dtype)
+            against = [[g for name in names for g in _gains([ours], name)] for ours in chosen]
+            least = [min(gains) for gains in against if gains]
+            published, fastest = ratio(_mean(_gains(chosen, "published"))), ratio(_mean(least))
+            shown.append(f"{published} / {fastest}" if least else "-")
+        yield cells([f"`{op}`", *shown])
+    yield ""
+
+
+def _fastest(found: Results, op: str, mode: str, dtype: str) -> tuple[list[Row], int]:
+    """The fastest of our implementations at each shape that has a time; the number of shapes."""
+    shapes = [s for s in results.shapes(found, op, mode) if s.endswith(f"/{dtype}")]
+    groups = [results.members(found, op, mode, shape) for shape in shapes]
+    return [ours for group in groups if (ours := results.best(group))], len(groups)
+
+
+def _gains(chosen: list[Row], name: str) -> list[float]:
+    return [g.median for ours in chosen if (g := results.speedup(ours, name))]
+
+
+def _mean(gains: list[float]) -> float | None:
+    """The geometric mean."""
+    return math.exp(sum(map(math.log, gains)) / len(gains)) if gains else None
 
 
 def _op(found: Results, op: str, plots: list[str]) -> Iterator[str]:

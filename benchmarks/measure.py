@@ -22,12 +22,12 @@ from benchmarks import (
     environment,
     launches,
     memory,
+    oracle,
     spread,
     timing,
-    truths,
 )
 from benchmarks.presets import Preset, dtype_name
-from benchmarks.rows import OURS, YARDSTICK, Group, Row, rows
+from benchmarks.rows import OURS, PROXY, Group, Row, rows
 from molex_kernels.testing.opinfo import Case, Inputs
 
 GRAPH_BELOW = 5e-3  # seconds; in longer calls the launches do not show
@@ -92,24 +92,25 @@ class Meter:
     def _mode(self, group: Group, members: list[Row], outcomes: Outcomes) -> None:
         mode = members[0].mode
         functions = {row.label: group.function(row.label) for row in members}
-        make = functools.partial(_make, group, mode)
-        dense = truths.probe(group, make)
-        known = truths.find(group, make, dense, self.preset.check_seconds)
+        make_case = functools.partial(make, group, mode)
+        reference_time = oracle.probe(group, make_case)
+        checked = oracle.find(group, make_case, reference_time, self.preset.check_seconds)
         for row in members:
-            self._check_row(row, functions[row.label], known, dense, outcomes[row.label, mode])
-        inputs, upstream = known.inputs, known.upstream
-        smaller = known.case is not group.case
-        del known
+            outcome = outcomes[row.label, mode]
+            self._check_row(row, functions[row.label], checked, reference_time, outcome)
+        inputs, upstream = checked.inputs, checked.upstream
+        smaller = checked.case is not group.case
+        del checked
         if smaller:
-            inputs, upstream = make(group.case)
+            inputs, upstream = make_case(group.case)
         passes = {}
         for row in members:
             outcome = outcomes[row.label, mode]
             if outcome.status != OK:
                 continue
-            kind = check.Yardstick if row.kind == YARDSTICK else check.Pass
+            kind = check.ProxyWorkload if row.kind == PROXY else check.Workload
             work = kind(group.info, functions[row.label], inputs, upstream)
-            if smaller or row.kind == YARDSTICK:
+            if smaller or row.kind == PROXY:
                 self._try(row, work, outcome)
             if outcome.status == OK:
                 passes[row.label] = work
@@ -120,7 +121,7 @@ class Meter:
         self,
         group: Group,
         members: list[Row],
-        passes: dict[str, check.Pass],
+        passes: dict[str, check.Workload],
         outcomes: Outcomes,
     ) -> None:
         """Times the passes side by side and adds everything else that a pass can tell."""
@@ -135,7 +136,7 @@ class Meter:
             outcome = outcomes[label, mode]
             outcome.samples = samples[label]
             outcome.facts["peak_bytes"] = memory.peak_bytes(work.call, group.device)
-            if mode == "step" and not isinstance(work, check.Yardstick):
+            if mode == "step" and not isinstance(work, check.ProxyWorkload):
                 outcome.facts["saved_bytes"] = work.saved_bytes()
             ours = any(row.label == label and row.kind == OURS for row in members)
             if group.device.type == "cuda" and (ours or label == "library"):
@@ -153,30 +154,31 @@ class Meter:
         self,
         row: Row,
         function: Callable[..., Any],
-        known: truths.Known,
-        dense: truths.Dense | None,
+        checked: oracle.Checked,
+        reference_time: oracle.ReferenceTime | None,
         outcome: Outcome,
     ) -> None:
-        if row.kind == YARDSTICK:
+        if row.kind == PROXY:
             return
-        if row.label in ("reference", "compiled") and dense and dense.call > self._longest(row):
+        dense = row.label in ("reference", "compiled")
+        if dense and reference_time and reference_time.call > self._longest(row):
             outcome.status = SKIPPED
-            outcome.reason = f"would take about {dense.call:.2g} s a call"
+            outcome.reason = f"would take about {reference_time.call:.2g} s a call"
             return
         compiled = row.label == "compiled"
         if row.label in TUNED and self.tuning[row.label] > self.preset.compile_seconds:
             outcome.status, outcome.reason = SKIPPED, "the preset's compile time is spent"
             return
-        if known.note:
-            outcome.facts["checked"] = known.note
-        work = check.Pass(row.group.info, function, known.inputs, known.upstream)
+        if checked.note:
+            outcome.facts["checked"] = checked.note
+        work = check.Workload(row.group.info, function, checked.inputs, checked.upstream)
         slack = 1.0 if row.kind == OURS else check.BASELINE_SLACK
         start = time.monotonic()
         try:
             # Dynamo guards on the setting that poisons: a compiled row would be compiled twice.
             with contextlib.nullcontext() if compiled else check.poisoned_memory():
                 found = work.tensors()
-                wrong = known.truth.compare(found, slack)
+                wrong = checked.expected.compare(found, slack)
         except NotImplementedError as error:
             outcome.status, outcome.reason = SKIPPED, _first_line(error)
         except torch.OutOfMemoryError:
@@ -189,7 +191,7 @@ class Meter:
             if wrong:
                 outcome.status, outcome.reason = WRONG, wrong
             else:
-                outcome.facts["error"] = known.truth.accuracy(found)
+                outcome.facts["error"] = checked.expected.accuracy(found)
         if row.label in TUNED:
             self.tuning[row.label] += time.monotonic() - start
 
@@ -197,7 +199,7 @@ class Meter:
         """Seconds that one call may take. Compiled code may be a few times faster than eager."""
         return self.preset.call_seconds * (3 if row.label == "compiled" else 1)
 
-    def _try(self, row: Row, work: check.Pass, outcome: Outcome) -> None:
+    def _try(self, row: Row, work: check.Workload, outcome: Outcome) -> None:
         """Whether a row that was not checked at the full size runs there at all."""
         try:
             work.call()
@@ -211,7 +213,7 @@ class Meter:
 
     def _as_graphs(
         self,
-        passes: dict[str, check.Pass],
+        passes: dict[str, check.Workload],
         outcomes: Outcomes,
         mode: str,
         device: torch.device,
@@ -220,7 +222,7 @@ class Meter:
         replays = {}
         for label, work in passes.items():
             facts = outcomes[label, mode].facts
-            if isinstance(work, check.Yardstick):
+            if isinstance(work, check.ProxyWorkload):
                 continue
             if statistics.median(outcomes[label, mode].samples.values()) > GRAPH_BELOW:
                 continue
@@ -266,7 +268,7 @@ def _fail(outcome: Outcome, reason: str) -> None:
     outcome.status, outcome.reason, outcome.samples = FAILED, reason, {}
 
 
-def _make(group: Group, mode: str, case: Case) -> tuple[Inputs, check.Tensors | None]:
+def make(group: Group, mode: str, case: Case) -> tuple[Inputs, check.Tensors | None]:
     """The inputs of the case, and for a step the upstream gradients."""
     # On the device itself: billions of random weights take minutes on one core.
     generator = torch.Generator(group.device).manual_seed(_seed(group))

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks import growth_plots, results, training_plots
+from benchmarks import growth_plots, results
 from benchmarks.figure import (
     COLOURS,
     MANY_COLOURS,
@@ -33,22 +33,12 @@ MANY = 6  # shapes, from which on bars would be too many
 
 def draw(found: Results, folder: Path) -> list[str]:
     """Writes every image there is data for; their names."""
-    names = draw_whole(found, folder, "png")
-    return names + [n for op in results.ops(found) if (n := _speedups(found, op, folder))]
-
-
-def draw_whole(found: Results, folder: Path, suffix: str) -> list[str]:
-    """The images of the whole run, and not of single ops."""
     names = [
-        _overview(found, folder / f"overview.{suffix}"),
-        _roofline(found, folder / f"roofline.{suffix}"),
-        *growth_plots.draw(found, folder, suffix),
+        overview(found, folder / "overview.png"),
+        _roofline(found, folder / "roofline.png"),
+        *growth_plots.draw(found, folder, "png"),
+        *(_speedups(found, op, folder) for op in results.ops(found)),
     ]
-    if found["text"]:
-        names.append(training_plots.curves(found["text"], folder / f"text-curves.{suffix}"))
-        names.append(training_plots.steps(found["text"], folder / f"text-steps.{suffix}"))
-    if found["images"]:
-        names.append(training_plots.accuracies(found["images"], folder / f"images.{suffix}"))
     return [name for name in names if name]
 
 
@@ -61,11 +51,11 @@ def _gains(found: Results, op: str, mode: str) -> list[tuple[str, Gains]]:
             names = [r["impl"] for r in group if r["kind"] == BASELINE]
             gains = {name: gain for name in names if (gain := results.speedup(ours, name))}
             if gains:
-                shown.append((f"{shape.split('/')[0]}\n({ours['impl']})", gains))
+                shown.append((f"{shape}\n({ours['impl']})", gains))
     return shown
 
 
-def _overview(found: Results, path: Path) -> str:
+def overview(found: Results, path: Path) -> str:
     """A line per op, a mark per baseline: the geometric mean over shapes, forward and step."""
     lines = {
         mode: {op: _mean(gains) for op in results.ops(found) if (gains := _gains(found, op, mode))}

@@ -66,7 +66,7 @@ class Preset:
     `compile_seconds`: after it nothing more is compiled or tuned, each baseline for itself.
     `case_seconds`: a shape whose step would take longer at the machine's matmul rate is left out.
     `call_seconds`: a reference that would take longer is left out. `check_seconds`: where it would
-    take longer to check with, something else stands in for it.
+    take longer to check with, the oracle does where the op names one.
     """
 
     name: str
@@ -96,7 +96,7 @@ PRESETS = {
             sweeps="quick_sweeps",
             mode_seconds=0.7,
             min_rounds=5,
-            ops_seconds=145,
+            ops_seconds=230,
             sweep_mode_seconds=0.15,
             sweep_seconds=20,
             compile_seconds=60,
@@ -178,9 +178,10 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU, fp32 on a CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """The dtype of every shape, and the one of an op's first shape alone: fp32, on a GPU bf16."""
+    both = torch.float32, torch.bfloat16
+    return both[::-1] if device.type == "cuda" else both
 
 
 def dtype_name(dtype: torch.dtype) -> str:

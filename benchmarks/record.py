@@ -35,12 +35,13 @@ class Record:
             file.write(_line(_row(outcome)))
 
     def _head(self) -> dict[str, Any]:
-        dtype = presets.default_dtype(self._device)
-        best = dataclasses.asdict(ceilings.measure(self._device, dtype))
         return {
             "preset": self._preset,
             "environment": environment.describe(self._device),
-            "ceilings": {presets.dtype_name(dtype): best},
+            "ceilings": {
+                presets.dtype_name(dtype): dataclasses.asdict(ceilings.measure(self._device, dtype))
+                for dtype in presets.dtypes(self._device)
+            },
         }
 
 

@@ -1,81 +1,44 @@
 """Writes the report folder and prints the summary table.
 
-`python -m benchmarks.report --ops ops.jsonl --text text.json --images images.json
---finetune finetune.json --out FOLDER` joins existing files.
+`python -m benchmarks.report RUN --out FOLDER` does so for a stored run.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import json
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import environment, goals, markdown, plots, results, scaling, terminal
-from benchmarks.end_to_end import finetune, images
-from benchmarks.end_to_end.verdict import verdict
+from benchmarks import folders, markdown, plots, results, scaling, terminal
 from benchmarks.formats import gain, percent, seconds
 from benchmarks.results import Results
 from benchmarks.rows import MODES, OURS
 from benchmarks.spread import Ratio
 
-REPORTS = Path(__file__).parent / "reports"
-SAVED = Path(__file__).parent / "results"
-
 
 def write(found: Results, out: Path | None) -> Path:
-    """Fills the folder; without `out` it is reports/<date>-<commit>, with `latest` beside it."""
-    folder = out or REPORTS / environment.run_slug(found["environment"])
-    folder.mkdir(parents=True, exist_ok=True)
-    results.save(found, folder)
+    """Fills the folder with the report, its images, the rows as CSV and the data."""
+    folder = folders.for_report(found, out)
+    (folder / "results.json").write_text(folders.dump(found))
+    results.table(found, folder / "results.csv")
     (folder / "report.md").write_text(markdown.report(found, plots.draw(found, folder)))
-    if out is None:
-        _point_latest(folder)
     return folder
 
 
-def save_results(found: Results, into: Path) -> Path:
-    """Copies the results to <into>/<machine>/<date>-<commit>.json, to be committed."""
-    facts = found["environment"]
-    folder = into / environment.machine_slug(facts)
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{environment.run_slug(facts)}.json"
-    results.save(found, folder)
-    (folder / "results.json").replace(target)
-    (folder / "results.csv").unlink()
-    return target
-
-
 def show(found: Results, console: Console) -> None:
-    """The summary on the terminal: the fastest of ours against each baseline, goals, growth."""
+    """The summary on the terminal: the fastest of ours against each baseline, and growth."""
     if found["rows"]:
         console.print(_speedups(found))
         console.print(
             "Times are this machine's; the ratios were measured side by side in this run, and "
             "± is half of the interval that holds the median nine times in ten."
         )
-    if standings := goals.standings(found):
-        console.print(_goals(standings))
     growth = _growth(found)
     if growth.row_count:
         console.print(growth)
-    if text := found["text"]:
-        for run in text["runs"]:
-            console.print(
-                f"text, {text['labels'][run['variant']]}, seed {run['seed']}: {run['final']:.4f} "
-                f"validation bits per byte after {text['steps']} steps, {run['swapped']:.4f} with "
-                "swapped words"
-            )
-        for line in verdict(text):
-            console.print(line)
-    if found["images"]:
-        for line in images.verdict(found["images"]):
-            console.print(f"images, {line}")
-    if found["finetune"]:
-        for line in finetune.verdict(found["finetune"]):
-            console.print(f"finetune, {line}")
 
 
 def _speedups(found: Results) -> Table:
@@ -90,7 +53,7 @@ def _speedups(found: Results) -> Table:
         for shape in results.shapes(found, op, MODES[0]):
             for mode in MODES:
                 if group := results.members(found, op, mode, shape):
-                    name = shape.split("/")[0] if mode == MODES[0] else ""
+                    name = shape if mode == MODES[0] else ""
                     table.add_row(name, mode, *_summary(group, names))
     return table
 
@@ -117,18 +80,6 @@ def _coloured(found: Ratio | None) -> str:
     return f"[{colour}]{gain(found)}[/{colour}]"
 
 
-def _goals(standings: list[goals.Standing]) -> Table:
-    table = Table(title="Goals")
-    for column in goals.COLUMNS:
-        table.add_column(column, overflow="fold")
-    colours = {goals.MET: "green", goals.MISSED: "red"}
-    for standing in standings:
-        *shown, status = standing.cells(worst=False)
-        colour = colours.get(status, "yellow")
-        table.add_row(*shown, f"[{colour}]{status}[/{colour}]")
-    return table
-
-
 def _growth(found: Results) -> Table:
     table = Table(title="Growth: the exponent b of time ~ size^b")
     for column in ("op", "size", "pass"):
@@ -145,30 +96,14 @@ def _growth(found: Results) -> Table:
     return table
 
 
-def _point_latest(folder: Path) -> None:
-    latest = folder.parent / "latest"
-    if latest.is_symlink() or latest.is_file():
-        latest.unlink()
-    elif latest.is_dir():
-        shutil.rmtree(latest)
-    try:
-        latest.symlink_to(folder.name, target_is_directory=True)
-    except OSError:
-        shutil.copytree(folder, latest)
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ops", type=Path, help="the ops' rows")
-    parser.add_argument("--text", type=Path, help="the text run's JSON")
-    parser.add_argument("--images", type=Path, help="the images run's JSON")
-    parser.add_argument("--finetune", type=Path, help="the fine-tune's JSON")
+    parser.add_argument("run", type=Path, help="a run's JSON, or the rows of one that was cut")
     parser.add_argument("--out", type=Path, help="the report folder")
     options = parser.parse_args()
-    found = results.collect(options.ops, options.text, options.images, options.finetune)
-    if not found["environment"]:
-        parser.error("give --ops, --text, --images or --finetune, an existing file")
+    rows = options.run.suffix == ".jsonl"
+    found = results.read(options.run) if rows else json.loads(options.run.read_text())
     console = terminal.console()
     show(found, console)
     console.print(f"report: {write(found, options.out) / 'report.md'}")

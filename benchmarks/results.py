@@ -1,14 +1,13 @@
-"""Joins what the ops' and the training runs wrote into one set of results."""
+"""The results of a run of the ops, and how they are asked for."""
 
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.rows import BASELINE, BASELINES, OURS, YARDSTICK
+from benchmarks.rows import BASELINE, BASELINES, OURS, PROXY
 from benchmarks.spread import Ratio
 
 COLUMNS = (
@@ -22,28 +21,20 @@ Row = dict[str, Any]
 Results = dict[str, Any]
 
 
-def collect(
-    ops: Path | None, text: Path | None, images: Path | None, finetune: Path | None
-) -> Results:
-    """One dictionary: environment, preset, ceilings, rows, sweeps, each training run or None."""
-    results: Results = {"preset": None, "environment": {}, "ceilings": {}, "rows": [], "sweeps": []}
-    for part, path in (("text", text), ("images", images), ("finetune", finetune)):
-        results[part] = json.loads(path.read_text()) if path and path.exists() else None
-        if results[part]:
-            results["environment"] = results[part]["environment"]
-    if ops and ops.exists():
-        head, every = record.read(ops)
-        results |= head
-        results["rows"] = [row for row in every if not row["sweep"]]
-        results["sweeps"] = [row for row in every if row["sweep"]]
-    return results
+def read(file: Path) -> Results:
+    """One dictionary of the rows that a run wrote: environment, preset, ceilings, rows, sweeps."""
+    head, every = record.read(file)
+    return {
+        **head,
+        "rows": [row for row in every if not row["sweep"]],
+        "sweeps": [row for row in every if row["sweep"]],
+    }
 
 
-def save(results: Results, folder: Path) -> None:
-    """Writes results.json and results.csv."""
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    with (folder / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+def table(results: Results, file: Path) -> None:
+    """Writes all rows as CSV."""
+    with file.open("w", newline="") as target:
+        writer = csv.DictWriter(target, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(results["rows"] + results["sweeps"])
 
@@ -60,14 +51,14 @@ def shapes(results: Results, op: str, mode: str) -> list[str]:
 
 
 def members(results: Results, op: str, mode: str, shape: str) -> list[Row]:
-    """The rows side by side: ours first, the baselines in their fixed order, the yardsticks."""
+    """The rows side by side: ours first, the baselines in their fixed order, the proxies."""
     rows = [
         r
         for r in results["rows"]
         if (r["op"], r["mode"], f"{r['shape']}/{r['dtype']}") == (op, mode, shape)
     ]
     place = {name: index for index, name in enumerate(BASELINES)}
-    kinds = (OURS, BASELINE, YARDSTICK)
+    kinds = (OURS, BASELINE, PROXY)
     return sorted(rows, key=lambda r: (kinds.index(r["kind"]), place.get(r["impl"], len(place))))
 
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks.presets import Preset, dtype_name
 from molex_kernels.testing.opinfo import Case, OpInfo
 
-OURS, BASELINE, YARDSTICK = "ours", "baseline", "yardstick"
+OURS, BASELINE, PROXY = "ours", "baseline", "proxy"
 BASELINES = ("published", "reference", "compiled", "library")
 MODES = ("forward", "step")
 
@@ -63,11 +63,11 @@ class Group:
             known = name in ("reference", "compiled") or name in self.info.baselines
             if known and name not in ours:
                 yield name, BASELINE
-        yield from ((name, YARDSTICK) for name in self.info.yardsticks)
+        yield from ((name, PROXY) for name in self.info.proxies)
 
     def function(self, label: str) -> Callable[..., Any]:
         """What the row calls, with the op's keyword arguments."""
-        for other in (self.info.baselines, self.info.yardsticks):
+        for other in (self.info.baselines, self.info.proxies):
             if label in other:
                 return other[label]
         if label == "compiled":
@@ -94,42 +94,39 @@ def groups(
     ops: dict[str, OpInfo],
     preset: Preset,
     device: torch.device,
-    dtype: torch.dtype,
-    wanted: Callable[[str, str], bool] = lambda op, shape: False,
+    dtypes: tuple[torch.dtype, ...],
 ) -> list[Group]:
-    """Every op's first shape, then every op's second, ...: a time limit cuts all ops alike.
+    """Every op's first shape in each dtype, then every op's second in the first dtype, ...
 
-    Of first shapes, of second ones, ..., those that are `wanted` come first, then those of ops that
-    have kernels of their own for this device. The sweeps follow in the same way, so that a time
-    limit cuts the largest sizes of all.
+    So a time limit cuts all ops alike. Of first shapes, of second ones, ..., those of ops that have
+    kernels of their own for this device come first. The sweeps follow in the same way.
     """
 
     def has_kernels(name: str) -> bool:
         found = ops[name].implementations
         return any(device.type in DEVICES.get(implementation, ()) for implementation in found)
 
+    def shapes(name: str) -> list[Group]:
+        first, *others = getattr(ops[name], preset.cases)
+        main = dtypes[0]
+        return [
+            *(Group(ops[name], first, dtype, device) for dtype in dtypes),
+            *(Group(ops[name], case, main, device) for case in others),
+        ]
+
     names = sorted(ops, key=lambda name: not has_kernels(name))
-    shapes = _by_rank(
-        (
-            [Group(ops[name], case, dtype, device) for case in getattr(ops[name], preset.cases)]
-            for name in names
-        ),
-        lambda group: wanted(group.info.name, group.case.id),
-    )
-    sweeps = _by_rank(
-        [Group(ops[name], case, dtype, device, sweep.letter) for case in sweep.cases]
+    sweeps = (
+        [Group(ops[name], case, dtypes[0], device, sweep.letter) for case in sweep.cases]
         for name in names
         for sweep in getattr(ops[name], preset.sweeps)
     )
-    return shapes + sweeps
+    return [*_by_rank(map(shapes, names)), *_by_rank(sweeps)]
 
 
-def _by_rank(
-    series: Iterable[list[Group]], wanted: Callable[[Group], bool] = lambda group: False
-) -> list[Group]:
-    """The first of every series, then the second of every series, ...; of each the wanted first."""
-    ranks = ([g for g in rank if g is not None] for rank in itertools.zip_longest(*series))
-    return [group for rank in ranks for group in sorted(rank, key=lambda g: not wanted(g))]
+def _by_rank(series: Iterable[list[Group]]) -> Iterator[Group]:
+    """The first of every series, then the second of every series, ..."""
+    for rank in itertools.zip_longest(*series):
+        yield from (group for group in rank if group is not None)
 
 
 def rows(group: Group) -> list[Row]:

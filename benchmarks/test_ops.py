@@ -1,42 +1,47 @@
-"""Every op of OPS: each implementation beside its baselines, forward and step.
+"""`pytest benchmarks --benchmark-enable`: every op as pytest-benchmark measures it.
 
-`pytest benchmarks --benchmark-enable --preset quick`; without `--benchmark-enable` the results are
-checked and nothing is timed. The group is measured at its first row, all rows side by side; each
-test then hands its row's samples to pytest-benchmark.
+The first shape of each op, forward and step; ours beside the baselines, a group for each shape.
+Choose with `-k`; `--benchmark-compare`, `--benchmark-autosave` and the like work as ever. Each row
+is timed by itself: for ratios, `python -m benchmarks` measures them in turn.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.measure import FAILED, SKIPPED, WRONG, Outcome
-from benchmarks.rows import OURS, Row
+from benchmarks import measure, presets, rows
+from benchmarks.check import ProxyWorkload, Workload
+from benchmarks.rows import PROXY, Row
+from molex_kernels.testing import load_ops
 
-_readings: deque[float] = deque()
-
-
-def recorded_time() -> float:
-    """The timer that pytest-benchmark reads: start and end of the next sample already taken."""
-    return _readings.popleft()
+DEVICE = presets.default_device()
+PRESET = presets.PRESETS["gpu" if DEVICE.type == "cuda" else "quick"]
 
 
-@pytest.mark.benchmark(timer=recorded_time)
-def test_op(row: Row, measured: Callable[[Row], Outcome], request: pytest.FixtureRequest) -> None:
-    outcome = measured(row)
-    if outcome.status == SKIPPED:
-        pytest.skip(outcome.reason)
-    if outcome.status == FAILED or (outcome.status == WRONG and row.kind == OURS):
-        pytest.fail(f"{row.name}: {outcome.status}: {outcome.reason}")
-    if outcome.status == WRONG:
-        pytest.skip(f"wrong, so not timed: {outcome.reason}")
-    if not outcome.samples:
-        return
-    benchmark = request.getfixturevalue("benchmark")
-    benchmark.group, benchmark.name = row.group.name, row.name
-    benchmark.extra_info.update(outcome.facts)
-    _readings.clear()
-    _readings.extend(reading for sample in outcome.samples.values() for reading in (0.0, sample))
-    benchmark.pedantic(lambda: None, rounds=len(outcome.samples))
+def _rows() -> list[Row]:
+    every = rows.groups(load_ops(), PRESET, DEVICE, presets.dtypes(DEVICE))
+    first = {(group.info.name, group.dtype): group for group in reversed(every) if not group.sweep}
+    return [row for group in first.values() for row in rows.rows(group)]
+
+
+@pytest.mark.parametrize("row", _rows(), ids=lambda row: row.name)
+def test_op(row: Row, benchmark: Any) -> None:
+    benchmark.group = f"{row.group.name} {row.mode}"
+    inputs, upstream = measure.make(row.group, row.mode, row.group.case)
+    workload = ProxyWorkload if row.kind == PROXY else Workload
+    work = workload(row.group.info, row.group.function(row.label), inputs, upstream)
+
+    def call() -> None:
+        work.call()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    with torch.set_grad_enabled(row.mode == "step"):
+        try:
+            call()
+        except NotImplementedError as error:
+            pytest.skip(str(error))
+        benchmark(call)

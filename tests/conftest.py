@@ -18,9 +18,14 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 
+from molex_kernels._backends import CUDA
+from molex_kernels._dtypes import KERNEL_DTYPES
+from molex_kernels.testing import budget
+
 # xdist's workers inherit the environment, so that all of them draw from the one printed seed.
 SEED = int(os.environ.setdefault("MOLEX_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EMULATED = "emulate.plugin" in os.environ.get("PYTEST_PLUGINS", "")
 NEED_A_GPU = ("gpu", "sanitizer")  # marks
 
 if os.environ.get("CI"):
@@ -36,6 +41,30 @@ def pytest_configure(config: pytest.Config) -> None:
     asked = config.getoption("markexpr")
     if DEVICE.type == "cpu" and asked in NEED_A_GPU:
         raise pytest.UsageError(f"-m {asked}: there is no CUDA device, and every test would skip")
+
+
+def runs_here(impl: str) -> bool:
+    """Whether the implementation runs on the device of the tests."""
+    if DEVICE.type == "cuda":
+        return impl != "cpu" and (impl != "cuda" or CUDA.why_not() is None)
+    return impl != "cuda"
+
+
+def dtypes_of(impl: str) -> tuple[torch.dtype, ...]:
+    """The dtypes in which the implementation is tested here."""
+    if impl == "triton" and DEVICE.type == "cpu":
+        return (torch.float32, torch.float16)  # the interpreter gets bf16 wrong
+    return KERNEL_DTYPES
+
+
+def is_slow(impl: str) -> bool:
+    """Whether the implementation is interpreted or emulated here."""
+    return impl == "triton" and (DEVICE.type == "cpu" or EMULATED)
+
+
+def calls_of(impl: str) -> int:
+    """How many draws within the budget call the implementation."""
+    return budget.SLOW_DRAWS if is_slow(impl) else budget.DRAWS
 
 
 def also_for_a_gpu(test: Callable[..., None]) -> Callable[..., None]:
@@ -62,9 +91,15 @@ def _poisoned_memory():
 
 
 @pytest.fixture
-def generator(request: pytest.FixtureRequest) -> torch.Generator:
-    """A generator that differs from test to test and from run to run, and repeats with the seed."""
-    return torch.Generator().manual_seed(SEED ^ (hash_of(request.node.nodeid) & 0x7FFFFFFF))
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed that differs from test to test and from run to run, and repeats with the printed."""
+    return SEED ^ (hash_of(request.node.nodeid) & 0x7FFFFFFF)
+
+
+@pytest.fixture
+def generator(seed: int) -> torch.Generator:
+    """A generator from the test's own seed."""
+    return torch.Generator().manual_seed(seed)
 
 
 def hash_of(text: str) -> int:

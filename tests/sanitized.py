@@ -12,7 +12,7 @@ import torch
 from conftest import DEVICE
 
 from molex_kernels.testing import load_ops
-from molex_kernels.testing.contract import run, upstream_for
+from molex_kernels.testing.calls import run, upstream_for
 from molex_kernels.testing.opinfo import Case
 
 # Forms of a kernel that no small case reaches: a head that a cluster of blocks holds, and one that

@@ -1,41 +1,55 @@
-"""The error budget itself: what is wrong fails, what is unlucky does not."""
+"""The error budget itself: what is wrong fails, what is unlucky does not, nothing is left out."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
 
-from molex_kernels.testing.budget import DRAWS, Errors, judge, within_budget
+from molex_kernels.testing import budget
+from molex_kernels.testing.budget import DRAWS, ENOUGH, MOST_DRAWS, Errors, judge, within_budget
 
 
-def _draws(*ours: float, reference: float = 1.0):
+def _draws(*ours: float, reference: float = 1.0, elements: int = ENOUGH):
     """Draws in turn, each of one tensor whose values are of size 1 / eps."""
     remaining = iter(ours)
-    return lambda: {"y": Errors(next(remaining), reference, 1.0)}
-
-
-def test_inside_the_budget_one_draw_is_enough():
-    judge(_draws(4.0))
-
-
-def test_an_unlucky_draw_is_judged_with_others():
-    lucky = iter([0.0, *(3.0,) * (DRAWS - 1)])  # the reference was lucky in the first
-    judge(lambda: {"y": Errors(5.0, next(lucky), 1.0)})
-
-
-def test_a_badly_conditioned_draw_is_judged_by_others():
-    judge(_draws(5.0, *(0.0,) * (DRAWS - 1), *(4.0,) * DRAWS))
+    return lambda: {"y": Errors(next(remaining), reference, 1.0, elements)}
 
 
 @pytest.mark.parametrize(
-    "ours",
-    [
-        (5.0,) * 2 * DRAWS,
-        (5.0, *(0.0,) * (2 * DRAWS - 2), 5.0),
-        (7.0, *(0.0,) * (DRAWS - 1)),  # grossly
-    ],
+    ("elements", "draws"), [(0, 3), (1, 24), (42, 24), (50, 21), (342, 3), (10**6, 3)]
 )
-def test_what_is_outside_in_all_draws_together_fails(ours):
+def test_the_number_of_draws_is_a_matter_of_elements(elements: int, draws: int):
+    for ours in (0.0, 4.0):
+        left = iter(range(draws))
+        judge(lambda ours=ours, left=left: {"y": Errors(ours + 0 * next(left), 1.0, 1.0, elements)})
+        assert not [*left]
+
+
+def test_the_smallest_tensor_decides():
+    both = {"x": Errors(0.0, 0.0, 1.0, 1000), "y": Errors(0.0, 0.0, 1.0, 100)}
+    assert budget.draws_for(both) == 11
+    assert budget.draws_for({**both, "empty": Errors(0.0, 0.0, 0.0, 0)}) == 11
+
+
+def test_an_unlucky_draw_is_judged_with_the_others():
+    lucky = iter([0.0, *(3.0,) * DRAWS])  # the reference was lucky in the first
+    judge(lambda: {"y": Errors(5.0, next(lucky), 1.0)})
+
+
+def test_of_few_elements_the_reference_is_drawn_more_often():
+    alone = iter((9.0,) * MOST_DRAWS)
+    judge(
+        _draws(15.0, 0.0, elements=1),
+        reference_alone=lambda: {"y": Errors(0.0, next(alone), 1.0, 1)},
+        calls=2,
+    )
+    assert len([*alone]) == 2
+
+
+@pytest.mark.parametrize("ours", [(5.0, 0.0, 0.0), (0.0, 0.0, 5.0)])
+def test_no_draw_is_left_out(ours):
     with pytest.raises(AssertionError, match=r"y: error \d > 4 \(reference's own 1\)"):
         judge(_draws(*ours))
 
@@ -47,13 +61,33 @@ def test_what_has_to_be_exact_is():
 
 
 def test_elements_count_by_the_largest_error():
-    truth = torch.tensor([1.0, -4.0], dtype=torch.float64)
+    expected = torch.tensor([1.0, -4.0], dtype=torch.float64)
     eps = torch.finfo(torch.float32).eps
-    exact = truth.float()
-    within_budget("y", (truth + 7 * eps).float(), truth, exact, torch.float32)
+    exact = expected.float()
+    within_budget("y", (expected + 7 * eps).float(), expected, exact, torch.float32)
     with pytest.raises(AssertionError, match="y: error"):
-        within_budget("y", (truth + 13 * eps).float(), truth, exact, torch.float32)
+        within_budget("y", (expected + 13 * eps).float(), expected, exact, torch.float32)
     with pytest.raises(AssertionError, match="not finite"):
-        within_budget("y", exact / torch.tensor([1, 0]), truth, exact, torch.float32)
+        within_budget("y", exact / torch.tensor([1, 0]), expected, exact, torch.float32)
     with pytest.raises(AssertionError, match="y: shape"):
-        within_budget("y", exact[:1], truth, exact, torch.float32)
+        within_budget("y", exact[:1], expected, exact, torch.float32)
+
+
+def test_a_draw_of_large_values_does_not_speak_for_all():
+    small, large = (torch.full((ENOUGH,), size, dtype=torch.float64) for size in (1.0, 1e6))
+    measured = partial(budget.measure, "y", dtype=torch.float32)
+    off = measured(small * 1.001, small, small.float())
+    with pytest.raises(AssertionError, match="y: error"):
+        budget.check({"y": off | measured(large, large, large.float() * 1.0001)})
+
+
+def test_norms_are_over_all_draws_together():
+    expected = torch.full((8,), 2.0, dtype=torch.float64)
+    draws = [
+        budget.measure("y", expected + ours, expected, expected + reference, torch.float32)
+        for ours, reference in ((0.3, 0.1), (0.1, 0.3))
+    ]
+    both = draws[0] | draws[1]
+    assert both.norms == pytest.approx(((0.05) ** 0.5 / 2,) * 2)
+    assert both.norm_ratio == pytest.approx(1)
+    assert draws[0].norm_ratio == pytest.approx(3)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from benchmarks import cuda_graph
 from molex_kernels._backends import CUDA
 from molex_kernels.testing import load_ops
-from molex_kernels.testing.contract import run, upstream_for
+from molex_kernels.testing.calls import run, upstream_for
 from molex_kernels.testing.opinfo import Case, OpInfo
 
 pytestmark = pytest.mark.gpu

@@ -1,13 +1,43 @@
 """What tests and benchmarks share: the ops' cases and baselines, the error budget, the contract.
 
-Nothing else in the package imports it. `OPS` is the one list of the ops, by name.
+Nothing else in the package imports it. To hold an op of your own to the contract, describe it as an
+`OpInfo`, whose function takes `impl="reference"` and the names of your implementations, and call
+the checks:
+
+    for case in info.tests:
+        check_budget(info, case, torch.bfloat16, "mine", "cuda", seed=0)
+
+`OPS` is the one list of this package's ops, by name.
 """
 
 from __future__ import annotations
 
 import importlib
 
-from molex_kernels.testing.opinfo import OpInfo
+from molex_kernels.testing.contract import (
+    check_budget,
+    check_misaligned,
+    check_opcheck,
+    check_reference_gradients,
+    check_strided,
+    check_traces,
+)
+from molex_kernels.testing.opinfo import Case, Cost, Draw, OpInfo, Sweep
+
+__all__ = [
+    "Case",
+    "Cost",
+    "Draw",
+    "OpInfo",
+    "Sweep",
+    "check_budget",
+    "check_misaligned",
+    "check_opcheck",
+    "check_reference_gradients",
+    "check_strided",
+    "check_traces",
+    "load_ops",
+]
 
 _FOLDERS = ("routing", "dispatch", "momentum", "merging", "layer_mixing", "rpc_attention")
 

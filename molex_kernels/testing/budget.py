@@ -1,9 +1,13 @@
 """The one error budget.
 
 `err(kernel, fp64) <= 2 * (err(reference in the same dtype, fp64) + eps * max|fp64|)`, and finite
-wherever the fp64 result is. The errors are maxima over a tensor's elements, and `judge` takes them
-over several draws of the inputs where one draw leaves doubt: of a handful of numbers, such as the
-gradient of a scalar, the reference's own error is a matter of luck.
+wherever the fp64 result is. The errors are maxima over a tensor's elements and over several draws
+of the inputs together, each divided by its own max|fp64|, so that no draw of large values speaks
+for all. Of a handful of numbers, such as the gradient of a scalar, a few draws leave the
+reference's own error to luck: it is drawn more often. How often depends on the shapes alone, and
+every draw counts.
+
+A second figure is the norm of the error over that of the fp64 result, over all draws together.
 """
 
 from __future__ import annotations
@@ -15,8 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DRAWS = 8
-GROSS = 1.5
+SLACK = 2.0
+DRAWS = 3
+SLOW_DRAWS = 2  # of a kernel that is interpreted or emulated
+ENOUGH = 1024  # elements: of a smaller tensor the reference is drawn until it has had as many
+MOST_DRAWS = 24
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -27,83 +34,136 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 
 def largest(expected: Tensor) -> float:
+    """The largest absolute value; 0 of no elements."""
     return expected.abs().max().item() if expected.numel() else 0.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Errors:
-    """Of one tensor: ours, the reference's, and the largest value times eps."""
+    """Errors of one tensor, over one draw or over several.
+
+    Attributes:
+        ours: Largest error of the implementation under test, as a share of the largest value.
+        reference: The same of the reference in the same dtype.
+        rounding: The dtype's eps; 0 where all values are 0.
+        elements: Elements of the tensor in one draw.
+        squares: Sums over all elements of the squared error of ours, of the reference's, and of the
+            squared fp64 values.
+    """
 
     ours: float
     reference: float
     rounding: float
+    elements: int = ENOUGH
+    squares: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     @property
     def allowed(self) -> float:
-        return 2 * (self.reference + self.rounding)
+        """The budget for the largest error."""
+        return SLACK * (self.reference + self.rounding)
+
+    @property
+    def norms(self) -> tuple[float, float]:
+        """The norm of the error over the fp64 norm: ours, the reference's."""
+        ours, reference, whole = map(math.sqrt, self.squares)
+        return (ours / whole, reference / whole) if whole else (ours, reference)
+
+    @property
+    def norm_ratio(self) -> float:
+        """The norm of our error over that of the reference's."""
+        ours, reference, _ = self.squares
+        if reference:
+            return math.sqrt(ours / reference)
+        return math.inf if ours else 1.0
 
     def __or__(self, other: Errors) -> Errors:
-        """Of both tensors."""
+        """The errors of both draws together."""
         return Errors(
             max(self.ours, other.ours),
             max(self.reference, other.reference),
             max(self.rounding, other.rounding),
+            self.elements,
+            tuple(map(sum, zip(self.squares, other.squares, strict=True))),  # type: ignore[arg-type]
         )
 
 
 def measure(
     name: str, actual: Tensor, expected: Tensor, reference: Tensor, dtype: torch.dtype
 ) -> Errors:
-    """`expected` is fp64, `reference` in `dtype`. Fails if `actual` is not finite where it is."""
+    """Measures one tensor of one draw.
+
+    Args:
+        name: What to call it in a message.
+        actual: The implementation's result.
+        expected: The fp64 result.
+        reference: The reference's result in `dtype`.
+        dtype: The dtype under test.
+
+    Raises:
+        AssertionError: if the shapes differ, or `actual` is not finite where `expected` is.
+    """
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, not {expected.shape}"
     assert torch.isfinite(actual).equal(torch.isfinite(expected)), f"{name}: not finite"
-    rounding = torch.finfo(dtype).eps * largest(expected)
-    return Errors(error(actual, expected), error(reference, expected), rounding)
+    whole = largest(expected)
+    squares = tuple(
+        t.double().square().sum().item()
+        for t in (actual.double() - expected, reference.double() - expected, expected)
+    )
+    return Errors(
+        error(actual, expected) / (whole or 1.0),
+        error(reference, expected) / (whole or 1.0),
+        torch.finfo(dtype).eps if whole else 0.0,
+        expected.numel(),
+        squares,  # type: ignore[arg-type]
+    )
 
 
 def within_budget(
     name: str, actual: Tensor, expected: Tensor, reference: Tensor, dtype: torch.dtype
 ) -> None:
-    """Fails unless `actual` is inside the budget."""
-    _check({name: measure(name, actual, expected, reference, dtype)})
+    """Fails unless `actual`, of a single draw, is inside the budget; arguments as `measure`."""
+    check({name: measure(name, actual, expected, reference, dtype)})
 
 
-def judge(draw: Callable[[], dict[str, Errors]]) -> None:
-    """Fails unless what `draw` measures is inside the budget, once or over `DRAWS` draws.
+Draw = Callable[[], dict[str, Errors]]
 
-    Less than `GROSS` outside, another `DRAWS` decide: one draw in hundreds is conditioned so badly
-    that its error stands alone. What is wrong by construction is outside again.
+
+def judge(draw: Draw, *, reference_alone: Draw | None = None, calls: int = DRAWS) -> None:
+    """Fails unless all draws together are inside the budget; arguments as `collect`."""
+    check(collect(draw, reference_alone=reference_alone, calls=calls))
+
+
+def collect(
+    draw: Draw, *, reference_alone: Draw | None = None, calls: int = DRAWS
+) -> dict[str, Errors]:
+    """Draws as often as the tensors need.
+
+    Args:
+        draw: Makes fresh inputs and measures every tensor that comes out.
+        reference_alone: The same with no error of ours. Default: `draw`.
+        calls: How many draws measure the implementation; the others, the reference alone.
+
+    Returns:
+        The errors of all draws together, by name.
     """
     errors = draw()
-    if _excess(errors) > 1:
-        errors = _together(draw, DRAWS - 1, errors)
-    if 1 < _excess(errors) < GROSS:
-        errors = _together(draw, DRAWS - 1, draw())
-    _check(errors)
-
-
-def _excess(errors: dict[str, Errors]) -> float:
-    """The largest error as a share of what is allowed."""
-    return max((_share(e) for e in errors.values()), default=0.0)
-
-
-def _share(e: Errors) -> float:
-    if e.allowed:
-        return e.ours / e.allowed
-    return math.inf if e.ours else 0.0
-
-
-def _together(
-    draw: Callable[[], dict[str, Errors]], count: int, errors: dict[str, Errors]
-) -> dict[str, Errors]:
-    for _ in range(count):
-        more = draw()
+    for index in range(1, draws_for(errors)):
+        more = draw() if index < calls else (reference_alone or draw)()
         errors = {name: errors[name] | more[name] for name in errors}
     return errors
 
 
-def _check(errors: dict[str, Errors]) -> None:
+def draws_for(errors: dict[str, Errors]) -> int:
+    """How many draws the smallest of these tensors needs: a matter of its elements alone."""
+    fewest = min((e.elements for e in errors.values() if e.elements), default=ENOUGH)
+    return max(DRAWS, min(math.ceil(ENOUGH / fewest), MOST_DRAWS))
+
+
+def check(errors: dict[str, Errors]) -> None:
+    """Fails unless every error is inside the budget."""
     for name, e in errors.items():
+        ours, reference = e.norms
         assert e.ours <= e.allowed, (
-            f"{name}: error {e.ours:.3g} > {e.allowed:.3g} (reference's own {e.reference:.3g})"
+            f"{name}: error {e.ours:.3g} > {e.allowed:.3g} (reference's own {e.reference:.3g}); "
+            f"relative norm {ours:.3g} (reference's own {reference:.3g})"
         )

@@ -1,128 +1,301 @@
-"""Runs an op as the contract asks: outputs and gradients, from inputs in different layouts."""
+"""The contract: what every op keeps, whatever it computes.
+
+Each check takes an op, a case and an implementation, and raises AssertionError with what is wrong.
+The op's own plain-PyTorch code, `impl="reference"`, is what it is held against, in fp64 and in the
+dtype under test.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.library import opcheck
 
-from molex_kernels.testing.opinfo import Inputs, OpInfo
+from molex_kernels.testing import budget
+from molex_kernels.testing.budget import DRAWS, Errors, measure
+from molex_kernels.testing.calls import (
+    Outcome,
+    cast,
+    misaligned,
+    recorded,
+    run,
+    strided,
+    upstream_for,
+)
+from molex_kernels.testing.opinfo import Case, Inputs, OpInfo
 
-
-@dataclass
-class Outcome:
-    """What a call gave: results by name, gradients by argument."""
-
-    results: dict[str, Tensor]
-    gradients: dict[str, Tensor]
-
-
-def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """The same values with every floating tensor in `dtype`, inside tuples too."""
-    return {name: _map(value, lambda t: t.to(dtype)) for name, value in inputs.items()}
-
-
-def strided(inputs: Inputs) -> Inputs:
-    """The same values in every second element of a transposed, larger buffer of NaN."""
-
-    def spread(t: Tensor) -> Tensor:
-        if t.dim() == 0:
-            return t
-        wide = t.new_full([2 * n + 1 for n in reversed(t.shape)], math.nan)
-        view = wide[tuple(slice(1, None, 2) for _ in t.shape)].permute(*reversed(range(t.dim())))
-        view.copy_(t)
-        return view
-
-    return {name: _map(value, spread) for name, value in inputs.items()}
+Device = torch.device | str
+Layout = Callable[[Inputs], Inputs]
 
 
-def misaligned(inputs: Inputs) -> Inputs:
-    """The same values, contiguous and one element off any alignment, behind a NaN."""
-
-    def shift(t: Tensor) -> Tensor:
-        room = t.new_full((t.numel() + 1,), math.nan)
-        view = room[1:].view(t.shape)
-        view.copy_(t)
-        return view
-
-    return {name: _map(value, shift) for name, value in inputs.items()}
+def _as_made(tensors: Inputs) -> Inputs:
+    return tensors
 
 
-def run(
-    info: OpInfo,
-    inputs: Inputs,
-    impl: str,
-    upstream: dict[str, Tensor] | None,
-    function: Callable[..., Any] | None = None,
-) -> Outcome:
-    """Calls the op; with `upstream` (gradients by result), also its backward pass."""
-    leaves = {
-        name: inputs[name].detach().requires_grad_()
-        for name in info.differentiable
-        if upstream is not None and isinstance(inputs.get(name), Tensor)
-    }
-    results = info.results((function or info.function)(**{**inputs, **leaves}, impl=impl))
-    if upstream is None:
-        return Outcome(results, {})
-    wanted = [name for name, result in results.items() if result.requires_grad]
-    if not wanted:
-        return Outcome(results, {})
-    gradients = torch.autograd.grad(
-        [results[name] for name in wanted],
-        list(leaves.values()),
-        [upstream[name].to(results[name].dtype) for name in wanted],
-        allow_unused=True,
-    )
-    by_name = zip(leaves, gradients, strict=True)
-    detached = {name: result.detach() for name, result in results.items()}
-    return Outcome(detached, {name: g for name, g in by_name if g is not None})
+COMPOSED = ("reference", "sdpa")  # implementations without an operator of their own
 
 
-def upstream_for(
-    results: dict[str, Tensor], generator: torch.Generator, *, expanded: bool = False
-) -> dict[str, Tensor]:
-    """Gradients for the floating results: the result plus noise; `expanded`: one row for all.
+@dataclass(frozen=True)
+class Sampler:
+    """Draws inputs of one case and measures what an implementation makes of them.
 
-    A gradient along the result keeps inner products with it, such as the gradient of a weight, away
-    from zero, where the error budget of a handful of numbers would be a matter of luck.
+    Attributes:
+        info: The op.
+        case: Sizes and options.
+        dtype: Of the inputs.
+        impl: Name of the implementation.
+        device: Where the inputs are.
+        generator: Draws inputs and upstream gradients, one after the other.
+        layout: Moves inputs into other memory.
+        upstream_layout: The same for upstream gradients.
+        expanded: Whether one row of an upstream gradient stands for all, at stride 0.
+        function: Stands in for the op's function, such as a compiled one.
     """
-    gradients = {}
-    for name, result in results.items():
-        if not result.is_floating_point():
+
+    info: OpInfo
+    case: Case
+    dtype: torch.dtype
+    impl: str
+    device: Device
+    generator: torch.Generator
+    layout: Layout = _as_made
+    upstream_layout: Layout = _as_made
+    expanded: bool = False
+    function: Callable[..., Any] | None = None
+
+    def inputs(self) -> tuple[Inputs, dict[str, Tensor]]:
+        """Fresh inputs, and gradients of the results."""
+        made = self.info.make(self.case, self.dtype, torch.device(self.device), self.generator)
+        inputs = self.layout(made)
+        results = run(self.info, inputs, "reference", None).results
+        upstream = upstream_for(results, self.generator, expanded=self.expanded)
+        return inputs, self.upstream_layout(upstream)
+
+    def run(self, inputs: Inputs, upstream: dict[str, Tensor]) -> Outcome:
+        """Calls the implementation, forward and backward."""
+        return run(self.info, inputs, self.impl, upstream, self.function)
+
+    def errors(
+        self, inputs: Inputs, upstream: dict[str, Tensor], outcome: Outcome | None = None
+    ) -> dict[str, Errors]:
+        """Errors of every floating result and gradient; integer results have to be equal.
+
+        Without an outcome, those of the reference alone.
+        """
+        doubles = {name: gradient.double() for name, gradient in upstream.items()}
+        fp64 = run(self.info, cast(inputs, torch.float64), "reference", doubles)
+        reference = run(self.info, inputs, "reference", upstream)
+        got = outcome or fp64
+        errors = {}
+        for name, result in got.results.items():
+            want, own = fp64.results[name], reference.results[name]
+            if result.is_floating_point():
+                errors[name] = measure(name, result, want, own, self.dtype)
+            else:
+                assert torch.equal(result, want), f"{name}: differs from the reference's"
+        unmatched = got.gradients.keys() ^ fp64.gradients.keys()
+        assert not unmatched, f"gradients of op or reference alone: {sorted(unmatched)}"
+        for name, gradient in got.gradients.items():
+            own, shown = reference.gradients[name], f"gradient of {name}"
+            same = outcome is None or gradient.dtype == own.dtype
+            assert same, f"{shown}: expected {own.dtype}, got {gradient.dtype}"
+            errors[shown] = measure(shown, gradient, fp64.gradients[name], own, self.dtype)
+        return errors
+
+    def draw(self) -> dict[str, Errors]:
+        """One draw of the inputs, measured."""
+        inputs, upstream = self.inputs()
+        return self.errors(inputs, upstream, self.run(inputs, upstream))
+
+    def reference_alone(self) -> dict[str, Errors]:
+        """One draw, measured without the implementation."""
+        return self.errors(*self.inputs())
+
+    def draw_twice(self) -> dict[str, Errors]:
+        """One draw, whose call is made twice: it changes no input and gives the same bits."""
+        inputs, upstream = self.inputs()
+        before = {name: t.clone() for name, t in inputs.items() if isinstance(t, Tensor)}
+        got = self.run(inputs, upstream)
+        for name, value in before.items():
+            assert torch.equal(inputs[name], value), f"{name} was modified"
+        again = self.run(inputs, upstream)
+        for name, result in got.results.items():
+            assert torch.equal(result, again.results[name]), f"{name} differs when repeated"
+        for name, gradient in got.gradients.items():
+            same = torch.equal(gradient, again.gradients[name])
+            assert same, f"gradient of {name} differs when repeated"
+        return self.errors(inputs, upstream, got)
+
+    def judge(self, calls: int, first: budget.Draw | None = None) -> None:
+        """Fails unless all draws together are inside the budget."""
+        if self.impl == "reference" and self.function is None:
+            # Its errors are the reference's own: nothing is left to luck.
+            budget.check((first or self.draw)())
+            return
+        in_turn = chain([first or self.draw], repeat(self.draw))
+        budget.judge(lambda: next(in_turn)(), reference_alone=self.reference_alone, calls=calls)
+
+
+def check_budget(
+    info: OpInfo,
+    case: Case,
+    dtype: torch.dtype,
+    impl: str,
+    device: Device = "cpu",
+    seed: int = 0,
+    *,
+    calls: int = DRAWS,
+) -> None:
+    """Results and gradients are inside the error budget, and the same bits when repeated.
+
+    Args:
+        info: The op.
+        case: Sizes and options.
+        dtype: Of the inputs.
+        impl: Name of the implementation.
+        device: Where the inputs are.
+        seed: Of the generator that draws inputs and upstream gradients.
+        calls: How many draws call the implementation; where a result has few elements, further
+            draws are of the reference alone.
+
+    Raises:
+        AssertionError: with the result's name, its error and the budget.
+    """
+    sampler = Sampler(info, case, dtype, impl, device, _generator(seed))
+    sampler.judge(calls, first=sampler.draw_twice)
+
+
+def check_strided(
+    info: OpInfo,
+    case: Case,
+    dtype: torch.dtype,
+    impl: str,
+    device: Device = "cpu",
+    seed: int = 0,
+    *,
+    calls: int = DRAWS,
+) -> None:
+    """Inputs with gaps between their elements and upstream gradients of stride 0 change nothing.
+
+    What lies in the gaps is NaN. Arguments as `check_budget`.
+    """
+    Sampler(
+        *(info, case, dtype, impl, device, _generator(seed)), layout=strided, expanded=True
+    ).judge(calls)
+
+
+def check_misaligned(
+    info: OpInfo,
+    case: Case,
+    dtype: torch.dtype,
+    impl: str,
+    device: Device = "cpu",
+    seed: int = 0,
+    *,
+    calls: int = DRAWS,
+) -> None:
+    """Inputs and upstream gradients one element off any alignment change nothing.
+
+    Arguments as `check_budget`.
+    """
+    Sampler(
+        *(info, case, dtype, impl, device, _generator(seed)),
+        layout=misaligned,
+        upstream_layout=misaligned,
+    ).judge(calls)
+
+
+def check_opcheck(
+    info: OpInfo,
+    case: Case,
+    dtype: torch.dtype,
+    impl: str,
+    device: Device = "cpu",
+    seed: int = 0,
+    *,
+    namespace: str = "molex",
+) -> None:
+    """Every operator that a call reaches passes PyTorch's `opcheck`, strided inputs included.
+
+    Arguments as `check_budget`; `namespace` is the one that the operators are registered in.
+    """
+    for layout in (_as_made, strided):
+        sampler = Sampler(info, case, dtype, impl, device, _generator(seed), layout=layout)
+        inputs, upstream = sampler.inputs()
+        with recorded(namespace) as calls:
+            sampler.run(inputs, upstream)
+        assert calls or impl in COMPOSED, "no operator was called"
+        for operator, args, kwargs in {call[0]: call for call in calls}.values():
+            # Autograd stands outside the operators, so they are never given a tensor that wants it.
+            opcheck(operator, tuple(map(_detached, args)), kwargs)
+
+
+def check_traces(
+    info: OpInfo,
+    case: Case,
+    dtype: torch.dtype,
+    impl: str,
+    device: Device = "cpu",
+    seed: int = 0,
+    *,
+    calls: int = 1,
+    backend: str = "aot_eager",
+) -> None:
+    """The call compiles as one graph, forward and backward, and stays inside the budget.
+
+    Arguments as `check_budget`; `backend` is that of `torch.compile`. One call shows whether the
+    kernels are called rightly.
+    """
+    torch._dynamo.reset()
+    function = torch.compile(info.function, fullgraph=True, backend=backend)
+    generator = _generator(seed)
+    Sampler(info, case, dtype, impl, device, generator, function=function).judge(calls)
+
+
+def check_reference_gradients(
+    info: OpInfo, case: Case, device: Device = "cpu", seed: int = 0
+) -> None:
+    """Autograd through the fp64 reference agrees with central differences.
+
+    Each gradient is held against differences along one random direction; arguments as
+    `check_budget`.
+    """
+    generator = _generator(seed)
+    sampler = Sampler(info, case, torch.float64, "reference", device, generator, layout=_double)
+    inputs, upstream = sampler.inputs()
+    for name, gradient in sampler.run(inputs, upstream).gradients.items():
+        if not gradient.numel():
             continue
-        row = result.detach()[:1] if expanded and result.dim() else result.detach()
-        noise = torch.randn(row.shape, generator=generator).to(row)
-        gradients[name] = (row + noise).expand(result.shape)
-    return gradients
+        direction = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
+        direction = direction.to(gradient.device)
+        step = 1e-6
+        ends = []
+        for sign in (1, -1):
+            moved = {**inputs, name: inputs[name] + sign * step * direction}
+            results = run(info, moved, "reference", None).results
+            ends.append(sum((results[n] * g).sum() for n, g in upstream.items()))
+        slope = torch.as_tensor((ends[0] - ends[1]) / (2 * step))
+        along = (gradient * direction).sum()
+        assert (slope - along).abs() <= 1e-6 * (1 + slope.abs()), (
+            f"gradient of {name}: {along.item():.9g} along a direction, differences give "
+            f"{slope.item():.9g}"
+        )
 
 
-@contextmanager
-def recorded() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """Collects every `molex::` operator called inside, with its arguments."""
-    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if func.namespace == "molex":
-                calls.append((func, args, kwargs or {}))
-            return func(*args, **(kwargs or {}))
-
-    with Recorder():
-        yield calls
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value) if value.is_floating_point() else value
-    if isinstance(value, tuple):
-        mapped = [_map(v, change) for v in value]
-        return type(value)(*mapped) if hasattr(value, "_fields") else tuple(mapped)
-    return value
+def _double(inputs: Inputs) -> Inputs:
+    return cast(inputs, torch.float64)
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_detached(v) for v in value]
+    return value.detach() if isinstance(value, Tensor) else value

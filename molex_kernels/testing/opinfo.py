@@ -78,19 +78,30 @@ class Sweep:
 class OpInfo:
     """A public function with everything that tests and benchmarks need to know of it.
 
-    `make(case, dtype, device, generator)` gives the keyword arguments, fresh random at unit scale
-    (see `Draw` for a generator of None);
-    floating tensors named in `differentiable` receive gradients. `results` turns what the function
-    returns into named tensors: floating ones are compared within the error budget, integer ones
-    exactly. `cost(case, dtype, backward)` counts a forward pass, or a forward and backward pass.
-    A baseline takes the same keyword arguments as the function and returns the same; `stand_in` is
-    the one that gives the fp64 results where the reference does much more work than is asked for.
-    A yardstick takes them too, and does as much work as a library's kernel for something else.
-    `large` are tests, too: they fill more than one piece of a native kernel, and would take
-    Triton's interpreter minutes. `compiled` are sizes that reach launch configurations which
-    `tests` do not, for ahead-of-time compilation. `sweeps` are for a GPU, `quick_sweeps` take
-    seconds on a CPU. `implementations` are names in the order of preference, this package's own
-    where none are given.
+    Attributes:
+        name: The function's.
+        function: Takes the keyword arguments of `make` and `impl`, of which "reference" is plain
+            PyTorch.
+        make: Gives the keyword arguments for a case, dtype, device and generator, fresh random at
+            unit scale; see `Draw` for a generator of None.
+        results: Turns what the function returns into named tensors: floating ones are compared
+            within the error budget, integer ones exactly.
+        differentiable: Names of the floating arguments that receive gradients.
+        tests: Cases of the contract.
+        benchmarks: Cases that a GPU is measured at.
+        quick: Cases that take seconds on a CPU.
+        cost: Counts a forward pass, or a forward and backward pass.
+        baselines: Other code for the same; takes the same keyword arguments and returns the same.
+        oracle: The baseline that gives the fp64 results where the reference does much more work
+            than is asked for.
+        proxies: As much work in a vendor's kernel, for something else; the same keyword arguments.
+        large: Tests that fill more than one piece of a native kernel, and would take Triton's
+            interpreter minutes.
+        compiled: Sizes that reach launch configurations which `tests` do not, for ahead-of-time
+            compilation.
+        sweeps: Cases in which a size grows, for a GPU.
+        quick_sweeps: The same, in seconds on a CPU.
+        implementations: Names in the order of preference; this package's own where none are given.
     """
 
     name: str
@@ -99,12 +110,12 @@ class OpInfo:
     results: Callable[[Any], dict[str, Tensor]]
     differentiable: tuple[str, ...]
     tests: tuple[Case, ...]
-    benchmarks: tuple[Case, ...]
-    quick: tuple[Case, ...]
-    cost: Callable[[Case, torch.dtype, bool], Cost]
+    benchmarks: tuple[Case, ...] = ()
+    quick: tuple[Case, ...] = ()
+    cost: Callable[[Case, torch.dtype, bool], Cost] = lambda case, dtype, backward: Cost(0, 0)
     baselines: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    stand_in: str | None = None
-    yardsticks: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    oracle: str | None = None
+    proxies: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     large: tuple[Case, ...] = ()
     compiled: tuple[Case, ...] = ()
     sweeps: tuple[Sweep, ...] = ()

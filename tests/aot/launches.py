@@ -190,7 +190,7 @@ def _cases(info: Any, measured: bool) -> Iterator[Any]:
 
 
 def _call(info: Any, case: Any, dtype: torch.dtype, is_strided: bool) -> None:
-    from molex_kernels.testing.contract import strided
+    from molex_kernels.testing.calls import strided
 
     def laid_out(tensors: dict[str, Any]) -> dict[str, Any]:
         return strided(tensors) if is_strided else tensors

@@ -12,6 +12,7 @@ _NO_PACKAGES = "needs packages that this environment has not"
 # Files that are not even imported.
 FILES = {
     "test_aot.py": "compiles ahead of time and launches nothing",
+    "test_benchmark_reports.py": _NO_PACKAGES,
     "test_benchmarks.py": _NO_PACKAGES,
     "test_docstrings.py": _NO_PACKAGES,
     "test_gpu.py": _DRIVER,

@@ -42,7 +42,7 @@ def published_momentum_update(
 def three_clones(x: Tensor, **_: Any) -> tuple[Tensor, ...]:
     """Three copies of x: six of the seven tensors that Adam's update must read or write."""
     if torch.is_grad_enabled():
-        raise NotImplementedError("the copies are a yardstick for the forward pass")
+        raise NotImplementedError("the copies stand for the forward pass alone")
     return x.clone(), x.clone(), x.clone()
 
 

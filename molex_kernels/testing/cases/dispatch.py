@@ -221,8 +221,8 @@ OPINFOS = (
         quick=(_gemm(6144, 352, 352, 16, rows="even"),),
         cost=_cost_grouped_gemm,
         baselines={"published": published_grouped_gemm, "library": library_grouped_gemm},
-        stand_in="published",
-        yardsticks={"bmm": batched_gemm},
+        oracle="published",
+        proxies={"bmm": batched_gemm},
         compiled=(
             _gemm(64, 128, 128, 4, bias=True),
             _gemm(256, 128, 128, 4, bias=True),
@@ -245,7 +245,7 @@ OPINFOS = (
             "library": library_moe_mlp,
             "liger": liger_moe_mlp,
         },
-        stand_in="published",
+        oracle="published",
         compiled=_MOE_COMPILED,
         sweeps=(
             Sweep("T", tuple(_moe(t, 2048, 768, 128, 8, activation="swiglu") for t in _LARGE_T)),

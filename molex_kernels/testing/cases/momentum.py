@@ -233,7 +233,7 @@ OPINFOS = (
         ),
         cost=_cost_update,
         baselines={"published": _adapted(published_momentum_update)},
-        yardsticks={"three_clones": three_clones},
+        proxies={"three_clones": three_clones},
         sweeps=(Sweep("T", tuple(_update(t, 4096, "adam") for t in (1024, 4096, 16384, 65536))),),
         quick_sweeps=(
             Sweep("T", tuple(_update(t, 352, "adam") for t in (1024, 2048, 4096, 8192))),
@@ -293,7 +293,7 @@ OPINFOS = (
             "published": _adapted(published_moe_mlp_momentum),
             "library": _adapted(library_moe_mlp_momentum),
         },
-        stand_in="published",
+        oracle="published",
         compiled=(
             _moe(64, 128, 128, 4, 2, "heavy_ball", norm="affine", dropout=0.1),
             _moe(64, 1024, 128, 4, 2, "adam", norm="affine", dropout=0.1),

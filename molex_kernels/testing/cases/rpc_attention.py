@@ -204,7 +204,7 @@ OPINFOS = (
         quick=(_rpc(8, 3, 197, 64, 4), _rpc(8, 8, 256, 16, 2, causal=True)),
         cost=_cost_rpc,
         baselines={"published": published_rpc_attention, "library": library_rpc_attention},
-        yardsticks={"sdpa_per_iteration": attention_per_iteration},
+        proxies={"sdpa_per_iteration": attention_per_iteration},
         sweeps=(
             Sweep("N", tuple(_rpc(4, 16, n, 64, 4) for n in (256, 1024, 4096))),
             Sweep("n", tuple(_rpc(64, 3, 197, 64, iters) for iters in (1, 2, 4, 8))),

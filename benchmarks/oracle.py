@@ -1,7 +1,7 @@
 """The fp64 results that a group's rows are held against, and at which size.
 
 The reference of a mixture sends every token through every expert: at a large shape that takes
-minutes. There a baseline stands in for it, in fp64, after it has agreed with the reference at a few
+minutes. There a baseline is the oracle, in fp64, after it has agreed with the reference at a few
 tokens. Where memory does not suffice, a smaller case is checked.
 """
 
@@ -27,10 +27,10 @@ Made = tuple[Inputs, "check.Tensors | None"]
 
 
 @dataclass(frozen=True)
-class Known:
-    """The truth, the inputs it belongs to, and what a reader should know of it."""
+class Checked:
+    """The expected results, the inputs they belong to, and what a reader should know of them."""
 
-    truth: check.Truth
+    expected: check.Expected
     case: Case
     inputs: Inputs
     upstream: check.Tensors | None
@@ -38,26 +38,31 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Dense:
-    """What the reference of one group takes, from a few tokens: seconds in the dtype and in all."""
+class ReferenceTime:
+    """Seconds that the reference of one group takes, from a few tokens: a call, and a check."""
 
     call: float
-    truth: float
+    check: float
 
 
-def find(group: Group, make: Callable[[Case], Made], dense: Dense | None, seconds: float) -> Known:
-    """The truth of the group at the largest size that the machine can check.
+def find(
+    group: Group,
+    make: Callable[[Case], Made],
+    reference_time: ReferenceTime | None,
+    seconds: float,
+) -> Checked:
+    """The expected results of the group at the largest size that the machine can check.
 
-    `dense` is known where the op has a stand-in; it is used if the reference takes more than
-    `seconds`.
+    `reference_time` is known where the op has an oracle, which is used if the reference takes more
+    than `seconds`.
     """
-    stand_in = dense is not None and dense.truth > seconds
-    note = f"checked against `{group.info.stand_in}` in fp64" if stand_in else ""
+    oracle = reference_time is not None and reference_time.check > seconds
+    note = f"checked against `{group.info.oracle}` in fp64" if oracle else ""
     case = group.case
     while True:
         inputs, upstream = make(case)
         try:
-            found = check.truth(group.info, inputs, upstream, group.dtype, stand_in=stand_in)
+            found = check.expect(group.info, inputs, upstream, group.dtype, oracle=oracle)
         except torch.OutOfMemoryError:
             smaller = shrink(case)
             if smaller is None:
@@ -66,36 +71,36 @@ def find(group: Group, make: Callable[[Case], Made], dense: Dense | None, second
         else:
             if case is not group.case:
                 note = f"{note or 'checked'} at {case.id}"
-            return Known(found, case, inputs, upstream, note)
+            return Checked(found, case, inputs, upstream, note)
         if group.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def probe(group: Group, make: Callable[[Case], Made]) -> Dense | None:
-    """Times the reference at a few tokens where the op has a stand-in, and tries the stand-in.
+def probe(group: Group, make: Callable[[Case], Made]) -> ReferenceTime | None:
+    """Times the reference at a few tokens where the op has an oracle, and tries it.
 
     Raises where the two do not agree in fp64.
     """
     info, tokens = group.info, group.case.sizes.get("T", 0)
-    if info.stand_in is None or tokens <= PROBE:
+    if info.oracle is None or tokens <= PROBE:
         return None
     few = dataclasses.replace(group.case, sizes={**group.case.sizes, "T": PROBE})
     inputs, upstream = make(few)
     exact = check.double(inputs), upstream and check.double(upstream)
     started = _now(group)
-    wanted = check.Pass(info, check.exact_function(info, stand_in=False), *exact).tensors()
+    wanted = check.Workload(info, check.exact_function(info, oracle=False), *exact).tensors()
     in_double = _now(group) - started
-    own = check.Pass(info, check.exact_function(info, stand_in=False), inputs, upstream)
+    own = check.Workload(info, check.exact_function(info, oracle=False), inputs, upstream)
     own.tensors()
     started = _now(group)
     own.tensors()
     in_own = _now(group) - started
-    for name, got in check.Pass(info, check.exact_function(info), *exact).tensors().items():
+    for name, got in check.Workload(info, check.exact_function(info), *exact).tensors().items():
         error = budget.error(got, wanted[name])
         if not error <= AGREE * budget.largest(wanted[name]):
-            raise AssertionError(f"{info.stand_in} is not the reference in fp64: {name}, {error}")
+            raise AssertionError(f"{info.oracle} is not the reference in fp64: {name}, {error}")
     growth = tokens / PROBE
-    return Dense(in_own * growth, (in_own + in_double) * growth)
+    return ReferenceTime(in_own * growth, (in_own + in_double) * growth)
 
 
 def shrink(case: Case) -> Case | None:

@@ -17,7 +17,18 @@ VARIANT_COLOURS = (
 )
 
 
-def curves(text: dict[str, Any], path: Path) -> str:
+def draw(found: dict[str, Any], folder: Path) -> list[str]:
+    """Writes every image there is data for; their names."""
+    names = []
+    if text := found.get("text"):
+        names.append(_curves(text, folder / "text-curves.png"))
+        names.append(_steps(text, folder / "text-steps.png"))
+    if digits := found.get("images"):
+        names.append(_accuracies(digits, folder / "images.png"))
+    return names
+
+
+def _curves(text: dict[str, Any], path: Path) -> str:
     figure, axis = plt.subplots(figsize=(7, 4.2))
     markers = "osD^v"
     seeds = sorted({run["seed"] for run in text["runs"]})
@@ -36,7 +47,7 @@ def curves(text: dict[str, Any], path: Path) -> str:
     return write(figure, path)
 
 
-def steps(text: dict[str, Any], path: Path) -> str:
+def _steps(text: dict[str, Any], path: Path) -> str:
     timed = [t for t in text["step_times"] if "median_s" in t]
     impls = list(dict.fromkeys(t["impl"] for t in timed))
     variants = list(dict.fromkeys(t["variant"] for t in timed))
@@ -65,7 +76,7 @@ def steps(text: dict[str, Any], path: Path) -> str:
     return write(figure, path, bottom=0.12)
 
 
-def accuracies(found: dict[str, Any], path: Path) -> str:
+def _accuracies(found: dict[str, Any], path: Path) -> str:
     rows = images.summary(found)
     width = 0.8 / len(rows)
     figure, axis = plt.subplots(figsize=(7, 3.8))

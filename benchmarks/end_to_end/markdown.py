@@ -11,7 +11,43 @@ from benchmarks.end_to_end.verdict import verdict
 from benchmarks.formats import cells, gain, image, seconds
 
 
-def text_section(text: dict[str, Any], plots: list[str]) -> Iterator[str]:
+def report(found: dict[str, Any], plots: list[str]) -> str:
+    """The whole file; `plots` are the names of the images beside it."""
+    facts = found["environment"]
+    lines = [
+        "# Training runs",
+        "",
+        f"{facts['chip']}, {facts['date']}, commit {facts['commit']}.",
+        "",
+    ]
+    if text := found.get("text"):
+        lines += _text(text, plots)
+    if digits := found.get("images"):
+        lines += _images(digits, plots)
+    if tuned := found.get("finetune"):
+        lines += _finetune(tuned)
+    return "\n".join(lines)
+
+
+def verdicts(found: dict[str, Any], name: str) -> Iterator[str]:
+    """What came out, a line each; `name` is the file with the data."""
+    facts = found["environment"]
+    yield "## Training runs"
+    yield ""
+    yield f"On {facts['date'][:10]} at commit {facts['commit']}: [{name}]({name})."
+    for title, key, lines in (
+        ("Text, one step after the other on the same bytes", "text", verdict),
+        ("Images", "images", images.verdict),
+        ("Fine-tuning a pretrained encoder", "finetune", finetune.verdict),
+    ):
+        if part := found.get(key):
+            yield ""
+            yield f"{title}:"
+            yield ""
+            yield from (f"- {line}" for line in lines(part))
+
+
+def _text(text: dict[str, Any], plots: list[str]) -> Iterator[str]:
     plan = text["plan"]
     yield "## Training on real text"
     yield ""
@@ -57,7 +93,7 @@ def text_section(text: dict[str, Any], plots: list[str]) -> Iterator[str]:
     yield from image("Step times", "text-steps", plots)
 
 
-def images_section(found: dict[str, Any], plots: list[str]) -> Iterator[str]:
+def _images(found: dict[str, Any], plots: list[str]) -> Iterator[str]:
     plan = found["plan"]
     yield "## Training on real images"
     yield ""
@@ -83,7 +119,7 @@ def images_section(found: dict[str, Any], plots: list[str]) -> Iterator[str]:
     yield from image("Accuracy by attention", "images", plots)
 
 
-def finetune_section(found: dict[str, Any]) -> Iterator[str]:
+def _finetune(found: dict[str, Any]) -> Iterator[str]:
     plan = found["plan"]
     yield "## Fine-tuning a pretrained encoder"
     yield ""

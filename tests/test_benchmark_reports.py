@@ -1,0 +1,261 @@
+"""What the benchmark suite makes of a run, on small made-up ones. Nothing is timed."""
+
+# ruff: noqa: E402 - the suite needs packages that the tests of the ops do not
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+for needed in ("rich", "matplotlib", "sklearn"):
+    pytest.importorskip(needed)
+
+import benchmark_runs as runs
+
+from benchmarks import (
+    compare,
+    expert_parallel,
+    folders,
+    markdown,
+    plots,
+    readme,
+    report,
+    results,
+    rows,
+    scaling,
+    terminal,
+)
+from benchmarks.end_to_end import __main__ as training
+
+
+def test_a_wrong_row_is_shown_as_wrong():
+    gains = {"published": (2.0, 1.9, 2.1)}
+    found = runs.run(
+        runs.row("cpu", None), runs.row("triton", 1e-3, versus=gains), runs.row("published", 2e-3)
+    )
+    text = markdown.report(found, [])
+    assert "| **cpu** | wrong | - |" in text
+    assert "- cpu: wrong: y: error 3 > 1" in text
+    assert "2.00x ±5%" in text
+    assert (
+        results.best(results.members(found, "momentum_update", "forward", "T3072-D352-adam/fp32"))[
+            "impl"
+        ]
+        == "triton"
+    )
+
+
+def test_a_missing_peer_has_a_line_and_no_column():
+    skipped = runs.row("liger", None, kind=rows.BASELINE, status="skipped", reason="it is missing")
+    text = markdown.report(runs.run(*runs.pair(2.0), skipped), [])
+    assert "- liger: skipped: it is missing" in text
+    assert "vs liger" not in text
+
+
+# Growth
+
+
+def _swept(impl: str, power: float, overhead: float = 0.0) -> list[dict[str, Any]]:
+    return [
+        runs.row(impl, overhead + 1e-6 * t**power, sweep="T", sizes={"T": t, "D": 8},
+                 shape=f"T{t}-D8", peak_bytes=100 * t)
+        for t in (4096, 512, 1024, 2048)
+    ]  # fmt: skip
+
+
+def test_exponents_are_recovered():
+    run = runs.run(sweeps=(*_swept("published", 2.0), *_swept("cpu", 1.0, overhead=1e-3)))
+    ours, published = scaling.fits(run, "momentum_update", "T", "forward")
+    assert (ours.impl, published.impl) == ("cpu", "published")
+    assert published.time == pytest.approx(2.0)
+    assert published.memory == pytest.approx(1.0)
+    assert ours.time is not None
+    assert ours.last is not None
+    assert ours.time < ours.last < 1.0
+    assert scaling.exponent([(2.0, 1.0), (2.0, 3.0)]) is None
+    noisy = random.Random(1)
+    points = [(x, x**1.5 * math.exp(noisy.gauss(0, 0.02))) for x in (1, 2, 4, 8, 16)]
+    assert scaling.exponent(points) == pytest.approx(1.5, abs=0.05)
+    text = markdown.report(run, [])
+    assert (
+        "| `momentum_update` | tokens | 512 | 4096 | forward | published | 2.00 | 2.00 | 1.00 |"
+        in text
+    )
+
+
+def test_a_sweep_says_where_something_has_no_time():
+    refused = runs.row(
+        "published", None, sweep="T", sizes={"T": 8192}, status="skipped", reason="53 GB"
+    )
+    run = runs.run(sweeps=(*_swept("cpu", 1.0), refused))
+    assert "- momentum_update, forward, published at T = 8192: skipped: 53 GB" in markdown.report(
+        run, []
+    )
+
+
+# Past one card
+
+
+def test_expert_parallelism_on_paper():
+    layer = expert_parallel.Layer("x", 2, 8, 2048, 768, True, 600e12)
+    assert layer.sent(8, merged=False) == 2 * 8 * 7 / 8 * 2048 * 2
+    assert layer.copies(8, merged=True) < layer.copies(8, merged=False)
+    assert layer.copies(10**6, merged=True) == pytest.approx(8, rel=1e-4)
+    # Alone, K and D cancel: bytes * rate * 2 (P - 1) / P against 6 I link.
+    link = 450e9
+    expected = 2 * 2 * (7 / 8) * 600e12 / (6 * 768 * link)
+    assert layer.dominated(8, link, merged=False) == pytest.approx(expected)
+    wide = dataclasses.replace(layer, hidden=round(layer.break_even(8, link, merged=False)))
+    assert wide.dominated(8, link, merged=False) == pytest.approx(1, rel=1e-3)
+
+
+# Against a stored run
+
+
+def test_noise_is_no_regression_and_a_slowdown_is():
+    base = runs.run(*runs.pair(4.0))
+    assert [c.status for c in compare.changes(base, runs.run(*runs.pair(3.8)))] == [compare.SAME]
+    assert [c.status for c in compare.changes(base, runs.run(*runs.pair(2.0)))] == [compare.SLOWER]
+    assert [c.status for c in compare.changes(base, runs.run(*runs.pair(8.0)))] == [compare.FASTER]
+    loud = runs.run(*runs.pair(2.6, width=0.5))
+    assert [c.status for c in compare.changes(runs.run(*runs.pair(4.0, width=0.5)), loud)] == [
+        compare.SAME
+    ]
+
+
+def test_one_faster_baseline_is_no_regression():
+    gains = {"published": (4.0, 3.9, 4.1), "library": (4.0, 3.9, 4.1), "compiled": (2.0, 1.9, 2.1)}
+    old = runs.run(runs.against(gains))
+    new = runs.run(runs.against(gains | {"compiled": (0.5, 0.49, 0.51)}))
+    assert not compare.regressions(compare.changes(old, new))
+
+
+def test_a_result_gone_wrong_is_a_regression():
+    old, new = (
+        runs.run(*runs.pair(4.0)),
+        runs.run(runs.row("cpu", None), runs.row("published", 1e-3)),
+    )
+    assert [c.status for c in compare.regressions(compare.changes(old, new))] == [compare.BROKEN]
+
+
+def test_compare_exits_with_1_on_a_regression(tmp_path: Path, monkeypatch: Any, capsys: Any):
+    for gain, day in ((9.0, "01"), (4.0, "02")):
+        run = runs.run(
+            *runs.pair(gain), environment=runs.FACTS | {"date": f"2026-01-{day} 00:00 UTC"}
+        )
+        file = folders.store(run, tmp_path)
+        assert json.loads(file.read_text()) == run
+    monkeypatch.setattr(folders, "STORED", tmp_path)
+    new = tmp_path / "new.json"
+    for gain, code in ((4.0, 0), (2.0, 1)):
+        new.write_text(json.dumps(runs.run(*runs.pair(gain))))
+        monkeypatch.setattr("sys.argv", ["compare", str(new)])
+        assert compare.main() == code
+        assert f"compared with {file.name}" in capsys.readouterr().out
+    new.write_text(
+        json.dumps(runs.run(*runs.pair(4.0), environment=runs.FACTS | {"chip": "Other"}))
+    )
+    assert compare.main() == 2
+
+
+# What is written
+
+
+def test_the_report_is_whole_and_its_images_exist(tmp_path: Path):
+    run = runs.run(*runs.pair(4.0), *runs.pair(2.0, mode="step"), sweeps=tuple(_swept("cpu", 1.0)))
+    folder = report.write(run, tmp_path / "out")
+    text = (folder / "report.md").read_text()
+    linked = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert {"overview.png", "roofline.png", "time-tokens.png", "memory.png"} < set(linked)
+    for name in linked:
+        assert (folder / name).stat().st_size > 1000
+    for value in ("Some Chip", "0123456789", "4.00x ±2%"):
+        assert value in text
+    assert json.loads((folder / "results.json").read_text()) == run
+    header, *lines = (folder / "results.csv").read_text().splitlines()
+    assert header.startswith("op,sweep,shape")
+    assert len(lines) == len(run["rows"]) + len(run["sweeps"])
+    _tables_are_even(text)
+    console = terminal.console()
+    with console.capture() as shown:
+        report.show(run, console)
+    assert "4.00x ±2%" in shown.get()
+
+
+def test_the_readme_is_generated(tmp_path: Path):
+    """`python -m benchmarks.readme` leaves everything as it is, the overview included."""
+    stored = readme.latest()
+    text = readme.README.read_text()
+    assert readme.replaced(text, readme.section(stored)) == text, "run python -m benchmarks.readme"
+    for path, found in stored:
+        assert (path.parent / "README.md").read_text() == readme.page(path, found)
+        _tables_are_even(readme.page(path, found))
+        kept, drawn = path.parent / readme.OVERVIEW, tmp_path / readme.OVERVIEW
+        plots.overview(found, drawn)
+        if _drawn_by(kept) == _drawn_by(drawn):
+            assert kept.read_bytes() == drawn.read_bytes(), "run python -m benchmarks.readme"
+    for link in re.findall(r"\((benchmarks/results/[^)]*)\)", text):
+        assert (readme.ROOT / link).exists(), link
+
+
+def _drawn_by(image: Path) -> str:
+    """The version of Matplotlib, which an image names; another one may place a mark elsewhere."""
+    return re.search(r"Matplotlib v[0-9.]+", image.read_text())[0]
+
+
+def test_the_readme_shows_the_latest_run_of_each_machine(tmp_path: Path):
+    for chip, day, gain in (("A", "01", 2.75), ("A", "02", 3.0), ("GPU", "01", 5.0)):
+        device = "cuda" if chip == "GPU" else "cpu"
+        facts = runs.FACTS | {"chip": chip, "date": f"2026-01-{day} 00:00 UTC", "device": device}
+        folders.store(runs.run(*runs.pair(gain), environment=facts), tmp_path)
+    stored = readme.latest(tmp_path)
+    assert [path.relative_to(tmp_path).as_posix() for path, _ in stored] == [
+        "gpu/ops-2026-01-01-0123456789.json",
+        "a-2-cores/ops-2026-01-02-0123456789.json",
+    ]
+    part = readme.section(stored, tmp_path)
+    assert "5.00x / 5.00x" in part
+    assert "3.00x / 3.00x" in part
+    assert "2.75x" not in part
+    whole = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
+    assert (
+        readme.replaced(whole, part) == f"before\n{readme.BEGIN}\n\n{part}\n{readme.END}\nafter\n"
+    )
+
+
+def test_training_has_a_limit_and_a_report(tmp_path: Path, monkeypatch: Any):
+    stored = folders.latest_in(readme.latest()[0][0].parent, "training")
+    kept = json.loads(stored.read_text())
+
+    def run(part: str, chosen: list[str], seconds: float) -> Any:
+        return (
+            (kept.get(part) | {"environment": runs.FACTS}, "") if seconds > 50 else (None, "late")
+        )
+
+    monkeypatch.setattr(training, "run", run)
+    argv = ["x", "--only", "text", "--out", str(tmp_path), "--limit"]
+    monkeypatch.setattr(sys, "argv", [*argv, "1"])
+    assert training.main() == 1
+    assert not [*tmp_path.iterdir()]
+    monkeypatch.setattr(sys, "argv", [*argv, "100"])
+    assert training.main() == 0
+    text = (tmp_path / "training.md").read_text()
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (tmp_path / name).stat().st_size > 1000
+    assert "text-curves.png" in text
+    assert json.loads((tmp_path / "training.json").read_text())["text"] == kept["text"]
+
+
+def _tables_are_even(text: str) -> None:
+    """Every line of a table has as many cells as its head."""
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        widths = {line.count("|") for line in table.splitlines()}
+        assert len(widths) == 1, table
