@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-
 ROUNDS = 12
 LONGEST = 1.0  # seconds for them
 

@@ -26,6 +26,7 @@ import re
 import warnings
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class _Operator:
         self.function = function
         self.modules = {"triton": triton, "cpu": cpu}
         self.native: dict[str, Any] = {}  # kernels of the extension that stand behind `run`
+        self.runners: dict[tuple[str, str], Callable[..., Any]] = {}  # by impl and device
         _extension.EXPECTED.extend(f"{device}:{name}" for device in native)
         _LIBRARY.define(f"{name}{arguments.rstrip()[:-1]}, str impl='') -> {results}")
         _LIBRARY.impl(name, self.run, "CompositeExplicitAutograd")
@@ -86,46 +88,43 @@ class _Operator:
         impl = arguments[count] if len(arguments) > count else ""
         arguments = arguments[:count]
         device = _device(arguments)
-        name = impl or self._own(device)
-        if name in self.native:
-            return self.native[name](*arguments)
-        if module := self.modules.get(name):
-            function = getattr(importlib.import_module(module), self.function)
-            # Launches go to the current device, which need not be the one that holds the tensors.
-            if device.type == "cuda" and device.index != torch.cuda.current_device():
-                with torch.cuda.device(device):
-                    return function(*arguments)
-            return function(*arguments)
-        if name == "reference":
-            return self._reference(arguments, device)
-        if name == device.type and self._is_native(name):  # loaded by the question
-            return self.overload(*arguments, impl)
-        raise NotImplementedError(f"molex::{self.name}: there is no impl={name!r} on {device}")
+        place = (impl, device.type)
+        if place not in self.runners:
+            self.runners[place] = self._runner(*place)
+        # Launches go to the current device, which need not be the one that holds the tensors.
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.runners[place](*arguments)
+        return self.runners[place](*arguments)
 
-    def _own(self, device: torch.device) -> str:
-        """What '' stands for: the first that this device has."""
-        if device.type == "cpu":
-            order = ["cpu", "triton"] if _backends.DEFAULT != "triton" else ["triton", "cpu"]
-        else:
-            order = ["triton", "cuda"] if _backends.DEFAULT != "cuda" else ["cuda", "triton"]
+    def _runner(self, impl: str, device: str) -> Callable[..., Any]:
+        """What computes it, with the implementation named or the first that this device has."""
+        preferred = [_backends.DEFAULT] if _backends.DEFAULT else []
+        order = [impl] if impl else [*preferred, "cpu", "triton", "cuda", "reference"]
         for name in order:
-            if name == "triton" and self.modules[name] and _backends.runs_triton(device.type):
-                return name
-            if name == device.type and (self.modules.get(name) or self._is_native(name)):
-                return name
-        return "reference"
+            runs = _backends.runs_triton(device) if name == "triton" else name == device
+            if name == "reference":
+                return self._by_reference
+            if runs and name in self.native:
+                return self.native[name]
+            if runs and (module := self.modules.get(name)):
+                return getattr(importlib.import_module(module), self.function)
+            if runs and self._is_native(name):  # which has loaded and registered it
+                return partial(self.overload, impl=impl)
+        raise NotImplementedError(f"molex::{self.name}: there is no impl={impl!r} on {device}")
 
     def _is_native(self, name: str) -> bool:
         return f"{name}:{self.name}" in _extension.EXPECTED and _extension.why_not(name) is None
 
-    def _reference(self, arguments: Values, device: torch.device) -> Any:
+    def _by_reference(self, *arguments: Any) -> Any:
         keeps = [
             a for n, a in zip(self.arguments, arguments, strict=True) if n.startswith("keeps_")
         ]
         if self.reference is None or any(keeps):
+            device = _device(arguments).type
             raise NotImplementedError(
-                f"molex::{self.name}: a graph with gradients needs a kernel for {device.type}, and "
-                f"there is none: {_extension.why_not(device.type) or 'none is written'}"
+                f"molex::{self.name}: a graph with gradients needs a kernel for {device}, and "
+                f"there is none: {_extension.why_not(device) or 'none is written'}"
             )
         named = self.named(*arguments)
         # What is only kept for a gradient is empty, and an input may not be handed out.
@@ -158,6 +157,7 @@ class _Operator:
         kernel = torch.library.get_kernel(f"molex::{self.name}", key)
         keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
         self.native[device] = lambda *arguments: kernel.call_boxed(keys, *arguments, device)
+        self.runners.clear()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="(?s).*previously registered kernel")
             _LIBRARY.impl(self.name, self.run, key)
