@@ -49,7 +49,8 @@ OPERATORS: list[_Operator] = []
 class _Operator:
     """`molex::<name>` with one schema: where it runs, and its shapes for tracing.
 
-    `function` names what computes it in the modules `triton` (launchers) and `cpu` (Python).
+    `function` names what computes it in the modules `triton` (launchers) and `cpu` (Python), of the
+    arguments in a named tuple: the schema is where they are listed.
     """
 
     def __init__(
@@ -108,7 +109,8 @@ class _Operator:
             if runs and name in self.native:
                 return self.native[name]
             if runs and (module := self.modules.get(name)):
-                return getattr(importlib.import_module(module), self.function)
+                function = getattr(importlib.import_module(module), self.function)
+                return lambda *arguments: function(self.named(*arguments))
             if runs and self._is_native(name):  # which has loaded and registered it
                 return partial(self.overload, impl=impl)
         raise NotImplementedError(f"molex::{self.name}: there is no impl={impl!r} on {device}")

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 
-def toy_forward(
-    x: Tensor, weights: list[Tensor], power: int, keeps_product: bool
-) -> tuple[Tensor, Tensor]:
+def toy_forward(given: Any) -> tuple[Tensor, Tensor]:
     """y = (x * prod(weights)) ** power, and the product where it is kept."""
-    product = x.clone()
-    for weight in weights:
+    product = given.x.clone()
+    for weight in given.weights:
         product *= weight
-    return product**power, product if keeps_product else x.new_empty((0,))
+    return product**given.power, product if given.keeps_product else given.x.new_empty((0,))
 
 
-def toy_backward(
-    dy: Tensor, x: Tensor, product: Tensor, weights: list[Tensor], power: int, needs: list[bool]
-) -> tuple[Tensor, Tensor]:
+def toy_backward(given: Any) -> tuple[Tensor, Tensor]:
     """Gradients of x, and of the weights, stacked; empty where not needed."""
-    dproduct = dy * power * product ** (power - 1)
-    dx, dweights = x.new_empty((0,)), x.new_empty((0,))
-    if needs[0]:
-        dx = dproduct * product / x
-    if needs[1]:
-        rows = [(dproduct * product / weight).sum(0) for weight in weights]
-        dweights = x.new_empty(len(rows), *rows[0].shape)
+    dproduct = given.dy * given.power * given.product ** (given.power - 1)
+    dx, dweights = given.x.new_empty((0,)), given.x.new_empty((0,))
+    if given.needs[0]:
+        dx = dproduct * given.product / given.x
+    if given.needs[1]:
+        rows = [(dproduct * given.product / weight).sum(0) for weight in given.weights]
+        dweights = given.x.new_empty(len(rows), *rows[0].shape)
         for row, sums in zip(dweights, rows, strict=True):
             row.copy_(sums)
     return dx, dweights

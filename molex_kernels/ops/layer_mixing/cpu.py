@@ -6,6 +6,7 @@ On a CPU reading the index waits for nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,67 +17,53 @@ Tensors = tuple[Tensor, ...]
 
 
 def layer_linear_forward(
-    x: Tensor,
-    index: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scaling: float,
-    shared: bool,
+    given: Any,
 ) -> Tensor:
-    x = types.branches(x, index, shared)
-    out = x.new_empty(*x.shape[:2], weights[0].shape[-2])
-    for g, layer in enumerate(_layers(index, weights)):
-        weight = _one(weights, layer, 3).to(x.dtype)
+    x = given.x
+    x = types.branches(x, given.index, given.shared)
+    out = x.new_empty(*x.shape[:2], given.weights[0].shape[-2])
+    for g, layer in enumerate(_layers(given.index, given.weights)):
+        weight = _one(given.weights, layer, 3).to(x.dtype)
         torch.mm(x[g], weight.mT, out=out[g])
-        if biases:
-            out[g] += _one(biases, layer, 2).to(x.dtype)
-        if a:
-            down = x[g] @ _one(a, layer, 3).to(x.dtype).mT
-            out[g].addmm_(down, _one(b, layer, 3).to(x.dtype).mT, alpha=scaling)
+        if given.biases:
+            out[g] += _one(given.biases, layer, 2).to(x.dtype)
+        if given.a:
+            down = x[g] @ _one(given.a, layer, 3).to(x.dtype).mT
+            out[g].addmm_(down, _one(given.b, layer, 3).to(x.dtype).mT, alpha=given.scaling)
     return out
 
 
 def layer_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    index: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scaling: float,
-    shared: bool,
-    needs: Sequence[bool],
+    given: Any,
 ) -> Tensors:
     """Gradients of x, weights, biases, a and b, stacked; those not needed are empty."""
-    needs_x, needs_weight, needs_bias, needs_a, needs_b = needs
+    x = given.x
+    needs_x, needs_weight, needs_bias, needs_a, needs_b = given.needs
     size = x.shape if needs_x else (0,)
-    x = types.branches(x, index, shared)
-    dx = torch.zeros(size, dtype=torch.float32 if shared else x.dtype)
-    dweight = _zeros(weights, 3, x, needs_weight)
-    dbias = _zeros(biases, 2, x, needs_bias)
-    da = _zeros(a, 3, x, needs_a)
-    db = _zeros(b, 3, x, needs_b)
-    for g, layer in enumerate(_layers(index, weights)):
+    x = types.branches(x, given.index, given.shared)
+    dx = torch.zeros(size, dtype=torch.float32 if given.shared else x.dtype)
+    dweight = _zeros(given.weights, 3, x, needs_weight)
+    dbias = _zeros(given.biases, 2, x, needs_bias)
+    da = _zeros(given.a, 3, x, needs_a)
+    db = _zeros(given.b, 3, x, needs_b)
+    for g, layer in enumerate(_layers(given.index, given.weights)):
         if needs_x:
-            part = dy[g] @ _one(weights, layer, 3).to(x.dtype)
+            part = given.dy[g] @ _one(given.weights, layer, 3).to(x.dtype)
         if needs_weight:
-            dweight[layer] += dy[g].mT.float() @ x[g].float()
+            dweight[layer] += given.dy[g].mT.float() @ x[g].float()
         if needs_bias:
-            dbias[layer] += dy[g].sum(0, dtype=torch.float32)
-        if a and (needs_x or needs_a):
-            up = dy[g] @ _one(b, layer, 3).to(x.dtype)
+            dbias[layer] += given.dy[g].sum(0, dtype=torch.float32)
+        if given.a and (needs_x or needs_a):
+            up = given.dy[g] @ _one(given.b, layer, 3).to(x.dtype)
             if needs_x:
-                part.addmm_(up, _one(a, layer, 3).to(x.dtype), alpha=scaling)
+                part.addmm_(up, _one(given.a, layer, 3).to(x.dtype), alpha=given.scaling)
             if needs_a:
-                da[layer] += scaling * (up.mT.float() @ x[g].float())
+                da[layer] += given.scaling * (up.mT.float() @ x[g].float())
         if needs_b:
-            down = x[g] @ _one(a, layer, 3).to(x.dtype).mT
-            db[layer] += scaling * (dy[g].mT.float() @ down.float())
+            down = x[g] @ _one(given.a, layer, 3).to(x.dtype).mT
+            db[layer] += given.scaling * (given.dy[g].mT.float() @ down.float())
         if needs_x:
-            if shared:
+            if given.shared:
                 dx += part
             else:
                 dx[g] = part
@@ -85,7 +72,9 @@ def layer_linear_backward(
         *(
             gradient.to(owner[0].dtype if owner else x.dtype)
             for gradient, owner in zip(
-                (dweight, dbias, da, db), (weights, biases, a, b), strict=True
+                (dweight, dbias, da, db),
+                (given.weights, given.biases, given.a, given.b),
+                strict=True,
             )
         ),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -10,51 +10,39 @@ from molex_kernels.ops.dispatch.kernels import starts
 from molex_kernels.ops.dispatch.kernels.starts import Rows
 
 
-def grouped_gemm_forward(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
-    rows = Rows(offsets.contiguous(), x.shape[0])
-    out = x.new_empty(x.shape[0], weight.shape[1])
-    starts.gemm(x, weight, bias, out, rows, zero_tail=True)
+def grouped_gemm_forward(a: Any) -> Tensor:
+    rows = Rows(a.offsets.contiguous(), a.x.shape[0])
+    out = a.x.new_empty(a.x.shape[0], a.weight.shape[1])
+    starts.gemm(a.x, a.weight, a.bias, out, rows, zero_tail=True)
     return out
 
 
-def grouped_gemm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    needs_x, needs_weight, needs_bias = needs
-    rows = Rows(offsets.contiguous(), x.shape[0])
-    dx = x.new_empty(x.shape if needs_x else (0,))
-    dweight = x.new_empty(weight.shape if needs_weight else (0,))
-    dbias = x.new_empty(weight.shape[:2] if needs_bias else (0,))
+def grouped_gemm_backward(a: Any) -> tuple[Tensor, ...]:
+    needs_x, needs_weight, needs_bias = a.needs
+    rows = Rows(a.offsets.contiguous(), a.x.shape[0])
+    dx = a.x.new_empty(a.x.shape if needs_x else (0,))
+    dweight = a.x.new_empty(a.weight.shape if needs_weight else (0,))
+    dbias = a.x.new_empty(a.weight.shape[:2] if needs_bias else (0,))
     if needs_x:
-        starts.gemm(dy, weight.mT, None, dx, rows, zero_tail=True)
+        starts.gemm(a.dy, a.weight.mT, None, dx, rows, zero_tail=True)
     if needs_weight:
-        starts.wgrad(dy, x, dweight, rows)
+        starts.wgrad(a.dy, a.x, dweight, rows)
     if needs_bias:
-        starts.bias(dy, None, dbias, rows)
+        starts.bias(a.dy, None, dbias, rows)
     return dx, dweight, dbias
 
 
 def moe_experts_forward(
-    x: Tensor,
-    offsets: Tensor,
-    permutation: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    b_up: Tensor | None,
-    b_down: Tensor | None,
-    top_k: int,
-    activation: str,
-    layout: str,
-    keeps_hidden: bool,
+    a: Any,
 ) -> tuple[Tensor, Tensor]:
     """In expert order: the experts' outputs and the pre-activation (empty unless `keeps_hidden`).
 
     Rows of experts that are not local are 0.
     """
-    plan = (offsets.contiguous(), permutation.shape[0], permutation.contiguous())
-    weights = (w_up, w_down, b_up, b_down)
-    rows = Rows(*plan, top_k=top_k)
-    return _experts(x, *weights, rows, activation, layout, keeps_hidden, zero_tail=True)
+    plan = (a.offsets.contiguous(), a.permutation.shape[0], a.permutation.contiguous())
+    weights = (a.w_up, a.w_down, a.b_up, a.b_down)
+    rows = Rows(*plan, top_k=a.top_k)
+    return _experts(a.x, *weights, rows, a.activation, a.layout, a.keeps_hidden, zero_tail=True)
 
 
 def _experts(
@@ -90,43 +78,22 @@ def _experts(
 
 
 def moe_mlp_forward(
-    x: Tensor,
-    expert_weight: Tensor,
-    offsets: Tensor,
-    permutation: Tensor,
-    inverse: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    b_up: Tensor | None,
-    b_down: Tensor | None,
-    activation: str,
-    layout: str,
-    keeps_hidden: bool,
+    a: Any,
 ) -> tuple[Tensor, Tensor]:
     """The output and, in expert order, the pre-activation (empty unless `keeps_hidden`)."""
-    rows = Rows.of_plan(offsets, permutation, inverse, expert_weight.shape[1])
-    weights = (w_up, w_down, b_up, b_down)
+    rows = Rows.of_plan(a.offsets, a.permutation, a.inverse, a.expert_weight.shape[1])
+    weights = (a.w_up, a.w_down, a.b_up, a.b_down)
     # The combine skips rows of experts that are not local, so they stay unwritten.
-    packed, kept = _experts(x, *weights, rows, activation, layout, keeps_hidden, zero_tail=False)
-    out = x.new_empty(x.shape)
-    starts.combine(packed, expert_weight, out, rows)
+    packed, kept = _experts(
+        a.x, *weights, rows, a.activation, a.layout, a.keeps_hidden, zero_tail=False
+    )
+    out = a.x.new_empty(a.x.shape)
+    starts.combine(packed, a.expert_weight, out, rows)
     return out, kept
 
 
 def moe_mlp_backward(
-    dy: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    expert_weight: Tensor,
-    offsets: Tensor,
-    permutation: Tensor,
-    inverse: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    b_down: Tensor | None,
-    activation: str,
-    layout: str,
-    needs: Sequence[bool],
+    a: Any,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, expert_weight, w_up, w_down, b_up and b_down; those not needed are empty.
 
@@ -134,44 +101,44 @@ def moe_mlp_backward(
     dA = w w_down^T dy_t,  dH = dA act'(H),  A' = w A,
     dw_down = sum dy_t A'^T,  dw_up = sum dH x_t^T.
     """
-    needs_x, needs_weight, needs_w_up, needs_w_down, needs_b_up, needs_b_down = needs
-    rows = Rows.of_plan(offsets, permutation, inverse, expert_weight.shape[1])
+    needs_x, needs_weight, needs_w_up, needs_w_down, needs_b_up, needs_b_down = a.needs
+    rows = Rows.of_plan(a.offsets, a.permutation, a.inverse, a.expert_weight.shape[1])
     needs_dhidden = needs_x or needs_w_up or needs_b_up
-    dhidden = hidden.new_empty(hidden.shape) if needs_dhidden else None
-    weighted = x.new_empty(rows.num_rows, w_down.shape[2]) if needs_w_down else None
+    dhidden = a.hidden.new_empty(a.hidden.shape) if needs_dhidden else None
+    weighted = a.x.new_empty(rows.num_rows, a.w_down.shape[2]) if needs_w_down else None
     partial = None
     if needs_dhidden or needs_w_down or needs_weight:
         partial = starts.hidden(
-            dy,
-            w_down,
-            hidden,
-            expert_weight,
+            a.dy,
+            a.w_down,
+            a.hidden,
+            a.expert_weight,
             dhidden,
             weighted,
             rows,
-            activation,
-            layout,
+            a.activation,
+            a.layout,
             needs_weight,
         )
 
-    dx = x.new_empty(x.shape if needs_x else (0,))
-    dweight = expert_weight.new_empty(expert_weight.shape if needs_weight else (0,))
-    dw_up = x.new_empty(w_up.shape if needs_w_up else (0,))
-    dw_down = x.new_empty(w_down.shape if needs_w_down else (0,))
-    db_up = x.new_empty(w_up.shape[:2] if needs_b_up else (0,))
-    db_down = x.new_empty(w_down.shape[:2] if needs_b_down else (0,))
+    dx = a.x.new_empty(a.x.shape if needs_x else (0,))
+    dweight = a.expert_weight.new_empty(a.expert_weight.shape if needs_weight else (0,))
+    dw_up = a.x.new_empty(a.w_up.shape if needs_w_up else (0,))
+    dw_down = a.x.new_empty(a.w_down.shape if needs_w_down else (0,))
+    db_up = a.x.new_empty(a.w_up.shape[:2] if needs_b_up else (0,))
+    db_down = a.x.new_empty(a.w_down.shape[:2] if needs_b_down else (0,))
     if needs_weight:
-        starts.weight(partial, dy, b_down, dweight, rows)
+        starts.weight(partial, a.dy, a.b_down, dweight, rows)
     if needs_w_down:
-        starts.wgrad(dy, weighted, dw_down, rows, left_gathered=True)
+        starts.wgrad(a.dy, weighted, dw_down, rows, left_gathered=True)
     if needs_b_down:
-        starts.bias(dy, expert_weight, db_down, rows)
+        starts.bias(a.dy, a.expert_weight, db_down, rows)
     if needs_w_up:
-        starts.wgrad(dhidden, x, dw_up, rows, right_gathered=True)
+        starts.wgrad(dhidden, a.x, dw_up, rows, right_gathered=True)
     if needs_b_up:
         starts.bias(dhidden, None, db_up, rows)
     if needs_x:
-        packed = x.new_empty(rows.num_rows, x.shape[1])
-        starts.gemm(dhidden, w_up.mT, None, packed, rows)
+        packed = a.x.new_empty(rows.num_rows, a.x.shape[1])
+        starts.gemm(dhidden, a.w_up.mT, None, packed, rows)
         starts.combine(packed, None, dx, rows)
     return dx, dweight, dw_up, dw_down, db_up, db_down

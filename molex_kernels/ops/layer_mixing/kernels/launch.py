@@ -35,56 +35,50 @@ class Group(NamedTuple):
     is_aligned: bool  # whether every layer starts at a multiple of 16 bytes
 
 
-def layer_vote_forward(logits: Tensor, mask: Tensor | None, mode: str) -> Tensor:
+def layer_vote_forward(given: Any) -> Tensor:
     """The layer with the largest sum of scores over all tokens, [] int64."""
-    out = logits.new_empty((), dtype=torch.int64)
+    out = given.logits.new_empty((), dtype=torch.int64)
     launch(
         _layer_mixing_fwd_vote,
         lambda _: (1,),
-        (*map(strided, (logits, mask)), out, *logits.shape),
-        {"MODE": mode},
-        config.vote(chips.of(logits.device), logits.shape[1]),
+        (*map(strided, (given.logits, given.mask)), out, *given.logits.shape),
+        {"MODE": given.mode},
+        config.vote(chips.of(given.logits.device), given.logits.shape[1]),
     )
     return out
 
 
 def layer_linear_forward(
-    x: Tensor,
-    index: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scaling: float,
-    shared: bool,
+    given: Any,
 ) -> Tensor:
     """A branch's product each, [G, T, N]; x is [G, T, D], or [T, D] where shared."""
-    x = types.branches(x, index, shared)
+    x = given.x
+    weights = given.weights
+    biases = given.biases
+    a = given.a
+    b = given.b
+    x = types.branches(x, given.index, given.shared)
     weights, biases, a, b = map(_alike, (weights, biases, a, b))
     out = x.new_empty(*x.shape[:2], weights[0].shape[-2])
     groups = (_table(weights, 3), _table(biases, 2), _table(a, 3), _table(b, 3))
-    _linear(x, index, *groups, types.num_layers(weights, 3), scaling, out)
+    _linear(x, given.index, *groups, types.num_layers(weights, 3), given.scaling, out)
     return out
 
 
 def layer_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    index: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scaling: float,
-    shared: bool,
-    needs: Sequence[bool],
+    given: Any,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, weights, biases, a and b, stacked; those not needed are empty."""
-    needs_x, needs_weight, needs_bias, needs_a, needs_b = needs
+    x = given.x
+    weights = given.weights
+    biases = given.biases
+    a = given.a
+    b = given.b
+    needs_x, needs_weight, needs_bias, needs_a, needs_b = given.needs
     weights, biases, a, b = map(_alike, (weights, biases, a, b))
     num_layers = types.num_layers(weights, 3)
     dx = x.new_empty(x.shape if needs_x else (0,))
-    x = types.branches(x, index, shared)
+    x = types.branches(x, given.index, given.shared)
     groups = ((weights, 3, needs_weight), (biases, 2, needs_bias), (a, 3, needs_a), (b, 3, needs_b))
     dweight, dbias, da, db = (
         torch.zeros(
@@ -97,73 +91,61 @@ def layer_linear_backward(
     a_group, b_group = _table(a, 3), _table(b, 3)
     if needs_x:
         weight = _transposed(_table(weights, 3))
-        out = dx[None] if shared else dx
+        out = dx[None] if given.shared else dx
         adapters = (_transposed(b_group), _transposed(a_group))
-        _linear(dy, index, weight, None, *adapters, num_layers, scaling, out)
+        _linear(given.dy, given.index, weight, None, *adapters, num_layers, given.scaling, out)
     if needs_weight:
-        _wgrad(dy, x, index, dweight, 1.0)
+        _wgrad(given.dy, x, given.index, dweight, 1.0)
     if needs_bias:
-        _bias(dy, index, dbias)
+        _bias(given.dy, given.index, dbias)
     rank = a[0].shape[-2] if a else 0
     if needs_a:
-        up = dy.new_empty(*dy.shape[:2], rank)
-        _linear(dy, index, _transposed(b_group), None, None, None, num_layers, 1.0, up)
-        _wgrad(up, x, index, da, scaling)
+        up = given.dy.new_empty(*given.dy.shape[:2], rank)
+        _linear(given.dy, given.index, _transposed(b_group), None, None, None, num_layers, 1.0, up)
+        _wgrad(up, x, given.index, da, given.scaling)
     if needs_b:
-        down = dy.new_empty(*dy.shape[:2], rank)
-        _linear(x, index, a_group, None, None, None, num_layers, 1.0, down)
-        _wgrad(dy, down, index, db, scaling)
+        down = given.dy.new_empty(*given.dy.shape[:2], rank)
+        _linear(x, given.index, a_group, None, None, None, num_layers, 1.0, down)
+        _wgrad(given.dy, down, given.index, db, given.scaling)
     return dx, dweight, dbias, da, db
 
 
 def layer_mix_forward(
-    outputs: Tensor,
-    coeff: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float | None,
+    given: Any,
 ) -> tuple[Tensor, Tensor]:
-    branches, tokens, features = outputs.shape
-    y = outputs.new_empty(tokens, features)
-    normed = outputs.new_empty((0,) if eps is None else (tokens, features))
+    branches, tokens, features = given.outputs.shape
+    y = given.outputs.new_empty(tokens, features)
+    normed = given.outputs.new_empty((0,) if given.eps is None else (tokens, features))
     if y.numel() > 0:
         launch(
             _layer_mixing_fwd_mix,
             lambda b: (_tiles(y, b),),
             (
-                *(strided(outputs), strided(residual), coeff.contiguous()),
-                None if weight is None else weight.contiguous(),
-                None if bias is None else bias.contiguous(),
-                *(y, None if eps is None else normed, float(eps or 0.0)),
+                *(strided(given.outputs), strided(given.residual), given.coeff.contiguous()),
+                None if given.weight is None else given.weight.contiguous(),
+                None if given.bias is None else given.bias.contiguous(),
+                *(y, None if given.eps is None else normed, float(given.eps or 0.0)),
                 *(branches, tokens, features),
             ),
             {},
-            config.mix(chips.of(y.device), features, eps is not None, backward=False),
+            config.mix(chips.of(y.device), features, given.eps is not None, backward=False),
         )
     return y, normed
 
 
 def layer_mix_backward(
-    dy: Tensor | None,
-    dnormed: Tensor | None,
-    outputs: Tensor,
-    coeff: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float | None,
-    needs: Sequence[bool],
+    given: Any,
 ) -> tuple[Tensor, ...]:
     """Gradients of outputs (the residual's is the same), coeff, and the norm's pair [2, D]."""
-    needs_outputs, needs_coeff, needs_norm = needs
-    branches, tokens, features = outputs.shape
-    doutputs = outputs.new_empty(outputs.shape if needs_outputs else (0,))
-    single: Any = {"dtype": torch.float32, "device": outputs.device}
+    needs_outputs, needs_coeff, needs_norm = given.needs
+    branches, tokens, features = given.outputs.shape
+    doutputs = given.outputs.new_empty(given.outputs.shape if needs_outputs else (0,))
+    single: Any = {"dtype": torch.float32, "device": given.outputs.device}
     coeff_parts = torch.empty(0, branches, **single) if needs_coeff else None
     norm_parts = torch.empty(2, 0, features, **single) if needs_norm else None
 
     def programs(blocks: Mapping[str, int]) -> int:
-        return min(_tiles(outputs[0], blocks), config.MAX_PROGRAMS)
+        return min(_tiles(given.outputs[0], blocks), config.MAX_PROGRAMS)
 
     def arguments(blocks: Mapping[str, int]) -> tuple[Any, ...]:
         nonlocal coeff_parts, norm_parts
@@ -172,20 +154,27 @@ def layer_mix_backward(
         if needs_norm:
             norm_parts = torch.empty(2, programs(blocks), features, **single)
         return (
-            *map(strided, (dy, dnormed, outputs, residual)),
-            coeff.contiguous(),
-            None if weight is None else weight.contiguous(),
-            *(doutputs if needs_outputs else None, coeff_parts, norm_parts, float(eps or 0.0)),
-            *(branches, tokens, features, _tiles(outputs[0], blocks)),
+            *map(strided, (given.dy, given.dnormed, given.outputs, given.residual)),
+            given.coeff.contiguous(),
+            None if given.weight is None else given.weight.contiguous(),
+            *(
+                doutputs if needs_outputs else None,
+                coeff_parts,
+                norm_parts,
+                float(given.eps or 0.0),
+            ),
+            *(branches, tokens, features, _tiles(given.outputs[0], blocks)),
         )
 
-    if outputs.numel() > 0:
+    if given.outputs.numel() > 0:
         launch(
             _layer_mixing_bwd_mix,
             lambda b: (programs(b),),
             arguments,
             {"BLOCK_G": triton.next_power_of_2(branches)},
-            config.mix(chips.of(outputs.device), features, dnormed is not None, backward=True),
+            config.mix(
+                chips.of(given.outputs.device), features, given.dnormed is not None, backward=True
+            ),
         )
     dcoeff = torch.empty(0, **single) if coeff_parts is None else coeff_parts.sum(0)
     dnorm = torch.empty(0, **single) if norm_parts is None else norm_parts.sum(1)

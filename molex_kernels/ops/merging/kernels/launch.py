@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,69 +14,55 @@ from molex_kernels.ops.merging.kernels import config, order, starts
 
 
 def camex_deltas_forward(
-    base: Tensor,
-    experts: Tensor,
-    out1: Tensor | None,
-    out2: Tensor | None,
-    in1: Tensor | None,
-    in2: Tensor | None,
-    ties: bool,
+    a: Any,
 ) -> Tensor:
-    factors = [f for f in (out1, out2, in1, in2) if f is not None]
-    out = experts.new_empty(experts.shape)
+    factors = [f for f in (a.out1, a.out2, a.in1, a.in2) if f is not None]
+    out = a.experts.new_empty(a.experts.shape)
     if not factors:
-        starts.mask(base, experts, None, out, None, ties)
+        starts.mask(a.base, a.experts, None, out, None, a.ties)
         return out
     ranks, group = config.at_a_time(*factors[0].shape[:2])
     several = ranks < factors[0].shape[0]  # sums that are continued stay fp32
     curved = torch.empty_like(out, dtype=torch.float32) if several else out
-    precision = _precision(base)
-    for mine, tau in _tau(base, experts, group):
+    precision = _precision(a.base)
+    for mine, tau in _tau(a.base, a.experts, group):
         order.transform(
             tau,
             [factor[:, mine] for factor in factors],
             partial(starts.product, precision),
             curved[mine, None],
             ranks=ranks,
-            dtype=base.dtype,
+            dtype=a.base.dtype,
         )
-    if ties or several:
-        starts.mask(base, experts, curved, out, None, ties)
+    if a.ties or several:
+        starts.mask(a.base, a.experts, curved, out, None, a.ties)
     return out
 
 
 def camex_deltas_backward(
-    ddeltas: Tensor,
-    base: Tensor,
-    experts: Tensor,
-    out1: Tensor | None,
-    out2: Tensor | None,
-    in1: Tensor | None,
-    in2: Tensor | None,
-    ties: bool,
-    needs: Sequence[bool],
+    a: Any,
 ) -> tuple[Tensor, ...]:
     """Gradients of base, experts and the factors; those not needed are empty."""
-    needs_base, needs_experts, *needs_factors = needs
-    factors = [f for f in (out1, out2, in1, in2) if f is not None]
-    dbase = base.new_empty(base.shape if needs_base else (0,))
-    dexperts = experts.new_empty(experts.shape if needs_experts else (0,))
+    needs_base, needs_experts, *needs_factors = a.needs
+    factors = [f for f in (a.out1, a.out2, a.in1, a.in2) if f is not None]
+    dbase = a.base.new_empty(a.base.shape if needs_base else (0,))
+    dexperts = a.experts.new_empty(a.experts.shape if needs_experts else (0,))
     dfactors = [
-        base.new_empty(f.shape if need else (0,))
-        for f, need in zip(factors or (base,) * 4, needs_factors, strict=True)
+        a.base.new_empty(f.shape if need else (0,))
+        for f, need in zip(factors or (a.base,) * 4, needs_factors, strict=True)
     ]
     needs_tau = needs_base or needs_experts
-    source = ddeltas
+    source = a.ddeltas
     if factors:
         ranks, group = config.at_a_time(*factors[0].shape[:2])
-        upstream = ddeltas.contiguous()
-        if ties:
+        upstream = a.ddeltas.contiguous()
+        if a.ties:
             upstream = torch.empty_like(upstream)
-            starts.mask(base, experts, ddeltas, upstream, None, ties)
+            starts.mask(a.base, a.experts, a.ddeltas, upstream, None, a.ties)
         source = torch.empty_like(upstream, dtype=torch.float32)
         found = [torch.empty_like(factor, dtype=torch.float32) for factor in factors]
-        precision = _precision(base)
-        for mine, tau in _tau(base, experts, group):
+        precision = _precision(a.base)
+        for mine, tau in _tau(a.base, a.experts, group):
             order.transform_backward(
                 tau,
                 upstream[mine, None],
@@ -85,54 +72,50 @@ def camex_deltas_backward(
                 source[mine, None] if needs_tau else None,
                 [gradient[:, mine] for gradient in found] if any(needs_factors) else None,
                 ranks=ranks,
-                dtype=base.dtype,
+                dtype=a.base.dtype,
             )
         for dfactor, gradient, need in zip(dfactors, found, needs_factors, strict=True):
             if need:
                 dfactor.copy_(gradient)
     if needs_tau:
         starts.mask(
-            base,
-            experts,
+            a.base,
+            a.experts,
             source,
             dexperts if needs_experts else None,
             dbase if needs_base else None,
-            ties and not factors,
+            a.ties and not factors,
         )
     return dbase, dexperts, *dfactors
 
 
-def camex_linear_forward(
-    x: Tensor, base: Tensor, deltas: Tensor, gates: Tensor, bias: Tensor | None
-) -> Tensor:
-    out = x.new_empty(*x.shape[:2], base.shape[0])
-    starts.linear(x, base, deltas, gates, bias, out)
+def camex_linear_forward(a: Any) -> Tensor:
+    out = a.x.new_empty(*a.x.shape[:2], a.base.shape[0])
+    starts.linear(a.x, a.base, a.deltas, a.gates, a.bias, out)
     return out
 
 
-def camex_linear_backward(
-    dy: Tensor, x: Tensor, base: Tensor, deltas: Tensor, gates: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
+def camex_linear_backward(a: Any) -> tuple[Tensor, ...]:
     """Gradients of x, base, deltas, gates and bias; those not needed are empty."""
-    needs_x, needs_base, needs_deltas, needs_gates, needs_bias = needs
-    dx = x.new_empty(x.shape if needs_x else (0,))
-    dbase = base.new_empty(base.shape if needs_base else (0,))
-    ddeltas = deltas.new_empty(deltas.shape if needs_deltas else (0,))
+    needs_x, needs_base, needs_deltas, needs_gates, needs_bias = a.needs
+    dx = a.x.new_empty(a.x.shape if needs_x else (0,))
+    dbase = a.base.new_empty(a.base.shape if needs_base else (0,))
+    ddeltas = a.deltas.new_empty(a.deltas.shape if needs_deltas else (0,))
     dgates: Tensor | None = None
     if needs_x:
-        starts.linear(dy, base.mT, deltas.mT, gates, None, dx)
+        starts.linear(a.dy, a.base.mT, a.deltas.mT, a.gates, None, dx)
     if needs_base or needs_deltas or needs_gates:
         dgates = starts.weights(
-            dy,
-            x,
-            deltas,
-            gates,
+            a.dy,
+            a.x,
+            a.deltas,
+            a.gates,
             dbase if needs_base else None,
             ddeltas if needs_deltas else None,
             needs_gates,
         )
-    dbias = dy.sum(1, dtype=torch.float32) if needs_bias else gates.new_empty(0)
-    return dx, dbase, ddeltas, gates.new_empty(0) if dgates is None else dgates, dbias
+    dbias = a.dy.sum(1, dtype=torch.float32) if needs_bias else a.gates.new_empty(0)
+    return dx, dbase, ddeltas, a.gates.new_empty(0) if dgates is None else dgates, dbias
 
 
 def _tau(base: Tensor, experts: Tensor, group: int) -> Iterator[tuple[slice, Tensor]]:

@@ -21,97 +21,74 @@ from molex_kernels.ops.momentum.kernels.forward import _momentum_fwd
 
 
 def momentum_forward(
-    x: Tensor,
-    f: Tensor,
-    s0: Tensor | None,
-    s1: Tensor | None,
-    s2: Tensor | None,
-    expert_weight: Tensor | None,
-    offsets: Tensor | None,
-    inverse: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    mu: Tensor | None,
-    gamma: Tensor | None,
-    seed: Tensor | None,
-    numbers: Sequence[float],
-    kind: str,
-    num_states: int,
-    norm_eps: float | None,
-    dropout_p: float,
-    keeps_f: bool,
+    a: Any,
 ) -> tuple[Tensor, ...]:
     """y, three states (those that the rule lacks are empty), and f (empty unless `keeps_f`)."""
-    tokens, width = x.shape
-    state_dtype = torch.float32 if s0 is None else s0.dtype
-    y = x.new_empty(x.shape)
-    new = [x.new_empty(x.shape if i < num_states else (0,), dtype=state_dtype) for i in range(3)]
-    kept = f.new_empty(x.shape if keeps_f else (0,))
-    states = [state if i < num_states else None for i, state in enumerate(new)]
-    if x.numel() > 0:
+    tokens, width = a.x.shape
+    state_dtype = torch.float32 if a.s0 is None else a.s0.dtype
+    y = a.x.new_empty(a.x.shape)
+    new = [
+        a.x.new_empty(a.x.shape if i < a.num_states else (0,), dtype=state_dtype) for i in range(3)
+    ]
+    kept = a.f.new_empty(a.x.shape if a.returns_f else (0,))
+    states = [state if i < a.num_states else None for i, state in enumerate(new)]
+    if a.x.numel() > 0:
         launch(
             _momentum_fwd,
-            lambda b: (_tiles(x, b),),
+            lambda b: (_tiles(a.x, b),),
             (
-                *map(strided, (x, f, s0, s1, s2, y, *states, kept if keeps_f else None)),
-                strided(expert_weight),
-                None if offsets is None else offsets.contiguous(),
-                None if inverse is None else inverse.contiguous(),
-                *map(strided, (norm_weight, norm_bias)),
-                *(mu, gamma, seed, tokens, width),
-                0 if offsets is None else offsets.shape[0],
-                0 if expert_weight is None else expert_weight.shape[1],
-                *_scalars(numbers, norm_eps, dropout_p),
+                *map(
+                    strided,
+                    (
+                        a.x,
+                        a.f,
+                        a.s0,
+                        a.s1,
+                        a.s2,
+                        y,
+                        *states,
+                        kept if a.returns_f else None,
+                    ),
+                ),
+                strided(a.expert_weight),
+                None if a.offsets is None else a.offsets.contiguous(),
+                None if a.inverse is None else a.inverse.contiguous(),
+                *map(strided, (a.norm_weight, a.norm_bias)),
+                *(a.mu, a.gamma, a.seed, tokens, width),
+                0 if a.offsets is None else a.offsets.shape[0],
+                0 if a.expert_weight is None else a.expert_weight.shape[1],
+                *_scalars(a.numbers, a.norm_eps, a.dropout_p),
             ),
-            {"KIND": kind, "NUM_STATES": num_states, "HAS_NORM": norm_eps is not None},
-            _options(x, num_states, norm_eps, backward=False),
+            {
+                "KIND": a.kind,
+                "NUM_STATES": a.num_states,
+                "HAS_NORM": a.norm_eps is not None,
+            },
+            _options(a.x, a.num_states, a.norm_eps, backward=False),
         )
     return y, *new, kept
 
 
 def momentum_backward(
-    like: Tensor,
-    dy: Tensor | None,
-    g0: Tensor | None,
-    g1: Tensor | None,
-    g2: Tensor | None,
-    x: Tensor | None,
-    f: Tensor | None,
-    s0: Tensor | None,
-    s1: Tensor | None,
-    s2: Tensor | None,
-    norm_weight: Tensor | None,
-    mu: Tensor | None,
-    gamma: Tensor | None,
-    seed: Tensor | None,
-    numbers: Sequence[float],
-    kind: str,
-    num_states: int,
-    norm_eps: float | None,
-    dropout_p: float,
-    from_state: bool,
-    x_dtype: torch.dtype,
-    f_dtype: torch.dtype,
-    state_dtype: torch.dtype,
-    needs: Sequence[bool],
+    a: Any,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, f, three states, the norm's weight and bias [2, D], and mu and gamma [2].
 
     `like` is any tensor of the result's shape. Those not needed are empty.
     """
-    tokens, width = like.shape
-    dtypes = (x_dtype, f_dtype, state_dtype, state_dtype, state_dtype)
+    tokens, width = a.like.shape
+    dtypes = (a.x_dtype, a.f_dtype, a.state_dtype, a.state_dtype, a.state_dtype)
     out = [
-        like.new_empty(like.shape if need else (0,), dtype=dtype)
-        for need, dtype in zip(needs, dtypes, strict=False)
+        a.like.new_empty(a.like.shape if need else (0,), dtype=dtype)
+        for need, dtype in zip(a.needs, dtypes, strict=False)
     ]
-    needs_norm, needs_numbers = needs[5:]
-    parts: Any = {"dtype": torch.float32, "device": like.device}
+    needs_norm, needs_numbers = a.needs[5:]
+    parts: Any = {"dtype": torch.float32, "device": a.like.device}
     norm_parts = torch.empty(2, 0, width, **parts) if needs_norm else None
     number_parts = torch.empty(2, 0, **parts) if needs_numbers else None
 
     def programs(blocks: Mapping[str, int]) -> int:
-        tiles = _tiles(like, blocks)
+        tiles = _tiles(a.like, blocks)
         return min(tiles, config.MAX_PROGRAMS) if needs_norm or needs_numbers else tiles
 
     def arguments(blocks: Mapping[str, int]) -> tuple[Any, ...]:
@@ -120,29 +97,50 @@ def momentum_backward(
             norm_parts = torch.empty(2, programs(blocks), width, **parts)
         if needs_numbers:
             number_parts = torch.empty(2, programs(blocks), **parts)
-        gradients = (g if need else None for g, need in zip(out, needs, strict=False))
-        tensors = (dy, g0, g1, g2, x, f, s0, s1, s2, *gradients, norm_weight)
+        gradients = (g if need else None for g, need in zip(out, a.needs, strict=False))
+        tensors = (
+            a.dy,
+            a.g0,
+            a.g1,
+            a.g2,
+            a.x,
+            a.f,
+            a.s0,
+            a.s1,
+            a.s2,
+            *gradients,
+            a.norm_weight,
+        )
         return (
             *map(strided, tensors),
-            *(norm_parts, number_parts, mu, gamma, seed, tokens, width, _tiles(like, blocks)),
-            *_scalars(numbers, norm_eps, dropout_p),
+            *(
+                norm_parts,
+                number_parts,
+                a.mu,
+                a.gamma,
+                a.seed,
+                tokens,
+                width,
+                _tiles(a.like, blocks),
+            ),
+            *_scalars(a.numbers, a.norm_eps, a.dropout_p),
         )
 
-    if like.numel() > 0:
+    if a.like.numel() > 0:
         launch(
             _momentum_bwd,
             lambda b: (programs(b),),
             arguments,
             {
-                "KIND": kind,
-                "NUM_STATES": num_states,
-                "HAS_NORM": norm_eps is not None,
-                "FROM_STATE": from_state,
+                "KIND": a.kind,
+                "NUM_STATES": a.num_states,
+                "HAS_NORM": a.norm_eps is not None,
+                "FROM_STATE": a.from_state,
             },
-            _options(like, num_states, norm_eps, backward=True),
+            _options(a.like, a.num_states, a.norm_eps, backward=True),
         )
-    dnorm = like.new_empty(0, dtype=torch.float32) if norm_parts is None else norm_parts.sum(1)
-    dnumbers = like.new_empty(0, dtype=torch.float32)
+    dnorm = a.like.new_empty(0, dtype=torch.float32) if norm_parts is None else norm_parts.sum(1)
+    dnumbers = a.like.new_empty(0, dtype=torch.float32)
     if number_parts is not None:
         dnumbers = number_parts.sum(1, dtype=torch.float64).float()
     return *out, dnorm, dnumbers

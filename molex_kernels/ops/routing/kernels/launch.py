@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,85 +40,68 @@ Mixture = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def router_forward(
-    x: Tensor,
-    gate: Tensor,
-    gate_bias: Tensor | None,
-    expert_bias: Tensor | None,
-    table: Tensor | None,
-    labels: Tensor | None,
-    mix: Tensor | None,
-    top_k: int,
-    score: str,
+    a: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """expert_index [T, K], expert_weight [T, K] and logits [T, E]."""
-    tokens, dim = x.shape
-    experts = gate.shape[0]
-    index = x.new_empty(tokens, top_k, dtype=torch.int64)
-    weight = x.new_empty(tokens, top_k, dtype=torch.float32)
-    logits = x.new_empty(tokens, experts, dtype=torch.float32)
+    tokens, dim = a.x.shape
+    experts = a.gate.shape[0]
+    index = a.x.new_empty(tokens, a.top_k, dtype=torch.int64)
+    weight = a.x.new_empty(tokens, a.top_k, dtype=torch.float32)
+    logits = a.x.new_empty(tokens, experts, dtype=torch.float32)
     if tokens == 0:
         return index, weight, logits
-    upcast = table is not None or x.dtype != gate.dtype
-    operands = "fp32" if x.dtype == torch.float32 else "upcast" if upcast else "16-bit"
+    upcast = a.table is not None or a.x.dtype != a.gate.dtype
+    operands = "fp32" if a.x.dtype == torch.float32 else "upcast" if upcast else "16-bit"
     block_e = max(16, triton.next_power_of_2(experts))
-    mixture = (table, labels, mix)
+    mixture = (a.table, a.labels, a.mix)
     launch(
         _router_fwd,
         lambda b: (triton.cdiv(tokens, b["BLOCK_T"]),),
         (
-            *map(strided, (x, gate, gate_bias, expert_bias, *mixture)),
-            *(index, weight, logits, tokens, dim, experts, top_k, *_sizes(mixture)),
+            *map(strided, (a.x, a.gate, a.gate_bias, a.expert_bias, *mixture)),
+            *(index, weight, logits, tokens, dim, experts, a.top_k, *_sizes(mixture)),
         ),
         {
-            "SCORE": score,
-            "PRECISION": _precision(x, upcast),
+            "SCORE": a.score,
+            "PRECISION": _precision(a.x, upcast),
             "UPCAST": upcast,
             "BLOCK_E": block_e,
-            "BLOCK_K": max(8, triton.next_power_of_2(top_k)),
+            "BLOCK_K": max(8, triton.next_power_of_2(a.top_k)),
         },
-        config.router(chips.of(x.device), block_e, operands),
+        config.router(chips.of(a.x.device), block_e, operands),
     )
     return index, weight, logits
 
 
 def router_backward(
-    dweight: Tensor | None,
-    dlogits: Tensor | None,
-    x: Tensor,
-    gate: Tensor,
-    logits: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    table: Tensor | None,
-    labels: Tensor | None,
-    mix: Tensor | None,
-    score: str,
-    needs: Sequence[bool],
+    a: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, gate and bias (fp32); an empty tensor for each that is not needed."""
-    tokens, experts = logits.shape
-    needs_x, needs_gate, needs_bias = needs
-    dx = x.new_empty(x.shape if needs_x else (0,))
-    dgate = gate.new_empty(gate.shape if needs_gate else (0,))
-    dbias = logits.new_empty(experts if needs_bias else 0)
+    tokens, experts = a.logits.shape
+    needs_x, needs_gate, needs_bias = a.needs
+    dx = a.x.new_empty(a.x.shape if needs_x else (0,))
+    dgate = a.gate.new_empty(a.gate.shape if needs_gate else (0,))
+    dbias = a.logits.new_empty(experts if needs_bias else 0)
     if tokens == 0:
         return dx, dgate.zero_(), dbias.zero_()
-    dz = _logits_gradient(dweight, dlogits, logits, index, weight, score)
-    mixture = (table, labels, mix)
+    dz = _logits_gradient(a.dweight, a.dlogits, a.logits, a.index, a.weight, a.score)
+    mixture = (a.table, a.labels, a.mix)
     if needs_x:
-        _x_gradient(dz, gate, mixture, dx)
+        _x_gradient(dz, a.gate, mixture, dx)
     if needs_gate:
-        dgate, parts = _gate_gradient(dz, x, gate, mixture, needs_bias)
+        dgate, parts = _gate_gradient(dz, a.x, a.gate, mixture, needs_bias)
         dbias = dbias if parts is None else parts.sum(0)
     elif needs_bias:
         dbias = dz.sum(0)
     return dx, dgate, dbias
 
 
-def route_plan_forward(
-    expert_index: Tensor, num_experts: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def route_plan_forward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """counts, offsets, permutation, inverse of expert_index [T, K]."""
+    return _plan(*a)
+
+
+def _plan(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total, top_k = expert_index.numel(), expert_index.shape[1]
     permutation = expert_index.new_empty(total, dtype=torch.int64)
     inverse = expert_index.new_empty(total, dtype=torch.int64)
@@ -165,40 +148,43 @@ def route_plan_forward(
 
 
 def cluster_statistics_forward(
-    x: Tensor,
-    cluster: Tensor,
-    sums: Tensor | None,
-    counts: Tensor | None,
-    num_clusters: int,
-    stat: str,
+    a: Any,
 ) -> tuple[Tensor, Tensor]:
     """Of each cluster's tokens, [C, D] fp32, and their number, [C] int32.
 
     "sum": their sum. Else sums of |x - mean| or (x - mean)^2, with mean = sums / counts, of these
     tokens where `sums` is None; "pairwise": sum_{i != j} |x_i - x_j| / (n - 1).
     """
-    sizes, offsets, permutation, _ = route_plan_forward(cluster[:, None], num_clusters)
+    sums = a.sums
+    counts = a.counts
+    sizes, offsets, permutation, _ = _plan(a.cluster[:, None], a.num_clusters)
     if sums is None or counts is None:
-        sums, counts = _segmented(x, permutation, offsets, None, None, "sum"), sizes
-    if stat == "sum":
+        sums, counts = _segmented(a.x, permutation, offsets, None, None, "sum"), sizes
+    if a.stat == "sum":
         return sums, sizes
-    if stat == "pairwise":
-        return _pairwise(x, cluster, offsets, sums, counts), sizes
-    return _segmented(x, permutation, offsets, sums, counts, stat), sizes
+    if a.stat == "pairwise":
+        return _pairwise(a.x, a.cluster, offsets, sums, counts), sizes
+    return _segmented(a.x, permutation, offsets, sums, counts, a.stat), sizes
 
 
-def feature_weights_forward(
-    deviations: Tensor, counts: Tensor, eps: float, clip: float, norm: str, mask: bool
-) -> Tensor:
+def feature_weights_forward(a: Any) -> Tensor:
     """Feature weights W [C, D] fp32."""
-    clusters, dim = deviations.shape
-    out = deviations.new_empty(clusters, dim)
-    has_clip = math.isfinite(clip)
+    clusters, dim = a.deviations.shape
+    out = a.deviations.new_empty(clusters, dim)
+    has_clip = math.isfinite(a.clip)
     launch(
         _feature_weights_fwd,
         lambda b: (triton.cdiv(dim, b["BLOCK_D"]),),
-        (deviations, counts, out, dim, clusters, eps, clip if has_clip else 0.0),
-        {"NORM": norm, "HAS_CLIP": has_clip, "MASKED": mask},
+        (
+            a.deviations,
+            a.counts,
+            out,
+            dim,
+            clusters,
+            a.eps,
+            a.clip if has_clip else 0.0,
+        ),
+        {"NORM": a.norm, "HAS_CLIP": has_clip, "MASKED": a.mask},
         config.weights(chips.of(out.device)),
     )
     return out

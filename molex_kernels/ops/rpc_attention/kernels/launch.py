@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,115 +23,96 @@ SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def rpc_attention_forward(
-    k: Tensor,
-    v: Tensor,
-    q: Tensor | None,
-    threshold: Tensor,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    num_iters: int,
-    scale: float,
-    is_causal: bool,
-    dropout_p: float,
-    keeps_state: bool,
-    returns_sparse: bool,
+    a: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """L, S of the last iteration, L of all others, and the rows' extreme scores and sums.
 
     The extreme score is the one that is largest when scaled.
     """
     wide: Any = {"dtype": torch.float32}
-    out = k.new_empty(k.shape)
-    sparse = k.new_empty(k.shape if returns_sparse else (0,), **wide)
-    lows = k.new_empty((num_iters - 1, *k.shape) if keeps_state else (0,), **wide)
-    stats = k.new_empty((num_iters, 2, *k.shape[:3]) if keeps_state else (0,), **wide)
-    if k.numel() == 0:
+    out = a.k.new_empty(a.k.shape)
+    sparse = a.k.new_empty(a.k.shape if a.returns_sparse else (0,), **wide)
+    lows = a.k.new_empty((a.num_iters - 1, *a.k.shape) if a.keeps_state else (0,), **wide)
+    stats = a.k.new_empty((a.num_iters, 2, *a.k.shape[:3]) if a.keeps_state else (0,), **wide)
+    if a.k.numel() == 0:
         return out, sparse, lows, stats
-    heads, tokens, width = k.shape[1:]
-    cleans = [k.new_empty(k.shape) for _ in range(min(num_iters - 1, 2))]
-    rest = k.new_empty(k.shape, **wide) if num_iters > 1 else None
-    chip, is_aligned = chips.of(k.device), _aligned(k, v, q)
-    for t in range(num_iters):
-        last = t == num_iters - 1
-        drops = last and seed is not None
+    heads, tokens, width = a.k.shape[1:]
+    cleans = [a.k.new_empty(a.k.shape) for _ in range(min(a.num_iters - 1, 2))]
+    rest = a.k.new_empty(a.k.shape, **wide) if a.num_iters > 1 else None
+    chip, is_aligned = chips.of(a.k.device), _aligned(a.k, a.v, a.q)
+    for t in range(a.num_iters):
+        last = t == a.num_iters - 1
+        drops = last and a.seed is not None
         launch(
             _rpc_fwd,
-            lambda b: (_blocks(k, b),),
+            lambda b: (_blocks(a.k, b),),
             (
-                *map(strided, (k, v, q)),
+                *map(strided, (a.k, a.v, a.q)),
                 None if t == 0 else cleans[(t - 1) % 2],
                 None if last else cleans[t % 2],
                 rest,
-                lows[t] if keeps_state and not last else None,
+                lows[t] if a.keeps_state and not last else None,
                 out,
-                sparse if returns_sparse and t >= num_iters - 2 else None,
-                stats[t] if keeps_state else None,
-                threshold.contiguous(),
-                None if key_mask is None else key_mask.contiguous(),
-                seed if drops else None,
-                *(heads, tokens, width, *_scales(scale, dropout_p)[1:]),
+                sparse if a.returns_sparse and t >= a.num_iters - 2 else None,
+                stats[t] if a.keeps_state else None,
+                a.threshold.contiguous(),
+                None if a.key_mask is None else a.key_mask.contiguous(),
+                a.seed if drops else None,
+                *(heads, tokens, width, *_scales(a.scale, a.dropout_p)[1:]),
             ),
             {
                 "IS_FIRST": t == 0,
                 "IS_LAST": last,
-                "IS_CAUSAL": is_causal,
-                "IS_PER_TOKEN": threshold.dim() == 3,
-                "PRECISION": dot_precision(k.dtype),
+                "IS_CAUSAL": a.is_causal,
+                "IS_PER_TOKEN": a.threshold.dim() == 3,
+                "PRECISION": dot_precision(a.k.dtype),
             },
-            config.forward(chip, k.dtype, _padded(width), is_aligned, drops),
+            config.forward(chip, a.k.dtype, _padded(width), is_aligned, drops),
             updates=(rest,),
         )
     return out, sparse, lows, stats
 
 
 def rpc_attention_backward(
-    dout: Tensor,
-    dsparse: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    q: Tensor | None,
-    threshold: Tensor,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lows: Tensor,
-    stats: Tensor,
-    num_iters: int,
-    scale: float,
-    is_causal: bool,
-    dropout_p: float,
-    needs: Sequence[bool],
+    a: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of k, v, q and the threshold; those not needed are empty."""
-    if k.numel() == 0:
-        gradients = [k.new_empty(k.shape if need else (0,)) for need in needs[:3]]
-        dthreshold = threshold.new_zeros(threshold.shape if needs[3] else (0,))
+    if a.k.numel() == 0:
+        gradients = [a.k.new_empty(a.k.shape if need else (0,)) for need in a.needs[:3]]
+        dthreshold = a.threshold.new_zeros(a.threshold.shape if a.needs[3] else (0,))
         return gradients[0], gradients[1], gradients[2], dthreshold
-    heads, tokens, width = k.shape[1:]
-    chip, is_aligned = chips.of(k.device), _aligned(k, v, q)
+    heads, tokens, width = a.k.shape[1:]
+    chip, is_aligned = chips.of(a.k.device), _aligned(a.k, a.v, a.q)
     wide: Any = {"dtype": torch.float32}
-    clean, dlow, dk = (k.new_empty(k.shape) for _ in range(3))
-    dclean, dk_sum, du, dv_sum = (k.new_empty(k.shape, **wide) for _ in range(4))
+    clean, dlow, dk = (a.k.new_empty(a.k.shape) for _ in range(3))
+    dclean, dk_sum, du, dv_sum = (a.k.new_empty(a.k.shape, **wide) for _ in range(4))
     # What attends, where that is a launch of its own: q, or the cleaned keys once more.
-    other = clean if q is None and config.one_role(k.dtype, _padded(width)) else q
-    dq_sum = None if other is None else k.new_empty(k.shape, **wide)
-    inner, dbound = (k.new_empty(k.shape[:3], **wide) for _ in range(2))
-    bound = threshold.contiguous()
-    mask = None if key_mask is None else key_mask.contiguous()
+    other = clean if a.q is None and config.one_role(a.k.dtype, _padded(width)) else a.q
+    dq_sum = None if other is None else a.k.new_empty(a.k.shape, **wide)
+    inner, dbound = (a.k.new_empty(a.k.shape[:3], **wide) for _ in range(2))
+    bound = a.threshold.contiguous()
+    mask = None if a.key_mask is None else a.key_mask.contiguous()
     sizes = (heads, tokens, width)
 
     def rows(iteration: int) -> None:
         """From behind the iteration after this one to before this one's attention."""
         launch(
             _rpc_bwd_rows,
-            lambda b: (_blocks(k, b),),
+            lambda b: (_blocks(a.k, b),),
             (
-                *map(strided, (k, dout, dsparse if iteration == num_iters - 1 else None)),
-                *(out, lows, dclean, dk_sum, du, dbound),
+                *map(
+                    strided,
+                    (
+                        a.k,
+                        a.dout,
+                        a.dsparse if iteration == a.num_iters - 1 else None,
+                    ),
+                ),
+                *(a.out, a.lows, dclean, dk_sum, du, dbound),
                 *(clean, dlow, inner, dk, bound, mask, iteration, *sizes),
             ),
             {
-                "IS_LAST": iteration == num_iters,
+                "IS_LAST": iteration == a.num_iters,
                 "IS_DONE": iteration == 0,
                 "IS_PER_TOKEN": bound.dim() == 3,
             },
@@ -143,31 +124,36 @@ def rpc_attention_backward(
         iteration: int, *, as_rows: bool = False, as_keys: bool = False, sums: bool = False
     ) -> None:
         """Back through one iteration's attention, in one role or in both."""
-        last = iteration == num_iters
-        drops = last and seed is not None
+        last = iteration == a.num_iters
+        drops = last and a.seed is not None
         launch(
             _rpc_bwd_attention,
-            lambda b: (_blocks(k, b),),
+            lambda b: (_blocks(a.k, b),),
             (
-                *(clean, strided(v), strided(other), dlow, inner, stats[iteration - 1]),
+                *(clean, strided(a.v), strided(other), dlow, inner, a.stats[iteration - 1]),
                 *((None, None, None) if sums else (dclean, dv_sum, dq_sum)),
-                *(mask, seed if drops else None, *sizes, *_scales(scale, dropout_p)),
+                *(
+                    mask,
+                    a.seed if drops else None,
+                    *sizes,
+                    *_scales(a.scale, a.dropout_p),
+                ),
             ),
             {
-                "IS_LAST": last or (as_rows and not as_keys and q is None),
-                "IS_CAUSAL": is_causal,
+                "IS_LAST": last or (as_rows and not as_keys and a.q is None),
+                "IS_CAUSAL": a.is_causal,
                 "IS_SUM": sums,
                 "AS_ROWS": as_rows,
                 "AS_KEYS": as_keys,
-                "PRECISION": dot_precision(k.dtype),
+                "PRECISION": dot_precision(a.k.dtype),
             },
-            config.backward(chip, k.dtype, _padded(width), is_aligned, drops),
+            config.backward(chip, a.k.dtype, _padded(width), is_aligned, drops),
             updates=(inner,) if sums else (dv_sum, dq_sum),
         )
 
-    rows(num_iters)
-    for iteration in range(num_iters, 0, -1):
-        if k.dtype == torch.float32:
+    rows(a.num_iters)
+    for iteration in range(a.num_iters, 0, -1):
+        if a.k.dtype == torch.float32:
             # Of peaked weights, fp32's precision is lost if this sum comes from L.
             attention(iteration, as_rows=True, sums=True)
         if other is None:
@@ -175,16 +161,16 @@ def rpc_attention_backward(
         else:
             attention(iteration, as_rows=True)
             attention(iteration, as_keys=True)
-            if q is None:
+            if a.q is None:
                 dclean += dq_sum
         rows(iteration - 1)
-    dthreshold = threshold.new_empty(0)
-    if needs[3]:
+    dthreshold = a.threshold.new_empty(0)
+    if a.needs[3]:
         dthreshold = dbound if bound.dim() == 3 else dbound.sum(-1)
     return (
-        dk if needs[0] else k.new_empty(0),
-        dv_sum.to(k.dtype) if needs[1] else k.new_empty(0),
-        dq_sum.to(k.dtype) if dq_sum is not None and needs[2] else k.new_empty(0),
+        dk if a.needs[0] else a.k.new_empty(0),
+        dv_sum.to(a.k.dtype) if a.needs[1] else a.k.new_empty(0),
+        dq_sum.to(a.k.dtype) if dq_sum is not None and a.needs[2] else a.k.new_empty(0),
         dthreshold,
     )
 
@@ -207,8 +193,8 @@ def _padded(width: int) -> int:
 
 def _aligned(*tensors: Tensor | None) -> bool:
     """Whether rows can be moved 16 bytes at a time."""
-    given = [t for t in tensors if t is not None]
-    return all(t.stride(-1) == 1 and t.shape[-1] * t.element_size() % 16 == 0 for t in given)
+    a = [t for t in tensors if t is not None]
+    return all(t.stride(-1) == 1 and t.shape[-1] * t.element_size() % 16 == 0 for t in a)
 
 
 def _blocks(k: Tensor, blocks: Mapping[str, int]) -> int:
