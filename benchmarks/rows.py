@@ -98,9 +98,9 @@ def groups(
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
 ) -> list[Group]:
-    """Every op's first shape in each dtype (on a CPU smaller in the second), then every op's second in the first dtype, ...
+    """Every op's first shape in each dtype, then every op's second in the first dtype, ...
 
-    So a time limit cuts all ops alike. Of first shapes, of second ones, ..., those of ops that have
+    On a CPU the second dtype has a smaller shape. So a time limit cuts all ops alike. Of first shapes, of second ones, ..., those of ops that have
     kernels of their own for this device come first. The sweeps follow in the same way.
     """
 
@@ -130,7 +130,7 @@ def groups(
 
 
 def shrink(case: Case) -> Case:
-    """A quarter of the tokens, or of whatever else only repeats the work; itself at the smallest."""
+    """A quarter of the tokens, or of what else only repeats the work; the smallest stays."""
     for letter in SHRINK:
         size = case.sizes.get(letter, 1)
         if size > (64 if letter == "T" else 1):
