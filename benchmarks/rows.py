@@ -100,8 +100,9 @@ def groups(
 ) -> list[Group]:
     """Every op's first shape in each dtype, then every op's second in the first dtype, ...
 
-    On a CPU the second dtype has a smaller shape. So a time limit cuts all ops alike. Of first shapes, of second ones, ..., those of ops that have
-    kernels of their own for this device come first. The sweeps follow in the same way.
+    On a CPU the second dtype has a smaller shape. So a time limit cuts all ops alike. Of first
+    shapes, of second ones, ..., those of ops that have kernels of their own for this device come
+    first. The sweeps follow in the same way.
     """
 
     def has_kernels(name: str) -> bool:
