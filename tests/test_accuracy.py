@@ -26,6 +26,10 @@ OPS = load_ops()
 BEYOND = {
     ("camex_deltas", "cpu", "float32", "gradient of in1"): 1.15,
     ("camex_merge", "cpu", "float32", "gradient of in1"): 1.37,
+    ("topk_route", "triton", "float16", "expert_weight"): 1.40,
+    ("topk_route", "triton", "float16", "logits"): 1.51,
+    ("moe_mlp", "triton", "float32", "gradient of b_down"): 1.36,
+    ("moe_mlp_momentum", "triton", "float32", "gradient of b_up"): 1.44,
     ("layer_linear", "triton", "float32", "gradient of biases"): 1.76,
     ("scaled_attention", "sdpa", "float16", "gradient of v"): 1.19,
     ("scaled_attention", "sdpa", "bfloat16", "gradient of v"): 1.19,
