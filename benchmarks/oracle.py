@@ -14,14 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import check
+from benchmarks import check, rows
 from benchmarks.rows import Group
 from molex_kernels.testing import budget
 from molex_kernels.testing.opinfo import Case, Inputs
 
 PROBE = 512  # tokens at which the reference's time is taken
 AGREE = 1e-9  # relatively, between two fp64 results
-SHRINK = ("T", "B", "S", "H")  # sizes that may be smaller for a check, in this order
 
 Made = tuple[Inputs, "check.Tensors | None"]
 
@@ -64,8 +63,8 @@ def find(
         try:
             found = check.expect(group.info, inputs, upstream, group.dtype, oracle=oracle)
         except torch.OutOfMemoryError:
-            smaller = shrink(case)
-            if smaller is None:
+            smaller = rows.shrink(case)
+            if smaller is case:
                 raise
             case = smaller
         else:
@@ -101,16 +100,6 @@ def probe(group: Group, make: Callable[[Case], Made]) -> ReferenceTime | None:
             raise AssertionError(f"{info.oracle} is not the reference in fp64: {name}, {error}")
     growth = tokens / PROBE
     return ReferenceTime(in_own * growth, (in_own + in_double) * growth)
-
-
-def shrink(case: Case) -> Case | None:
-    """A quarter of the tokens, or of whatever else only repeats the work; None at the smallest."""
-    for letter in SHRINK:
-        size = case.sizes.get(letter, 1)
-        if size > (PROBE // 8 if letter == "T" else 1):
-            sizes = {**case.sizes, letter: max(size // 4, 1)}
-            return dataclasses.replace(case, sizes=sizes)
-    return None
 
 
 def _now(group: Group) -> float:
