@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/common/vector.h"
@@ -35,21 +36,15 @@ struct Target {
   explicit operator bool() const { return data != nullptr; }
 };
 
-MOLEX_CLONES inline void widen(const c10::BFloat16* from, float* to, int64_t count) {
+// From c10::BFloat16 or c10::Half.
+inline constexpr auto widen = versions([](auto, const auto* from, float* to, int64_t count) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
-}
+});
 
-MOLEX_CLONES inline void widen(const c10::Half* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
-}
-
-MOLEX_CLONES inline void narrow(const float* from, c10::BFloat16* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<c10::BFloat16>(from[i]);
-}
-
-MOLEX_CLONES inline void narrow(const float* from, c10::Half* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<c10::Half>(from[i]);
-}
+// To c10::BFloat16 or c10::Half.
+inline constexpr auto narrow = versions([](auto, const float* from, auto* to, int64_t count) MOLEX_LAMBDA_INLINE {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<std::remove_pointer_t<decltype(to)>>(from[i]);
+});
 
 // Floats [first, first + count) of a source: its own memory where that is fp32, else `scratch`.
 inline const float* read(const Source& source, int64_t first, int64_t count, float* scratch) {
@@ -108,25 +103,25 @@ MOLEX_INLINE float dot_of(const float* left, const float* right, int64_t count) 
       [=](int64_t i) MOLEX_LAMBDA_INLINE { return left[i] * right[i]; });
 }
 
-MOLEX_CLONES inline float dot(const float* left, const float* right, int64_t count) {
+inline constexpr auto dot = versions([](auto, const float* left, const float* right, int64_t count) MOLEX_LAMBDA_INLINE {
   return dot_of(left, right, count);
-}
+});
 
-MOLEX_CLONES inline void add(float* to, const float* from, int64_t count) {
+inline constexpr auto add = versions([](auto, float* to, const float* from, int64_t count) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
-}
+});
 
-MOLEX_CLONES inline void add_scaled(float* to, const float* from, float weight, int64_t count) {
+inline constexpr auto add_scaled = versions([](auto, float* to, const float* from, float weight, int64_t count) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) to[i] += weight * from[i];
-}
+});
 
-MOLEX_CLONES inline void scale_into(float* to, const float* from, float weight, int64_t count) {
+inline constexpr auto scale_into = versions([](auto, float* to, const float* from, float weight, int64_t count) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) to[i] = weight * from[i];
-}
+});
 
-MOLEX_CLONES inline void scale(float* to, float weight, int64_t count) {
+inline constexpr auto scale = versions([](auto, float* to, float weight, int64_t count) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) to[i] *= weight;
-}
+});
 
 // Scratch rows of one thread.
 class Scratch {

@@ -13,7 +13,7 @@ namespace molex {
 template <class V>
 MOLEX_INLINE V exp_of(V x) {
   const V most = V{} + 88.0f;
-  return exponential(x > most ? most : x);
+  return exponential(select(x > most, most, x));
 }
 
 template <class V>
@@ -68,9 +68,9 @@ MOLEX_INLINE Exponentials exponentials_of(const float* z, float scale, float* p,
 }
 
 // out [wide_of(count)]; softmax of the first `count`, then zeros.
-MOLEX_CLONES inline void softmax_of(const float* z, float* out, int64_t count) {
+inline constexpr auto softmax_of = versions([](auto, const float* z, float* out, int64_t count) MOLEX_LAMBDA_INLINE {
   const float inverse = 1.0f / exponentials_of(z, 1.0f, out, count).sum;
   for (int64_t i = 0; i < count; ++i) out[i] *= inverse;
-}
+});
 
 }  // namespace molex

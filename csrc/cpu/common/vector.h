@@ -54,10 +54,21 @@ MOLEX_INLINE Ints<LANES> count_from(int32_t first) {
   return lanes + first;
 }
 
+// `a` where the mask says so, else `b`. GCC takes a choice among more lanes than a register has apart into
+// single floats, but not the same in bits.
+template <class Mask, class V>
+MOLEX_INLINE V select(Mask mask, V a, V b) {
+  if constexpr (sizeof(V) > 32) {
+    return (V)((mask & (Mask)a) | (~mask & (Mask)b));
+  } else {
+    return mask ? a : b;
+  }
+}
+
 // The larger of two; `b` where `a` is NaN.
 template <class V>
 MOLEX_INLINE V larger(V a, V b) {
-  return a > b ? a : b;
+  return select(a > b, a, b);
 }
 
 template <int DISTANCE, class V, int... LANE>
@@ -87,7 +98,11 @@ MOLEX_INLINE auto sum_of_lanes(V x) {
 
 template <class V>
 MOLEX_INLINE auto largest_lane(V x) {
-  return folded(x, [](V a, V b) MOLEX_LAMBDA_INLINE { return larger(a, b); })[0];
+  return folded(x, [](V a, V b) MOLEX_LAMBDA_INLINE {
+    // Only one lane counts in the end: of floats GCC then makes one instruction per pair.
+    if constexpr (std::is_same_v<decltype(a[0] + 0), float>) return a > b ? a : b;
+    return larger(a, b);
+  })[0];
 }
 
 // A float's bits, or those of each lane, and back.
@@ -126,7 +141,7 @@ MOLEX_INLINE V exponential(V x) {
   p = (p * (r * r) + r) + 1.0f;
   // 2^whole, its exponent shifted to its place.
   const V result = p * float_of<V>((bits_of(shifted) << 23) + 0x3f800000);
-  return x < kLowest ? V{} : result;
+  return select(x < kLowest, V{}, result);
 }
 
 }  // namespace molex

@@ -33,6 +33,8 @@ class Activation {
 
  private:
   enum class Pointwise { kRelu, kGelu, kGeluTanh, kSilu } pointwise_;
+  template <class Run>
+  static void with(Pointwise pointwise, const Run& run);
   enum class Layout { kPlain, kConcat, kInterleaved } layout_;
 };
 

@@ -45,8 +45,7 @@ class Branches {
   int64_t width_ = 0, stride_ = 0;
 };
 
-MOLEX_CLONES void add_branch(
-    float* sum, const float* output, const float* residual, float coeff, bool first, int64_t count) {
+constexpr auto add_branch = molex::versions([](auto, float* sum, const float* output, const float* residual, float coeff, bool first, int64_t count) MOLEX_LAMBDA_INLINE {
   if (residual) {
     MOLEX_INDEPENDENT
     for (int64_t i = 0; i < count; ++i) {
@@ -56,7 +55,7 @@ MOLEX_CLONES void add_branch(
     MOLEX_INDEPENDENT
     for (int64_t i = 0; i < count; ++i) sum[i] = (first ? 0.0f : sum[i]) + coeff * output[i];
   }
-}
+});
 
 // sum_g coeff_g (outputs_g + residual_g) of one token; two rows of scratch.
 void mix(const Branches& outputs,

@@ -28,7 +28,7 @@ using WideKeys = molex::Ints<kWide>;
 MOLEX_INLINE WideKeys keys_of(Wide x) {
   const WideKeys bits = (WideKeys)(x + 0.0f);
   const WideKeys key = bits ^ ((bits >> 31) & 0x7fffffff);
-  return x == x ? key : WideKeys{} + std::numeric_limits<int32_t>::max();
+  return molex::select(x == x, key, WideKeys{} + std::numeric_limits<int32_t>::max());
 }
 
 // The first largest of `count` values; `row` has whole vectors, the last filled up with -inf.
@@ -50,12 +50,12 @@ enum class Mode { kMode, kMeanSoftmax, kMeanSigmoid };
 // sums += what each of `count` tokens that the mask counts gives to the layers. `sums` and `row` have whole
 // vectors.
 template <Mode MODE>
-MOLEX_INLINE void add_votes(
-    const float* z, const bool* mask, int64_t count, int64_t layers, float* row, float* sums) {
+constexpr auto add_votes = molex::versions([](auto, const float* logits, const bool* mask, int64_t count, int64_t layers, float* row, float* sums) MOLEX_LAMBDA_INLINE {
   const int64_t whole = molex::wide_of(layers);
   std::fill(row, row + whole, -std::numeric_limits<float>::infinity());
-  for (int64_t t = 0; t < count; ++t, z += layers) {
+  for (int64_t t = 0; t < count; ++t) {
     if (mask && !mask[t]) continue;
+    const float* z = logits + t * layers;
     if constexpr (MODE == Mode::kMeanSoftmax) {
       const float inverse = 1.0f / molex::exponentials_of(z, 1.0f, row, layers).sum;
       for (int64_t i = 0; i < whole; i += kWide) {
@@ -72,22 +72,17 @@ MOLEX_INLINE void add_votes(
       }
     }
   }
-}
-
-#define MOLEX_VOTES(NAME, MODE)                                                                   \
-  MOLEX_CLONES void NAME(                                                                         \
-      const float* z, const bool* mask, int64_t count, int64_t layers, float* row, float* sums) { \
-    add_votes<Mode::MODE>(z, mask, count, layers, row, sums);                                     \
-  }
-MOLEX_VOTES(add_choices, kMode)
-MOLEX_VOTES(add_softmax, kMeanSoftmax)
-MOLEX_VOTES(add_sigmoid, kMeanSigmoid)
+});
 
 // The layer with the largest sum over the tokens that `mask` [T] counts, ties to the lower one.
 Tensor layer_vote(const Tensor& logits, std::optional<Tensor> mask, std::string mode) {
   const int64_t tokens = logits.size(0), layers = logits.size(1), whole = molex::wide_of(layers);
   STD_TORCH_CHECK(mode == "mode" || mode == "mean_softmax" || mode == "mean_sigmoid", "mode: unknown ", mode);
-  const auto add = mode == "mode" ? add_choices : mode == "mean_softmax" ? add_softmax : add_sigmoid;
+  const auto add = [&](auto... arguments) {
+    if (mode == "mode") return add_votes<Mode::kMode>(arguments...);
+    if (mode == "mean_softmax") return add_votes<Mode::kMeanSoftmax>(arguments...);
+    add_votes<Mode::kMeanSigmoid>(arguments...);
+  };
   const Tensor packed = torch::stable::contiguous(logits);
   const std::optional<Tensor> counted = molex::packed(mask);
   const Source from = molex::source_of(packed);

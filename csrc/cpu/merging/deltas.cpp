@@ -24,29 +24,24 @@ using Optional = std::optional<Tensor>;
 constexpr int64_t kChunk = 512;    // elements that every expert contributes to in one turn
 constexpr int64_t kColumns = 384;  // of out1's product, whose rows are o2 D apart
 
-MOLEX_CLONES void subtract(const float* a, const float* b, float* out, int64_t count) {
+constexpr auto subtract = molex::versions([](auto, const float* a, const float* b, float* out, int64_t count) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) out[i] = a[i] - b[i];
-}
+});
 
-MOLEX_CLONES void add_difference(const float* a, const float* b, float* out, int64_t count) {
+constexpr auto add_difference = molex::versions([](auto, const float* a, const float* b, float* out, int64_t count) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) out[i] += a[i] - b[i];
-}
+});
 
 MOLEX_INLINE float sign(float x) { return (x > 0.0f ? 1.0f : 0.0f) - (x < 0.0f ? 1.0f : 0.0f); }
 
-MOLEX_CLONES void signs(float* x, int64_t count) {
+constexpr auto signs = molex::versions([](auto, float* x, int64_t count) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) x[i] = sign(x[i]);
-}
+});
 
 // out = x where tau = expert - base has the sign of the majority, else 0.
-MOLEX_CLONES void keep_ties(const float* expert,
-                            const float* base,
-                            const float* majority,
-                            const float* x,
-                            float* out,
-                            int64_t count) {
+constexpr auto keep_ties = molex::versions([](auto, const float* expert, const float* base, const float* majority, const float* x, float* out, int64_t count) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) out[i] = sign(expert[i] - base[i]) == majority[i] ? x[i] : 0.0f;
-}
+});
 
 template <class Body>
 void for_chunks(int64_t size, const Body& body) {
@@ -147,9 +142,9 @@ class Factors {
 
   // Of a block tau: by_in2 = in2 along the last index, by_in1 = in1 of that along the one before.
   void inner(int64_t rank, int64_t e, const float* tau, float* by_in2, float* by_in1) const {
-    product(tau, d2, in2_turned(rank, e), d2, by_in2, d2, o2 * d1, d2, d2, false);
+    product({tau, d2, in2_turned(rank, e), d2, by_in2, d2, o2 * d1, d2, d2, false});
     for (int64_t at = 0; at < block; at += width) {
-      product(in1(rank, e), d1, by_in2 + at, d2, by_in1 + at, d2, d1, d2, d1, false);
+      product({in1(rank, e), d1, by_in2 + at, d2, by_in1 + at, d2, d1, d2, d1, false});
     }
   }
 
@@ -194,8 +189,7 @@ void apply_inner(const Factors& f, const Weights& weights, int64_t rank, int64_t
     for (int64_t first = begin * f.block; first < end * f.block; first += f.block) {
       weights.tau(e, first, f.block, tau.data());
       f.inner(rank, e, tau.data(), by_in2.data(), by_in1.data());
-      product(
-          f.out2(rank, e), f.o2, by_in1.data(), f.width, half + first, f.width, f.o2, f.width, f.o2, false);
+      product({f.out2(rank, e), f.o2, by_in1.data(), f.width, half + first, f.width, f.o2, f.width, f.o2, false});
     }
   });
 }
@@ -235,7 +229,7 @@ Tensor camex_deltas_fwd(const Tensor& base,
     for (int64_t rank = 0; rank < f.ranks; ++rank) {
       apply_inner(f, weights, rank, e, half);
       for_columns(f, [&](int64_t column, int64_t length) {
-        product(f.out1(rank, e),
+        product({f.out1(rank, e),
                 f.o1,
                 half + column,
                 f.block,
@@ -244,7 +238,7 @@ Tensor camex_deltas_fwd(const Tensor& base,
                 f.o1,
                 length,
                 f.o1,
-                rank > 0);
+                rank > 0});
         if (rank + 1 < f.ranks) return;
         for (int64_t at = column; at < size; at += f.block) {
           if (ties) weights.mask(e, at, length, sum + at, sum + at);
@@ -303,10 +297,9 @@ void back_through_out1(const Factors& f,
     for (int64_t i = 0; i < f.o1; ++i) upstream(i * f.block + column, length, given.data() + i * length);
     if (sums.wanted()) {
       float* part = sums.part(0, column / kColumns);
-      product_inner(given.data(), length, half + column, f.block, part, f.o1, f.o1, f.o1, length, false);
+      product_inner({given.data(), length, half + column, f.block, part, f.o1, f.o1, f.o1, length, false});
     }
-    product_turned(
-        f.out1(rank, e), f.o1, given.data(), length, down + column, f.block, f.o1, length, f.o1, false);
+    product_turned({f.out1(rank, e), f.o1, given.data(), length, down + column, f.block, f.o1, length, f.o1, false});
   });
 }
 
@@ -329,14 +322,11 @@ void back_through_blocks(const Factors& f,
       if (sums.wanted()) {
         weights.tau(e, first, f.block, tau.data());
         f.inner(rank, e, tau.data(), by_in2.data(), by_in1.data());
-        product_inner(
-            above, f.width, by_in1.data(), f.width, sums.part(1, i), f.o2, f.o2, f.o2, f.width, false);
+        product_inner({above, f.width, by_in1.data(), f.width, sums.part(1, i), f.o2, f.o2, f.o2, f.width, false});
       }
-      product_turned(
-          f.out2(rank, e), f.o2, above, f.width, from_out2.data(), f.width, f.o2, f.width, f.o2, false);
+      product_turned({f.out2(rank, e), f.o2, above, f.width, from_out2.data(), f.width, f.o2, f.width, f.o2, false});
       for (int64_t at = 0; at < f.block; at += f.width) {
-        product_turned(
-            f.in1(rank, e), f.d1, &from_out2[at], f.d2, &from_in1[at], f.d2, f.d1, f.d2, f.d1, false);
+        product_turned({f.in1(rank, e), f.d1, &from_out2[at], f.d2, &from_in1[at], f.d2, f.d1, f.d2, f.d1, false});
         if (!sums.wanted()) continue;
         // in1's index is not the first of a block: turned, all of a block's rows are one product.
         Factors::turn(&from_out2[at], f.d1, f.d2, &turned[at]);
@@ -344,13 +334,13 @@ void back_through_blocks(const Factors& f,
       }
       if (sums.wanted()) {
         float *in1 = sums.part(2, i), *in2 = sums.part(3, i);
-        product_turned(turned.data(), f.d1, other.data(), f.d1, in1, f.d1, f.d1, f.d1, f.o2 * f.d2, false);
-        product_turned(from_in1.data(), f.d2, tau.data(), f.d2, in2, f.d2, f.d2, f.d2, f.o2 * f.d1, false);
+        product_turned({turned.data(), f.d1, other.data(), f.d1, in1, f.d1, f.d1, f.d1, f.o2 * f.d2, false});
+        product_turned({from_in1.data(), f.d2, tau.data(), f.d2, in2, f.d2, f.d2, f.d2, f.o2 * f.d1, false});
       }
       if (!dtau) continue;
       const float* in2 = f.in2(rank, e);
       const int64_t rows = f.o2 * f.d1;
-      product(from_in1.data(), f.d2, in2, f.d2, dtau + first, f.d2, rows, f.d2, f.d2, rank > 0);
+      product({from_in1.data(), f.d2, in2, f.d2, dtau + first, f.d2, rows, f.d2, f.d2, rank > 0});
     }
   });
 }

@@ -64,7 +64,7 @@ void merge(
     const int64_t at = (first + r) * l.width + column;
     float* row = out + r * columns;
     for (int64_t s = 0; s < members; ++s) std::copy_n(l.base + at, columns, row + s * part);
-    product(l.gates + group * kSegments * l.experts,
+    product({l.gates + group * kSegments * l.experts,
             l.experts,
             l.deltas + at,
             l.size(),
@@ -73,7 +73,7 @@ void merge(
             members,
             columns,
             l.experts,
-            true);
+            true});
   }
 }
 
@@ -106,7 +106,7 @@ void input_gradient(const Layer& l, const Target& to) {
         const int64_t rows = std::min(height, l.columns - first);
         merge(l, group, first, rows, column, columns, merged);
         for (int64_t s = 0; s < members; ++s) {
-          product(l.dy + (group * kSegments + s) * l.tokens * l.columns + first,
+          product({l.dy + (group * kSegments + s) * l.tokens * l.columns + first,
                   l.columns,
                   merged + s * rows * columns,
                   columns,
@@ -115,7 +115,7 @@ void input_gradient(const Layer& l, const Target& to) {
                   l.tokens,
                   columns,
                   rows,
-                  first > 0);
+                  first > 0});
         }
       }
       for (int64_t s = 0; s < members && !direct; ++s) {
@@ -153,7 +153,7 @@ void weight_gradients(const Layer& l, float* dbase, float* ddeltas, float* dgate
       for (int64_t group = 0; group < l.groups(); ++group) {
         const int64_t members = l.members(group), first = group * kSegments;
         for (int64_t s = 0; s < members; ++s) {
-          product_turned(l.dy + (first + s) * l.tokens * l.columns + row,
+          product_turned({l.dy + (first + s) * l.tokens * l.columns + row,
                          l.columns,
                          l.x + (first + s) * l.tokens * l.width,
                          l.width,
@@ -162,17 +162,17 @@ void weight_gradients(const Layer& l, float* dbase, float* ddeltas, float* dgate
                          rows,
                          l.width,
                          l.tokens,
-                         false);
+                         false});
         }
         const bool more = group > 0;
-        if (dbase) product(ones.data(), 0, tiles, part, dbase + at, 0, 1, part, members, more);
+        if (dbase) product({ones.data(), 0, tiles, part, dbase + at, 0, 1, part, members, more});
         if (ddeltas) {
           const float* gates = turned.data() + first * l.experts;
-          product(gates, members, tiles, part, ddeltas + at, l.size(), l.experts, part, members, more);
+          product({gates, members, tiles, part, ddeltas + at, l.size(), l.experts, part, members, more});
         }
         if (dgates) {
           float* to = &partial[task * pairs + first * l.experts];
-          product_inner(tiles, part, l.deltas + at, l.size(), to, l.experts, members, l.experts, part, false);
+          product_inner({tiles, part, l.deltas + at, l.size(), to, l.experts, members, l.experts, part, false});
         }
       }
     }

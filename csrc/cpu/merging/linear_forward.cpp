@@ -64,8 +64,7 @@ Tensor camex_linear_fwd(const Tensor& x,
       for (int64_t at = 0; at < part; at += kChunk) {
         const int64_t length = std::min(kChunk, part - at), there = first * width + at;
         for (int64_t s = 0; s < members; ++s) std::copy_n(start + there, length, merged + s * part + at);
-        molex::product(
-            gate + group * count, count, from + there, size, merged + at, part, members, length, count, true);
+        molex::product({gate + group * count, count, from + there, size, merged + at, part, members, length, count, true});
       }
       for (int64_t s = group; s < group + members; ++s) {
         Matrix weight = molex::matrix_of(merged + (s - group) * part, ScalarType::Float, height, width);

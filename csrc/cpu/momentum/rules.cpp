@@ -1,6 +1,8 @@
 // The momentum rules, element by element.
 
+#include <algorithm>
 #include <cmath>
+#include <iterator>
 
 #include "cpu/momentum/rules.h"
 
@@ -163,33 +165,30 @@ MOLEX_INLINE void backward_of(const Backward& b, int64_t count, const Numbers& c
   backward_from<KIND, false>(b, count, c);
 }
 
-#define MOLEX_RULE(NAME, KIND)                                                                             \
-  MOLEX_CLONES void forward_##NAME(const Forward& a, int64_t count, const Numbers& c) {                    \
-    forward_of<Kind::KIND>(a, count, c);                                                                   \
-  }                                                                                                        \
-  MOLEX_CLONES void output_##NAME(const Forward& a, int64_t count, const Numbers& c, bool from_state) {    \
-    output_of<Kind::KIND>(a, count, c, from_state);                                                        \
-  }                                                                                                        \
-  MOLEX_CLONES void backward_##NAME(const Backward& b, int64_t count, const Numbers& c, bool from_state) { \
-    backward_of<Kind::KIND>(b, count, c, from_state);                                                      \
-  }                                                                                                        \
-  constexpr Rule k_##NAME = {#NAME, forward_##NAME, output_##NAME, backward_##NAME};
-MOLEX_RULE(linear, kLinear)
-MOLEX_RULE(nesterov, kNesterov)
-MOLEX_RULE(signum, kSignum)
-MOLEX_RULE(adam, kAdam)
-MOLEX_RULE(ademamix, kAdEMAMix)
+template <Kind KIND>
+constexpr Rule rule(const char* name) {
+  return {name,
+          versions([](auto, const Forward& a, int64_t count, const Numbers& c) MOLEX_LAMBDA_INLINE {
+            forward_of<KIND>(a, count, c);
+          }),
+          versions([](auto, const Forward& a, int64_t count, const Numbers& c, bool from_state)
+                       MOLEX_LAMBDA_INLINE { output_of<KIND>(a, count, c, from_state); }),
+          versions([](auto, const Backward& b, int64_t count, const Numbers& c, bool from_state)
+                       MOLEX_LAMBDA_INLINE { backward_of<KIND>(b, count, c, from_state); })};
+}
 
-constexpr const Rule* kRules[] = {&k_linear, &k_nesterov, &k_signum, &k_adam, &k_ademamix};
+constexpr Rule kRules[] = {rule<Kind::kLinear>("linear"),
+                           rule<Kind::kNesterov>("nesterov"),
+                           rule<Kind::kSignum>("signum"),
+                           rule<Kind::kAdam>("adam"),
+                           rule<Kind::kAdEMAMix>("ademamix")};
 
 }  // namespace
 
 const Rule& rule_of(const std::string& name) {
-  const Rule* found = nullptr;
-  for (const Rule* rule : kRules) {
-    if (name == rule->name) found = rule;
-  }
-  STD_TORCH_CHECK(found, "kind: unknown rule ", name);
+  const auto found = std::find_if(
+      std::begin(kRules), std::end(kRules), [&](const Rule& rule) { return name == rule.name; });
+  STD_TORCH_CHECK(found != std::end(kRules), "kind: unknown rule ", name);
   return *found;
 }
 

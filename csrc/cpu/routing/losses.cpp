@@ -36,15 +36,14 @@ void for_chunks(int64_t tokens, int64_t experts, const Body& body) {
 }
 
 // sums += softmax(scale z_t) over `count` tokens. The sums and a token's own have whole vectors.
-MOLEX_CLONES void add_probabilities(
-    const float* z, float scale, int64_t count, int64_t experts, float* row, float* sums) {
-  for (int64_t t = 0; t < count; ++t, z += experts) {
-    const float inverse = 1.0f / molex::exponentials_of(z, scale, row, experts).sum;
+constexpr auto add_probabilities = molex::versions([](auto, const float* z, float scale, int64_t count, int64_t experts, float* row, float* sums) MOLEX_LAMBDA_INLINE {
+  for (int64_t t = 0; t < count; ++t) {
+    const float inverse = 1.0f / molex::exponentials_of(z + t * experts, scale, row, experts).sum;
     for (int64_t e = 0; e < experts; e += molex::kWide) {
       molex::store(sums + e, molex::load(sums + e) + inverse * molex::load(row + e));
     }
   }
-}
+});
 
 // dz = factor * row; a row has whole vectors, dz ends with `experts`.
 MOLEX_INLINE void scale_row(const float* row, float factor, int64_t experts, float* dz) {
@@ -56,16 +55,9 @@ MOLEX_INLINE void scale_row(const float* row, float factor, int64_t experts, flo
 }
 
 // dz_t = grad p_t (slopes - <slopes, p_t>), p_t = softmax(scale z_t).
-MOLEX_CLONES void balance_backward(const float* z,
-                                   float scale,
-                                   float grad,
-                                   const float* slopes,
-                                   int64_t count,
-                                   int64_t experts,
-                                   float* row,
-                                   float* dz) {
-  for (int64_t t = 0; t < count; ++t, z += experts, dz += experts) {
-    const float inverse = 1.0f / molex::exponentials_of(z, scale, row, experts).sum;
+constexpr auto balance_backward = molex::versions([](auto, const float* z, float scale, float grad, const float* slopes, int64_t count, int64_t experts, float* row, float* dz) MOLEX_LAMBDA_INLINE {
+  for (int64_t t = 0; t < count; ++t) {
+    const float inverse = 1.0f / molex::exponentials_of(z + t * experts, scale, row, experts).sum;
     molex::Wide along = {};
     for (int64_t e = 0; e < experts; e += molex::kWide)
       along += molex::load(row + e) * molex::load(slopes + e);
@@ -73,9 +65,9 @@ MOLEX_CLONES void balance_backward(const float* z,
     for (int64_t e = 0; e < experts; e += molex::kWide) {
       molex::store(row + e, molex::load(row + e) * (molex::load(slopes + e) - mean));
     }
-    scale_row(row, grad * inverse, experts, dz);
+    scale_row(row, grad * inverse, experts, dz + t * experts);
   }
-}
+});
 
 // values_t = logsumexp(z_t), and with it sums_t = sum_e e^(z_te - m_t) and their terms in dz where wanted.
 MOLEX_INLINE void logsumexp_of(
@@ -90,22 +82,23 @@ MOLEX_INLINE void logsumexp_of(
 }
 
 // sum_t logsumexp(z_t)^2.
-MOLEX_CLONES double sum_of_squares(const float* z, int64_t count, int64_t experts, float* row) {
+constexpr auto sum_of_squares = molex::versions([](auto, const float* z, int64_t count, int64_t experts, float* row) MOLEX_LAMBDA_INLINE {
   float values[kChunk], sums[kChunk];
   logsumexp_of(z, count, experts, row, values, sums, nullptr);
   double total = 0.0;
   for (int64_t t = 0; t < count; ++t) total += static_cast<double>(values[t]) * values[t];
   return total;
-}
+});
 
 // dz_t = grad logsumexp(z_t) softmax(z_t).
-MOLEX_CLONES void z_backward(
-    const float* z, float grad, int64_t count, int64_t experts, float* row, float* dz) {
+constexpr auto z_backward = molex::versions([](auto, const float* z, float grad, int64_t count, int64_t experts, float* row, float* dz) MOLEX_LAMBDA_INLINE {
   float values[kChunk], sums[kChunk];
   logsumexp_of(z, count, experts, row, values, sums, dz);
   for (int64_t t = 0; t < count; ++t) values[t] *= grad / sums[t];
-  for (int64_t t = 0; t < count; ++t, dz += experts) scale_row(dz, values[t], experts, dz);
-}
+  for (int64_t t = 0; t < count; ++t) {
+    scale_row(dz + t * experts, values[t], experts, dz + t * experts);
+  }
+});
 
 Tensor scalar_like(const Tensor& like, double value) {
   Tensor result = molex::new_result(like, {}, ScalarType::Float);

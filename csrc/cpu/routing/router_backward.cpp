@@ -76,13 +76,12 @@ void multiply_back(
           const Rows x = from.weighed(first, count, feature, features, tile);
           float* sum = sums + part * n.experts * n.width + feature;
           const bool more = first > start;
-          product_turned(
-              upstream, n.experts, x.data, x.stride, sum, n.width, n.experts, features, count, more);
+          product_turned({upstream, n.experts, x.data, x.stride, sum, n.width, n.experts, features, count, more});
         }
         if (!to) continue;
         float* out = direct ? place(to, first * n.width + feature, made) : made;
         const int64_t stride = direct ? n.width : features;
-        product(upstream, n.experts, right, features, out, stride, count, features, n.experts, false);
+        product({upstream, n.experts, right, features, out, stride, count, features, n.experts, false});
         for (int64_t t = 0; t < count && !direct; ++t) {
           const int64_t at = (first + t) * n.width + feature;
           float *row = made + t * features, *there = place(to, at, row);

@@ -41,15 +41,15 @@ void turn(const Source& gate, int64_t experts, int64_t width, int64_t wide, floa
 }
 
 // The first of the largest of whole vectors, which is then out of the choice. None of them is NaN.
-MOLEX_CLONES int64_t take_largest(float* key, int64_t whole) {
+constexpr auto take_largest = versions([](auto, float* key, int64_t whole) MOLEX_LAMBDA_INLINE {
   const Ints<kWide> lanes = count_from<kWide>(0);
   Wide most = load(key);
   Ints<kWide> where = lanes;
   for (int64_t i = kWide; i < whole; i += kWide) {
     const Wide here = load(key + i);
     const Ints<kWide> above = here > most;
-    most = above ? here : most;
-    where = above ? lanes + static_cast<int32_t>(i) : where;
+    most = select(above, here, most);
+    where = select(above, lanes + static_cast<int32_t>(i), where);
   }
   const float largest = largest_lane(most);
   int64_t best = whole;
@@ -58,7 +58,7 @@ MOLEX_CLONES int64_t take_largest(float* key, int64_t whole) {
   }
   key[best] = -std::numeric_limits<float>::infinity();
   return best;
-}
+});
 
 // The K largest keys of a token, descending, ties to the lower expert, NaN and -inf lowest; and their scores.
 class Chooser {
@@ -145,9 +145,9 @@ std::tuple<Tensor, Tensor, Tensor> router_fwd(const Tensor& x,
         const int64_t features = std::min(depth, width - at);
         const Rows x = from.weighed(first, count, at, features, tile);
         if (few) {
-          product_inner(x.data, x.stride, right, width, z, wide, count, experts, features, false);
+          product_inner({x.data, x.stride, right, width, z, wide, count, experts, features, false});
         } else {
-          product(x.data, x.stride, right + at * wide, wide, z, wide, count, wide, features, at > 0);
+          product({x.data, x.stride, right + at * wide, wide, z, wide, count, wide, features, at > 0});
         }
       }
       for (int64_t t = 0; t < count; ++t) {

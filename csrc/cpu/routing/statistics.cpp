@@ -23,15 +23,15 @@ constexpr int64_t kChunk = 1024;     // tokens, at least, whose sums are added t
 constexpr int64_t kColumns = 16;     // features that are sorted together
 constexpr int64_t kGrain = 16384;    // elements below which a thread is not worth waking
 
-MOLEX_CLONES void add_absolute(float* to, const float* x, const float* mean, int64_t count) {
+constexpr auto add_absolute = molex::versions([](auto, float* to, const float* x, const float* mean, int64_t count) MOLEX_LAMBDA_INLINE {
   MOLEX_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) to[i] += std::fabs(x[i] - mean[i]);
-}
+});
 
-MOLEX_CLONES void add_square(float* to, const float* x, const float* mean, int64_t count) {
+constexpr auto add_square = molex::versions([](auto, float* to, const float* x, const float* mean, int64_t count) MOLEX_LAMBDA_INLINE {
   MOLEX_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) to[i] += (x[i] - mean[i]) * (x[i] - mean[i]);
-}
+});
 
 // Tokens [T, D] and the cluster of each; `clusters` itself is for tokens that take no part.
 struct Tokens {
@@ -161,9 +161,10 @@ std::tuple<Tensor, Tensor> cluster_statistics(const Tensor& x,
     return {totals, sizes};
   }
   Tensor deviations = molex::new_result(totals, {num_clusters, width});
-  const auto deviate = stat == "mad" ? add_absolute : add_square;
+  const bool absolute = stat == "mad";
   const auto add = [&](float* to, const float* row, int64_t c, int64_t first, int64_t count) {
-    deviate(to, row, out + c * width + first, count);
+    const float* mean = out + c * width + first;
+    absolute ? add_absolute(to, row, mean, count) : add_square(to, row, mean, count);
   };
   sum_by_cluster(tokens, x, add, deviations.mutable_data_ptr<float>());
   return {deviations, sizes};

@@ -11,43 +11,33 @@ namespace molex::rpc {
 namespace {
 
 // dL = dlow - du in the place of dlow.
-MOLEX_CLONES void subtract_duals(const float* du, float* dlow, int64_t count) {
+constexpr auto subtract_duals = versions([](auto, const float* du, float* dlow, int64_t count) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) dlow[i] -= du[i];
-}
+});
 
 // Through the shrinkage of a row: da = m (dS - du - dclean) with dS = `push`, what reaches the result from
 // outside, or null. dk += du + dclean + da, dlow = -da, du += da - dclean, and the threshold's own gradient.
 // Carried is dk + du: du holds -dclean of the iteration behind, which dk alone would have to lose again.
 // Where m = 1, da takes dclean back: the sums are written without what cancels.
-MOLEX_VERSIONS(
-    shrinkage_row,
-    (float bound,
-     int64_t width,
-     bool first,
-     const float* k,
-     const float* low,
-     const float* u,
-     const float* dclean,
-     const float* push,
-     float* du,
-     float* dk,
-     float* dlow,
-     float* dbound),
-    auto sum = Floats<kLanes>{};
-    for (int64_t c = 0; c < width; c += kLanes) {
-      const auto a = load<kLanes>(k + c) - load<kLanes>(low + c) + load<kLanes>(u + c);
-      const auto dual = load<kLanes>(du + c);
-      const auto through = load<kLanes>(dclean + c);
-      auto direct = -dual;
-      if (push) direct += load<kLanes>(push + c);
-      const auto inside = (a < 0.0f ? -a : a) < bound;
-      const auto da = inside ? Floats<kLanes>{} : direct - through;
-      sum += a > 0.0f ? da : a < 0.0f ? -da : a * da;
-      const auto more = first ? (inside ? through : direct) : (inside ? dual : dual + 2.0f * da);
-      store(dk + c, load<kLanes>(dk + c) + more);
-      store(dlow + c, -da);
-      store(du + c, inside ? dual - through : dual + direct - 2.0f * through);
-    }* dbound -= sum_of_lanes(sum);)
+constexpr auto shrinkage_row = versions([](auto registers, float bound, int64_t width, bool first, const float* k, const float* low, const float* u, const float* dclean, const float* push, float* du, float* dk, float* dlow, float* dbound) MOLEX_LAMBDA_INLINE {
+  constexpr int kLanes = registers.kLanes;
+  auto sum = Floats<kLanes>{};
+  for (int64_t c = 0; c < width; c += kLanes) {
+    const auto a = load<kLanes>(k + c) - load<kLanes>(low + c) + load<kLanes>(u + c);
+    const auto dual = load<kLanes>(du + c);
+    const auto through = load<kLanes>(dclean + c);
+    auto direct = -dual;
+    if (push) direct += load<kLanes>(push + c);
+    const auto inside = (a < 0.0f ? -a : a) < bound;
+    const auto da = inside ? Floats<kLanes>{} : direct - through;
+    sum += a > 0.0f ? da : a < 0.0f ? -da : a * da;
+    const auto more = first ? (inside ? through : direct) : (inside ? dual : dual + 2.0f * da);
+    store(dk + c, load<kLanes>(dk + c) + more);
+    store(dlow + c, -da);
+    store(du + c, inside ? dual - through : dual + direct - 2.0f * through);
+  }
+  *dbound -= sum_of_lanes(sum);
+});
 
 // What the backward pass reads beside the problem, and where it writes; data is null where there is none.
 struct Gradients {

@@ -47,26 +47,27 @@ MOLEX_INLINE void find_largest(const Scores& scores, float* by_column, const Vis
 }
 
 // How far a score exceeds the shift of its row and, where it serves them, of its column.
-MOLEX_VERSIONS(
-    measure_block,
-    (const Scores& scores, const float* row_shift, const float* column_shift, float* excess),
-    auto most = broadcast<kLanes>(-kInfinity);
-    float columns[kBlock];
-    const auto visit = [&](int64_t r, Floats<kLanes> row)
-                           MOLEX_LAMBDA_INLINE { most = larger(row - row_shift[r], most); };
-    scores.partial() ? find_largest<kLanes, true>(scores, columns, visit)
-                     : find_largest<kLanes, false>(scores, columns, visit);
-    for (int64_t c = 0; column_shift && c < scores.width(); c += kLanes) {
-      most = larger(load<kLanes>(columns + c) - load<kLanes>(column_shift + c), most);
-    }* excess = largest_lane(most);)
+constexpr auto excess_of = versions([](auto registers, const Scores& scores, const float* row_shift, const float* column_shift) MOLEX_LAMBDA_INLINE {
+  constexpr int kLanes = registers.kLanes;
+  auto most = broadcast<kLanes>(-kInfinity);
+  float columns[kBlock];
+  const auto visit = [&](int64_t r, Floats<kLanes> row)
+                         MOLEX_LAMBDA_INLINE { most = larger(row - row_shift[r], most); };
+  scores.partial() ? find_largest<kLanes, true>(scores, columns, visit)
+                   : find_largest<kLanes, false>(scores, columns, visit);
+  for (int64_t c = 0; column_shift && c < scores.width(); c += kLanes) {
+    most = larger(load<kLanes>(columns + c) - load<kLanes>(column_shift + c), most);
+  }
+  return largest_lane(most);
+});
 
-MOLEX_VERSIONS(
-    largest_block,
-    (const Scores& scores, float* by_row, float* by_column),
-    const auto visit = [&](int64_t r, Floats<kLanes> row)
-                           MOLEX_LAMBDA_INLINE { by_row[r] = largest_lane(row); };
-    scores.partial() ? find_largest<kLanes, true>(scores, by_column, visit)
-                     : find_largest<kLanes, false>(scores, by_column, visit);)
+constexpr auto largest_block = versions([](auto registers, const Scores& scores, float* by_row, float* by_column) MOLEX_LAMBDA_INLINE {
+  constexpr int kLanes = registers.kLanes;
+  const auto visit = [&](int64_t r, Floats<kLanes> row)
+                         MOLEX_LAMBDA_INLINE { by_row[r] = largest_lane(row); };
+  scores.partial() ? find_largest<kLanes, true>(scores, by_column, visit)
+                   : find_largest<kLanes, false>(scores, by_column, visit);
+});
 
 template <int LANES, bool PARTIAL, bool TURNED>
 MOLEX_INLINE void weigh(
@@ -102,26 +103,26 @@ MOLEX_INLINE void weigh(
 }
 
 // exp(score - shift) by row and, where `by_column` is given, with the shifts of the columns.
-MOLEX_VERSIONS(
-    weigh_block,
-    (const Scores& scores, const Rows& rows, const Rows& columns, float* by_row, float* by_column),
-    if (by_column) {
-      scores.partial() ? weigh<kLanes, true, true>(scores, rows, columns, by_row, by_column)
-                       : weigh<kLanes, false, true>(scores, rows, columns, by_row, by_column);
-    } else {
-      scores.partial() ? weigh<kLanes, true, false>(scores, rows, columns, by_row, by_column)
-                       : weigh<kLanes, false, false>(scores, rows, columns, by_row, by_column);
-    })
+constexpr auto weigh_block = versions([](auto registers, const Scores& scores, const Rows& rows, const Rows& columns, float* by_row, float* by_column) MOLEX_LAMBDA_INLINE {
+  constexpr int kLanes = registers.kLanes;
+  if (by_column) {
+    scores.partial() ? weigh<kLanes, true, true>(scores, rows, columns, by_row, by_column)
+                     : weigh<kLanes, false, true>(scores, rows, columns, by_row, by_column);
+  } else {
+    scores.partial() ? weigh<kLanes, true, false>(scores, rows, columns, by_row, by_column)
+                     : weigh<kLanes, false, false>(scores, rows, columns, by_row, by_column);
+  }
+});
 
 // x / sum, with the inverse in two parts: its own rounding would move a whole row to one side.
-MOLEX_CLONES void divide_row(float* x, double sum, int64_t count) {
+constexpr auto divide_row = versions([](auto, float* x, double sum, int64_t count) MOLEX_LAMBDA_INLINE {
   const float by = static_cast<float>(1.0 / sum), rest = static_cast<float>(1.0 / sum - by);
   for (int64_t i = 0; i < count; ++i) x[i] = x[i] * by + x[i] * rest;
-}
+});
 
-MOLEX_CLONES void scale_row(float* x, float by, int64_t count) {
+constexpr auto scale_row = versions([](auto, float* x, float by, int64_t count) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) x[i] *= by;
-}
+});
 
 // Makes `largest` the shift of a row, if it is above it.
 void raise(const Rows& row, float largest, int64_t padded) {
@@ -186,7 +187,7 @@ class Attention {
     const Scores scores{z_, p_.scale, tokens.rows_of(i), tokens.rows_of(j), p_.causal && i == j};
     const Rows rows = rows_.at(i, padded_), columns = rows_.at(j, padded_);
     float* by_column = p_.symmetric() && i != j ? by_column_ : nullptr;
-    product(left + i * padded_,
+    product({left + i * padded_,
             padded_,
             turned + j * p_.width,
             kBlock,
@@ -195,16 +196,16 @@ class Attention {
             scores.rows,
             scores.width(),
             p_.width,
-            false);
-    float excess = kInfinity;  // the first block of its rows
-    if (i != j) measure_block(scores, rows.shift, by_column ? columns.shift : nullptr, &excess);
-    if (excess > kSlack) raise_shifts(scores, rows, by_column ? &columns : nullptr, padded_);
+            false});
+    // The block on the diagonal is the first of its rows.
+    const bool raises = i == j || excess_of(scores, rows.shift, by_column ? columns.shift : nullptr) > kSlack;
+    if (raises) raise_shifts(scores, rows, by_column ? &columns : nullptr, padded_);
     weigh_block(scores, rows, columns, by_row_, by_column);
     if (drops) {
       drop(tokens, i, j, false, by_row_);
       if (by_column) drop(tokens, i, j, true, by_column);
     }
-    product(by_row_,
+    product({by_row_,
             kBlock,
             v + j * padded_,
             padded_,
@@ -213,9 +214,9 @@ class Attention {
             scores.rows,
             padded_,
             scores.columns,
-            true);
+            true});
     if (by_column) {
-      product_turned(by_column,
+      product_turned({by_column,
                      kBlock,
                      v + i * padded_,
                      padded_,
@@ -224,7 +225,7 @@ class Attention {
                      scores.columns,
                      padded_,
                      scores.rows,
-                     true);
+                     true});
     }
   }
 

@@ -98,45 +98,35 @@ MOLEX_INLINE void weigh(const Scores& scores,
 }
 
 // P and what a block adds to D; on both sides where there is `by_column`.
-MOLEX_VERSIONS(
-    weigh_block,
-    (const Scores& scores,
-     const Statistics& rows,
-     const Statistics& columns,
-     const Side& by_row,
-     const Side& by_column),
-    const auto with =
-        [&]<bool PARTIAL, bool TURNED>() MOLEX_LAMBDA_INLINE {
-          by_row.kept ? weigh<kLanes, PARTIAL, TURNED, true>(scores, rows, columns, by_row, by_column)
-                      : weigh<kLanes, PARTIAL, TURNED, false>(scores, rows, columns, by_row, by_column);
-        };
-    if (by_column.weights) {
-      scores.partial() ? with.template operator()<true, true>() : with.template operator()<false, true>();
-    } else {
-      scores.partial() ? with.template operator()<true, false>() : with.template operator()<false, false>();
-    })
+inline constexpr auto weigh_block = versions([](auto registers, const Scores& scores, const Statistics& rows, const Statistics& columns, const Side& by_row, const Side& by_column) MOLEX_LAMBDA_INLINE {
+  constexpr int kLanes = registers.kLanes;
+  const auto with = [&]<bool PARTIAL, bool TURNED>() MOLEX_LAMBDA_INLINE {
+    by_row.kept ? weigh<kLanes, PARTIAL, TURNED, true>(scores, rows, columns, by_row, by_column)
+                : weigh<kLanes, PARTIAL, TURNED, false>(scores, rows, columns, by_row, by_column);
+  };
+  if (by_column.weights) {
+    scores.partial() ? with.template operator()<true, true>() : with.template operator()<false, true>();
+  } else {
+    scores.partial() ? with.template operator()<true, false>() : with.template operator()<false, false>();
+  }
+});
 
 // scale dZ by row, or of both sides.
-MOLEX_VERSIONS(
-    differentiate_block,
-    (const Scores& scores,
-     const Statistics& rows,
-     const Statistics& columns,
-     const Side& by_row,
-     const Side& by_column,
-     float* slopes),
-    for (int64_t r = 0; r < scores.rows; ++r) {
-      const float along = rows.along[r];
-      for (int64_t c = 0; c < scores.width(); c += kLanes) {
-        const int64_t at = r * kBlock + c;
-        auto slope = load<kLanes>(by_row.weights + at) * (load<kLanes>(by_row.upstream + at) - along);
-        if (by_column.weights) {
-          const auto upstream = load<kLanes>(by_column.upstream + at) - load<kLanes>(columns.along + c);
-          slope += load<kLanes>(by_column.weights + at) * upstream;
-        }
-        store(slopes + at, slope * scores.scale);
+inline constexpr auto differentiate_block = versions([](auto registers, const Scores& scores, const Statistics& rows, const Statistics& columns, const Side& by_row, const Side& by_column, float* slopes) MOLEX_LAMBDA_INLINE {
+  constexpr int kLanes = registers.kLanes;
+  for (int64_t r = 0; r < scores.rows; ++r) {
+    const float along = rows.along[r];
+    for (int64_t c = 0; c < scores.width(); c += kLanes) {
+      const int64_t at = r * kBlock + c;
+      auto slope = load<kLanes>(by_row.weights + at) * (load<kLanes>(by_row.upstream + at) - along);
+      if (by_column.weights) {
+        const auto upstream = load<kLanes>(by_column.upstream + at) - load<kLanes>(columns.along + c);
+        slope += load<kLanes>(by_column.weights + at) * upstream;
       }
-    })
+      store(slopes + at, slope * scores.scale);
+    }
+  }
+});
 
 // x + x^T in the place of x [count, count].
 inline void symmetrise(float* x, int64_t count) {
@@ -258,23 +248,21 @@ class AttentionBackward {
   }
 
   void scores_of(const float* left, const float* turned, const Scores& s, float* to) const {
-    product(left, padded_, turned, kBlock, to, kBlock, s.rows, s.width(), p_.width, false);
+    product({left, padded_, turned, kBlock, to, kBlock, s.rows, s.width(), p_.width, false});
   }
 
   // Rows i of `to` += block * rows j of `from`.
   void add(
       const Tokens& tokens, const float* block, const float* from, float* to, int64_t i, int64_t j) const {
     const int64_t rows = tokens.rows_of(i), depth = tokens.rows_of(j);
-    product(
-        block, kBlock, from + j * padded_, padded_, to + i * padded_, padded_, rows, padded_, depth, true);
+    product({block, kBlock, from + j * padded_, padded_, to + i * padded_, padded_, rows, padded_, depth, true});
   }
 
   // Rows j of `to` += block^T * rows i of `from`.
   void add_turned(
       const Tokens& tokens, const float* block, const float* from, float* to, int64_t i, int64_t j) const {
     const int64_t rows = tokens.rows_of(j), depth = tokens.rows_of(i);
-    product_turned(
-        block, kBlock, from + i * padded_, padded_, to + j * padded_, padded_, rows, padded_, depth, true);
+    product_turned({block, kBlock, from + i * padded_, padded_, to + j * padded_, padded_, rows, padded_, depth, true});
   }
 
   const Problem& p_;

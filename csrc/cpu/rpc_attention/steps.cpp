@@ -80,30 +80,23 @@ void Tokens::write_numbers(float* to, const float* from) const {
 namespace {
 
 // Where S = a - sign(a) T, k cancels in K~ and w, and with it what a was rounded by. NaN where S is infinite.
-MOLEX_VERSIONS(
-    shrink_row,
-    (float bound,
-     int64_t width,
-     const float* k,
-     const float* low,
-     const float* u,
-     float* clean,
-     float* w,
-     float* sparse),
-    using V = Floats<kLanes>;
-    for (int64_t c = 0; c < width; c += kLanes) {
-      const V key = load<kLanes>(k + c), before = load<kLanes>(low + c), dual = load<kLanes>(u + c);
-      const V a = key - before + dual;
-      const V shift = a > 0.0f ? broadcast<kLanes>(bound) : a < 0.0f ? broadcast<kLanes>(-bound) : a * bound;
-      const V outside = a - shift;
-      const auto inside = (a < 0.0f ? -a : a) < bound;
-      store(clean + c, inside ? key - dual : before - (dual + dual) + shift + (outside - outside));
-      store(w + c, inside ? dual + key : before + shift);
-      if (sparse) store(sparse + c, inside ? V{} : outside);
-    })
+constexpr auto shrink_row = versions([](auto registers, float bound, int64_t width, const float* k, const float* low, const float* u, float* clean, float* w, float* sparse) MOLEX_LAMBDA_INLINE {
+  constexpr int kLanes = registers.kLanes;
+  using V = Floats<kLanes>;
+  for (int64_t c = 0; c < width; c += kLanes) {
+    const V key = load<kLanes>(k + c), before = load<kLanes>(low + c), dual = load<kLanes>(u + c);
+    const V a = key - before + dual;
+    const V shift = a > 0.0f ? broadcast<kLanes>(bound) : a < 0.0f ? broadcast<kLanes>(-bound) : a * bound;
+    const V outside = a - shift;
+    const auto inside = (a < 0.0f ? -a : a) < bound;
+    store(clean + c, inside ? key - dual : before - (dual + dual) + shift + (outside - outside));
+    store(w + c, inside ? dual + key : before + shift);
+    if (sparse) store(sparse + c, inside ? V{} : outside);
+  }
+});
 
 // Four rows at once, four columns of each.
-MOLEX_CLONES void turn(const float* from, int64_t rows, int64_t width, int64_t padded, float* to) {
+constexpr auto turn = versions([](auto, const float* from, int64_t rows, int64_t width, int64_t padded, float* to) MOLEX_LAMBDA_INLINE {
   using V = Floats<4>;
   for (int64_t r = 0; r < kBlock; r += 4) {
     V row[4];
@@ -114,13 +107,12 @@ MOLEX_CLONES void turn(const float* from, int64_t rows, int64_t width, int64_t p
       }
     }
   }
-}
+});
 
-MOLEX_CLONES void drop(
-    const Dropout& dropout, uint64_t first, const int64_t* place, int64_t count, uint64_t step, float* to) {
+constexpr auto drop = versions([](auto, const Dropout& dropout, uint64_t first, const int64_t* place, int64_t count, uint64_t step, float* to) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) to[i] = dropout(1.0f, first + static_cast<uint64_t>(place[i]) * step);
   for (int64_t i = count; i < kBlock; ++i) to[i] = 0.0f;
-}
+});
 
 }  // namespace
 
