@@ -14,8 +14,7 @@
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled operators of molex_kernels and how they were built.";
   module.def("build_facts", [] {
-    const int lanes =
-        molex::versions([](auto registers) MOLEX_LAMBDA_INLINE { return registers.kLanes; })();
+    const int lanes = molex::versions([](auto registers) MOLEX_LAMBDA_INLINE { return registers.kLanes; })();
     pybind11::dict facts;
     facts["compiler"] = __VERSION__;
     facts["vectors"] = std::to_string(lanes) + " floats";

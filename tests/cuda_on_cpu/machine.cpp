@@ -39,8 +39,8 @@ struct Block;
 struct Warp {
   Block* block = nullptr;
   int index = 0;
-  uint32_t ready = 0;        // lanes that can run
-  uint32_t arrived = 0;      // lanes at a warp-wide instruction
+  uint32_t ready = 0;          // lanes that can run
+  uint32_t arrived = 0;        // lanes at a warp-wide instruction
   const void* kind = nullptr;  // which one
   void* operands[kLanes];
 };
@@ -49,9 +49,9 @@ struct Fiber {
   Warp* warp = nullptr;
   int lane = 0;
   bool done = false;
-  int barriers = 0;     // passed so far, for leaving one out
+  int barriers = 0;       // passed so far, for leaving one out
   bool left_out = false;  // whether this half of a cluster barrier's is
-  int awaited = 0;      // phase of the cluster barrier that it has arrived at
+  int awaited = 0;        // phase of the cluster barrier that it has arrived at
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open;
   jmp_buf context;
@@ -202,7 +202,8 @@ void run_cluster(int64_t first, const Grid& grid) {
   }
   fresh.assign(warps.size(), ~0u);
   // One block, or none, starts when the others can do no more.
-  Block* late = machine.draw(2) ? &machine.blocks[machine.draw(static_cast<uint32_t>(grid.cluster))] : nullptr;
+  Block* late =
+      machine.draw(2) ? &machine.blocks[machine.draw(static_cast<uint32_t>(grid.cluster))] : nullptr;
   for (;;) {
     std::vector<size_t> runnable;
     for (size_t i = 0; i < warps.size(); ++i) {
@@ -383,7 +384,8 @@ void wait_cluster() {
 void store_remote(void* mine, int rank, uint4 value) {
   if (rank < 0 || rank >= static_cast<int>(machine.blocks.size())) fail("no such block in the cluster");
   const Block& block = machine.blocks[rank];
-  if (block.started && std::all_of(block.fibers.begin(), block.fibers.end(), [](const Fiber& f) { return f.done; })) {
+  if (block.started &&
+      std::all_of(block.fibers.begin(), block.fibers.end(), [](const Fiber& f) { return f.done; })) {
     if (machine.options.left_out_barrier >= 0) return;
     fail("a store to the shared memory of a block that has ended");
   }
@@ -469,7 +471,9 @@ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 
 Status run(void (*kernel)(const void*), const void* params, const Grid& grid) {
   if (grid.blocks == 0) return kSuccess;
-  if (grid.blocks > INT32_MAX || grid.threads % kLanes || grid.blocks % grid.cluster || grid.shared_bytes > kSharedLimit) return 1;
+  if (grid.blocks > INT32_MAX || grid.threads % kLanes || grid.blocks % grid.cluster ||
+      grid.shared_bytes > kSharedLimit)
+    return 1;
   machine.kernel = kernel;
   machine.params = params;
   // Clusters run in a random order too: one may not wait for another.

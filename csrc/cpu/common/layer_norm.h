@@ -17,17 +17,26 @@ inline constexpr auto normalise = versions([](auto, float* y, int64_t count, flo
   return inverse;
 });
 
-inline constexpr auto scale_and_shift = versions([](auto, float* y, const float* weight, const float* bias, int64_t count) MOLEX_LAMBDA_INLINE {
-  if (weight) {
-    for (int64_t i = 0; i < count; ++i) y[i] *= weight[i];
-  }
-  if (bias) {
-    for (int64_t i = 0; i < count; ++i) y[i] += bias[i];
-  }
-});
+inline constexpr auto scale_and_shift =
+    versions([](auto, float* y, const float* weight, const float* bias, int64_t count) MOLEX_LAMBDA_INLINE {
+      if (weight) {
+        for (int64_t i = 0; i < count; ++i) y[i] *= weight[i];
+      }
+      if (bias) {
+        for (int64_t i = 0; i < count; ++i) y[i] += bias[i];
+      }
+    });
 
 // The gradient of the row before the norm; the sums take in what the parameters get.
-inline constexpr auto normalise_backward = versions([](auto, float* out, const float* dy, const float* normed, float inverse, const float* weight, float* dweight, float* dbias, int64_t count) MOLEX_LAMBDA_INLINE {
+inline constexpr auto normalise_backward = versions([](auto,
+                                                       float* out,
+                                                       const float* dy,
+                                                       const float* normed,
+                                                       float inverse,
+                                                       const float* weight,
+                                                       float* dweight,
+                                                       float* dbias,
+                                                       int64_t count) MOLEX_LAMBDA_INLINE {
   if (dweight) {
     MOLEX_INDEPENDENT
     for (int64_t i = 0; i < count; ++i) {

@@ -43,8 +43,9 @@ struct Dropout {
   }
 };
 
-inline constexpr auto drop = versions([](auto, const Dropout& dropout, float* x, int64_t first, int64_t count) MOLEX_LAMBDA_INLINE {
-  for (int64_t i = 0; i < count; ++i) x[i] = dropout(x[i], static_cast<uint64_t>(first + i));
-});
+inline constexpr auto drop =
+    versions([](auto, const Dropout& dropout, float* x, int64_t first, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) x[i] = dropout(x[i], static_cast<uint64_t>(first + i));
+    });
 
 }  // namespace molex

@@ -37,14 +37,16 @@ struct Target {
 };
 
 // From c10::BFloat16 or c10::Half.
-inline constexpr auto widen = versions([](auto, const auto* from, float* to, int64_t count) MOLEX_LAMBDA_INLINE {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
-});
+inline constexpr auto widen =
+    versions([](auto, const auto* from, float* to, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+    });
 
 // To c10::BFloat16 or c10::Half.
-inline constexpr auto narrow = versions([](auto, const float* from, auto* to, int64_t count) MOLEX_LAMBDA_INLINE {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<std::remove_pointer_t<decltype(to)>>(from[i]);
-});
+inline constexpr auto narrow =
+    versions([](auto, const float* from, auto* to, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<std::remove_pointer_t<decltype(to)>>(from[i]);
+    });
 
 // Floats [first, first + count) of a source: its own memory where that is fp32, else `scratch`.
 inline const float* read(const Source& source, int64_t first, int64_t count, float* scratch) {
@@ -103,21 +105,23 @@ MOLEX_INLINE float dot_of(const float* left, const float* right, int64_t count) 
       [=](int64_t i) MOLEX_LAMBDA_INLINE { return left[i] * right[i]; });
 }
 
-inline constexpr auto dot = versions([](auto, const float* left, const float* right, int64_t count) MOLEX_LAMBDA_INLINE {
-  return dot_of(left, right, count);
-});
+inline constexpr auto dot = versions([](auto, const float* left, const float* right, int64_t count)
+                                         MOLEX_LAMBDA_INLINE { return dot_of(left, right, count); });
 
-inline constexpr auto add = versions([](auto, float* to, const float* from, int64_t count) MOLEX_LAMBDA_INLINE {
-  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
-});
+inline constexpr auto add =
+    versions([](auto, float* to, const float* from, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+    });
 
-inline constexpr auto add_scaled = versions([](auto, float* to, const float* from, float weight, int64_t count) MOLEX_LAMBDA_INLINE {
-  for (int64_t i = 0; i < count; ++i) to[i] += weight * from[i];
-});
+inline constexpr auto add_scaled =
+    versions([](auto, float* to, const float* from, float weight, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) to[i] += weight * from[i];
+    });
 
-inline constexpr auto scale_into = versions([](auto, float* to, const float* from, float weight, int64_t count) MOLEX_LAMBDA_INLINE {
-  for (int64_t i = 0; i < count; ++i) to[i] = weight * from[i];
-});
+inline constexpr auto scale_into =
+    versions([](auto, float* to, const float* from, float weight, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) to[i] = weight * from[i];
+    });
 
 inline constexpr auto scale = versions([](auto, float* to, float weight, int64_t count) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) to[i] *= weight;

@@ -68,9 +68,10 @@ MOLEX_INLINE Exponentials exponentials_of(const float* z, float scale, float* p,
 }
 
 // out [wide_of(count)]; softmax of the first `count`, then zeros.
-inline constexpr auto softmax_of = versions([](auto, const float* z, float* out, int64_t count) MOLEX_LAMBDA_INLINE {
-  const float inverse = 1.0f / exponentials_of(z, 1.0f, out, count).sum;
-  for (int64_t i = 0; i < count; ++i) out[i] *= inverse;
-});
+inline constexpr auto softmax_of =
+    versions([](auto, const float* z, float* out, int64_t count) MOLEX_LAMBDA_INLINE {
+      const float inverse = 1.0f / exponentials_of(z, 1.0f, out, count).sum;
+      for (int64_t i = 0; i < count; ++i) out[i] *= inverse;
+    });
 
 }  // namespace molex

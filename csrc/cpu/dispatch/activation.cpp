@@ -70,18 +70,27 @@ struct Silu {
 };
 
 template <class F>
-constexpr auto forward_row = versions([](auto, const float* gate, const float* up, float* acted, int64_t width) MOLEX_LAMBDA_INLINE {
-  if (up) {
-    MOLEX_INDEPENDENT
-    for (int64_t i = 0; i < width; ++i) acted[i] = F::at(gate[i]).value * up[i];
-  } else {
-    MOLEX_INDEPENDENT
-    for (int64_t i = 0; i < width; ++i) acted[i] = F::at(gate[i]).value;
-  }
-});
+constexpr auto forward_row =
+    versions([](auto, const float* gate, const float* up, float* acted, int64_t width) MOLEX_LAMBDA_INLINE {
+      if (up) {
+        MOLEX_INDEPENDENT
+        for (int64_t i = 0; i < width; ++i) acted[i] = F::at(gate[i]).value * up[i];
+      } else {
+        MOLEX_INDEPENDENT
+        for (int64_t i = 0; i < width; ++i) acted[i] = F::at(gate[i]).value;
+      }
+    });
 
 template <class F>
-constexpr auto backward_row = versions([](auto, const float* gate, const float* up, const float* upstream, float scale, float* acted, float* dgate, float* dup, int64_t width) MOLEX_LAMBDA_INLINE {
+constexpr auto backward_row = versions([](auto,
+                                          const float* gate,
+                                          const float* up,
+                                          const float* upstream,
+                                          float scale,
+                                          float* acted,
+                                          float* dgate,
+                                          float* dup,
+                                          int64_t width) MOLEX_LAMBDA_INLINE {
   if (up) {
     MOLEX_INDEPENDENT
     for (int64_t i = 0; i < width; ++i) {
@@ -101,21 +110,23 @@ constexpr auto backward_row = versions([](auto, const float* gate, const float* 
   }
 });
 
-constexpr auto take_apart = versions([](auto, const float* pairs, float* even, float* odd, int64_t count) MOLEX_LAMBDA_INLINE {
-  MOLEX_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) {
-    even[i] = pairs[2 * i];
-    odd[i] = pairs[2 * i + 1];
-  }
-});
+constexpr auto take_apart =
+    versions([](auto, const float* pairs, float* even, float* odd, int64_t count) MOLEX_LAMBDA_INLINE {
+      MOLEX_INDEPENDENT
+      for (int64_t i = 0; i < count; ++i) {
+        even[i] = pairs[2 * i];
+        odd[i] = pairs[2 * i + 1];
+      }
+    });
 
-constexpr auto put_together = versions([](auto, const float* even, const float* odd, float* pairs, int64_t count) MOLEX_LAMBDA_INLINE {
-  MOLEX_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) {
-    pairs[2 * i] = even[i];
-    pairs[2 * i + 1] = odd[i];
-  }
-});
+constexpr auto put_together =
+    versions([](auto, const float* even, const float* odd, float* pairs, int64_t count) MOLEX_LAMBDA_INLINE {
+      MOLEX_INDEPENDENT
+      for (int64_t i = 0; i < count; ++i) {
+        pairs[2 * i] = even[i];
+        pairs[2 * i + 1] = odd[i];
+      }
+    });
 
 }  // namespace
 
@@ -165,7 +176,8 @@ void Activation::backward(const float* hidden,
                           int64_t width,
                           float* scratch) const {
   const auto run = [&](const float* gate, const float* up, float* dgate, float* dup) {
-    with(pointwise_, [&]<class F>() { backward_row<F>(gate, up, upstream, scale, acted, dgate, dup, width); });
+    with(pointwise_,
+         [&]<class F>() { backward_row<F>(gate, up, upstream, scale, acted, dgate, dup, width); });
   };
   if (layout_ != Layout::kInterleaved) {
     const bool gated = layout_ == Layout::kConcat;

@@ -8,9 +8,10 @@ namespace {
 
 constexpr int64_t kGrain = 8192;  // elements below which a thread is not worth waking
 
-constexpr auto add_wide = versions([](auto, double* to, const float* from, double scale, int64_t count) MOLEX_LAMBDA_INLINE {
-  for (int64_t i = 0; i < count; ++i) to[i] += scale * from[i];
-});
+constexpr auto add_wide =
+    versions([](auto, double* to, const float* from, double scale, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) to[i] += scale * from[i];
+    });
 
 }  // namespace
 

@@ -234,18 +234,18 @@ class Backward {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_bwd(const Tensor& dy,
-                                                                           const Tensor& x,
-                                                                           const Tensor& hidden,
-                                                                           const Tensor& expert_weight,
-                                                                           const Tensor& offsets,
-                                                                           const Tensor& permutation,
-                                                                           const Tensor& inverse,
-                                                                           const Tensor& w_up,
-                                                                           const Tensor& w_down,
-                                                                           std::optional<Tensor> b_down,
-                                                                           std::string activation,
-                                                                           std::string layout,
-                                                                           std::vector<bool> wanted) {
+                                                                       const Tensor& x,
+                                                                       const Tensor& hidden,
+                                                                       const Tensor& expert_weight,
+                                                                       const Tensor& offsets,
+                                                                       const Tensor& permutation,
+                                                                       const Tensor& inverse,
+                                                                       const Tensor& w_up,
+                                                                       const Tensor& w_down,
+                                                                       std::optional<Tensor> b_down,
+                                                                       std::string activation,
+                                                                       std::string layout,
+                                                                       std::vector<bool> wanted) {
   const Needs needs{wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[5]};
   const int64_t experts = w_up.size(0), width = x.size(1), outer = w_up.size(1), inner = w_down.size(2);
   const ScalarType dtype = molex::product_dtype(x.scalar_type());

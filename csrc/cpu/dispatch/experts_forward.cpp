@@ -94,16 +94,16 @@ Tensor kept_of(const Tensor& x, int64_t rows, int64_t hidden, bool keeps) {
 }
 
 std::tuple<Tensor, Tensor> moe_experts_fwd(const Tensor& x,
-                                               const Tensor& offsets,
-                                               const Tensor& permutation,
-                                               const Tensor& w_up,
-                                               const Tensor& w_down,
-                                               std::optional<Tensor> b_up,
-                                               std::optional<Tensor> b_down,
-                                               int64_t top_k,
-                                               std::string activation,
-                                               std::string layout,
-                                               bool keeps_hidden) {
+                                           const Tensor& offsets,
+                                           const Tensor& permutation,
+                                           const Tensor& w_up,
+                                           const Tensor& w_down,
+                                           std::optional<Tensor> b_up,
+                                           std::optional<Tensor> b_down,
+                                           int64_t top_k,
+                                           std::string activation,
+                                           std::string layout,
+                                           bool keeps_hidden) {
   const molex::Assignments plan(offsets, permutation, x.size(0), top_k);
   Tensor kept = kept_of(x, plan.rows, w_up.size(1), keeps_hidden);
   Tensor packed = molex::new_result(x, {plan.rows, x.size(1)});
@@ -117,17 +117,17 @@ std::tuple<Tensor, Tensor> moe_experts_fwd(const Tensor& x,
 }
 
 std::tuple<Tensor, Tensor> moe_mlp_fwd(const Tensor& x,
-                                           const Tensor& expert_weight,
-                                           const Tensor& offsets,
-                                           const Tensor& permutation,
-                                           const Tensor& inverse,
-                                           const Tensor& w_up,
-                                           const Tensor& w_down,
-                                           std::optional<Tensor> b_up,
-                                           std::optional<Tensor> b_down,
-                                           std::string activation,
-                                           std::string layout,
-                                           bool keeps_hidden) {
+                                       const Tensor& expert_weight,
+                                       const Tensor& offsets,
+                                       const Tensor& permutation,
+                                       const Tensor& inverse,
+                                       const Tensor& w_up,
+                                       const Tensor& w_down,
+                                       std::optional<Tensor> b_up,
+                                       std::optional<Tensor> b_down,
+                                       std::string activation,
+                                       std::string layout,
+                                       bool keeps_hidden) {
   const molex::Assignments plan(offsets, permutation, x.size(0), expert_weight.size(1));
   Tensor kept = kept_of(x, plan.rows, w_up.size(1), keeps_hidden);
   Tensor packed = molex::new_result(x, {plan.rows, x.size(1)}, molex::product_dtype(x.scalar_type()));

@@ -51,9 +51,9 @@ void product(
 }
 
 Tensor grouped_gemm_fwd(const Tensor& x,
-                            const Tensor& weight,
-                            const Tensor& offsets,
-                            std::optional<Tensor> bias) {
+                        const Tensor& weight,
+                        const Tensor& offsets,
+                        std::optional<Tensor> bias) {
   const int64_t tokens = x.size(0), width = x.size(1), columns = weight.size(1);
   Tensor y = molex::new_result(x, {tokens, columns});
   const Matrix out = molex::matrix_of(y.mutable_data_ptr(), y.scalar_type(), tokens, columns);

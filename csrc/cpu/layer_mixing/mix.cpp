@@ -45,17 +45,19 @@ class Branches {
   int64_t width_ = 0, stride_ = 0;
 };
 
-constexpr auto add_branch = molex::versions([](auto, float* sum, const float* output, const float* residual, float coeff, bool first, int64_t count) MOLEX_LAMBDA_INLINE {
-  if (residual) {
-    MOLEX_INDEPENDENT
-    for (int64_t i = 0; i < count; ++i) {
-      sum[i] = (first ? 0.0f : sum[i]) + coeff * (output[i] + residual[i]);
-    }
-  } else {
-    MOLEX_INDEPENDENT
-    for (int64_t i = 0; i < count; ++i) sum[i] = (first ? 0.0f : sum[i]) + coeff * output[i];
-  }
-});
+constexpr auto add_branch = molex::versions(
+    [](auto, float* sum, const float* output, const float* residual, float coeff, bool first, int64_t count)
+        MOLEX_LAMBDA_INLINE {
+          if (residual) {
+            MOLEX_INDEPENDENT
+            for (int64_t i = 0; i < count; ++i) {
+              sum[i] = (first ? 0.0f : sum[i]) + coeff * (output[i] + residual[i]);
+            }
+          } else {
+            MOLEX_INDEPENDENT
+            for (int64_t i = 0; i < count; ++i) sum[i] = (first ? 0.0f : sum[i]) + coeff * output[i];
+          }
+        });
 
 // sum_g coeff_g (outputs_g + residual_g) of one token; two rows of scratch.
 void mix(const Branches& outputs,
@@ -76,11 +78,11 @@ void mix(const Branches& outputs,
 const float* data_of(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
 
 std::tuple<Tensor, Tensor> layer_mix_fwd(const Tensor& outputs,
-                                             const Tensor& coeff,
-                                             std::optional<Tensor> residual,
-                                             std::optional<Tensor> weight,
-                                             std::optional<Tensor> bias,
-                                             std::optional<double> eps) {
+                                         const Tensor& coeff,
+                                         std::optional<Tensor> residual,
+                                         std::optional<Tensor> weight,
+                                         std::optional<Tensor> bias,
+                                         std::optional<double> eps) {
   const int64_t tokens = outputs.size(1), width = outputs.size(2);
   Tensor y = molex::new_result(outputs, {tokens, width});
   Tensor normed = eps ? molex::new_result(outputs, {tokens, width}) : torch::stable::new_empty(outputs, {0});
@@ -111,13 +113,13 @@ std::tuple<Tensor, Tensor> layer_mix_fwd(const Tensor& outputs,
 // Gradients of outputs (the residual's is the same), of the coefficients and of the norm's pair [2, D]; those
 // not needed are empty.
 std::tuple<Tensor, Tensor, Tensor> layer_mix_bwd(std::optional<Tensor> dy,
-                                                     std::optional<Tensor> dnormed,
-                                                     const Tensor& outputs,
-                                                     const Tensor& coeff,
-                                                     std::optional<Tensor> residual,
-                                                     std::optional<Tensor> weight,
-                                                     std::optional<double> eps,
-                                                     std::vector<bool> needs) {
+                                                 std::optional<Tensor> dnormed,
+                                                 const Tensor& outputs,
+                                                 const Tensor& coeff,
+                                                 std::optional<Tensor> residual,
+                                                 std::optional<Tensor> weight,
+                                                 std::optional<double> eps,
+                                                 std::vector<bool> needs) {
   const int64_t branches = outputs.size(0), tokens = outputs.size(1), width = outputs.size(2);
   const bool needs_outputs = needs[0], needs_coeff = needs[1], needs_norm = needs[2];
   const auto gradient = [&](bool need, std::vector<int64_t> sizes, ScalarType dtype) {

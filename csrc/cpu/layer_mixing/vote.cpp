@@ -50,29 +50,31 @@ enum class Mode { kMode, kMeanSoftmax, kMeanSigmoid };
 // sums += what each of `count` tokens that the mask counts gives to the layers. `sums` and `row` have whole
 // vectors.
 template <Mode MODE>
-constexpr auto add_votes = molex::versions([](auto, const float* logits, const bool* mask, int64_t count, int64_t layers, float* row, float* sums) MOLEX_LAMBDA_INLINE {
-  const int64_t whole = molex::wide_of(layers);
-  std::fill(row, row + whole, -std::numeric_limits<float>::infinity());
-  for (int64_t t = 0; t < count; ++t) {
-    if (mask && !mask[t]) continue;
-    const float* z = logits + t * layers;
-    if constexpr (MODE == Mode::kMeanSoftmax) {
-      const float inverse = 1.0f / molex::exponentials_of(z, 1.0f, row, layers).sum;
-      for (int64_t i = 0; i < whole; i += kWide) {
-        molex::store(sums + i, molex::load(sums + i) + inverse * molex::load(row + i));
-      }
-    } else {
-      std::copy_n(z, layers, row);
-      if constexpr (MODE == Mode::kMode) {
-        sums[first_largest(row, layers)] += 1.0f;
-      } else {
-        for (int64_t i = 0; i < whole; i += kWide) {
-          molex::store(sums + i, molex::load(sums + i) + molex::sigmoid_of(molex::load(row + i)));
-        }
-      }
-    }
-  }
-});
+constexpr auto add_votes = molex::versions(
+    [](auto, const float* logits, const bool* mask, int64_t count, int64_t layers, float* row, float* sums)
+        MOLEX_LAMBDA_INLINE {
+          const int64_t whole = molex::wide_of(layers);
+          std::fill(row, row + whole, -std::numeric_limits<float>::infinity());
+          for (int64_t t = 0; t < count; ++t) {
+            if (mask && !mask[t]) continue;
+            const float* z = logits + t * layers;
+            if constexpr (MODE == Mode::kMeanSoftmax) {
+              const float inverse = 1.0f / molex::exponentials_of(z, 1.0f, row, layers).sum;
+              for (int64_t i = 0; i < whole; i += kWide) {
+                molex::store(sums + i, molex::load(sums + i) + inverse * molex::load(row + i));
+              }
+            } else {
+              std::copy_n(z, layers, row);
+              if constexpr (MODE == Mode::kMode) {
+                sums[first_largest(row, layers)] += 1.0f;
+              } else {
+                for (int64_t i = 0; i < whole; i += kWide) {
+                  molex::store(sums + i, molex::load(sums + i) + molex::sigmoid_of(molex::load(row + i)));
+                }
+              }
+            }
+          }
+        });
 
 // The layer with the largest sum over the tokens that `mask` [T] counts, ties to the lower one.
 Tensor layer_vote(const Tensor& logits, std::optional<Tensor> mask, std::string mode) {

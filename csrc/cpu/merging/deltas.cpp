@@ -24,13 +24,15 @@ using Optional = std::optional<Tensor>;
 constexpr int64_t kChunk = 512;    // elements that every expert contributes to in one turn
 constexpr int64_t kColumns = 384;  // of out1's product, whose rows are o2 D apart
 
-constexpr auto subtract = molex::versions([](auto, const float* a, const float* b, float* out, int64_t count) MOLEX_LAMBDA_INLINE {
-  for (int64_t i = 0; i < count; ++i) out[i] = a[i] - b[i];
-});
+constexpr auto subtract =
+    molex::versions([](auto, const float* a, const float* b, float* out, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) out[i] = a[i] - b[i];
+    });
 
-constexpr auto add_difference = molex::versions([](auto, const float* a, const float* b, float* out, int64_t count) MOLEX_LAMBDA_INLINE {
-  for (int64_t i = 0; i < count; ++i) out[i] += a[i] - b[i];
-});
+constexpr auto add_difference =
+    molex::versions([](auto, const float* a, const float* b, float* out, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) out[i] += a[i] - b[i];
+    });
 
 MOLEX_INLINE float sign(float x) { return (x > 0.0f ? 1.0f : 0.0f) - (x < 0.0f ? 1.0f : 0.0f); }
 
@@ -39,7 +41,13 @@ constexpr auto signs = molex::versions([](auto, float* x, int64_t count) MOLEX_L
 });
 
 // out = x where tau = expert - base has the sign of the majority, else 0.
-constexpr auto keep_ties = molex::versions([](auto, const float* expert, const float* base, const float* majority, const float* x, float* out, int64_t count) MOLEX_LAMBDA_INLINE {
+constexpr auto keep_ties = molex::versions([](auto,
+                                              const float* expert,
+                                              const float* base,
+                                              const float* majority,
+                                              const float* x,
+                                              float* out,
+                                              int64_t count) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) out[i] = sign(expert[i] - base[i]) == majority[i] ? x[i] : 0.0f;
 });
 
@@ -189,19 +197,20 @@ void apply_inner(const Factors& f, const Weights& weights, int64_t rank, int64_t
     for (int64_t first = begin * f.block; first < end * f.block; first += f.block) {
       weights.tau(e, first, f.block, tau.data());
       f.inner(rank, e, tau.data(), by_in2.data(), by_in1.data());
-      product({f.out2(rank, e), f.o2, by_in1.data(), f.width, half + first, f.width, f.o2, f.width, f.o2, false});
+      product(
+          {f.out2(rank, e), f.o2, by_in1.data(), f.width, half + first, f.width, f.o2, f.width, f.o2, false});
     }
   });
 }
 
 // Delta_e = mask_e M_e tau_e, of the experts' dtype; summed over the ranks in fp32.
 Tensor camex_deltas_fwd(const Tensor& base,
-                            const Tensor& experts,
-                            Optional out1,
-                            Optional out2,
-                            Optional in1,
-                            Optional in2,
-                            bool ties) {
+                        const Tensor& experts,
+                        Optional out1,
+                        Optional out2,
+                        Optional in1,
+                        Optional in2,
+                        bool ties) {
   const Weights weights(base, experts, ties);
   const int64_t size = weights.size();
   Tensor result = molex::new_result(experts, experts.sizes());
@@ -230,15 +239,15 @@ Tensor camex_deltas_fwd(const Tensor& base,
       apply_inner(f, weights, rank, e, half);
       for_columns(f, [&](int64_t column, int64_t length) {
         product({f.out1(rank, e),
-                f.o1,
-                half + column,
-                f.block,
-                sum + column,
-                f.block,
-                f.o1,
-                length,
-                f.o1,
-                rank > 0});
+                 f.o1,
+                 half + column,
+                 f.block,
+                 sum + column,
+                 f.block,
+                 f.o1,
+                 length,
+                 f.o1,
+                 rank > 0});
         if (rank + 1 < f.ranks) return;
         for (int64_t at = column; at < size; at += f.block) {
           if (ties) weights.mask(e, at, length, sum + at, sum + at);
@@ -299,7 +308,8 @@ void back_through_out1(const Factors& f,
       float* part = sums.part(0, column / kColumns);
       product_inner({given.data(), length, half + column, f.block, part, f.o1, f.o1, f.o1, length, false});
     }
-    product_turned({f.out1(rank, e), f.o1, given.data(), length, down + column, f.block, f.o1, length, f.o1, false});
+    product_turned(
+        {f.out1(rank, e), f.o1, given.data(), length, down + column, f.block, f.o1, length, f.o1, false});
   });
 }
 
@@ -322,11 +332,14 @@ void back_through_blocks(const Factors& f,
       if (sums.wanted()) {
         weights.tau(e, first, f.block, tau.data());
         f.inner(rank, e, tau.data(), by_in2.data(), by_in1.data());
-        product_inner({above, f.width, by_in1.data(), f.width, sums.part(1, i), f.o2, f.o2, f.o2, f.width, false});
+        product_inner(
+            {above, f.width, by_in1.data(), f.width, sums.part(1, i), f.o2, f.o2, f.o2, f.width, false});
       }
-      product_turned({f.out2(rank, e), f.o2, above, f.width, from_out2.data(), f.width, f.o2, f.width, f.o2, false});
+      product_turned(
+          {f.out2(rank, e), f.o2, above, f.width, from_out2.data(), f.width, f.o2, f.width, f.o2, false});
       for (int64_t at = 0; at < f.block; at += f.width) {
-        product_turned({f.in1(rank, e), f.d1, &from_out2[at], f.d2, &from_in1[at], f.d2, f.d1, f.d2, f.d1, false});
+        product_turned(
+            {f.in1(rank, e), f.d1, &from_out2[at], f.d2, &from_in1[at], f.d2, f.d1, f.d2, f.d1, false});
         if (!sums.wanted()) continue;
         // in1's index is not the first of a block: turned, all of a block's rows are one product.
         Factors::turn(&from_out2[at], f.d1, f.d2, &turned[at]);
@@ -347,14 +360,14 @@ void back_through_blocks(const Factors& f,
 
 // Gradients of base, experts and factors; those not needed are empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> camex_deltas_bwd(const Tensor& ddeltas,
-                                                                                const Tensor& base,
-                                                                                const Tensor& experts,
-                                                                                Optional out1,
-                                                                                Optional out2,
-                                                                                Optional in1,
-                                                                                Optional in2,
-                                                                                bool ties,
-                                                                                std::vector<bool> needs) {
+                                                                            const Tensor& base,
+                                                                            const Tensor& experts,
+                                                                            Optional out1,
+                                                                            Optional out2,
+                                                                            Optional in1,
+                                                                            Optional in2,
+                                                                            bool ties,
+                                                                            std::vector<bool> needs) {
   const Weights weights(base, experts, ties);
   const int64_t size = weights.size(), count = weights.count();
   const Tensor kept = torch::stable::contiguous(ddeltas);

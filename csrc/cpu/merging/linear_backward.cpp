@@ -65,15 +65,15 @@ void merge(
     float* row = out + r * columns;
     for (int64_t s = 0; s < members; ++s) std::copy_n(l.base + at, columns, row + s * part);
     product({l.gates + group * kSegments * l.experts,
-            l.experts,
-            l.deltas + at,
-            l.size(),
-            row,
-            part,
-            members,
-            columns,
-            l.experts,
-            true});
+             l.experts,
+             l.deltas + at,
+             l.size(),
+             row,
+             part,
+             members,
+             columns,
+             l.experts,
+             true});
   }
 }
 
@@ -107,15 +107,15 @@ void input_gradient(const Layer& l, const Target& to) {
         merge(l, group, first, rows, column, columns, merged);
         for (int64_t s = 0; s < members; ++s) {
           product({l.dy + (group * kSegments + s) * l.tokens * l.columns + first,
-                  l.columns,
-                  merged + s * rows * columns,
-                  columns,
-                  out(s),
-                  direct ? l.width : columns,
-                  l.tokens,
-                  columns,
-                  rows,
-                  first > 0});
+                   l.columns,
+                   merged + s * rows * columns,
+                   columns,
+                   out(s),
+                   direct ? l.width : columns,
+                   l.tokens,
+                   columns,
+                   rows,
+                   first > 0});
         }
       }
       for (int64_t s = 0; s < members && !direct; ++s) {
@@ -154,15 +154,15 @@ void weight_gradients(const Layer& l, float* dbase, float* ddeltas, float* dgate
         const int64_t members = l.members(group), first = group * kSegments;
         for (int64_t s = 0; s < members; ++s) {
           product_turned({l.dy + (first + s) * l.tokens * l.columns + row,
-                         l.columns,
-                         l.x + (first + s) * l.tokens * l.width,
-                         l.width,
-                         tiles + s * part,
-                         l.width,
-                         rows,
-                         l.width,
-                         l.tokens,
-                         false});
+                          l.columns,
+                          l.x + (first + s) * l.tokens * l.width,
+                          l.width,
+                          tiles + s * part,
+                          l.width,
+                          rows,
+                          l.width,
+                          l.tokens,
+                          false});
         }
         const bool more = group > 0;
         if (dbase) product({ones.data(), 0, tiles, part, dbase + at, 0, 1, part, members, more});
@@ -172,7 +172,8 @@ void weight_gradients(const Layer& l, float* dbase, float* ddeltas, float* dgate
         }
         if (dgates) {
           float* to = &partial[task * pairs + first * l.experts];
-          product_inner({tiles, part, l.deltas + at, l.size(), to, l.experts, members, l.experts, part, false});
+          product_inner(
+              {tiles, part, l.deltas + at, l.size(), to, l.experts, members, l.experts, part, false});
         }
       }
     }
@@ -201,11 +202,11 @@ void bias_gradient(const Layer& l, float* to) {
 
 // Gradients of x, base, deltas, gates and bias; those not needed are empty. Those of gates and bias are fp32.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> camex_linear_bwd(const Tensor& dy,
-                                                                        const Tensor& x,
-                                                                        const Tensor& base,
-                                                                        const Tensor& deltas,
-                                                                        const Tensor& gates,
-                                                                        std::vector<bool> needs) {
+                                                                    const Tensor& x,
+                                                                    const Tensor& base,
+                                                                    const Tensor& deltas,
+                                                                    const Tensor& gates,
+                                                                    std::vector<bool> needs) {
   const auto like = [](const Tensor& tensor, bool need) {
     return need ? molex::new_result(tensor, tensor.sizes()) : molex::new_result(tensor, {0});
   };

@@ -25,10 +25,10 @@ constexpr int64_t kChunk = 512;   // elements of a weight that every expert cont
 
 // y_s = x_s (base + sum_e gates_se deltas_e)^T + bias_s. x [S, T, D].
 Tensor camex_linear_fwd(const Tensor& x,
-                            const Tensor& base,
-                            const Tensor& deltas,
-                            const Tensor& gates,
-                            std::optional<Tensor> bias) {
+                        const Tensor& base,
+                        const Tensor& deltas,
+                        const Tensor& gates,
+                        std::optional<Tensor> bias) {
   const int64_t segments = x.size(0), tokens = x.size(1), width = x.size(2), columns = base.size(0);
   const int64_t count = deltas.size(0), size = columns * width;
   const AsFloats from_base(base), from_deltas(deltas), from_gates(gates);
@@ -64,7 +64,16 @@ Tensor camex_linear_fwd(const Tensor& x,
       for (int64_t at = 0; at < part; at += kChunk) {
         const int64_t length = std::min(kChunk, part - at), there = first * width + at;
         for (int64_t s = 0; s < members; ++s) std::copy_n(start + there, length, merged + s * part + at);
-        molex::product({gate + group * count, count, from + there, size, merged + at, part, members, length, count, true});
+        molex::product({gate + group * count,
+                        count,
+                        from + there,
+                        size,
+                        merged + at,
+                        part,
+                        members,
+                        length,
+                        count,
+                        true});
       }
       for (int64_t s = group; s < group + members; ++s) {
         Matrix weight = molex::matrix_of(merged + (s - group) * part, ScalarType::Float, height, width);

@@ -15,24 +15,24 @@ namespace molex::momentum {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd(const Tensor& x,
-                                                                    const Tensor& f,
-                                                                    std::optional<Tensor> s0,
-                                                                    std::optional<Tensor> s1,
-                                                                    std::optional<Tensor> s2,
-                                                                    std::optional<Tensor> expert_weight,
-                                                                    std::optional<Tensor> offsets,
-                                                                    std::optional<Tensor> inverse,
-                                                                    std::optional<Tensor> norm_weight,
-                                                                    std::optional<Tensor> norm_bias,
-                                                                    std::optional<Tensor> mu,
-                                                                    std::optional<Tensor> gamma,
-                                                                    std::optional<Tensor> seed,
-                                                                    std::vector<double> numbers,
-                                                                    std::string kind,
-                                                                    int64_t num_states,
-                                                                    std::optional<double> norm_eps,
-                                                                    double dropout_p,
-                                                                    bool keeps_f) {
+                                                                const Tensor& f,
+                                                                std::optional<Tensor> s0,
+                                                                std::optional<Tensor> s1,
+                                                                std::optional<Tensor> s2,
+                                                                std::optional<Tensor> expert_weight,
+                                                                std::optional<Tensor> offsets,
+                                                                std::optional<Tensor> inverse,
+                                                                std::optional<Tensor> norm_weight,
+                                                                std::optional<Tensor> norm_bias,
+                                                                std::optional<Tensor> mu,
+                                                                std::optional<Tensor> gamma,
+                                                                std::optional<Tensor> seed,
+                                                                std::vector<double> numbers,
+                                                                std::string kind,
+                                                                int64_t num_states,
+                                                                std::optional<double> norm_eps,
+                                                                double dropout_p,
+                                                                bool keeps_f) {
   const int64_t tokens = x.size(0), width = x.size(1), total = tokens * width;
   const Numbers c = numbers_of(numbers, mu, gamma);
   const Rule& rule = rule_of(kind);

@@ -1,10 +1,10 @@
 // The momentum rules, element by element.
 
+#include "cpu/momentum/rules.h"
+
 #include <algorithm>
 #include <cmath>
 #include <iterator>
-
-#include "cpu/momentum/rules.h"
 
 namespace molex::momentum {
 
@@ -168,9 +168,8 @@ MOLEX_INLINE void backward_of(const Backward& b, int64_t count, const Numbers& c
 template <Kind KIND>
 constexpr Rule rule(const char* name) {
   return {name,
-          versions([](auto, const Forward& a, int64_t count, const Numbers& c) MOLEX_LAMBDA_INLINE {
-            forward_of<KIND>(a, count, c);
-          }),
+          versions([](auto, const Forward& a, int64_t count, const Numbers& c)
+                       MOLEX_LAMBDA_INLINE { forward_of<KIND>(a, count, c); }),
           versions([](auto, const Forward& a, int64_t count, const Numbers& c, bool from_state)
                        MOLEX_LAMBDA_INLINE { output_of<KIND>(a, count, c, from_state); }),
           versions([](auto, const Backward& b, int64_t count, const Numbers& c, bool from_state)
@@ -186,8 +185,8 @@ constexpr Rule kRules[] = {rule<Kind::kLinear>("linear"),
 }  // namespace
 
 const Rule& rule_of(const std::string& name) {
-  const auto found = std::find_if(
-      std::begin(kRules), std::end(kRules), [&](const Rule& rule) { return name == rule.name; });
+  const auto found =
+      std::find_if(std::begin(kRules), std::end(kRules), [&](const Rule& rule) { return name == rule.name; });
   STD_TORCH_CHECK(found != std::end(kRules), "kind: unknown rule ", name);
   return *found;
 }

@@ -36,14 +36,16 @@ void for_chunks(int64_t tokens, int64_t experts, const Body& body) {
 }
 
 // sums += softmax(scale z_t) over `count` tokens. The sums and a token's own have whole vectors.
-constexpr auto add_probabilities = molex::versions([](auto, const float* z, float scale, int64_t count, int64_t experts, float* row, float* sums) MOLEX_LAMBDA_INLINE {
-  for (int64_t t = 0; t < count; ++t) {
-    const float inverse = 1.0f / molex::exponentials_of(z + t * experts, scale, row, experts).sum;
-    for (int64_t e = 0; e < experts; e += molex::kWide) {
-      molex::store(sums + e, molex::load(sums + e) + inverse * molex::load(row + e));
-    }
-  }
-});
+constexpr auto add_probabilities = molex::versions(
+    [](auto, const float* z, float scale, int64_t count, int64_t experts, float* row, float* sums)
+        MOLEX_LAMBDA_INLINE {
+          for (int64_t t = 0; t < count; ++t) {
+            const float inverse = 1.0f / molex::exponentials_of(z + t * experts, scale, row, experts).sum;
+            for (int64_t e = 0; e < experts; e += molex::kWide) {
+              molex::store(sums + e, molex::load(sums + e) + inverse * molex::load(row + e));
+            }
+          }
+        });
 
 // dz = factor * row; a row has whole vectors, dz ends with `experts`.
 MOLEX_INLINE void scale_row(const float* row, float factor, int64_t experts, float* dz) {
@@ -55,7 +57,15 @@ MOLEX_INLINE void scale_row(const float* row, float factor, int64_t experts, flo
 }
 
 // dz_t = grad p_t (slopes - <slopes, p_t>), p_t = softmax(scale z_t).
-constexpr auto balance_backward = molex::versions([](auto, const float* z, float scale, float grad, const float* slopes, int64_t count, int64_t experts, float* row, float* dz) MOLEX_LAMBDA_INLINE {
+constexpr auto balance_backward = molex::versions([](auto,
+                                                     const float* z,
+                                                     float scale,
+                                                     float grad,
+                                                     const float* slopes,
+                                                     int64_t count,
+                                                     int64_t experts,
+                                                     float* row,
+                                                     float* dz) MOLEX_LAMBDA_INLINE {
   for (int64_t t = 0; t < count; ++t) {
     const float inverse = 1.0f / molex::exponentials_of(z + t * experts, scale, row, experts).sum;
     molex::Wide along = {};
@@ -82,23 +92,26 @@ MOLEX_INLINE void logsumexp_of(
 }
 
 // sum_t logsumexp(z_t)^2.
-constexpr auto sum_of_squares = molex::versions([](auto, const float* z, int64_t count, int64_t experts, float* row) MOLEX_LAMBDA_INLINE {
-  float values[kChunk], sums[kChunk];
-  logsumexp_of(z, count, experts, row, values, sums, nullptr);
-  double total = 0.0;
-  for (int64_t t = 0; t < count; ++t) total += static_cast<double>(values[t]) * values[t];
-  return total;
-});
+constexpr auto sum_of_squares =
+    molex::versions([](auto, const float* z, int64_t count, int64_t experts, float* row) MOLEX_LAMBDA_INLINE {
+      float values[kChunk], sums[kChunk];
+      logsumexp_of(z, count, experts, row, values, sums, nullptr);
+      double total = 0.0;
+      for (int64_t t = 0; t < count; ++t) total += static_cast<double>(values[t]) * values[t];
+      return total;
+    });
 
 // dz_t = grad logsumexp(z_t) softmax(z_t).
-constexpr auto z_backward = molex::versions([](auto, const float* z, float grad, int64_t count, int64_t experts, float* row, float* dz) MOLEX_LAMBDA_INLINE {
-  float values[kChunk], sums[kChunk];
-  logsumexp_of(z, count, experts, row, values, sums, dz);
-  for (int64_t t = 0; t < count; ++t) values[t] *= grad / sums[t];
-  for (int64_t t = 0; t < count; ++t) {
-    scale_row(dz + t * experts, values[t], experts, dz + t * experts);
-  }
-});
+constexpr auto z_backward = molex::versions(
+    [](auto, const float* z, float grad, int64_t count, int64_t experts, float* row, float* dz)
+        MOLEX_LAMBDA_INLINE {
+          float values[kChunk], sums[kChunk];
+          logsumexp_of(z, count, experts, row, values, sums, dz);
+          for (int64_t t = 0; t < count; ++t) values[t] *= grad / sums[t];
+          for (int64_t t = 0; t < count; ++t) {
+            scale_row(dz + t * experts, values[t], experts, dz + t * experts);
+          }
+        });
 
 Tensor scalar_like(const Tensor& like, double value) {
   Tensor result = molex::new_result(like, {}, ScalarType::Float);
@@ -129,9 +142,9 @@ Tensor logits_gradient(const Tensor& logits, const Run& run) {
 // The loss, and the gradient [E] of it and of the softmax together: E f_e / (T temperature), by K too where
 // each assignment counts.
 std::tuple<Tensor, Tensor> load_balance_fwd(const Tensor& logits,
-                                                const Tensor& index,
-                                                double temperature,
-                                                bool per_assignment) {
+                                            const Tensor& index,
+                                            double temperature,
+                                            bool per_assignment) {
   const int64_t tokens = logits.size(0), experts = logits.size(1), whole = molex::wide_of(experts);
   const int64_t assignments = std::max<int64_t>(index.numel(), 1);
   const double parts = static_cast<double>(per_assignment ? assignments : std::max<int64_t>(tokens, 1));
@@ -161,10 +174,7 @@ std::tuple<Tensor, Tensor> load_balance_fwd(const Tensor& logits,
   return {scalar_like(logits, loss), slopes};
 }
 
-Tensor load_balance_bwd(const Tensor& grad,
-                            const Tensor& logits,
-                            const Tensor& slopes,
-                            double temperature) {
+Tensor load_balance_bwd(const Tensor& grad, const Tensor& logits, const Tensor& slopes, double temperature) {
   const float upstream = molex::scalar_of(grad), scale = static_cast<float>(1.0 / temperature);
   const float* slope = slopes.const_data_ptr<float>();
   return logits_gradient(logits, [&](const float* z, int64_t count, float* row, float* dz) {

@@ -31,10 +31,11 @@ inline Score score_of(const std::string& name) {
   return Score::kChosen;
 }
 
-inline constexpr auto multiply = versions([](auto, float* to, const float* left, const float* right, int64_t count) MOLEX_LAMBDA_INLINE {
-  MOLEX_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) to[i] = left[i] * right[i];
-});
+inline constexpr auto multiply =
+    versions([](auto, float* to, const float* left, const float* right, int64_t count) MOLEX_LAMBDA_INLINE {
+      MOLEX_INDEPENDENT
+      for (int64_t i = 0; i < count; ++i) to[i] = left[i] * right[i];
+    });
 
 // Rows in memory, `stride` apart.
 struct Rows {

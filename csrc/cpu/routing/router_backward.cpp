@@ -76,7 +76,8 @@ void multiply_back(
           const Rows x = from.weighed(first, count, feature, features, tile);
           float* sum = sums + part * n.experts * n.width + feature;
           const bool more = first > start;
-          product_turned({upstream, n.experts, x.data, x.stride, sum, n.width, n.experts, features, count, more});
+          product_turned(
+              {upstream, n.experts, x.data, x.stride, sum, n.width, n.experts, features, count, more});
         }
         if (!to) continue;
         float* out = direct ? place(to, first * n.width + feature, made) : made;

@@ -98,14 +98,14 @@ class Chooser {
 
 // expert_index [T, K], expert_weight [T, K] and logits [T, E].
 std::tuple<Tensor, Tensor, Tensor> router_fwd(const Tensor& x,
-                                                  const Tensor& gate,
-                                                  std::optional<Tensor> gate_bias,
-                                                  std::optional<Tensor> expert_bias,
-                                                  std::optional<Tensor> table,
-                                                  std::optional<Tensor> labels,
-                                                  std::optional<Tensor> mix,
-                                                  int64_t top_k,
-                                                  std::string score) {
+                                              const Tensor& gate,
+                                              std::optional<Tensor> gate_bias,
+                                              std::optional<Tensor> expert_bias,
+                                              std::optional<Tensor> table,
+                                              std::optional<Tensor> labels,
+                                              std::optional<Tensor> mix,
+                                              int64_t top_k,
+                                              std::string score) {
   const int64_t tokens = x.size(0), width = x.size(1), experts = gate.size(0), wide = wide_of(experts);
   const Tokens from(x, table, labels, mix);
   const Chooser choose(expert_bias, experts, top_k, score_of(score));

@@ -23,15 +23,17 @@ constexpr int64_t kChunk = 1024;     // tokens, at least, whose sums are added t
 constexpr int64_t kColumns = 16;     // features that are sorted together
 constexpr int64_t kGrain = 16384;    // elements below which a thread is not worth waking
 
-constexpr auto add_absolute = molex::versions([](auto, float* to, const float* x, const float* mean, int64_t count) MOLEX_LAMBDA_INLINE {
-  MOLEX_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) to[i] += std::fabs(x[i] - mean[i]);
-});
+constexpr auto add_absolute = molex::versions(
+    [](auto, float* to, const float* x, const float* mean, int64_t count) MOLEX_LAMBDA_INLINE {
+      MOLEX_INDEPENDENT
+      for (int64_t i = 0; i < count; ++i) to[i] += std::fabs(x[i] - mean[i]);
+    });
 
-constexpr auto add_square = molex::versions([](auto, float* to, const float* x, const float* mean, int64_t count) MOLEX_LAMBDA_INLINE {
-  MOLEX_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) to[i] += (x[i] - mean[i]) * (x[i] - mean[i]);
-});
+constexpr auto add_square = molex::versions(
+    [](auto, float* to, const float* x, const float* mean, int64_t count) MOLEX_LAMBDA_INLINE {
+      MOLEX_INDEPENDENT
+      for (int64_t i = 0; i < count; ++i) to[i] += (x[i] - mean[i]) * (x[i] - mean[i]);
+    });
 
 // Tokens [T, D] and the cluster of each; `clusters` itself is for tokens that take no part.
 struct Tokens {
@@ -124,11 +126,11 @@ void pairwise_statistics(const Tokens& tokens, const std::vector<int64_t>& sizes
 // Sums or deviations [C, D] and sizes [C] of the clusters. `sums` and `counts`, where they are given, stand
 // for more tokens than these.
 std::tuple<Tensor, Tensor> cluster_statistics(const Tensor& x,
-                                                  const Tensor& cluster,
-                                                  std::optional<Tensor> sums,
-                                                  std::optional<Tensor> counts,
-                                                  int64_t num_clusters,
-                                                  std::string stat) {
+                                              const Tensor& cluster,
+                                              std::optional<Tensor> sums,
+                                              std::optional<Tensor> counts,
+                                              int64_t num_clusters,
+                                              std::string stat) {
   const int64_t width = x.size(1);
   const Tensor rows = torch::stable::contiguous(x);
   const Tokens tokens{

@@ -11,15 +11,28 @@ namespace molex::rpc {
 namespace {
 
 // dL = dlow - du in the place of dlow.
-constexpr auto subtract_duals = versions([](auto, const float* du, float* dlow, int64_t count) MOLEX_LAMBDA_INLINE {
-  for (int64_t i = 0; i < count; ++i) dlow[i] -= du[i];
-});
+constexpr auto subtract_duals =
+    versions([](auto, const float* du, float* dlow, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) dlow[i] -= du[i];
+    });
 
 // Through the shrinkage of a row: da = m (dS - du - dclean) with dS = `push`, what reaches the result from
 // outside, or null. dk += du + dclean + da, dlow = -da, du += da - dclean, and the threshold's own gradient.
 // Carried is dk + du: du holds -dclean of the iteration behind, which dk alone would have to lose again.
 // Where m = 1, da takes dclean back: the sums are written without what cancels.
-constexpr auto shrinkage_row = versions([](auto registers, float bound, int64_t width, bool first, const float* k, const float* low, const float* u, const float* dclean, const float* push, float* du, float* dk, float* dlow, float* dbound) MOLEX_LAMBDA_INLINE {
+constexpr auto shrinkage_row = versions([](auto registers,
+                                           float bound,
+                                           int64_t width,
+                                           bool first,
+                                           const float* k,
+                                           const float* low,
+                                           const float* u,
+                                           const float* dclean,
+                                           const float* push,
+                                           float* du,
+                                           float* dk,
+                                           float* dlow,
+                                           float* dbound) MOLEX_LAMBDA_INLINE {
   constexpr int kLanes = registers.kLanes;
   auto sum = Floats<kLanes>{};
   for (int64_t c = 0; c < width; c += kLanes) {
@@ -181,21 +194,21 @@ class HeadBackward {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_bwd(const Tensor& dout,
-                                                                 Optional dsparse,
-                                                                 const Tensor& k,
-                                                                 const Tensor& v,
-                                                                 Optional q,
-                                                                 const Tensor& threshold,
-                                                                 Optional key_mask,
-                                                                 Optional seed,
-                                                                 const Tensor& out,
-                                                                 const Tensor& lows,
-                                                                 const Tensor& stats,
-                                                                 int64_t num_iters,
-                                                                 double scale,
-                                                                 bool is_causal,
-                                                                 double dropout_p,
-                                                                 std::vector<bool> needs) {
+                                                             Optional dsparse,
+                                                             const Tensor& k,
+                                                             const Tensor& v,
+                                                             Optional q,
+                                                             const Tensor& threshold,
+                                                             Optional key_mask,
+                                                             Optional seed,
+                                                             const Tensor& out,
+                                                             const Tensor& lows,
+                                                             const Tensor& stats,
+                                                             int64_t num_iters,
+                                                             double scale,
+                                                             bool is_causal,
+                                                             double dropout_p,
+                                                             std::vector<bool> needs) {
   const Problem p(k, v, q, threshold, key_mask, seed, num_iters, scale, is_causal, dropout_p);
   const auto like = [&](const Tensor& t, bool needed) {
     return needed ? molex::new_result(t, t.sizes()) : torch::stable::new_empty(t, {0});

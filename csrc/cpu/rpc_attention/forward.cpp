@@ -47,27 +47,30 @@ MOLEX_INLINE void find_largest(const Scores& scores, float* by_column, const Vis
 }
 
 // How far a score exceeds the shift of its row and, where it serves them, of its column.
-constexpr auto excess_of = versions([](auto registers, const Scores& scores, const float* row_shift, const float* column_shift) MOLEX_LAMBDA_INLINE {
-  constexpr int kLanes = registers.kLanes;
-  auto most = broadcast<kLanes>(-kInfinity);
-  float columns[kBlock];
-  const auto visit = [&](int64_t r, Floats<kLanes> row)
-                         MOLEX_LAMBDA_INLINE { most = larger(row - row_shift[r], most); };
-  scores.partial() ? find_largest<kLanes, true>(scores, columns, visit)
-                   : find_largest<kLanes, false>(scores, columns, visit);
-  for (int64_t c = 0; column_shift && c < scores.width(); c += kLanes) {
-    most = larger(load<kLanes>(columns + c) - load<kLanes>(column_shift + c), most);
-  }
-  return largest_lane(most);
-});
+constexpr auto excess_of =
+    versions([](auto registers, const Scores& scores, const float* row_shift, const float* column_shift)
+                 MOLEX_LAMBDA_INLINE {
+                   constexpr int kLanes = registers.kLanes;
+                   auto most = broadcast<kLanes>(-kInfinity);
+                   float columns[kBlock];
+                   const auto visit = [&](int64_t r, Floats<kLanes> row)
+                                          MOLEX_LAMBDA_INLINE { most = larger(row - row_shift[r], most); };
+                   scores.partial() ? find_largest<kLanes, true>(scores, columns, visit)
+                                    : find_largest<kLanes, false>(scores, columns, visit);
+                   for (int64_t c = 0; column_shift && c < scores.width(); c += kLanes) {
+                     most = larger(load<kLanes>(columns + c) - load<kLanes>(column_shift + c), most);
+                   }
+                   return largest_lane(most);
+                 });
 
-constexpr auto largest_block = versions([](auto registers, const Scores& scores, float* by_row, float* by_column) MOLEX_LAMBDA_INLINE {
-  constexpr int kLanes = registers.kLanes;
-  const auto visit = [&](int64_t r, Floats<kLanes> row)
-                         MOLEX_LAMBDA_INLINE { by_row[r] = largest_lane(row); };
-  scores.partial() ? find_largest<kLanes, true>(scores, by_column, visit)
-                   : find_largest<kLanes, false>(scores, by_column, visit);
-});
+constexpr auto largest_block =
+    versions([](auto registers, const Scores& scores, float* by_row, float* by_column) MOLEX_LAMBDA_INLINE {
+      constexpr int kLanes = registers.kLanes;
+      const auto visit = [&](int64_t r, Floats<kLanes> row)
+                             MOLEX_LAMBDA_INLINE { by_row[r] = largest_lane(row); };
+      scores.partial() ? find_largest<kLanes, true>(scores, by_column, visit)
+                       : find_largest<kLanes, false>(scores, by_column, visit);
+    });
 
 template <int LANES, bool PARTIAL, bool TURNED>
 MOLEX_INLINE void weigh(
@@ -103,7 +106,12 @@ MOLEX_INLINE void weigh(
 }
 
 // exp(score - shift) by row and, where `by_column` is given, with the shifts of the columns.
-constexpr auto weigh_block = versions([](auto registers, const Scores& scores, const Rows& rows, const Rows& columns, float* by_row, float* by_column) MOLEX_LAMBDA_INLINE {
+constexpr auto weigh_block = versions([](auto registers,
+                                         const Scores& scores,
+                                         const Rows& rows,
+                                         const Rows& columns,
+                                         float* by_row,
+                                         float* by_column) MOLEX_LAMBDA_INLINE {
   constexpr int kLanes = registers.kLanes;
   if (by_column) {
     scores.partial() ? weigh<kLanes, true, true>(scores, rows, columns, by_row, by_column)
@@ -188,15 +196,15 @@ class Attention {
     const Rows rows = rows_.at(i, padded_), columns = rows_.at(j, padded_);
     float* by_column = p_.symmetric() && i != j ? by_column_ : nullptr;
     product({left + i * padded_,
-            padded_,
-            turned + j * p_.width,
-            kBlock,
-            z_,
-            kBlock,
-            scores.rows,
-            scores.width(),
-            p_.width,
-            false});
+             padded_,
+             turned + j * p_.width,
+             kBlock,
+             z_,
+             kBlock,
+             scores.rows,
+             scores.width(),
+             p_.width,
+             false});
     // The block on the diagonal is the first of its rows.
     const bool raises = i == j || excess_of(scores, rows.shift, by_column ? columns.shift : nullptr) > kSlack;
     if (raises) raise_shifts(scores, rows, by_column ? &columns : nullptr, padded_);
@@ -206,26 +214,26 @@ class Attention {
       if (by_column) drop(tokens, i, j, true, by_column);
     }
     product({by_row_,
-            kBlock,
-            v + j * padded_,
-            padded_,
-            rows.low,
-            padded_,
-            scores.rows,
-            padded_,
-            scores.columns,
-            true});
+             kBlock,
+             v + j * padded_,
+             padded_,
+             rows.low,
+             padded_,
+             scores.rows,
+             padded_,
+             scores.columns,
+             true});
     if (by_column) {
       product_turned({by_column,
-                     kBlock,
-                     v + i * padded_,
-                     padded_,
-                     columns.low,
-                     padded_,
-                     scores.columns,
-                     padded_,
-                     scores.rows,
-                     true});
+                      kBlock,
+                      v + i * padded_,
+                      padded_,
+                      columns.low,
+                      padded_,
+                      scores.columns,
+                      padded_,
+                      scores.rows,
+                      true});
     }
   }
 
@@ -242,17 +250,17 @@ class Attention {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_fwd(const Tensor& k,
-                                                                 const Tensor& v,
-                                                                 Optional q,
-                                                                 const Tensor& threshold,
-                                                                 Optional key_mask,
-                                                                 Optional seed,
-                                                                 int64_t num_iters,
-                                                                 double scale,
-                                                                 bool is_causal,
-                                                                 double dropout_p,
-                                                                 bool keeps_state,
-                                                                 bool returns_sparse) {
+                                                             const Tensor& v,
+                                                             Optional q,
+                                                             const Tensor& threshold,
+                                                             Optional key_mask,
+                                                             Optional seed,
+                                                             int64_t num_iters,
+                                                             double scale,
+                                                             bool is_causal,
+                                                             double dropout_p,
+                                                             bool keeps_state,
+                                                             bool returns_sparse) {
   const Problem p(k, v, q, threshold, key_mask, seed, num_iters, scale, is_causal, dropout_p);
   const int64_t b = p.batch, h = p.heads, n = p.length, d = p.width;
   const auto floats = [&](bool wanted, std::initializer_list<int64_t> sizes) {

@@ -98,7 +98,12 @@ MOLEX_INLINE void weigh(const Scores& scores,
 }
 
 // P and what a block adds to D; on both sides where there is `by_column`.
-inline constexpr auto weigh_block = versions([](auto registers, const Scores& scores, const Statistics& rows, const Statistics& columns, const Side& by_row, const Side& by_column) MOLEX_LAMBDA_INLINE {
+inline constexpr auto weigh_block = versions([](auto registers,
+                                                const Scores& scores,
+                                                const Statistics& rows,
+                                                const Statistics& columns,
+                                                const Side& by_row,
+                                                const Side& by_column) MOLEX_LAMBDA_INLINE {
   constexpr int kLanes = registers.kLanes;
   const auto with = [&]<bool PARTIAL, bool TURNED>() MOLEX_LAMBDA_INLINE {
     by_row.kept ? weigh<kLanes, PARTIAL, TURNED, true>(scores, rows, columns, by_row, by_column)
@@ -112,7 +117,13 @@ inline constexpr auto weigh_block = versions([](auto registers, const Scores& sc
 });
 
 // scale dZ by row, or of both sides.
-inline constexpr auto differentiate_block = versions([](auto registers, const Scores& scores, const Statistics& rows, const Statistics& columns, const Side& by_row, const Side& by_column, float* slopes) MOLEX_LAMBDA_INLINE {
+inline constexpr auto differentiate_block = versions([](auto registers,
+                                                        const Scores& scores,
+                                                        const Statistics& rows,
+                                                        const Statistics& columns,
+                                                        const Side& by_row,
+                                                        const Side& by_column,
+                                                        float* slopes) MOLEX_LAMBDA_INLINE {
   constexpr int kLanes = registers.kLanes;
   for (int64_t r = 0; r < scores.rows; ++r) {
     const float along = rows.along[r];
@@ -255,14 +266,16 @@ class AttentionBackward {
   void add(
       const Tokens& tokens, const float* block, const float* from, float* to, int64_t i, int64_t j) const {
     const int64_t rows = tokens.rows_of(i), depth = tokens.rows_of(j);
-    product({block, kBlock, from + j * padded_, padded_, to + i * padded_, padded_, rows, padded_, depth, true});
+    product(
+        {block, kBlock, from + j * padded_, padded_, to + i * padded_, padded_, rows, padded_, depth, true});
   }
 
   // Rows j of `to` += block^T * rows i of `from`.
   void add_turned(
       const Tokens& tokens, const float* block, const float* from, float* to, int64_t i, int64_t j) const {
     const int64_t rows = tokens.rows_of(j), depth = tokens.rows_of(i);
-    product_turned({block, kBlock, from + i * padded_, padded_, to + j * padded_, padded_, rows, padded_, depth, true});
+    product_turned(
+        {block, kBlock, from + i * padded_, padded_, to + j * padded_, padded_, rows, padded_, depth, true});
   }
 
   const Problem& p_;

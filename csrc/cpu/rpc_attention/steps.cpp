@@ -80,7 +80,15 @@ void Tokens::write_numbers(float* to, const float* from) const {
 namespace {
 
 // Where S = a - sign(a) T, k cancels in K~ and w, and with it what a was rounded by. NaN where S is infinite.
-constexpr auto shrink_row = versions([](auto registers, float bound, int64_t width, const float* k, const float* low, const float* u, float* clean, float* w, float* sparse) MOLEX_LAMBDA_INLINE {
+constexpr auto shrink_row = versions([](auto registers,
+                                        float bound,
+                                        int64_t width,
+                                        const float* k,
+                                        const float* low,
+                                        const float* u,
+                                        float* clean,
+                                        float* w,
+                                        float* sparse) MOLEX_LAMBDA_INLINE {
   constexpr int kLanes = registers.kLanes;
   using V = Floats<kLanes>;
   for (int64_t c = 0; c < width; c += kLanes) {
@@ -96,20 +104,27 @@ constexpr auto shrink_row = versions([](auto registers, float bound, int64_t wid
 });
 
 // Four rows at once, four columns of each.
-constexpr auto turn = versions([](auto, const float* from, int64_t rows, int64_t width, int64_t padded, float* to) MOLEX_LAMBDA_INLINE {
-  using V = Floats<4>;
-  for (int64_t r = 0; r < kBlock; r += 4) {
-    V row[4];
-    for (int64_t c = 0; c < width; c += 4) {
-      for (int i = 0; i < 4; ++i) row[i] = r + i < rows ? load<4>(from + (r + i) * padded + c) : V{};
-      for (int i = 0; i < 4 && c + i < width; ++i) {
-        store(to + (c + i) * kBlock + r, V{row[0][i], row[1][i], row[2][i], row[3][i]});
+constexpr auto turn = versions(
+    [](auto, const float* from, int64_t rows, int64_t width, int64_t padded, float* to) MOLEX_LAMBDA_INLINE {
+      using V = Floats<4>;
+      for (int64_t r = 0; r < kBlock; r += 4) {
+        V row[4];
+        for (int64_t c = 0; c < width; c += 4) {
+          for (int i = 0; i < 4; ++i) row[i] = r + i < rows ? load<4>(from + (r + i) * padded + c) : V{};
+          for (int i = 0; i < 4 && c + i < width; ++i) {
+            store(to + (c + i) * kBlock + r, V{row[0][i], row[1][i], row[2][i], row[3][i]});
+          }
+        }
       }
-    }
-  }
-});
+    });
 
-constexpr auto drop = versions([](auto, const Dropout& dropout, uint64_t first, const int64_t* place, int64_t count, uint64_t step, float* to) MOLEX_LAMBDA_INLINE {
+constexpr auto drop = versions([](auto,
+                                  const Dropout& dropout,
+                                  uint64_t first,
+                                  const int64_t* place,
+                                  int64_t count,
+                                  uint64_t step,
+                                  float* to) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) to[i] = dropout(1.0f, first + static_cast<uint64_t>(place[i]) * step);
   for (int64_t i = count; i < kBlock; ++i) to[i] = 0.0f;
 });

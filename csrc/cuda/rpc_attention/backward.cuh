@@ -26,13 +26,13 @@ constexpr bool kSumsInner = sizeof(E) == 4;
 
 template <class E>
 struct BackwardScratch {
-  E* clean;            // K~_1 ... K~_n, packed
-  int8_t* sides;       // side(a_t), likewise
+  E* clean;       // K~_1 ... K~_n, packed
+  int8_t* sides;  // side(a_t), likewise
   E *values, *queries;
-  E* upstream[2];      // G of this iteration, and of the one before, which this one writes
-  float* delta[2];     // D, their rows' inner products with L
+  E* upstream[2];           // G of this iteration, and of the one before, which this one writes
+  float* delta[2];          // D, their rows' inner products with L
   float *dual, *k, *v, *q;  // gu, gu + gk, and what the other gradients have come to
-  float* threshold;    // a row's gradient of its threshold
+  float* threshold;         // a row's gradient of its threshold
   int64_t bytes;
 
   BackwardScratch(const Problem& p, void* base, int columns) {
@@ -129,7 +129,8 @@ void rebuild(MOLEX_PARAMS BackwardStep<E> s) {
     }
   }
   if constexpr (!kSumsInner<E>) {
-    MOLEX_UNROLL for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) along += device::shuffle_xor(along, lanes);
+    MOLEX_UNROLL for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) along +=
+        device::shuffle_xor(along, lanes);
     if (lane() == 0) s.next_delta[packed] = along;
   }
 }
@@ -351,9 +352,10 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
         }
         const bool inside = own.real[i] && column + c < p.width;
         const float gu = is_last ? 0.0f : dual[place + c];
-        const float extra = is_last && b.grad_sparse.data && inside
-                                ? head_of<float>(p, b.grad_sparse, head)[mine * b.grad_sparse.row + column + c]
-                                : 0.0f;
+        const float extra =
+            is_last && b.grad_sparse.data && inside
+                ? head_of<float>(p, b.grad_sparse, head)[mine * b.grad_sparse.row + column + c]
+                : 0.0f;
         const int8_t where = sides[place + c];
         const bool outside = where != kInside;
         const float ga = outside ? extra - gu - product : 0.0f;

@@ -21,13 +21,13 @@ struct Problem {
   int32_t batch, heads, length, width, iterations, causal;
   float scale;
   Tensor4 k, v, q;
-  const float* threshold;                     // fp32, at head * head_stride + row * row_stride
-  int64_t threshold_head, threshold_row;      // threshold_row is 0 for one threshold per head
-  const uint8_t* key_mask;                    // [B, N], 1 for a token that exists
-  const int64_t* seed;                        // null without dropout
-  uint32_t dropped;                           // words of Philox below it are dropped
-  float kept_scale;                           // 1 / (1 - p)
-  int32_t shared_limit, cluster_limit;        // of the device: bytes per block, blocks per cluster
+  const float* threshold;                 // fp32, at head * head_stride + row * row_stride
+  int64_t threshold_head, threshold_row;  // threshold_row is 0 for one threshold per head
+  const uint8_t* key_mask;                // [B, N], 1 for a token that exists
+  const int64_t* seed;                    // null without dropout
+  uint32_t dropped;                       // words of Philox below it are dropped
+  float kept_scale;                       // 1 / (1 - p)
+  int32_t shared_limit, cluster_limit;    // of the device: bytes per block, blocks per cluster
 
   MOLEX_HOST_DEVICE int64_t all_heads() const { return static_cast<int64_t>(batch) * heads; }
 };
@@ -164,7 +164,8 @@ template <class E, int D>
 MOLEX_DEVICE void load_rows(E* to, const Problem& p, const Tensor4& t, int64_t head, int first, int rows) {
   constexpr int kChunk = 16 / sizeof(E), kChunks = D / kChunk;
   const E* from = head_of<E>(p, t, head);
-  const bool aligned = p.width % kChunk == 0 && t.row % kChunk == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
+  const bool aligned =
+      p.width % kChunk == 0 && t.row % kChunk == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
   for (int i = device::thread(); i < rows * kChunks; i += device::threads()) {
     const int row = first + i / kChunks, column = i % kChunks * kChunk;
     E* place = to + i / kChunks * kPitch<D> + column;

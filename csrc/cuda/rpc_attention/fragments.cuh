@@ -145,9 +145,7 @@ struct Fragments<float> {
 template <int M, int N>
 MOLEX_DEVICE void clear(float (&c)[M][N][4]) {
   MOLEX_UNROLL for (int m = 0; m < M; ++m) {
-    MOLEX_UNROLL for (int n = 0; n < N; ++n) {
-      MOLEX_UNROLL for (int e = 0; e < 4; ++e) c[m][n][e] = 0.0f;
-    }
+    MOLEX_UNROLL for (int n = 0; n < N; ++n) { MOLEX_UNROLL for (int e = 0; e < 4; ++e) c[m][n][e] = 0.0f; }
   }
 }
 
