@@ -221,8 +221,8 @@ void run_cluster(int64_t first, const Grid& grid) {
       warp.block->started = true;
     }
     while (warp.ready) {
-      const int turn = static_cast<int>(machine.draw(kLanes));
-      const int lane = (std::countr_zero(std::rotr(warp.ready, turn)) + turn) % kLanes;
+      const int rotation = static_cast<int>(machine.draw(kLanes));
+      const int lane = (std::countr_zero(std::rotr(warp.ready, rotation)) + rotation) % kLanes;
       const bool is_fresh = fresh[chosen] >> lane & 1;
       fresh[chosen] &= ~(1u << lane);
       resume(warp.block->fibers[warp.index * kLanes + lane], is_fresh);
@@ -262,10 +262,10 @@ template <int Depth, int Together, class Lanes>
 void accumulate(Lanes** lanes, const float (&a)[16][Depth], const float (&b)[8][Depth]) {
   for (int lane = 0; lane < kLanes; ++lane) {
     for (int i = 0; i < 4; ++i) {
-      const float* left = a[lane / 4 + i / 2 * 8];
-      const float* right = b[lane % 4 * 2 + i % 2];
+      const float* a_row = a[lane / 4 + i / 2 * 8];
+      const float* b_row = b[lane % 4 * 2 + i % 2];
       double products[Depth];
-      for (int k = 0; k < Depth; ++k) products[k] = static_cast<double>(left[k]) * right[k];
+      for (int k = 0; k < Depth; ++k) products[k] = static_cast<double>(a_row[k]) * b_row[k];
       float& c = lanes[lane]->c[i];
       for (int k = 0; k < Depth; k += Together) c = cut_sum(c, products + k, Together);
     }

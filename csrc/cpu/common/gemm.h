@@ -6,7 +6,8 @@
 
 namespace molex {
 
-// c [rows, columns] (+)= a b with a [rows, depth] and b [depth, columns], all row-major with rows `ld` apart.
+// The operands of c [rows, columns] (+)= a b, with a [rows, depth] and b [depth, columns]. All are row-major,
+// and `lda`, `ldb` and `ldc` are the distances between rows.
 struct Gemm {
   const float* a;
   int64_t lda;
@@ -18,10 +19,11 @@ struct Gemm {
   bool add;
 };
 
+// c (+)= a b.
 void product(const Gemm& g);
-// a is [depth, rows], and its transpose is multiplied.
-void product_turned(const Gemm& g);
-// b is [columns, depth], and is multiplied with its transpose.
+// c (+)= a^T b: a is stored [depth, rows].
+void product_transposed(const Gemm& g);
+// c (+)= a b^T: b is stored [columns, depth].
 void product_inner(const Gemm& g);
 
 }  // namespace molex

@@ -8,7 +8,7 @@
 
 namespace molex {
 
-// y becomes (y - mean) / sqrt(variance + eps); returns the factor.
+// Replaces y by (y - mean) / sqrt(variance + eps) and returns 1 / sqrt(variance + eps).
 inline constexpr auto normalise = versions([](auto, float* y, int64_t count, float eps) MOLEX_LAMBDA_INLINE {
   const float mean = sum_of(y, count) / count;
   for (int64_t i = 0; i < count; ++i) y[i] -= mean;
@@ -27,7 +27,7 @@ inline constexpr auto scale_and_shift =
       }
     });
 
-// The gradient of the row before the norm; the sums take in what the parameters get.
+// Writes the gradient of the row before the norm to `out`, and adds to the sums of the parameters' gradients.
 inline constexpr auto normalise_backward = versions([](auto,
                                                        float* out,
                                                        const float* dy,
@@ -46,9 +46,9 @@ inline constexpr auto normalise_backward = versions([](auto,
   }
   MOLEX_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) out[i] = weight ? dy[i] * weight[i] : dy[i];
-  const float along = dot_of(out, normed, count) / count;
+  const float projection = dot_of(out, normed, count) / count;
   const float mean = sum_of(out, count) / count;
-  for (int64_t i = 0; i < count; ++i) out[i] = inverse * (out[i] - normed[i] * along - mean);
+  for (int64_t i = 0; i < count; ++i) out[i] = inverse * (out[i] - normed[i] * projection - mean);
 });
 
 }  // namespace molex

@@ -12,13 +12,15 @@
 
 #pragma once
 
-// Clang, other processors, and flags that already ask for AVX (-march=native) have one version, for what
-// the flags allow: clang refuses to inline across instruction sets where vectors are passed.
+// There is one version, for what the flags allow, with clang, on other processors, and with flags that
+// already ask for AVX (-march=native). Clang refuses to inline functions with vector arguments across
+// instruction sets.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__AVX__)
 #define MOLEX_SEVERAL
 #endif
 
-// Before a loop: no output overlaps an input, so that it is vectorised however many there are.
+// Stands before a loop whose outputs overlap no input, so that the compiler vectorises it without run-time
+// checks.
 #if defined(__clang__)
 #define MOLEX_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__GNUC__)
@@ -31,17 +33,17 @@
 
 namespace molex {
 
-// The vector registers of an instruction set: `kLanes` floats fill one, and there are 32 of them where
-// kMany, else 16.
-template <int LANES, bool MANY>
+// The vector registers of an instruction set: each holds `kLanes` floats, and there are 32 of them if kMany,
+// else 16.
+template <int LANES, bool MANY_REGISTERS>
 struct Registers {
   static constexpr int kLanes = LANES;
-  static constexpr bool kMany = MANY;
+  static constexpr bool kMany = MANY_REGISTERS;
 };
 
 #if defined(MOLEX_SEVERAL)
 
-// GCC 11 knows single features only.
+// GCC 11 can ask for single features only.
 #if __GNUC__ >= 12
 inline const bool kHasV4 = __builtin_cpu_supports("x86-64-v4");
 inline const bool kHasV3 = __builtin_cpu_supports("x86-64-v3");
@@ -96,7 +98,7 @@ struct Versions {
     return run<Body>(arguments...);
   }
 
-  // As a pointer to a function, for tables of them.
+  // Converts to a pointer to a function, for tables of functions.
   template <class Result, class... Arguments>
   using Pointer = Result (*)(Arguments...);
   template <class Result, class... Arguments>
@@ -105,7 +107,7 @@ struct Versions {
   }
 };
 
-// The body captures nothing.
+// Makes the versions of a body, which must not capture anything.
 template <class Body>
 constexpr Versions<Body> versions(Body) {
   return {};

@@ -43,7 +43,8 @@ struct Gelu {
   }
 };
 
-// sigmoid(x) and 1 - sigmoid(x), which is not subtracted: next to 0 that would leave no bit of it.
+// sigmoid(x) and 1 - sigmoid(x). The second is computed on its own: near 0 a subtraction would lose all its
+// digits.
 struct Sigmoids {
   float of, rest;
 
@@ -95,10 +96,10 @@ constexpr auto backward_row = versions([](auto,
     MOLEX_INDEPENDENT
     for (int64_t i = 0; i < width; ++i) {
       const Point point = F::at(gate[i]);
-      const float along = scale * upstream[i];
+      const float dacted = scale * upstream[i];
       acted[i] = point.value * up[i];
-      dgate[i] = along * up[i] * point.slope;
-      dup[i] = along * point.value;
+      dgate[i] = dacted * up[i] * point.slope;
+      dup[i] = dacted * point.value;
     }
   } else {
     MOLEX_INDEPENDENT
@@ -130,7 +131,7 @@ constexpr auto put_together =
 
 }  // namespace
 
-// Calls run.operator()<F>() for the activation's F.
+// Calls run.operator()<F>() with the struct F of the activation.
 template <class Run>
 void Activation::with(Pointwise pointwise, const Run& run) {
   switch (pointwise) {
@@ -157,22 +158,22 @@ Activation::Activation(const std::string& pointwise, const std::string& layout)
   STD_TORCH_CHECK(layout_ != Layout::kInterleaved || layout == "interleaved", "layout: unknown ", layout);
 }
 
-void Activation::forward(const float* hidden, float* acted, int64_t width, float* scratch) const {
-  const float* gate = hidden;
-  const float* up = layout_ == Layout::kConcat ? hidden + width : nullptr;
+void Activation::forward(const float* pre_activation, float* acted, int64_t width, float* scratch) const {
+  const float* gate = pre_activation;
+  const float* up = layout_ == Layout::kConcat ? pre_activation + width : nullptr;
   if (layout_ == Layout::kInterleaved) {
-    take_apart(hidden, scratch, scratch + width, width);
+    take_apart(pre_activation, scratch, scratch + width, width);
     gate = scratch;
     up = scratch + width;
   }
   with(pointwise_, [&]<class F>() { forward_row<F>(gate, up, acted, width); });
 }
 
-void Activation::backward(const float* hidden,
+void Activation::backward(const float* pre_activation,
                           const float* upstream,
                           float scale,
                           float* acted,
-                          float* dhidden,
+                          float* dpre_activation,
                           int64_t width,
                           float* scratch) const {
   const auto run = [&](const float* gate, const float* up, float* dgate, float* dup) {
@@ -181,13 +182,13 @@ void Activation::backward(const float* hidden,
   };
   if (layout_ != Layout::kInterleaved) {
     const bool gated = layout_ == Layout::kConcat;
-    run(hidden, gated ? hidden + width : nullptr, dhidden, dhidden + width);
+    run(pre_activation, gated ? pre_activation + width : nullptr, dpre_activation, dpre_activation + width);
     return;
   }
   float *gate = scratch, *up = gate + width, *dgate = up + width, *dup = dgate + width;
-  take_apart(hidden, gate, up, width);
+  take_apart(pre_activation, gate, up, width);
   run(gate, up, dgate, dup);
-  put_together(dgate, dup, dhidden, width);
+  put_together(dgate, dup, dpre_activation, width);
 }
 
 }  // namespace molex

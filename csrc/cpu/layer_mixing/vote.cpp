@@ -1,6 +1,7 @@
 // The vote of all tokens for a layer, in one pass over the logits.
 //
-// Tokens are cut into chunks of a fixed size whose sums are added in order, whatever the number of threads.
+// Tokens are cut into chunks of a fixed size, whose sums are added in order: the result does not depend on
+// the number of threads.
 
 #include <algorithm>
 #include <limits>
@@ -24,14 +25,14 @@ constexpr int64_t kChunk = 512;  // tokens
 
 using WideKeys = molex::Ints<kWide>;
 
-// Integers in the order of the floats: both zeros are equal, NaN is the largest.
+// Integers that are ordered as the floats are: both zeros are equal, and NaN is the largest.
 MOLEX_INLINE WideKeys keys_of(Wide x) {
   const WideKeys bits = (WideKeys)(x + 0.0f);
   const WideKeys key = bits ^ ((bits >> 31) & 0x7fffffff);
   return molex::select(x == x, key, WideKeys{} + std::numeric_limits<int32_t>::max());
 }
 
-// The first largest of `count` values; `row` has whole vectors, the last filled up with -inf.
+// The index of the first largest of `count` values. `row` is padded to whole vectors with -inf.
 MOLEX_INLINE int64_t first_largest(const float* row, int64_t count) {
   WideKeys most = WideKeys{} + std::numeric_limits<int32_t>::min();
   for (int64_t i = 0; i < count; i += kWide) most = molex::larger(keys_of(molex::load(row + i)), most);
@@ -47,8 +48,8 @@ MOLEX_INLINE int64_t first_largest(const float* row, int64_t count) {
 
 enum class Mode { kMode, kMeanSoftmax, kMeanSigmoid };
 
-// sums += what each of `count` tokens that the mask counts gives to the layers. `sums` and `row` have whole
-// vectors.
+// Adds the vote of each of `count` tokens to `sums`, except those that the mask leaves out. `sums` and `row`
+// have whole vectors.
 template <Mode MODE>
 constexpr auto add_votes = molex::versions(
     [](auto, const float* logits, const bool* mask, int64_t count, int64_t layers, float* row, float* sums)
@@ -76,7 +77,7 @@ constexpr auto add_votes = molex::versions(
           }
         });
 
-// The layer with the largest sum over the tokens that `mask` [T] counts, ties to the lower one.
+// The layer with the largest sum over the tokens in `mask` [T]. Of equal sums the lower layer wins.
 Tensor layer_vote(const Tensor& logits, std::optional<Tensor> mask, std::string mode) {
   const int64_t tokens = logits.size(0), layers = logits.size(1), whole = molex::wide_of(layers);
   STD_TORCH_CHECK(mode == "mode" || mode == "mean_softmax" || mode == "mean_sigmoid", "mode: unknown ", mode);

@@ -1,5 +1,5 @@
-// What each expert adds to the base, on a CPU, and its gradients: expert by expert, so that what is between
-// the curvature's products stays in the cache.
+// What each expert adds to the base, on a CPU, and its gradients. Experts are processed one by one, so that
+// the intermediate results of the curvature's products stay in the cache.
 
 #include <algorithm>
 #include <tuple>
@@ -14,15 +14,15 @@ namespace {
 
 using molex::product;
 using molex::product_inner;
-using molex::product_turned;
+using molex::product_transposed;
 using molex::Source;
 using molex::Target;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-constexpr int64_t kChunk = 512;    // elements that every expert contributes to in one turn
-constexpr int64_t kColumns = 384;  // of out1's product, whose rows are o2 D apart
+constexpr int64_t kChunk = 512;    // elements that every expert contributes to at a time
+constexpr int64_t kColumns = 384;  // columns of one product with out1, whose rows are o2 D apart
 
 constexpr auto subtract =
     molex::versions([](auto, const float* a, const float* b, float* out, int64_t count) MOLEX_LAMBDA_INLINE {
@@ -60,7 +60,8 @@ void for_chunks(int64_t size, const Body& body) {
   });
 }
 
-// The base [O, D], the experts [E, O, D] and the mask, read as floats. Holds the tensors that it points into.
+// The base [O, D], the experts [E, O, D] and the sign mask, read as floats. Holds the tensors that it points
+// into.
 class Weights {
  public:
   Weights(const Tensor& base, const Tensor& experts, bool ties)
@@ -76,7 +77,7 @@ class Weights {
   int64_t size() const { return size_; }
   int64_t count() const { return count_; }
 
-  // tau_e of some elements.
+  // Writes some elements of tau_e.
   void tau(int64_t e, int64_t first, int64_t length, float* out) const {
     std::vector<float> scratch;
     const float* zero = read(start_, first, length, scratch);
@@ -131,10 +132,10 @@ class Factors {
         experts_(first.size(1)) {
     const Tensor* given[] = {&first, &second, &third, &fourth};
     for (int i = 0; i < 4; ++i) values_[i] = molex::floats_of(*given[i]);
-    turned_.resize(values_[3].size());
+    transposed_.resize(values_[3].size());
     const int64_t area = d2 * d2;
     for (int64_t i = 0; i < ranks * experts_; ++i)
-      turn(in2(0, 0) + i * area, d2, d2, turned_.data() + i * area);
+      transpose(in2(0, 0) + i * area, d2, d2, transposed_.data() + i * area);
   }
 
   const int64_t ranks, o1, o2, d1, d2, width, block;
@@ -144,20 +145,21 @@ class Factors {
   const float* out2(int64_t rank, int64_t e) const { return at(1, rank, e); }
   const float* in1(int64_t rank, int64_t e) const { return at(2, rank, e); }
   const float* in2(int64_t rank, int64_t e) const { return at(3, rank, e); }
-  const float* in2_turned(int64_t rank, int64_t e) const {
-    return turned_.data() + (rank * experts_ + e) * d2 * d2;
+  const float* in2_transposed(int64_t rank, int64_t e) const {
+    return transposed_.data() + (rank * experts_ + e) * d2 * d2;
   }
 
-  // Of a block tau: by_in2 = in2 along the last index, by_in1 = in1 of that along the one before.
+  // For a block tau: by_in2 is the product of in2 with its last index, by_in1 that of in1 with the index
+  // before.
   void inner(int64_t rank, int64_t e, const float* tau, float* by_in2, float* by_in1) const {
-    product({tau, d2, in2_turned(rank, e), d2, by_in2, d2, o2 * d1, d2, d2, false});
+    product({tau, d2, in2_transposed(rank, e), d2, by_in2, d2, o2 * d1, d2, d2, false});
     for (int64_t at = 0; at < block; at += width) {
       product({in1(rank, e), d1, by_in2 + at, d2, by_in1 + at, d2, d1, d2, d1, false});
     }
   }
 
-  // A matrix [rows, columns] transposed.
-  static void turn(const float* from, int64_t rows, int64_t columns, float* to) {
+  // Writes the transpose of a matrix [rows, columns].
+  static void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < columns; ++c) to[c * rows + r] = from[r * columns + c];
     }
@@ -169,7 +171,7 @@ class Factors {
   }
 
   int64_t experts_;
-  std::vector<float> values_[4], turned_;
+  std::vector<float> values_[4], transposed_;
 };
 
 std::optional<Factors> factors_of(const Optional& out1,
@@ -180,7 +182,7 @@ std::optional<Factors> factors_of(const Optional& out1,
   return std::optional<Factors>(std::in_place, *out1, *out2, *in1, *in2);
 }
 
-// body(first column, columns) for pieces of a block's columns.
+// Calls body(first column, columns) for pieces of a block's columns.
 template <class Body>
 void for_columns(const Factors& f, const Body& body) {
   torch::stable::parallel_for(0, (f.block + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
@@ -190,7 +192,7 @@ void for_columns(const Factors& f, const Body& body) {
   });
 }
 
-// M_e tau_e up to out1, which goes across the blocks: half [o1, block].
+// Computes M_e tau_e without the product with out1, which runs across the blocks: half [o1, block].
 void apply_inner(const Factors& f, const Weights& weights, int64_t rank, int64_t e, float* half) {
   torch::stable::parallel_for(0, f.o1, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> tau(f.block), by_in2(f.block), by_in1(f.block);
@@ -231,10 +233,10 @@ Tensor camex_deltas_fwd(const Tensor& base,
   }
   const Factors& f = *factors;
   Tensor between = molex::new_result(experts, {size}, ScalarType::Float);
-  Tensor wide = molex::new_result(experts, {to.dtype == ScalarType::Float ? 0 : size}, ScalarType::Float);
+  Tensor fp32 = molex::new_result(experts, {to.dtype == ScalarType::Float ? 0 : size}, ScalarType::Float);
   float* half = between.mutable_data_ptr<float>();
   for (int64_t e = 0; e < weights.count(); ++e) {
-    float* sum = molex::place(to, e * size, wide.mutable_data_ptr<float>());
+    float* sum = molex::place(to, e * size, fp32.mutable_data_ptr<float>());
     for (int64_t rank = 0; rank < f.ranks; ++rank) {
       apply_inner(f, weights, rank, e, half);
       for_columns(f, [&](int64_t column, int64_t length) {
@@ -289,8 +291,9 @@ class FactorSums {
   std::vector<float> parts_[4];
 };
 
-// Back through out1, which goes across the blocks: down [o1, block] = out1^T upstream, and out1's gradient.
-// `upstream` gives some elements of the gradient of M_e tau_e; `half` is scratch, [o1, block].
+// Goes back through out1, which runs across the blocks: down [o1, block] = out1^T upstream. Adds up the
+// gradient of out1. `upstream` gives some elements of the gradient of M_e tau_e; `half` is scratch, [o1,
+// block].
 template <class Upstream>
 void back_through_out1(const Factors& f,
                        const Weights& weights,
@@ -308,13 +311,13 @@ void back_through_out1(const Factors& f,
       float* part = sums.part(0, column / kColumns);
       product_inner({given.data(), length, half + column, f.block, part, f.o1, f.o1, f.o1, length, false});
     }
-    product_turned(
+    product_transposed(
         {f.out1(rank, e), f.o1, given.data(), length, down + column, f.block, f.o1, length, f.o1, false});
   });
 }
 
-// Back from `down` through the other three, block by block. Adds to `dtau` from the second rank on, where it
-// is wanted.
+// Goes back from `down` through the other three factors, block by block. If dtau is wanted, all ranks but the
+// first add to it.
 void back_through_blocks(const Factors& f,
                          const Weights& weights,
                          int64_t rank,
@@ -325,7 +328,7 @@ void back_through_blocks(const Factors& f,
   const int64_t kept = sums.wanted() ? f.block : 0;
   torch::stable::parallel_for(0, f.o1, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> from_out2(f.block), from_in1(f.block);
-    std::vector<float> tau(kept), by_in2(kept), by_in1(kept), turned(kept), other(kept);
+    std::vector<float> tau(kept), by_in2(kept), by_in1(kept), transposed(kept), other(kept);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * f.block;
       const float* above = down + first;
@@ -335,20 +338,23 @@ void back_through_blocks(const Factors& f,
         product_inner(
             {above, f.width, by_in1.data(), f.width, sums.part(1, i), f.o2, f.o2, f.o2, f.width, false});
       }
-      product_turned(
+      product_transposed(
           {f.out2(rank, e), f.o2, above, f.width, from_out2.data(), f.width, f.o2, f.width, f.o2, false});
       for (int64_t at = 0; at < f.block; at += f.width) {
-        product_turned(
+        product_transposed(
             {f.in1(rank, e), f.d1, &from_out2[at], f.d2, &from_in1[at], f.d2, f.d1, f.d2, f.d1, false});
         if (!sums.wanted()) continue;
-        // in1's index is not the first of a block: turned, all of a block's rows are one product.
-        Factors::turn(&from_out2[at], f.d1, f.d2, &turned[at]);
-        Factors::turn(&by_in2[at], f.d1, f.d2, &other[at]);
+        // The index of in1 is not the first of a block. After transposition all rows of a block are one
+        // product.
+        Factors::transpose(&from_out2[at], f.d1, f.d2, &transposed[at]);
+        Factors::transpose(&by_in2[at], f.d1, f.d2, &other[at]);
       }
       if (sums.wanted()) {
         float *in1 = sums.part(2, i), *in2 = sums.part(3, i);
-        product_turned({turned.data(), f.d1, other.data(), f.d1, in1, f.d1, f.d1, f.d1, f.o2 * f.d2, false});
-        product_turned({from_in1.data(), f.d2, tau.data(), f.d2, in2, f.d2, f.d2, f.d2, f.o2 * f.d1, false});
+        product_transposed(
+            {transposed.data(), f.d1, other.data(), f.d1, in1, f.d1, f.d1, f.d1, f.o2 * f.d2, false});
+        product_transposed(
+            {from_in1.data(), f.d2, tau.data(), f.d2, in2, f.d2, f.d2, f.d2, f.o2 * f.d1, false});
       }
       if (!dtau) continue;
       const float* in2 = f.in2(rank, e);
@@ -382,12 +388,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> camex_deltas_bwd(cons
   const auto outcome = [&] {
     return std::tuple(dbase, dexperts, dfactors[0], dfactors[1], dfactors[2], dfactors[3]);
   };
-  if (size == 0) {  // factors may have gradients even so: sums of nothing
+  if (size == 0) {  // the factors' gradients are then sums of nothing
     for (Tensor& dfactor : dfactors) torch::stable::zero_(dfactor);
     return outcome();
   }
 
-  // dtau of one expert goes to its own gradient and, with the opposite sign, to the base's.
+  // The gradient dtau of one expert is its own gradient and, with the opposite sign, part of the base's.
   const Target to = molex::target_of(dexperts), to_base = molex::target_of(dbase);
   const bool own = needs[1] && to.dtype == ScalarType::Float, both = needs[0] || needs[1];
   const bool wide_base = needs[0] && to_base.dtype != ScalarType::Float;
@@ -404,13 +410,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> camex_deltas_bwd(cons
   if (factors) sums.emplace(*factors, needs[2] || needs[3] || needs[4] || needs[5]);
 
   for (int64_t e = 0; e < count; ++e) {
-    // The gradient of M_e tau_e: what arrives, under the mask.
+    // The gradient of M_e tau_e is the upstream gradient under the mask.
     const auto upstream = [&](int64_t first, int64_t length, float* out) {
-      const float* here = molex::read(given, e * size + first, length, out);
+      const float* values = molex::read(given, e * size + first, length, out);
       if (ties) {
-        weights.mask(e, first, length, here, out);
-      } else if (here != out) {
-        std::copy_n(here, length, out);
+        weights.mask(e, first, length, values, out);
+      } else if (values != out) {
+        std::copy_n(values, length, out);
       }
     };
     float* dtau = own    ? static_cast<float*>(to.data) + e * size

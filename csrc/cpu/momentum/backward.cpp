@@ -1,4 +1,4 @@
-// The gradient of momentum, in one pass; with a norm, its input is computed anew.
+// The gradient of momentum, in one pass. With a norm, the norm's input is recomputed.
 
 #include <algorithm>
 #include <tuple>
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd(
 
   const int64_t span = norm_eps ? width : kSpan;
   const int64_t spans = (total + span - 1) / span;
-  // The chunks depend on the shape alone, so that their sums do, too.
+  // The chunks, and so their sums, depend on the shape alone.
   const int64_t chunks = std::min(kChunks, spans);
   std::vector<float> norm_sums(needs_norm ? chunks * 2 * width : 0);
   std::vector<double> number_sums(chunks * 2);

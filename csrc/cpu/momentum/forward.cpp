@@ -67,12 +67,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd(const Tensor& x,
   std::vector<float> gates_scratch(combined ? tokens * top_k : 0);
   const float* gates = nullptr;
   const int64_t* row_of = nullptr;
-  int64_t num_here = 0;
+  int64_t local_rows = 0;
   if (combined) {
     gates = read(source_of(weights), 0, tokens * top_k, gates_scratch.data());
     row_of = rows->const_data_ptr<int64_t>();
     const Tensor ends = torch::stable::contiguous(*offsets);
-    num_here = ends.const_data_ptr<int32_t>()[ends.size(0) - 1];
+    local_rows = ends.const_data_ptr<int32_t>()[ends.size(0) - 1];
   }
 
   const int64_t span = combined || norm_eps ? width : kSpan;
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd(const Tensor& x,
         bool any = false;
         for (int64_t k = 0; k < top_k; ++k) {
           const int64_t row = row_of[index * top_k + k];
-          if (row >= num_here) continue;
+          if (row >= local_rows) continue;
           const float* one = read(from_f, row * width, count, scratch[0]);
           any ? add_scaled(sum, one, gates[index * top_k + k], count)
               : scale_into(sum, one, gates[index * top_k + k], count);
