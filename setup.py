@@ -198,14 +198,13 @@ def extension(no_cuda: str | None, facts: Path) -> Extension:
             "operators": operators(kernels),
         },
     )
-    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     return kind(
         "molex_kernels._C",
         ["csrc/bindings.cpp", *kernels],
         depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
         include_dirs=[str(ROOT.absolute() / "csrc"), str(facts)],
-        define_macros=[*macros, ("MOLEX_SANITIZE", None)] if SANITIZED else macros,
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         extra_compile_args={"cxx": flags, "nvcc": nvcc},
         extra_link_args=SANITIZE if SANITIZED else [],
     )

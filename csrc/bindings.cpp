@@ -5,24 +5,16 @@
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 
-#include <cstdint>
 #include <string>
 #include <utility>
 
 #include "build_facts.h"  // written by setup.py: MOLEX_BUILD_FACTS, pairs of a name and a text
 #include "cpu/common/target.h"
 
-namespace molex {
-
-MOLEX_VERSIONS(lanes_of, (int64_t* lanes), *lanes = kLanes;)
-
-}  // namespace molex
-
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled operators of molex_kernels and how they were built.";
   module.def("build_facts", [] {
-    int64_t lanes = 0;
-    molex::lanes_of(&lanes);
+    const int lanes = molex::versions([](auto registers) MOLEX_LAMBDA_INLINE { return registers.kLanes; })();
     pybind11::dict facts;
     facts["compiler"] = __VERSION__;
     facts["vectors"] = std::to_string(lanes) + " floats";

@@ -1,7 +1,7 @@
 // How a native kernel becomes the implementation of an operator on one device.
 //
 // Every schema ends in `str impl=''`, by which a caller may insist on an implementation. Kernels do not take
-// it: it is checked here, where only the device's own implementation can be meant.
+// that argument: it is checked here, where only the device's own implementation can be meant.
 
 #pragma once
 

@@ -51,7 +51,7 @@ class _Problem(Structure):
 class _Forward(Structure):
     _fields_ = [
         ("problem", _Problem),
-        *((name, c_void_p) for name in ("out", "sparse", "lows", "stats", "scratch")),
+        *((name, c_void_p) for name in ("out", "sparse", "low_ranks", "stats", "scratch")),
     ]
 
 
@@ -63,7 +63,7 @@ class _Backward(Structure):
         *(
             (name, c_void_p)
             for name in (
-                *("out", "lows", "stats", "grad_k", "grad_v", "grad_q", "grad_threshold"),
+                *("out", "low_ranks", "stats", "grad_k", "grad_v", "grad_q", "grad_threshold"),
                 "scratch",
             )
         ),
@@ -90,7 +90,7 @@ class Call:
 class Result:
     out: Tensor
     sparse: Tensor
-    lows: Tensor
+    low_ranks: Tensor
     stats: Tensor
 
 
@@ -132,7 +132,7 @@ class Library:
             _unwritten((n, 2, *shape[:3]), torch.float32),
         )
         scratch = _scratch(self._c.forward_scratch(byref(problem)))
-        fields = (result.out, result.sparse, result.lows, result.stats, scratch)
+        fields = (result.out, result.sparse, result.low_ranks, result.stats, scratch)
         parameters = _Forward(problem, *(t.data_ptr() for t in fields))
         assert self._c.forward(byref(parameters)) == 0
         _unharmed(scratch)
@@ -149,7 +149,7 @@ class Library:
         gradients["threshold"] = _unwritten(call.threshold.shape, torch.float32)
         scratch = _scratch(self._c.backward_scratch(byref(problem)))
         pointers = [
-            *(t.data_ptr() for t in (result.out, result.lows, result.stats)),
+            *(t.data_ptr() for t in (result.out, result.low_ranks, result.stats)),
             *(gradients[n].data_ptr() if n in gradients else None for n in "kvq"),
             gradients["threshold"].data_ptr(),
             scratch.data_ptr(),

@@ -276,7 +276,7 @@ def test_order_does_not_matter_and_every_barrier_does(
         if part == "backward":
             return list(library.backward(call, state, grad_out, grad_sparse).values())
         result = library.forward(call, **(ITERATED if part == "iterated" else {}))
-        return [result.out, result.sparse, result.lows, result.stats]
+        return [result.out, result.sparse, result.low_ranks, result.stats]
 
     def same(got: list[Tensor]) -> bool:
         return all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

@@ -39,8 +39,8 @@ struct Block;
 struct Warp {
   Block* block = nullptr;
   int index = 0;
-  uint32_t ready = 0;        // lanes that can run
-  uint32_t arrived = 0;      // lanes at a warp-wide instruction
+  uint32_t ready = 0;          // lanes that can run
+  uint32_t arrived = 0;        // lanes at a warp-wide instruction
   const void* kind = nullptr;  // which one
   void* operands[kLanes];
 };
@@ -49,9 +49,9 @@ struct Fiber {
   Warp* warp = nullptr;
   int lane = 0;
   bool done = false;
-  int barriers = 0;     // passed so far, for leaving one out
+  int barriers = 0;       // passed so far, for leaving one out
   bool left_out = false;  // whether this half of a cluster barrier's is
-  int awaited = 0;      // phase of the cluster barrier that it has arrived at
+  int awaited = 0;        // phase of the cluster barrier that it has arrived at
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open;
   jmp_buf context;
@@ -202,7 +202,8 @@ void run_cluster(int64_t first, const Grid& grid) {
   }
   fresh.assign(warps.size(), ~0u);
   // One block, or none, starts when the others can do no more.
-  Block* late = machine.draw(2) ? &machine.blocks[machine.draw(static_cast<uint32_t>(grid.cluster))] : nullptr;
+  Block* late =
+      machine.draw(2) ? &machine.blocks[machine.draw(static_cast<uint32_t>(grid.cluster))] : nullptr;
   for (;;) {
     std::vector<size_t> runnable;
     for (size_t i = 0; i < warps.size(); ++i) {
@@ -220,8 +221,8 @@ void run_cluster(int64_t first, const Grid& grid) {
       warp.block->started = true;
     }
     while (warp.ready) {
-      const int turn = static_cast<int>(machine.draw(kLanes));
-      const int lane = (std::countr_zero(std::rotr(warp.ready, turn)) + turn) % kLanes;
+      const int rotation = static_cast<int>(machine.draw(kLanes));
+      const int lane = (std::countr_zero(std::rotr(warp.ready, rotation)) + rotation) % kLanes;
       const bool is_fresh = fresh[chosen] >> lane & 1;
       fresh[chosen] &= ~(1u << lane);
       resume(warp.block->fibers[warp.index * kLanes + lane], is_fresh);
@@ -261,10 +262,10 @@ template <int Depth, int Together, class Lanes>
 void accumulate(Lanes** lanes, const float (&a)[16][Depth], const float (&b)[8][Depth]) {
   for (int lane = 0; lane < kLanes; ++lane) {
     for (int i = 0; i < 4; ++i) {
-      const float* left = a[lane / 4 + i / 2 * 8];
-      const float* right = b[lane % 4 * 2 + i % 2];
+      const float* a_row = a[lane / 4 + i / 2 * 8];
+      const float* b_row = b[lane % 4 * 2 + i % 2];
       double products[Depth];
-      for (int k = 0; k < Depth; ++k) products[k] = static_cast<double>(left[k]) * right[k];
+      for (int k = 0; k < Depth; ++k) products[k] = static_cast<double>(a_row[k]) * b_row[k];
       float& c = lanes[lane]->c[i];
       for (int k = 0; k < Depth; k += Together) c = cut_sum(c, products + k, Together);
     }
@@ -383,7 +384,8 @@ void wait_cluster() {
 void store_remote(void* mine, int rank, uint4 value) {
   if (rank < 0 || rank >= static_cast<int>(machine.blocks.size())) fail("no such block in the cluster");
   const Block& block = machine.blocks[rank];
-  if (block.started && std::all_of(block.fibers.begin(), block.fibers.end(), [](const Fiber& f) { return f.done; })) {
+  if (block.started &&
+      std::all_of(block.fibers.begin(), block.fibers.end(), [](const Fiber& f) { return f.done; })) {
     if (machine.options.left_out_barrier >= 0) return;
     fail("a store to the shared memory of a block that has ended");
   }
@@ -469,7 +471,9 @@ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 
 Status run(void (*kernel)(const void*), const void* params, const Grid& grid) {
   if (grid.blocks == 0) return kSuccess;
-  if (grid.blocks > INT32_MAX || grid.threads % kLanes || grid.blocks % grid.cluster || grid.shared_bytes > kSharedLimit) return 1;
+  if (grid.blocks > INT32_MAX || grid.threads % kLanes || grid.blocks % grid.cluster ||
+      grid.shared_bytes > kSharedLimit)
+    return 1;
   machine.kernel = kernel;
   machine.params = params;
   // Clusters run in a random order too: one may not wait for another.

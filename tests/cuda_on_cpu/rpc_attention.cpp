@@ -1,7 +1,6 @@
 // The launchers of RPC attention for ctypes: 0, or the number of what went wrong.
 
 #include "cuda/rpc_attention/launch.cuh"
-
 #include "machine.h"
 
 using namespace molex;

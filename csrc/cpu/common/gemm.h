@@ -1,190 +1,29 @@
-// Matrix products held in registers.
+// Products of matrices of floats in memory, on one thread.
 
 #pragma once
 
-#include <algorithm>
-
-#include "cpu/common/vector.h"
+#include <cstdint>
 
 namespace molex {
 
-// Terms that are summed one after the other. Sums of so many are added: a long sum in one go loses digits.
-constexpr int64_t kTerms = 128;
+// The operands of c [rows, columns] (+)= a b, with a [rows, depth] and b [depth, columns]. All are row-major,
+// and `lda`, `ldb` and `ldc` are the distances between rows.
+struct Gemm {
+  const float* a;
+  int64_t lda;
+  const float* b;
+  int64_t ldb;
+  float* c;
+  int64_t ldc;
+  int64_t rows, columns, depth;
+  bool add;
+};
 
-// Rows [0, ROWS) and VECTORS * LANES columns of c (+)= a b. TURNED: a is given as its transpose.
-template <int LANES, int ROWS, int VECTORS, bool TURNED>
-MOLEX_INLINE void product_tile(const float* a,
-                               int64_t lda,
-                               const float* b,
-                               int64_t ldb,
-                               float* c,
-                               int64_t ldc,
-                               int64_t depth,
-                               bool add) {
-  Floats<LANES> sum[ROWS][VECTORS] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Floats<LANES> right[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) right[v] = load<LANES>(b + k * ldb + v * LANES);
-    for (int r = 0; r < ROWS; ++r) {
-      const float left = TURNED ? a[k * lda + r] : a[r * lda + k];
-      for (int v = 0; v < VECTORS; ++v) sum[r][v] += left * right[v];
-    }
-  }
-  // What is there comes last: the terms are not rounded as its size has it.
-  for (int r = 0; r < ROWS; ++r) {
-    for (int v = 0; v < VECTORS; ++v) {
-      float* to = c + r * ldc + v * LANES;
-      store(to, add ? load<LANES>(to) + sum[r][v] : sum[r][v]);
-    }
-  }
-}
-
-template <int LANES, int ROWS, int MOST, bool TURNED>
-MOLEX_INLINE void product_rows(const float* a,
-                               int64_t lda,
-                               const float* b,
-                               int64_t ldb,
-                               float* c,
-                               int64_t ldc,
-                               int64_t columns,
-                               int64_t depth,
-                               bool add) {
-  int64_t n = 0;
-  const auto take = [&]<int VECTORS>() MOLEX_LAMBDA_INLINE {
-    for (; n + VECTORS * LANES <= columns; n += VECTORS * LANES) {
-      product_tile<LANES, ROWS, VECTORS, TURNED>(a, lda, b + n, ldb, c + n, ldc, depth, add);
-    }
-  };
-  if constexpr (MOST >= 4) take.template operator()<4>();
-  if constexpr (MOST >= 3) take.template operator()<3>();
-  if constexpr (MOST >= 2) take.template operator()<2>();
-  take.template operator()<1>();
-  if (n == columns) return;
-  if constexpr (LANES > 4) {
-    product_rows<LANES / 2, ROWS, 1, TURNED>(a, lda, b + n, ldb, c + n, ldc, columns - n, depth, add);
-  } else {
-    for (; n < columns; ++n) {
-      for (int r = 0; r < ROWS; ++r) {
-        float sum = 0.0f;
-        for (int64_t k = 0; k < depth; ++k)
-          sum += (TURNED ? a[k * lda + r] : a[r * lda + k]) * b[k * ldb + n];
-        c[r * ldc + n] = add ? c[r * ldc + n] + sum : sum;
-      }
-    }
-  }
-}
-
-template <int LANES, bool MANY, bool TURNED>
-MOLEX_INLINE void product_of(const float* a,
-                             int64_t lda,
-                             const float* b,
-                             int64_t ldb,
-                             float* c,
-                             int64_t ldc,
-                             int64_t rows,
-                             int64_t columns,
-                             int64_t depth,
-                             bool add) {
-  constexpr int kMost = MANY ? 4 : 2;
-  const int64_t step = TURNED ? 1 : lda, along = TURNED ? lda : 1;
-  int64_t k = 0;
-  do {
-    const int64_t part = std::min(kTerms, depth - k);
-    const bool more = add || k > 0;
-    int64_t r = 0;
-    const auto take = [&]<int ROWS>() MOLEX_LAMBDA_INLINE {
-      for (; r + ROWS <= rows; r += ROWS) {
-        product_rows<LANES, ROWS, kMost, TURNED>(
-            a + r * step + k * along, lda, b + k * ldb, ldb, c + r * ldc, ldc, columns, part, more);
-      }
-    };
-    take.template operator()<6>();
-    take.template operator()<4>();
-    take.template operator()<1>();
-    k += part;
-  } while (k < depth);
-}
-
-// ROWS x COLUMNS inner products of rows of a with rows of b, each in LANES partial sums.
-template <int LANES, int ROWS, int COLUMNS>
-MOLEX_INLINE void inner_tile(const float* a,
-                             int64_t lda,
-                             const float* b,
-                             int64_t ldb,
-                             float* c,
-                             int64_t ldc,
-                             int64_t depth,
-                             bool add) {
-  Floats<LANES> sum[ROWS][COLUMNS] = {};
-  int64_t k = 0;
-  for (; k + LANES <= depth; k += LANES) {
-    Floats<LANES> right[COLUMNS];
-    for (int n = 0; n < COLUMNS; ++n) right[n] = load<LANES>(b + n * ldb + k);
-    for (int r = 0; r < ROWS; ++r) {
-      const Floats<LANES> left = load<LANES>(a + r * lda + k);
-      for (int n = 0; n < COLUMNS; ++n) sum[r][n] += left * right[n];
-    }
-  }
-  for (int r = 0; r < ROWS; ++r) {
-    for (int n = 0; n < COLUMNS; ++n) {
-      float total = sum_of_lanes(sum[r][n]);
-      for (int64_t i = k; i < depth; ++i) total += a[r * lda + i] * b[n * ldb + i];
-      c[r * ldc + n] = add ? c[r * ldc + n] + total : total;
-    }
-  }
-}
-
-template <int LANES, int ROWS, int MOST>
-MOLEX_INLINE void inner_rows(const float* a,
-                             int64_t lda,
-                             const float* b,
-                             int64_t ldb,
-                             float* c,
-                             int64_t ldc,
-                             int64_t columns,
-                             int64_t depth,
-                             bool add) {
-  int64_t n = 0;
-  for (; n + MOST <= columns; n += MOST) {
-    inner_tile<LANES, ROWS, MOST>(a, lda, b + n * ldb, ldb, c + n, ldc, depth, add);
-  }
-  for (; n < columns; ++n) inner_tile<LANES, ROWS, 1>(a, lda, b + n * ldb, ldb, c + n, ldc, depth, add);
-}
-
-template <int LANES, bool MANY>
-MOLEX_INLINE void inner_of(const float* a,
-                           int64_t lda,
-                           const float* b,
-                           int64_t ldb,
-                           float* c,
-                           int64_t ldc,
-                           int64_t rows,
-                           int64_t columns,
-                           int64_t depth,
-                           bool add) {
-  constexpr int kMost = MANY ? 4 : 2;
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    inner_rows<LANES, 4, kMost>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, columns, depth, add);
-  }
-  for (; r < rows; ++r) {
-    inner_rows<LANES, 1, kMost>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, columns, depth, add);
-  }
-}
-
-// c [rows, columns] (+)= a b with a [rows, depth] and b [depth, columns], all row-major with rows `ld`
-// apart. `product_turned` takes a [depth, rows] and multiplies with its transpose, `product_inner` takes
-// b [columns, depth] and multiplies with its transpose.
-using Product = void (*const)(const float* a,
-                              int64_t lda,
-                              const float* b,
-                              int64_t ldb,
-                              float* c,
-                              int64_t ldc,
-                              int64_t rows,
-                              int64_t columns,
-                              int64_t depth,
-                              bool add);
-extern Product product, product_turned, product_inner;
+// c (+)= a b.
+void product(const Gemm& g);
+// c (+)= a^T b: a is stored [depth, rows].
+void product_transposed(const Gemm& g);
+// c (+)= a b^T: b is stored [columns, depth].
+void product_inner(const Gemm& g);
 
 }  // namespace molex

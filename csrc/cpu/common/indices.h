@@ -14,7 +14,7 @@ namespace molex {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Ids outside [0, limit) become limit.
+// Reads ids; those outside [0, limit) become `limit`.
 template <typename Index>
 void read_labels(const Index* ids, int64_t count, int64_t limit, std::vector<int64_t>& out) {
   for (int64_t i = 0; i < count; ++i) {

@@ -8,33 +8,35 @@
 
 namespace molex {
 
-// y becomes (y - mean) / sqrt(variance + eps); returns the factor.
-MOLEX_CLONES inline float normalise(float* y, int64_t count, float eps) {
+// Replaces y by (y - mean) / sqrt(variance + eps) and returns 1 / sqrt(variance + eps).
+inline constexpr auto normalise = versions([](auto, float* y, int64_t count, float eps) MOLEX_LAMBDA_INLINE {
   const float mean = sum_of(y, count) / count;
   for (int64_t i = 0; i < count; ++i) y[i] -= mean;
   const float inverse = 1.0f / std::sqrt(dot_of(y, y, count) / count + eps);
   for (int64_t i = 0; i < count; ++i) y[i] *= inverse;
   return inverse;
-}
+});
 
-MOLEX_CLONES inline void scale_and_shift(float* y, const float* weight, const float* bias, int64_t count) {
-  if (weight) {
-    for (int64_t i = 0; i < count; ++i) y[i] *= weight[i];
-  }
-  if (bias) {
-    for (int64_t i = 0; i < count; ++i) y[i] += bias[i];
-  }
-}
+inline constexpr auto scale_and_shift =
+    versions([](auto, float* y, const float* weight, const float* bias, int64_t count) MOLEX_LAMBDA_INLINE {
+      if (weight) {
+        for (int64_t i = 0; i < count; ++i) y[i] *= weight[i];
+      }
+      if (bias) {
+        for (int64_t i = 0; i < count; ++i) y[i] += bias[i];
+      }
+    });
 
-// The gradient of the row before the norm; the sums take in what the parameters get.
-MOLEX_CLONES inline void normalise_backward(float* out,
-                                            const float* dy,
-                                            const float* normed,
-                                            float inverse,
-                                            const float* weight,
-                                            float* dweight,
-                                            float* dbias,
-                                            int64_t count) {
+// Writes the gradient of the row before the norm to `out`, and adds to the sums of the parameters' gradients.
+inline constexpr auto normalise_backward = versions([](auto,
+                                                       float* out,
+                                                       const float* dy,
+                                                       const float* normed,
+                                                       float inverse,
+                                                       const float* weight,
+                                                       float* dweight,
+                                                       float* dbias,
+                                                       int64_t count) MOLEX_LAMBDA_INLINE {
   if (dweight) {
     MOLEX_INDEPENDENT
     for (int64_t i = 0; i < count; ++i) {
@@ -44,9 +46,9 @@ MOLEX_CLONES inline void normalise_backward(float* out,
   }
   MOLEX_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) out[i] = weight ? dy[i] * weight[i] : dy[i];
-  const float along = dot_of(out, normed, count) / count;
+  const float projection = dot_of(out, normed, count) / count;
   const float mean = sum_of(out, count) / count;
-  for (int64_t i = 0; i < count; ++i) out[i] = inverse * (out[i] - normed[i] * along - mean);
-}
+  for (int64_t i = 0; i < count; ++i) out[i] = inverse * (out[i] - normed[i] * projection - mean);
+});
 
 }  // namespace molex

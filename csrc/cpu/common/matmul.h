@@ -1,4 +1,4 @@
-// Matrix products on ATen's BLAS that any thread may call, and tasks that threads share.
+// Matrix products by ATen's BLAS, which any thread may call, and tasks that threads share.
 
 #pragma once
 
@@ -16,9 +16,9 @@
 
 namespace molex {
 
-// Calls body(next) on every thread; `next()` gives the numbers from 0 that are still to be done, so the
-// body goes on until it gets `tasks` or more. Of fewer tasks than threads one thread does all, outside a
-// parallel region, so that the BLAS may share each product among the threads.
+// Calls body(next) on every thread. `next()` gives the number of a task that is still to be done; the body
+// stops when it gets `tasks` or more. If there are fewer tasks than threads, one thread does them all outside
+// a parallel region, so that the BLAS may share each product among the threads.
 template <class Body>
 void share(int64_t tasks, const Body& body) {
   std::atomic<int64_t> taken{0};
@@ -31,12 +31,12 @@ void share(int64_t tasks, const Body& body) {
   }
 }
 
-// Rows of one expert, or of whatever stands in its place, that are one task.
+// Consecutive rows of one expert (or of another owner) that are one task.
 struct Piece {
   int64_t expert, first, rows;
 };
 
-// Equal parts of about `size` of [0, count): at least one where there is anything.
+// Cuts [0, count) into equal parts of about `size`; at least one unless it is empty.
 inline std::vector<Piece> parts_of(int64_t expert, int64_t start, int64_t count, int64_t size) {
   const int64_t parts = count ? std::max<int64_t>(1, (count + size / 2) / size) : 0;
   std::vector<Piece> pieces;
@@ -47,17 +47,18 @@ inline std::vector<Piece> parts_of(int64_t expert, int64_t start, int64_t count,
   return pieces;
 }
 
-// Enough rows to use the BLAS well, few enough to stay in a core's cache.
+// This many rows use the BLAS well and still fit in a core's cache.
 constexpr int64_t kPiece = 128;
 
 inline int64_t size_of(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }
 
-// What products are made of: fp32 for fp16, for which the BLAS has no fast product; else the dtype itself.
+// The dtype in which products are computed: fp32 for fp16, for which the BLAS has no fast product, else the
+// dtype itself.
 inline ScalarType product_dtype(ScalarType dtype) {
   return dtype == ScalarType::Half ? ScalarType::Float : dtype;
 }
 
-// A view of memory.
+// A matrix in memory that something else owns.
 struct Matrix {
   void* data = nullptr;
   ScalarType dtype = ScalarType::Float;
@@ -90,7 +91,7 @@ inline Matrix matrix_of(Tensor& tensor, int64_t columns) {
       tensor.mutable_data_ptr(), tensor.scalar_type(), columns ? tensor.numel() / columns : 0, columns);
 }
 
-// Zeros in the rows from `first` on.
+// Fills the rows from `first` on with zeros.
 inline void clear_rows(const Matrix& to, int64_t first) {
   if (to.columns == 0) return;
   for (int64_t row = first; row < to.rows; ++row) {
@@ -102,11 +103,11 @@ inline void clear_rows(const Matrix& to, int64_t first) {
 inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b) {
   if (out.rows == 0 || out.columns == 0) return;
   if (a.columns == 0) return clear_rows(out, 0);
-  const Tensor to = out.tensor(), left = a.tensor(), right = b.tensor();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(to.get(), left.get(), right.get()));
+  const Tensor to = out.tensor(), a_tensor = a.tensor(), b_tensor = b.tensor();
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(to.get(), a_tensor.get(), b_tensor.get()));
 }
 
-// Uninitialised memory of one thread, in pieces that start on cache lines.
+// Uninitialised memory of one thread, given out in pieces that start on cache lines.
 class Arena {
  public:
   static constexpr int64_t kLine = 64;
@@ -118,9 +119,9 @@ class Arena {
       : data_(static_cast<char*>(::operator new(bytes, std::align_val_t(kLine)))), next_(data_.get()) {}
 
   Matrix matrix(int64_t rows, int64_t columns, ScalarType dtype) {
-    char* const here = next_;
+    char* const start = next_;
     next_ += bytes(rows * columns, dtype);
-    return matrix_of(here, dtype, rows, columns);
+    return matrix_of(start, dtype, rows, columns);
   }
 
   float* floats(int64_t count) { return static_cast<float*>(matrix(1, count, ScalarType::Float).data); }

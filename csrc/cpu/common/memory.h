@@ -28,12 +28,12 @@ inline void prefer_huge_pages(Tensor& memory) {
   const uintptr_t data = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
   const uintptr_t first = (data + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t end = (data + memory.numel() * memory.element_size()) / kHugePage * kHugePage;
-  // Advice only: where it is not taken, pages stay small.
+  // This is advice: if the system ignores it, pages stay small.
   if (first < end) (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
 }
 
-// Uninitialised, on the device of `like` and of its dtype if none is given.
+// Uninitialised memory on the device of `like`, and of its dtype unless one is given.
 inline Tensor new_result(const Tensor& like,
                          torch::headeronly::IntHeaderOnlyArrayRef sizes,
                          std::optional<ScalarType> dtype = std::nullopt) {
@@ -42,19 +42,19 @@ inline Tensor new_result(const Tensor& like,
   return result;
 }
 
-// A tensor as contiguous floats, itself where it is that already.
+// A tensor as contiguous floats; the tensor itself is used where it is contiguous fp32.
 class AsFloats {
  public:
   explicit AsFloats(const Tensor& tensor) : kept_(torch::stable::contiguous(tensor)) {
     const Source source = source_of(kept_);
     if (source.dtype == ScalarType::Float) return;
-    Tensor wide = new_result(tensor, tensor.sizes(), ScalarType::Float);
-    float* to = wide.mutable_data_ptr<float>();
+    Tensor fp32 = new_result(tensor, tensor.sizes(), ScalarType::Float);
+    float* to = fp32.mutable_data_ptr<float>();
     constexpr int64_t kGrain = 1 << 15;
     torch::stable::parallel_for(0, kept_.numel(), kGrain, [&](int64_t begin, int64_t end) {
       read(source, begin, end - begin, to + begin);
     });
-    kept_ = wide;
+    kept_ = fp32;
   }
 
   const float* data() const { return kept_.const_data_ptr<float>(); }

@@ -1,4 +1,4 @@
-// Dropout's random words, as _philox.py has them.
+// Dropout's random words, the same as _philox.py draws.
 
 #pragma once
 
@@ -37,14 +37,15 @@ struct Dropout {
     on = true;
   }
 
-  // The element at a position: scaled, or 0 whatever it is.
+  // Returns the scaled element at a position, or 0 (whatever the element is) if it is dropped.
   MOLEX_INLINE float operator()(float x, uint64_t position) const {
     return philox(seed, position) >= threshold ? x * scale : 0.0f;
   }
 };
 
-MOLEX_CLONES inline void drop(const Dropout& dropout, float* x, int64_t first, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) x[i] = dropout(x[i], static_cast<uint64_t>(first + i));
-}
+inline constexpr auto drop =
+    versions([](auto, const Dropout& dropout, float* x, int64_t first, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) x[i] = dropout(x[i], static_cast<uint64_t>(first + i));
+    });
 
 }  // namespace molex

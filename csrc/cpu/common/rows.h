@@ -1,4 +1,4 @@
-// Rows of floats for native kernels: any supported dtype in, any out, arithmetic in fp32 between.
+// Rows of floats for native kernels: operands and results have any supported dtype, arithmetic is fp32.
 
 #pragma once
 
@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/common/vector.h"
@@ -35,23 +36,19 @@ struct Target {
   explicit operator bool() const { return data != nullptr; }
 };
 
-MOLEX_CLONES inline void widen(const c10::BFloat16* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
-}
+// Converts from c10::BFloat16 or c10::Half to fp32.
+inline constexpr auto widen =
+    versions([](auto, const auto* from, float* to, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+    });
 
-MOLEX_CLONES inline void widen(const c10::Half* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
-}
+// Rounds fp32 to c10::BFloat16 or c10::Half.
+inline constexpr auto narrow =
+    versions([](auto, const float* from, auto* to, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<std::remove_pointer_t<decltype(to)>>(from[i]);
+    });
 
-MOLEX_CLONES inline void narrow(const float* from, c10::BFloat16* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<c10::BFloat16>(from[i]);
-}
-
-MOLEX_CLONES inline void narrow(const float* from, c10::Half* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<c10::Half>(from[i]);
-}
-
-// Floats [first, first + count) of a source: its own memory where that is fp32, else `scratch`.
+// Returns floats [first, first + count) of a source: its own memory if that is fp32, else `scratch`.
 inline const float* read(const Source& source, int64_t first, int64_t count, float* scratch) {
   switch (source.dtype) {
     case ScalarType::Float:
@@ -65,12 +62,12 @@ inline const float* read(const Source& source, int64_t first, int64_t count, flo
   }
 }
 
-// Where to write floats for a target: its own memory where that is fp32, else `scratch`.
+// Returns where to write floats for a target: its own memory if that is fp32, else `scratch`.
 inline float* place(const Target& target, int64_t first, float* scratch) {
   return target.dtype == ScalarType::Float ? static_cast<float*>(target.data) + first : scratch;
 }
 
-// Rounds what was written at `place` into a target that is not fp32.
+// Rounds what was written at `place` into a target that is not fp32; does nothing for fp32.
 inline void write(const Target& target, int64_t first, int64_t count, const float* from) {
   if (target.dtype == ScalarType::BFloat16) {
     narrow(from, static_cast<c10::BFloat16*>(target.data) + first, count);
@@ -79,7 +76,7 @@ inline void write(const Target& target, int64_t first, int64_t count, const floa
   }
 }
 
-// Sums of term(i), many side by side: the order depends on the count alone.
+// Sums term(i) in several vectors side by side. The order depends on the count alone.
 template <class Wider, class Term>
 MOLEX_INLINE float sum_terms(int64_t count, const Wider& wider, const Term& term) {
   constexpr int kSums = 4;
@@ -101,32 +98,34 @@ MOLEX_INLINE float sum_of(const float* values, int64_t count) {
       [=](int64_t i) MOLEX_LAMBDA_INLINE { return values[i]; });
 }
 
-MOLEX_INLINE float dot_of(const float* left, const float* right, int64_t count) {
+MOLEX_INLINE float dot_of(const float* a, const float* b, int64_t count) {
   return sum_terms(
       count,
-      [=](int64_t i) MOLEX_LAMBDA_INLINE { return load(left + i) * load(right + i); },
-      [=](int64_t i) MOLEX_LAMBDA_INLINE { return left[i] * right[i]; });
+      [=](int64_t i) MOLEX_LAMBDA_INLINE { return load(a + i) * load(b + i); },
+      [=](int64_t i) MOLEX_LAMBDA_INLINE { return a[i] * b[i]; });
 }
 
-MOLEX_CLONES inline float dot(const float* left, const float* right, int64_t count) {
-  return dot_of(left, right, count);
-}
+inline constexpr auto dot = versions([](auto, const float* a, const float* b, int64_t count)
+                                         MOLEX_LAMBDA_INLINE { return dot_of(a, b, count); });
 
-MOLEX_CLONES inline void add(float* to, const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
-}
+inline constexpr auto add =
+    versions([](auto, float* to, const float* from, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+    });
 
-MOLEX_CLONES inline void add_scaled(float* to, const float* from, float weight, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] += weight * from[i];
-}
+inline constexpr auto add_scaled =
+    versions([](auto, float* to, const float* from, float weight, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) to[i] += weight * from[i];
+    });
 
-MOLEX_CLONES inline void scale_into(float* to, const float* from, float weight, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = weight * from[i];
-}
+inline constexpr auto scale_into =
+    versions([](auto, float* to, const float* from, float weight, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) to[i] = weight * from[i];
+    });
 
-MOLEX_CLONES inline void scale(float* to, float weight, int64_t count) {
+inline constexpr auto scale = versions([](auto, float* to, float weight, int64_t count) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) to[i] *= weight;
-}
+});
 
 // Scratch rows of one thread.
 class Scratch {
@@ -143,7 +142,7 @@ inline bool is_kernel_dtype(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
-// The contiguous form of an optional tensor; keep it alive as long as its Source.
+// The contiguous form of an optional tensor. It has to live as long as its Source.
 inline std::optional<Tensor> packed(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
 }
@@ -166,7 +165,7 @@ inline std::vector<float> floats_of(const Tensor& tensor) {
   return values;
 }
 
-// Empty where there is no tensor.
+// Empty if there is no tensor.
 inline std::vector<float> floats_of(const std::optional<Tensor>& tensor) {
   return tensor ? floats_of(*tensor) : std::vector<float>();
 }

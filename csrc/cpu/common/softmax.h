@@ -1,4 +1,4 @@
-// Exponentials and logarithms, and what is made of them over a row, in fp32 and in a fixed order.
+// Exponentials, logarithms and softmax of a row, in fp32. Sums have a fixed order.
 
 #pragma once
 
@@ -9,11 +9,11 @@
 
 namespace molex {
 
-// e^x of any x, of a float or of each lane; at most e^88.
+// e^x for any x, of a float or of each lane, limited to e^88.
 template <class V>
 MOLEX_INLINE V exp_of(V x) {
   const V most = V{} + 88.0f;
-  return exponential(x > most ? most : x);
+  return exponential(select(x > most, most, x));
 }
 
 template <class V>
@@ -21,7 +21,8 @@ MOLEX_INLINE V sigmoid_of(V x) {
   return 1.0f / (1.0f + exp_of(-x));
 }
 
-// log(x) of a normal number above 0, with Cephes' polynomial; NaN and infinity stay.
+// log(x) for a normal number above 0, with the polynomial of Cephes. NaN and infinity are returned as they
+// are.
 MOLEX_INLINE float log_of(float x) {
   // x = 2^n m with sqrt(1/2) <= m < sqrt(2).
   const uint32_t bits = bits_of(x), shifted = bits - 0x3f3504f3u;
@@ -40,14 +41,15 @@ MOLEX_INLINE float log_of(float x) {
   return x < std::numeric_limits<float>::infinity() ? made : x;
 }
 
-// Floats of a row in whole vectors.
+// The size of a row of `count` floats, rounded up to whole vectors of kWide.
 constexpr int64_t wide_of(int64_t count) { return (count + kWide - 1) / kWide * kWide; }
 
 struct Exponentials {
   float largest, sum;
 };
 
-// p_i = e^(scale z_i - m) with the largest m, then 0 up to whole vectors; returns {m, sum_i p_i}. p may be z.
+// p_i = e^(scale z_i - m), where m is the largest scaled value, then zeros up to whole vectors. Returns {m,
+// sum_i p_i}. p may be z.
 MOLEX_INLINE Exponentials exponentials_of(const float* z, float scale, float* p, int64_t count) {
   const int64_t whole = wide_of(count);
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
@@ -67,10 +69,11 @@ MOLEX_INLINE Exponentials exponentials_of(const float* z, float scale, float* p,
   return {largest, sum_of_lanes(sum)};
 }
 
-// out [wide_of(count)]; softmax of the first `count`, then zeros.
-MOLEX_CLONES inline void softmax_of(const float* z, float* out, int64_t count) {
-  const float inverse = 1.0f / exponentials_of(z, 1.0f, out, count).sum;
-  for (int64_t i = 0; i < count; ++i) out[i] *= inverse;
-}
+// Writes the softmax of the first `count` values, then zeros up to whole vectors.
+inline constexpr auto softmax_of =
+    versions([](auto, const float* z, float* out, int64_t count) MOLEX_LAMBDA_INLINE {
+      const float inverse = 1.0f / exponentials_of(z, 1.0f, out, count).sum;
+      for (int64_t i = 0; i < count; ++i) out[i] *= inverse;
+    });
 
 }  // namespace molex

@@ -1,4 +1,4 @@
-// Vectors of floats of any width, and functions written once for all of them and for a single float.
+// Vectors of floats of any width. Functions are written once, for every width and for a single float.
 
 #pragma once
 
@@ -21,11 +21,11 @@ using Floats = typename VectorOf<LANES>::Floats;
 template <int LANES>
 using Ints = typename VectorOf<LANES>::Ints;
 
-// The width where the order of a sum may not depend on the machine's registers.
+// Sums whose order must not depend on the machine's registers use vectors of this width.
 constexpr int kWide = 16;
 using Wide = Floats<kWide>;
 
-// A vector wherever a float may start. It may alias floats alone, as every vector may its elements.
+// A vector at any address where a float may be. It may alias floats only, as a vector may alias its elements.
 template <class V>
 struct InMemory {
   typedef V Type __attribute__((aligned(4)));
@@ -54,10 +54,21 @@ MOLEX_INLINE Ints<LANES> count_from(int32_t first) {
   return lanes + first;
 }
 
-// The larger of two; `b` where `a` is NaN.
+// Returns `a` where the mask is set, else `b`. Bit operations are used for vectors wider than a register of
+// AVX2: GCC would split `?:` there into single floats.
+template <class Mask, class V>
+MOLEX_INLINE V select(Mask mask, V a, V b) {
+  if constexpr (sizeof(V) > 32) {
+    return (V)((mask & (Mask)a) | (~mask & (Mask)b));
+  } else {
+    return mask ? a : b;
+  }
+}
+
+// The larger of two values; `b` if `a` is NaN.
 template <class V>
 MOLEX_INLINE V larger(V a, V b) {
-  return a > b ? a : b;
+  return select(a > b, a, b);
 }
 
 template <int DISTANCE, class V, int... LANE>
@@ -69,7 +80,7 @@ MOLEX_INLINE V swapped(V x, std::integer_sequence<int, LANE...>) {
 #endif
 }
 
-// All lanes combined into each, halves first: always the same order.
+// Combines all lanes, halves first: the order is always the same. Every lane gets the result.
 template <class V, class Combine, int DISTANCE = sizeof(V) / sizeof(V{}[0]) / 2>
 MOLEX_INLINE V folded(V x, const Combine& combine) {
   if constexpr (DISTANCE == 0) {
@@ -87,7 +98,11 @@ MOLEX_INLINE auto sum_of_lanes(V x) {
 
 template <class V>
 MOLEX_INLINE auto largest_lane(V x) {
-  return folded(x, [](V a, V b) MOLEX_LAMBDA_INLINE { return larger(a, b); })[0];
+  return folded(x, [](V a, V b) MOLEX_LAMBDA_INLINE {
+    // Only lane 0 is used in the end, so GCC reduces a comparison of floats to one instruction per pair.
+    if constexpr (std::is_same_v<decltype(a[0] + 0), float>) return a > b ? a : b;
+    return larger(a, b);
+  })[0];
 }
 
 // A float's bits, or those of each lane, and back.
@@ -108,15 +123,16 @@ MOLEX_INLINE V float_of(Bits bits) {
   }
 }
 
-// e^x for x <= 88, of a float or of each lane, with Cephes' polynomial, to about an ulp; 0 where that is no
-// normal number. NaN stays.
+// e^x for x <= 88, of a float or of each lane, with the polynomial of Cephes, to about one ulp. Results that
+// are not normal numbers become 0, NaN is kept.
 template <class V>
 MOLEX_INLINE V exponential(V x) {
   constexpr float kLowest = -87.33654f;
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to a whole number
   const V shifted = x * 1.44269504f + kMagic;
   const V whole = shifted - kMagic;
-  // x - whole * log 2, in two parts of which the first has zeros at its end.
+  // Subtracts whole * log 2 in two parts, the first of which has trailing zeros, so that the product is
+  // exact.
   const V r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
   V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -124,9 +140,9 @@ MOLEX_INLINE V exponential(V x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = (p * (r * r) + r) + 1.0f;
-  // 2^whole, its exponent shifted to its place.
+  // Multiplies by 2^whole, made by shifting the exponent into place.
   const V result = p * float_of<V>((bits_of(shifted) << 23) + 0x3f800000);
-  return x < kLowest ? V{} : result;
+  return select(x < kLowest, V{}, result);
 }
 
 }  // namespace molex

@@ -43,7 +43,8 @@ struct Gelu {
   }
 };
 
-// sigmoid(x) and 1 - sigmoid(x), which is not subtracted: next to 0 that would leave no bit of it.
+// sigmoid(x) and 1 - sigmoid(x). The second is computed on its own: near 0 a subtraction would lose all its
+// digits.
 struct Sigmoids {
   float of, rest;
 
@@ -70,33 +71,35 @@ struct Silu {
 };
 
 template <class F>
-MOLEX_INLINE void forward_row(const float* gate, const float* up, float* acted, int64_t width) {
-  if (up) {
-    MOLEX_INDEPENDENT
-    for (int64_t i = 0; i < width; ++i) acted[i] = F::at(gate[i]).value * up[i];
-  } else {
-    MOLEX_INDEPENDENT
-    for (int64_t i = 0; i < width; ++i) acted[i] = F::at(gate[i]).value;
-  }
-}
+constexpr auto forward_row =
+    versions([](auto, const float* gate, const float* up, float* acted, int64_t width) MOLEX_LAMBDA_INLINE {
+      if (up) {
+        MOLEX_INDEPENDENT
+        for (int64_t i = 0; i < width; ++i) acted[i] = F::at(gate[i]).value * up[i];
+      } else {
+        MOLEX_INDEPENDENT
+        for (int64_t i = 0; i < width; ++i) acted[i] = F::at(gate[i]).value;
+      }
+    });
 
 template <class F>
-MOLEX_INLINE void backward_row(const float* gate,
-                               const float* up,
-                               const float* upstream,
-                               float scale,
-                               float* acted,
-                               float* dgate,
-                               float* dup,
-                               int64_t width) {
+constexpr auto backward_row = versions([](auto,
+                                          const float* gate,
+                                          const float* up,
+                                          const float* upstream,
+                                          float scale,
+                                          float* acted,
+                                          float* dgate,
+                                          float* dup,
+                                          int64_t width) MOLEX_LAMBDA_INLINE {
   if (up) {
     MOLEX_INDEPENDENT
     for (int64_t i = 0; i < width; ++i) {
       const Point point = F::at(gate[i]);
-      const float along = scale * upstream[i];
+      const float dacted = scale * upstream[i];
       acted[i] = point.value * up[i];
-      dgate[i] = along * up[i] * point.slope;
-      dup[i] = along * point.value;
+      dgate[i] = dacted * up[i] * point.slope;
+      dup[i] = dacted * point.value;
     }
   } else {
     MOLEX_INDEPENDENT
@@ -106,49 +109,42 @@ MOLEX_INLINE void backward_row(const float* gate,
       dgate[i] = scale * upstream[i] * point.slope;
     }
   }
-}
+});
 
-#define MOLEX_ACTIVATION(NAME, F)                                                                     \
-  MOLEX_CLONES void forward_##NAME(const float* gate, const float* up, float* acted, int64_t width) { \
-    forward_row<F>(gate, up, acted, width);                                                           \
-  }                                                                                                   \
-  MOLEX_CLONES void backward_##NAME(const float* gate,                                                \
-                                    const float* up,                                                  \
-                                    const float* upstream,                                            \
-                                    float scale,                                                      \
-                                    float* acted,                                                     \
-                                    float* dgate,                                                     \
-                                    float* dup,                                                       \
-                                    int64_t width) {                                                  \
-    backward_row<F>(gate, up, upstream, scale, acted, dgate, dup, width);                             \
-  }
-MOLEX_ACTIVATION(relu, Relu)
-MOLEX_ACTIVATION(gelu, Gelu)
-MOLEX_ACTIVATION(gelu_tanh, GeluTanh)
-MOLEX_ACTIVATION(silu, Silu)
+constexpr auto take_apart =
+    versions([](auto, const float* pairs, float* even, float* odd, int64_t count) MOLEX_LAMBDA_INLINE {
+      MOLEX_INDEPENDENT
+      for (int64_t i = 0; i < count; ++i) {
+        even[i] = pairs[2 * i];
+        odd[i] = pairs[2 * i + 1];
+      }
+    });
 
-// In the order of Activation::Pointwise.
-constexpr decltype(&forward_relu) kForward[] = {forward_relu, forward_gelu, forward_gelu_tanh, forward_silu};
-constexpr decltype(&backward_relu) kBackward[] = {
-    backward_relu, backward_gelu, backward_gelu_tanh, backward_silu};
-
-MOLEX_CLONES void take_apart(const float* pairs, float* even, float* odd, int64_t count) {
-  MOLEX_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) {
-    even[i] = pairs[2 * i];
-    odd[i] = pairs[2 * i + 1];
-  }
-}
-
-MOLEX_CLONES void put_together(const float* even, const float* odd, float* pairs, int64_t count) {
-  MOLEX_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) {
-    pairs[2 * i] = even[i];
-    pairs[2 * i + 1] = odd[i];
-  }
-}
+constexpr auto put_together =
+    versions([](auto, const float* even, const float* odd, float* pairs, int64_t count) MOLEX_LAMBDA_INLINE {
+      MOLEX_INDEPENDENT
+      for (int64_t i = 0; i < count; ++i) {
+        pairs[2 * i] = even[i];
+        pairs[2 * i + 1] = odd[i];
+      }
+    });
 
 }  // namespace
+
+// Calls run.operator()<F>() with the struct F of the activation.
+template <class Run>
+void Activation::with(Pointwise pointwise, const Run& run) {
+  switch (pointwise) {
+    case Pointwise::kRelu:
+      return run.template operator()<Relu>();
+    case Pointwise::kGelu:
+      return run.template operator()<Gelu>();
+    case Pointwise::kGeluTanh:
+      return run.template operator()<GeluTanh>();
+    case Pointwise::kSilu:
+      return run.template operator()<Silu>();
+  }
+}
 
 Activation::Activation(const std::string& pointwise, const std::string& layout)
     : pointwise_(pointwise == "relu"        ? Pointwise::kRelu
@@ -162,34 +158,37 @@ Activation::Activation(const std::string& pointwise, const std::string& layout)
   STD_TORCH_CHECK(layout_ != Layout::kInterleaved || layout == "interleaved", "layout: unknown ", layout);
 }
 
-void Activation::forward(const float* hidden, float* acted, int64_t width, float* scratch) const {
-  const float* gate = hidden;
-  const float* up = layout_ == Layout::kConcat ? hidden + width : nullptr;
+void Activation::forward(const float* pre_activation, float* acted, int64_t width, float* scratch) const {
+  const float* gate = pre_activation;
+  const float* up = layout_ == Layout::kConcat ? pre_activation + width : nullptr;
   if (layout_ == Layout::kInterleaved) {
-    take_apart(hidden, scratch, scratch + width, width);
+    take_apart(pre_activation, scratch, scratch + width, width);
     gate = scratch;
     up = scratch + width;
   }
-  kForward[static_cast<int>(pointwise_)](gate, up, acted, width);
+  with(pointwise_, [&]<class F>() { forward_row<F>(gate, up, acted, width); });
 }
 
-void Activation::backward(const float* hidden,
+void Activation::backward(const float* pre_activation,
                           const float* upstream,
                           float scale,
                           float* acted,
-                          float* dhidden,
+                          float* dpre_activation,
                           int64_t width,
                           float* scratch) const {
-  const auto run = kBackward[static_cast<int>(pointwise_)];
+  const auto run = [&](const float* gate, const float* up, float* dgate, float* dup) {
+    with(pointwise_,
+         [&]<class F>() { backward_row<F>(gate, up, upstream, scale, acted, dgate, dup, width); });
+  };
   if (layout_ != Layout::kInterleaved) {
     const bool gated = layout_ == Layout::kConcat;
-    run(hidden, gated ? hidden + width : nullptr, upstream, scale, acted, dhidden, dhidden + width, width);
+    run(pre_activation, gated ? pre_activation + width : nullptr, dpre_activation, dpre_activation + width);
     return;
   }
   float *gate = scratch, *up = gate + width, *dgate = up + width, *dup = dgate + width;
-  take_apart(hidden, gate, up, width);
-  run(gate, up, upstream, scale, acted, dgate, dup, width);
-  put_together(dgate, dup, dhidden, width);
+  take_apart(pre_activation, gate, up, width);
+  run(gate, up, dgate, dup);
+  put_together(dgate, dup, dpre_activation, width);
 }
 
 }  // namespace molex

@@ -1,4 +1,4 @@
-// Stages that both directions of the dispatch ops have: sums over a token's rows and over an expert's.
+// Stages that both passes of the dispatch ops share: sums over a token's rows and over an expert's rows.
 
 #include "cpu/dispatch/experts.h"
 
@@ -8,9 +8,10 @@ namespace {
 
 constexpr int64_t kGrain = 8192;  // elements below which a thread is not worth waking
 
-MOLEX_CLONES void add_wide(double* to, const float* from, double scale, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] += scale * from[i];
-}
+constexpr auto add_in_double =
+    versions([](auto, double* to, const float* from, double scale, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) to[i] += scale * from[i];
+    });
 
 }  // namespace
 
@@ -19,7 +20,7 @@ void sum_rows(const Matrix& rows, const float* scales, const Target& to, int64_t
   std::vector<float> scratch(rows.columns), spare(rows.columns);
   for (int64_t row = 0; row < rows.rows; ++row) {
     const float* from = read(rows.source(), row * rows.row_stride, rows.columns, scratch.data());
-    add_wide(sums.data(), from, scales ? scales[row] : 1.0, rows.columns);
+    add_in_double(sums.data(), from, scales ? scales[row] : 1.0, rows.columns);
   }
   float* out = place(to, first, spare.data());
   std::copy(sums.begin(), sums.end(), out);
@@ -29,7 +30,7 @@ void sum_rows(const Matrix& rows, const float* scales, const Target& to, int64_t
 void combine(const Matrix& packed,
              const Tensor& inverse,
              const std::optional<Tensor>& expert_weight,
-             int64_t here,
+             int64_t local_rows,
              Tensor& out) {
   const int64_t tokens = out.size(0), width = out.size(1);
   if (tokens == 0 || width == 0) return;
@@ -48,7 +49,7 @@ void combine(const Matrix& packed,
       float* sum = place(to, t * width, spare);
       bool any = false;
       for (int64_t k = t * top_k; k < (t + 1) * top_k; ++k) {
-        if (row_of[k] >= here) continue;
+        if (row_of[k] >= local_rows) continue;
         float one = 1.0f;
         const float weight = gates ? *read(gates, k, 1, &one) : 1.0f;
         const float* row = read(from, row_of[k] * width, width, scratch);

@@ -1,4 +1,5 @@
-// What the passes of the dispatch ops share: which rows belong to whom, and the weights' memory.
+// What the passes of the dispatch ops share: which rows belong to which expert, and access to weights and
+// rows.
 
 #pragma once
 
@@ -11,7 +12,7 @@
 
 namespace molex {
 
-// The ends of the experts' rows after a leading 0; ends outside [0, num_rows] are clamped.
+// Returns 0 and the end of each expert's rows. Ends outside [0, num_rows] are clamped.
 inline std::vector<int64_t> bounds_of(const Tensor& offsets, int64_t num_rows) {
   const Tensor ends = torch::stable::contiguous(offsets);
   const int32_t* from = ends.const_data_ptr<int32_t>();
@@ -33,7 +34,8 @@ inline std::vector<Piece> pieces_of(const std::vector<int64_t>& bounds, int64_t 
   return pieces;
 }
 
-// Rows of a weight's gradient that are one task: more where the sum behind each element is short.
+// The number of rows of a weight's gradient that are one task: more rows if the sum behind each element is
+// short.
 inline int64_t height_of(int64_t depth, int64_t columns) {
   constexpr int64_t kProducts = 1 << 24;
   return std::max(kPiece, kProducts / std::max<int64_t>(depth * columns, 1));
@@ -55,10 +57,11 @@ class Weights {
         columns_(stack.size(2)),
         strides_{stack.stride(0), stack.stride(1), stack.stride(2)} {}
 
-  // Bytes that `of` may take of an arena.
+  // The bytes that `of` needs in an arena.
   int64_t bytes() const { return dtype_ == product_dtype(dtype_) ? 0 : Arena::bytes(rows_ * columns_); }
 
-  // The expert's matrix as products take it: its own memory, or `scratch` where it has to be widened.
+  // The expert's matrix as products read it: its own memory, or a copy in `scratch` if it has to be converted
+  // to fp32.
   Matrix of(int64_t expert, const Matrix& scratch) const {
     const Matrix own{
         data_ + expert * strides_[0] * size_of(dtype_), dtype_, rows_, columns_, strides_[1], strides_[2]};
@@ -85,14 +88,14 @@ class Weights {
   int64_t rows_, columns_, strides_[3];
 };
 
-// The gradient of the weights, expert by expert.
+// The expert's part of a gradient of stacked weights.
 inline Matrix matrix_of(Tensor& stack, int64_t expert, int64_t rows, int64_t columns) {
   char* data = static_cast<char*>(stack.mutable_data_ptr());
   const ScalarType dtype = stack.scalar_type();
   return matrix_of(data + expert * rows * columns * size_of(dtype), dtype, rows, columns);
 }
 
-// Rows of a matrix with a stride of their own: nothing is copied unless elements are apart.
+// Rows of a matrix, any distance apart. They are copied only if their elements are not contiguous.
 class Rows {
  public:
   explicit Rows(const Tensor& tensor)
@@ -108,7 +111,7 @@ class Rows {
     return molex::read(source_, index * stride_, width_, scratch);
   }
 
-  // Copies row `index` into a row of a matrix for products.
+  // Copies row `index` into a row of a matrix that products read.
   void copy(int64_t index, const Matrix& to) const {
     if (to.dtype == source_.dtype) {
       const char* from = static_cast<const char*>(source_.data) + index * stride_ * size_of(to.dtype);
@@ -120,15 +123,15 @@ class Rows {
     }
   }
 
-  // Rows [first, first + count) as products take them: own memory, or a widened copy in `scratch`.
+  // Rows [first, first + count) as products read them: own memory, or a copy in `scratch` converted to fp32.
   Matrix band(int64_t first, int64_t count, const Matrix& scratch) const {
     if (source_.dtype == product_dtype(source_.dtype)) {
       char* start = static_cast<char*>(const_cast<void*>(source_.data));
       return Matrix{start, source_.dtype, kept_.size(0), width_, stride_}.band(first, count);
     }
-    const Matrix wide = matrix_of(scratch.data, ScalarType::Float, count, width_);
-    for (int64_t row = 0; row < count; ++row) copy(first + row, wide.band(row, 1));
-    return wide;
+    const Matrix fp32 = matrix_of(scratch.data, ScalarType::Float, count, width_);
+    for (int64_t row = 0; row < count; ++row) copy(first + row, fp32.band(row, 1));
+    return fp32;
   }
 
  private:
@@ -137,22 +140,22 @@ class Rows {
   int64_t width_, stride_;
 };
 
-// Sorted assignments: row r holds token permutation[r] / K; token t's rows are inverse[t K + k]. Rows from
-// `here` on belong to no expert of these.
+// Sorted assignments: row r holds token permutation[r] / K, and token t's rows are inverse[t K + k]. Only
+// rows below `local_rows` belong to one of the local experts.
 struct Assignments {
   Assignments(const Tensor& offsets, const Tensor& permutation_, int64_t tokens, int64_t top_k_)
       : bounds(bounds_of(offsets, permutation_.numel())),
         kept(torch::stable::contiguous(permutation_)),
         permutation(kept.const_data_ptr<int64_t>()),
         rows(kept.numel()),
-        here(bounds.back()),
+        local_rows(bounds.back()),
         top_k(top_k_) {
     check(permutation, rows, tokens * top_k, "plan.permutation");
   }
 
   int64_t token(int64_t row) const { return permutation[row] / top_k; }
 
-  // A plan of other assignments must not lead outside the tensors.
+  // Checks that a plan made for other assignments does not lead outside the tensors.
   static void check(const int64_t* values, int64_t count, int64_t limit, const char* name) {
     bool inside = true;
     for (int64_t i = 0; i < count; ++i) inside &= values[i] >= 0 && values[i] < limit;
@@ -162,17 +165,17 @@ struct Assignments {
   std::vector<int64_t> bounds;
   Tensor kept;
   const int64_t* permutation;
-  int64_t rows, here, top_k;
+  int64_t rows, local_rows, top_k;
 };
 
-// y_t = sum_k weight_tk packed[inverse_tk] in fp32 and in the order of k; weights of 1 where there are none.
+// y_t = sum_k weight_tk packed[inverse_tk], in fp32 and in the order of k. Without weights each counts 1.
 void combine(const Matrix& packed,
              const Tensor& inverse,
              const std::optional<Tensor>& expert_weight,
-             int64_t here,
+             int64_t local_rows,
              Tensor& out);
 
-// to[first + i] = sum_r scales_r rows_ri; scales of 1 where there are none.
+// to[first + i] = sum_r scales_r rows_ri. Without scales each row counts 1.
 void sum_rows(const Matrix& rows, const float* scales, const Target& to, int64_t first);
 
 }  // namespace molex

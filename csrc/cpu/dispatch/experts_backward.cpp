@@ -1,7 +1,7 @@
 // The experts' MLP on a CPU, backward. With a row's token t, weight w and activated values a:
 //   dw = <w_down^T dy_t, a> + <dy_t, b_down>,  da = w w_down^T dy_t,
-// so neither the experts' outputs nor their gradients are made. Experts go through in groups: first piece by
-// piece of their rows, in the cache, then the gradients of their weights, each over all of its rows.
+// so neither the experts' outputs nor their gradients are computed. Experts are processed in groups: first
+// all pieces of a group's rows, in the cache, then the gradients of its weights, each over all of its rows.
 
 #include <string>
 #include <tuple>
@@ -21,7 +21,7 @@ using molex::Target;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kGroup = 2048;  // rows of a group of experts: what they keep stays in the last cache
+constexpr int64_t kGroup = 2048;  // rows of a group of experts: what they save fits in the last-level cache
 
 struct Needs {
   bool x, weight, w_up, w_down, b_up, b_down;
@@ -31,9 +31,9 @@ struct Group {
   int64_t begin, end, first, rows;  // experts [begin, end) and their rows
 };
 
-// What the rows of a group leave for the gradients of the weights.
+// What the rows of a group save for the gradients of the weights.
 struct Kept {
-  Matrix upstream, acted, dhidden, gathered;
+  Matrix upstream, acted, dpre_activation, gathered;
 };
 
 std::vector<Group> groups_of(const std::vector<int64_t>& bounds) {
@@ -53,7 +53,7 @@ class Backward {
  public:
   Backward(const Tensor& dy,
            const Tensor& x,
-           const Tensor& hidden,
+           const Tensor& pre_activation,
            const Tensor& expert_weight,
            const Tensor& w_up,
            const Tensor& w_down,
@@ -68,7 +68,7 @@ class Backward {
         x_(x),
         up_(w_up),
         down_(w_down),
-        hidden_(torch::stable::contiguous(hidden)),
+        pre_activation_(torch::stable::contiguous(pre_activation)),
         bias_(molex::packed(b_down)),
         dtype_(molex::product_dtype(x.scalar_type())),
         width_(x.size(1)),
@@ -77,7 +77,7 @@ class Backward {
         scales_(plan.rows) {
     const Tensor weights = torch::stable::contiguous(expert_weight);
     const Source from = molex::source_of(weights);
-    for (int64_t row = 0; row < plan.here; ++row) {
+    for (int64_t row = 0; row < plan.local_rows; ++row) {
       scales_[row] = *molex::read(from, plan.permutation[row], 1, &scales_[row]);
     }
   }
@@ -94,14 +94,15 @@ class Backward {
             arena.matrix(needs_.w_up ? rows : 0, width_, dtype_)};
   }
 
-  // Through a group's rows. `dpacked` [R, D] is of the dtype for products, `dweight` [T K] of the weights'.
+  // Processes a group's rows. `dpacked` [R, D] has the dtype of products, `dweight` [T K] that of the
+  // weights.
   void rows(const Group& group, const Kept& kept, const Matrix& dpacked, const Target& dweight) const {
-    const bool needs_hidden = needs_.x || needs_.w_up || needs_.b_up;
+    const bool needs_pre_activation = needs_.x || needs_.w_up || needs_.b_up;
     const bool needs_acted = needs_.weight || needs_.w_down;
     const std::vector<Piece> pieces = molex::pieces_of(plan_.bounds, group.begin, group.end);
     const int64_t longest = molex::longest_of(pieces);
-    const Source biases = molex::source_of(bias_), hidden = molex::source_of(hidden_);
-    const Target acted = kept.acted.target(), dhidden = kept.dhidden.target();
+    const Source biases = molex::source_of(bias_), pre_activation = molex::source_of(pre_activation_);
+    const Target acted = kept.acted.target(), dpre_activation = kept.dpre_activation.target();
     const int64_t bytes = Arena::bytes(longest * inner_, dtype_) + up_.bytes() + down_.bytes() +
                           2 * Arena::bytes(width_) + 2 * Arena::bytes(outer_) + 2 * Arena::bytes(inner_) +
                           Arena::bytes(molex::Activation::scratch(inner_));
@@ -110,7 +111,7 @@ class Backward {
       const Matrix products = mine.matrix(longest, inner_, dtype_);
       const Matrix up_scratch = up_.scratch(mine), down_scratch = down_.scratch(mine);
       float *bias_scratch = mine.floats(width_), *dy_scratch = mine.floats(width_);
-      float *hidden_scratch = mine.floats(outer_), *dhidden_scratch = mine.floats(outer_);
+      float *pre_activation_scratch = mine.floats(outer_), *dpre_activation_scratch = mine.floats(outer_);
       float *product_scratch = mine.floats(inner_), *acted_scratch = mine.floats(inner_);
       float* activation_scratch = mine.floats(molex::Activation::scratch(inner_));
       for (size_t index = next(); index < pieces.size(); index = next()) {
@@ -120,7 +121,7 @@ class Backward {
           dy_.copy(plan_.token(piece.first + r), kept.upstream.band(first + r, 1));
           if (needs_.w_up) x_.copy(plan_.token(piece.first + r), kept.gathered.band(first + r, 1));
         }
-        if (!needs_hidden && !needs_acted) continue;
+        if (!needs_pre_activation && !needs_acted) continue;
         const Matrix inner = products.band(0, rows);
         multiply(inner, kept.upstream.band(first, rows), down_.of(piece.expert, down_scratch));
         const float* bias = biases && needs_.weight
@@ -131,8 +132,8 @@ class Backward {
           float spare;
           const float* product = molex::read(inner.source(), r * inner_, inner_, product_scratch);
           float* a = molex::place(acted, (first + r) * inner_, acted_scratch);
-          float* dh = molex::place(dhidden, (first + r) * outer_, dhidden_scratch);
-          activation_.backward(molex::read(hidden, row * outer_, outer_, hidden_scratch),
+          float* dh = molex::place(dpre_activation, (first + r) * outer_, dpre_activation_scratch);
+          activation_.backward(molex::read(pre_activation, row * outer_, outer_, pre_activation_scratch),
                                product,
                                scales_[row],
                                a,
@@ -148,17 +149,17 @@ class Backward {
           }
           molex::scale(a, scales_[row], inner_);
           molex::write(acted, (first + r) * inner_, inner_, a);
-          molex::write(dhidden, (first + r) * outer_, outer_, dh);
+          molex::write(dpre_activation, (first + r) * outer_, outer_, dh);
         }
         if (needs_.x) {
           const Matrix up = up_.of(piece.expert, up_scratch);
-          multiply(dpacked.band(piece.first, rows), kept.dhidden.band(first, rows), up);
+          multiply(dpacked.band(piece.first, rows), kept.dpre_activation.band(first, rows), up);
         }
       }
     });
   }
 
-  // The gradients of a group's weights, some rows of a matrix at a time, and of its biases.
+  // Computes the gradients of a group's weights, some rows of a matrix at a time, and of its biases.
   void weights(const Group& group,
                const Kept& kept,
                Tensor& dw_up,
@@ -189,32 +190,32 @@ class Backward {
     const int64_t spare = narrows ? tallest * std::max(width_, inner_) : 0;
     molex::share(tasks.size(), [&](const auto& next) {
       Arena scratch(Arena::bytes(spare));
-      float* wide = scratch.floats(spare);
+      float* fp32 = scratch.floats(spare);
       for (size_t index = next(); index < tasks.size(); index = next()) {
         const Piece part = tasks[index].part;
         const int64_t first = plan_.bounds[part.expert], rows = plan_.bounds[part.expert + 1] - first;
         const auto of = [&](const Matrix& matrix) { return matrix.band(first - group.first, rows); };
-        // stack[e] = left^T right, some rows of it.
-        const auto product = [&](Tensor& stack, const Matrix& left, const Matrix& right) {
+        // Rows [part.first, part.first + part.rows) of stack[e] = a^T b.
+        const auto product = [&](Tensor& stack, const Matrix& a, const Matrix& b) {
           const Matrix out =
-              molex::matrix_of(stack, part.expert, left.columns, right.columns).band(part.first, part.rows);
-          const Matrix to = narrows ? molex::matrix_of(wide, dtype_, part.rows, right.columns) : out;
-          multiply(to, of(left).transposed().band(part.first, part.rows), of(right));
-          if (narrows) molex::write(out.target(), 0, part.rows * right.columns, wide);
+              molex::matrix_of(stack, part.expert, a.columns, b.columns).band(part.first, part.rows);
+          const Matrix to = narrows ? molex::matrix_of(fp32, dtype_, part.rows, b.columns) : out;
+          multiply(to, of(a).transposed().band(part.first, part.rows), of(b));
+          if (narrows) molex::write(out.target(), 0, part.rows * b.columns, fp32);
         };
         switch (tasks[index].kind) {
           case Kind::kDown:
             product(dw_down, kept.upstream, kept.acted);
             break;
           case Kind::kUp:
-            product(dw_up, kept.dhidden, kept.gathered);
+            product(dw_up, kept.dpre_activation, kept.gathered);
             break;
           case Kind::kBiasDown:
             molex::sum_rows(
                 of(kept.upstream), scales_.data() + first, molex::target_of(db_down), part.expert * width_);
             break;
           case Kind::kBiasUp:
-            molex::sum_rows(of(kept.dhidden), nullptr, molex::target_of(db_up), part.expert * outer_);
+            molex::sum_rows(of(kept.dpre_activation), nullptr, molex::target_of(db_up), part.expert * outer_);
         }
       }
     });
@@ -226,7 +227,7 @@ class Backward {
   const Needs needs_;
   const molex::Rows dy_, x_;
   const molex::Weights up_, down_;
-  const Tensor hidden_;
+  const Tensor pre_activation_;
   const std::optional<Tensor> bias_;
   const ScalarType dtype_;
   const int64_t width_, outer_, inner_;
@@ -234,24 +235,24 @@ class Backward {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_bwd(const Tensor& dy,
-                                                                           const Tensor& x,
-                                                                           const Tensor& hidden,
-                                                                           const Tensor& expert_weight,
-                                                                           const Tensor& offsets,
-                                                                           const Tensor& permutation,
-                                                                           const Tensor& inverse,
-                                                                           const Tensor& w_up,
-                                                                           const Tensor& w_down,
-                                                                           std::optional<Tensor> b_down,
-                                                                           std::string activation,
-                                                                           std::string layout,
-                                                                           std::vector<bool> wanted) {
+                                                                       const Tensor& x,
+                                                                       const Tensor& pre_activation,
+                                                                       const Tensor& expert_weight,
+                                                                       const Tensor& offsets,
+                                                                       const Tensor& permutation,
+                                                                       const Tensor& inverse,
+                                                                       const Tensor& w_up,
+                                                                       const Tensor& w_down,
+                                                                       std::optional<Tensor> b_down,
+                                                                       std::string activation,
+                                                                       std::string layout,
+                                                                       std::vector<bool> wanted) {
   const Needs needs{wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[5]};
   const int64_t experts = w_up.size(0), width = x.size(1), outer = w_up.size(1), inner = w_down.size(2);
   const ScalarType dtype = molex::product_dtype(x.scalar_type());
   const molex::Assignments plan(offsets, permutation, x.size(0), expert_weight.size(1));
   const molex::Activation act(activation, layout);
-  const Backward backward(dy, x, hidden, expert_weight, w_up, w_down, b_down, plan, act, needs);
+  const Backward backward(dy, x, pre_activation, expert_weight, w_up, w_down, b_down, plan, act, needs);
 
   const auto gradient = [](const Tensor& like, bool need, std::vector<int64_t> sizes) {
     return molex::new_result(like, need ? sizes : std::vector<int64_t>{0});
@@ -275,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_bwd(const Ten
     backward.rows(group, kept, dpacked, molex::target_of(dweight));
     backward.weights(group, kept, dw_up, dw_down, db_up, db_down);
   }
-  if (needs.x) molex::combine(dpacked, inverse, std::nullopt, plan.here, dx);
+  if (needs.x) molex::combine(dpacked, inverse, std::nullopt, plan.local_rows, dx);
   return {dx, dweight, dw_up, dw_down, db_up, db_down};
 }
 

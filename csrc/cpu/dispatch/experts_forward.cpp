@@ -1,5 +1,5 @@
-// The experts' MLP on a CPU, forward. A piece of an expert's rows is gathered, multiplied, activated and
-// multiplied again by one thread, in memory that stays in its cache; no expanded copy of x is made.
+// The experts' MLP on a CPU, forward. One thread gathers, multiplies, activates and multiplies again a piece
+// of an expert's rows, in memory that stays in its cache. No expanded copy of x is made.
 
 #include <string>
 #include <tuple>
@@ -28,7 +28,8 @@ struct Layer {
   molex::Activation activation;
 };
 
-// Rows `packed` [R, D], of the dtype for products or of x's, and `kept` [R, H] of x's where it is wanted.
+// Writes the experts' outputs to `packed` [R, D], which has the dtype of products or of x, and the
+// pre-activations to `kept` [R, H], of x's dtype, if it is given.
 void run_experts(const Layer& layer,
                  const molex::Assignments& plan,
                  const Matrix& packed,
@@ -38,20 +39,20 @@ void run_experts(const Layer& layer,
   const std::optional<Tensor> biases[] = {molex::packed(layer.b_up), molex::packed(layer.b_down)};
   const Source b_up = molex::source_of(biases[0]), b_down = molex::source_of(biases[1]);
   const ScalarType dtype = molex::product_dtype(layer.x.scalar_type());
-  const int64_t width = layer.x.size(1), hidden = layer.w_up.size(1), inner = layer.w_down.size(2);
+  const int64_t width = layer.x.size(1), outer = layer.w_up.size(1), inner = layer.w_down.size(2);
   const bool keeps_products = kept && kept.dtype == dtype, packs_products = packed.dtype == dtype;
   const std::vector<Piece> pieces = molex::pieces_of(plan.bounds, 0, plan.bounds.size() - 1);
   const int64_t longest = molex::longest_of(pieces);
-  const int64_t bytes = Arena::bytes(longest * width, dtype) + Arena::bytes(longest * hidden, dtype) +
+  const int64_t bytes = Arena::bytes(longest * width, dtype) + Arena::bytes(longest * outer, dtype) +
                         Arena::bytes(longest * inner, dtype) + Arena::bytes(longest * width, dtype) +
-                        up.bytes() + down.bytes() + 2 * Arena::bytes(hidden) + Arena::bytes(inner) +
+                        up.bytes() + down.bytes() + 2 * Arena::bytes(outer) + Arena::bytes(inner) +
                         2 * Arena::bytes(width) + Arena::bytes(molex::Activation::scratch(inner));
   molex::share(pieces.size(), [&](const auto& next) {
     Arena arena(bytes);
     const Matrix gathered = arena.matrix(longest, width, dtype), acted = arena.matrix(longest, inner, dtype);
-    const Matrix spare = arena.matrix(longest, hidden, dtype), result = arena.matrix(longest, width, dtype);
+    const Matrix spare = arena.matrix(longest, outer, dtype), result = arena.matrix(longest, width, dtype);
     const Matrix up_scratch = up.scratch(arena), down_scratch = down.scratch(arena);
-    float *row_scratch = arena.floats(hidden), *bias_scratch = arena.floats(hidden);
+    float *row_scratch = arena.floats(outer), *bias_scratch = arena.floats(outer);
     float *acted_scratch = arena.floats(inner), *out_scratch = arena.floats(width);
     float* down_bias_scratch = arena.floats(width);
     float* activation_scratch = arena.floats(molex::Activation::scratch(inner));
@@ -61,15 +62,15 @@ void run_experts(const Layer& layer,
       for (int64_t r = 0; r < rows; ++r) from.copy(plan.token(piece.first + r), gathered.band(r, 1));
 
       const Matrix products =
-          keeps_products ? molex::matrix_of(kept.data, dtype, plan.rows, hidden).band(piece.first, rows)
+          keeps_products ? molex::matrix_of(kept.data, dtype, plan.rows, outer).band(piece.first, rows)
                          : spare.band(0, rows);
       multiply(products, gathered.band(0, rows), up.of(piece.expert, up_scratch).transposed());
-      const float* bias = b_up ? molex::read(b_up, piece.expert * hidden, hidden, bias_scratch) : nullptr;
+      const float* bias = b_up ? molex::read(b_up, piece.expert * outer, outer, bias_scratch) : nullptr;
       for (int64_t r = 0; r < rows; ++r) {
-        const int64_t at = (piece.first + r) * hidden;
-        float* row = const_cast<float*>(molex::read(products.source(), r * hidden, hidden, row_scratch));
-        if (bias) molex::add(row, bias, hidden);
-        if (kept && (bias || !keeps_products)) molex::write(kept, at, hidden, row);
+        const int64_t at = (piece.first + r) * outer;
+        float* row = const_cast<float*>(molex::read(products.source(), r * outer, outer, row_scratch));
+        if (bias) molex::add(row, bias, outer);
+        if (kept && (bias || !keeps_products)) molex::write(kept, at, outer, row);
         float* to = molex::place(acted.target(), r * inner, acted_scratch);
         layer.activation.forward(row, to, inner, activation_scratch);
         molex::write(acted.target(), r * inner, inner, to);
@@ -86,58 +87,58 @@ void run_experts(const Layer& layer,
       }
     }
   });
-  if (kept) clear_rows(molex::matrix_of(kept.data, kept.dtype, plan.rows, hidden), plan.here);
+  if (kept) clear_rows(molex::matrix_of(kept.data, kept.dtype, plan.rows, outer), plan.local_rows);
 }
 
-Tensor kept_of(const Tensor& x, int64_t rows, int64_t hidden, bool keeps) {
-  return molex::new_result(x, {keeps ? rows : 0, hidden});
+Tensor kept_of(const Tensor& x, int64_t rows, int64_t outer, bool keeps) {
+  return molex::new_result(x, {keeps ? rows : 0, outer});
 }
 
 std::tuple<Tensor, Tensor> moe_experts_fwd(const Tensor& x,
-                                               const Tensor& offsets,
-                                               const Tensor& permutation,
-                                               const Tensor& w_up,
-                                               const Tensor& w_down,
-                                               std::optional<Tensor> b_up,
-                                               std::optional<Tensor> b_down,
-                                               int64_t top_k,
-                                               std::string activation,
-                                               std::string layout,
-                                               bool keeps_hidden) {
+                                           const Tensor& offsets,
+                                           const Tensor& permutation,
+                                           const Tensor& w_up,
+                                           const Tensor& w_down,
+                                           std::optional<Tensor> b_up,
+                                           std::optional<Tensor> b_down,
+                                           int64_t top_k,
+                                           std::string activation,
+                                           std::string layout,
+                                           bool keeps_pre_activation) {
   const molex::Assignments plan(offsets, permutation, x.size(0), top_k);
-  Tensor kept = kept_of(x, plan.rows, w_up.size(1), keeps_hidden);
+  Tensor kept = kept_of(x, plan.rows, w_up.size(1), keeps_pre_activation);
   Tensor packed = molex::new_result(x, {plan.rows, x.size(1)});
   const Matrix rows = molex::matrix_of(packed.mutable_data_ptr(), x.scalar_type(), plan.rows, x.size(1));
   run_experts({x, w_up, w_down, b_up, b_down, {activation, layout}},
               plan,
               rows,
-              keeps_hidden ? molex::target_of(kept) : Target{});
-  clear_rows(rows, plan.here);
+              keeps_pre_activation ? molex::target_of(kept) : Target{});
+  clear_rows(rows, plan.local_rows);
   return {packed, kept};
 }
 
 std::tuple<Tensor, Tensor> moe_mlp_fwd(const Tensor& x,
-                                           const Tensor& expert_weight,
-                                           const Tensor& offsets,
-                                           const Tensor& permutation,
-                                           const Tensor& inverse,
-                                           const Tensor& w_up,
-                                           const Tensor& w_down,
-                                           std::optional<Tensor> b_up,
-                                           std::optional<Tensor> b_down,
-                                           std::string activation,
-                                           std::string layout,
-                                           bool keeps_hidden) {
+                                       const Tensor& expert_weight,
+                                       const Tensor& offsets,
+                                       const Tensor& permutation,
+                                       const Tensor& inverse,
+                                       const Tensor& w_up,
+                                       const Tensor& w_down,
+                                       std::optional<Tensor> b_up,
+                                       std::optional<Tensor> b_down,
+                                       std::string activation,
+                                       std::string layout,
+                                       bool keeps_pre_activation) {
   const molex::Assignments plan(offsets, permutation, x.size(0), expert_weight.size(1));
-  Tensor kept = kept_of(x, plan.rows, w_up.size(1), keeps_hidden);
+  Tensor kept = kept_of(x, plan.rows, w_up.size(1), keeps_pre_activation);
   Tensor packed = molex::new_result(x, {plan.rows, x.size(1)}, molex::product_dtype(x.scalar_type()));
   const Matrix rows = molex::matrix_of(packed.mutable_data_ptr(), packed.scalar_type(), plan.rows, x.size(1));
   run_experts({x, w_up, w_down, b_up, b_down, {activation, layout}},
               plan,
               rows,
-              keeps_hidden ? molex::target_of(kept) : Target{});
+              keeps_pre_activation ? molex::target_of(kept) : Target{});
   Tensor y = molex::new_result(x, {x.size(0), x.size(1)});
-  molex::combine(rows, inverse, expert_weight, plan.here, y);
+  molex::combine(rows, inverse, expert_weight, plan.local_rows, y);
   return {y, kept};
 }
 

@@ -1,4 +1,5 @@
-// Grouped GEMM on a CPU: threads share the experts' rows, and with the gradients the rows of their weights.
+// Grouped GEMM on a CPU. Threads share the experts' rows and, in the backward pass, the rows of their
+// weights.
 
 #include <tuple>
 
@@ -15,14 +16,16 @@ using molex::Source;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// One thread's memory around products that are not made of the tensors' own dtype.
+// One thread's memory for products in another dtype than the tensors'.
 class Bench {
  public:
-  Bench(const molex::Weights& weight, int64_t rows, int64_t left, int64_t right)
-      : arena_(weight.bytes() ? weight.bytes() + Arena::bytes(rows * left) + Arena::bytes(rows * right) : 0),
+  Bench(const molex::Weights& weight, int64_t rows, int64_t in_columns, int64_t out_columns)
+      : arena_(weight.bytes()
+                   ? weight.bytes() + Arena::bytes(rows * in_columns) + Arena::bytes(rows * out_columns)
+                   : 0),
         weight(weight.scratch(arena_)),
-        in(make(weight, rows, left)),
-        out(make(weight, rows, right)) {}
+        in(make(weight, rows, in_columns)),
+        out(make(weight, rows, out_columns)) {}
 
  private:
   Matrix make(const molex::Weights& weight, int64_t rows, int64_t columns) {
@@ -34,13 +37,12 @@ class Bench {
   const Matrix weight, in, out;
 };
 
-// out = left right, by way of `wide` where the product is of another dtype; then the bias on each row.
-void product(
-    const Matrix& out, const Matrix& left, const Matrix& right, const Matrix& wide, const float* bias) {
-  const bool widened = wide.data != nullptr;
-  const Matrix made = widened ? molex::matrix_of(wide.data, wide.dtype, out.rows, out.columns) : out;
-  multiply(made, left, right);
-  if (!widened && !bias) return;
+// out = a b, through `fp32` if the product is of another dtype; then adds the bias to each row.
+void product(const Matrix& out, const Matrix& a, const Matrix& b, const Matrix& fp32, const float* bias) {
+  const bool converts = fp32.data != nullptr;
+  const Matrix made = converts ? molex::matrix_of(fp32.data, fp32.dtype, out.rows, out.columns) : out;
+  multiply(made, a, b);
+  if (!converts && !bias) return;
   std::vector<float> scratch(out.columns);
   for (int64_t r = 0; r < out.rows; ++r) {
     const int64_t at = r * out.columns;
@@ -51,9 +53,9 @@ void product(
 }
 
 Tensor grouped_gemm_fwd(const Tensor& x,
-                            const Tensor& weight,
-                            const Tensor& offsets,
-                            std::optional<Tensor> bias) {
+                        const Tensor& weight,
+                        const Tensor& offsets,
+                        std::optional<Tensor> bias) {
   const int64_t tokens = x.size(0), width = x.size(1), columns = weight.size(1);
   Tensor y = molex::new_result(x, {tokens, columns});
   const Matrix out = molex::matrix_of(y.mutable_data_ptr(), y.scalar_type(), tokens, columns);

@@ -1,6 +1,7 @@
 // The mixture of branches with its residual and LayerNorm, token by token in one pass each way.
 //
-// Sums over tokens go to a fixed number of chunks, which are added in order, whatever the number of threads.
+// Sums over tokens go to a fixed number of chunks, which are added in order: the result does not depend on
+// the number of threads.
 
 #include <algorithm>
 #include <tuple>
@@ -21,7 +22,7 @@ using torch::stable::Tensor;
 constexpr int64_t kChunks = 64;   // partial sums of the gradients of the coefficients and the norm
 constexpr int64_t kGrain = 8192;  // elements below which a thread is not worth waking
 
-// [G, T, D] whose branches may lie anywhere, expanded ones too.
+// A tensor [G, T, D] whose branches may be anywhere in memory, also expanded.
 class Branches {
  public:
   explicit Branches(const std::optional<Tensor>& tensor) {
@@ -45,18 +46,19 @@ class Branches {
   int64_t width_ = 0, stride_ = 0;
 };
 
-MOLEX_CLONES void add_branch(
-    float* sum, const float* output, const float* residual, float coeff, bool first, int64_t count) {
-  if (residual) {
-    MOLEX_INDEPENDENT
-    for (int64_t i = 0; i < count; ++i) {
-      sum[i] = (first ? 0.0f : sum[i]) + coeff * (output[i] + residual[i]);
-    }
-  } else {
-    MOLEX_INDEPENDENT
-    for (int64_t i = 0; i < count; ++i) sum[i] = (first ? 0.0f : sum[i]) + coeff * output[i];
-  }
-}
+constexpr auto add_branch = molex::versions(
+    [](auto, float* sum, const float* output, const float* residual, float coeff, bool first, int64_t count)
+        MOLEX_LAMBDA_INLINE {
+          if (residual) {
+            MOLEX_INDEPENDENT
+            for (int64_t i = 0; i < count; ++i) {
+              sum[i] = (first ? 0.0f : sum[i]) + coeff * (output[i] + residual[i]);
+            }
+          } else {
+            MOLEX_INDEPENDENT
+            for (int64_t i = 0; i < count; ++i) sum[i] = (first ? 0.0f : sum[i]) + coeff * output[i];
+          }
+        });
 
 // sum_g coeff_g (outputs_g + residual_g) of one token; two rows of scratch.
 void mix(const Branches& outputs,
@@ -73,15 +75,15 @@ void mix(const Branches& outputs,
   }
 }
 
-// Null where there is no tensor.
+// Null if there are no values.
 const float* data_of(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
 
 std::tuple<Tensor, Tensor> layer_mix_fwd(const Tensor& outputs,
-                                             const Tensor& coeff,
-                                             std::optional<Tensor> residual,
-                                             std::optional<Tensor> weight,
-                                             std::optional<Tensor> bias,
-                                             std::optional<double> eps) {
+                                         const Tensor& coeff,
+                                         std::optional<Tensor> residual,
+                                         std::optional<Tensor> weight,
+                                         std::optional<Tensor> bias,
+                                         std::optional<double> eps) {
   const int64_t tokens = outputs.size(1), width = outputs.size(2);
   Tensor y = molex::new_result(outputs, {tokens, width});
   Tensor normed = eps ? molex::new_result(outputs, {tokens, width}) : torch::stable::new_empty(outputs, {0});
@@ -109,16 +111,16 @@ std::tuple<Tensor, Tensor> layer_mix_fwd(const Tensor& outputs,
   return {y, normed};
 }
 
-// Gradients of outputs (the residual's is the same), of the coefficients and of the norm's pair [2, D]; those
-// not needed are empty.
+// Gradients of the outputs (the residual has the same), of the coefficients and of the norm's parameters [2,
+// D]. Those not needed are empty.
 std::tuple<Tensor, Tensor, Tensor> layer_mix_bwd(std::optional<Tensor> dy,
-                                                     std::optional<Tensor> dnormed,
-                                                     const Tensor& outputs,
-                                                     const Tensor& coeff,
-                                                     std::optional<Tensor> residual,
-                                                     std::optional<Tensor> weight,
-                                                     std::optional<double> eps,
-                                                     std::vector<bool> needs) {
+                                                 std::optional<Tensor> dnormed,
+                                                 const Tensor& outputs,
+                                                 const Tensor& coeff,
+                                                 std::optional<Tensor> residual,
+                                                 std::optional<Tensor> weight,
+                                                 std::optional<double> eps,
+                                                 std::vector<bool> needs) {
   const int64_t branches = outputs.size(0), tokens = outputs.size(1), width = outputs.size(2);
   const bool needs_outputs = needs[0], needs_coeff = needs[1], needs_norm = needs[2];
   const auto gradient = [&](bool need, std::vector<int64_t> sizes, ScalarType dtype) {
@@ -146,30 +148,30 @@ std::tuple<Tensor, Tensor, Tensor> layer_mix_bwd(std::optional<Tensor> dy,
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       float* sums = needs_norm ? &norm_sums[chunk * 2 * width] : nullptr;
       for (int64_t t = chunk * tokens / chunks; t < (chunk + 1) * tokens / chunks; ++t) {
-        const float* along = direct ? molex::read(direct, t * width, width, scratch[5]) : nullptr;
+        const float* gradient = direct ? molex::read(direct, t * width, width, scratch[5]) : nullptr;
         if (through && eps) {
           const float* outer = molex::read(through, t * width, width, scratch[6]);
           mix(from, moved, coefficients, t, width, mixed, scratch);
           const float inverse = molex::normalise(mixed, width, static_cast<float>(*eps));
           molex::normalise_backward(
               before, outer, mixed, inverse, data_of(scale), sums, sums ? sums + width : nullptr, width);
-          if (along) molex::add(before, along, width);
-          along = before;
+          if (gradient) molex::add(before, gradient, width);
+          gradient = before;
         }
-        if (!along) {
+        if (!gradient) {
           std::fill_n(upstream, width, 0.0f);
-          along = upstream;
+          gradient = upstream;
         }
         for (int64_t g = 0; g < branches; ++g) {
           if (needs_outputs) {
             const int64_t at = (g * tokens + t) * width;
             float* row = molex::place(to, at, scratch[7]);
-            molex::scale_into(row, along, coefficients[g], width);
+            molex::scale_into(row, gradient, coefficients[g], width);
             molex::write(to, at, width, row);
           }
           if (needs_coeff) {
-            double sum = molex::dot(along, from.read(g, t, scratch[0]), width);
-            if (moved) sum += molex::dot(along, moved.read(g, t, scratch[1]), width);
+            double sum = molex::dot(gradient, from.read(g, t, scratch[0]), width);
+            if (moved) sum += molex::dot(gradient, moved.read(g, t, scratch[1]), width);
             coeff_sums[chunk * branches + g] += sum;
           }
         }

@@ -1,6 +1,7 @@
 // The vote of all tokens for a layer, in one pass over the logits.
 //
-// Tokens are cut into chunks of a fixed size whose sums are added in order, whatever the number of threads.
+// Tokens are cut into chunks of a fixed size, whose sums are added in order: the result does not depend on
+// the number of threads.
 
 #include <algorithm>
 #include <limits>
@@ -24,14 +25,14 @@ constexpr int64_t kChunk = 512;  // tokens
 
 using WideKeys = molex::Ints<kWide>;
 
-// Integers in the order of the floats: both zeros are equal, NaN is the largest.
+// Integers that are ordered as the floats are: both zeros are equal, and NaN is the largest.
 MOLEX_INLINE WideKeys keys_of(Wide x) {
   const WideKeys bits = (WideKeys)(x + 0.0f);
   const WideKeys key = bits ^ ((bits >> 31) & 0x7fffffff);
-  return x == x ? key : WideKeys{} + std::numeric_limits<int32_t>::max();
+  return molex::select(x == x, key, WideKeys{} + std::numeric_limits<int32_t>::max());
 }
 
-// The first largest of `count` values; `row` has whole vectors, the last filled up with -inf.
+// The index of the first largest of `count` values. `row` is padded to whole vectors with -inf.
 MOLEX_INLINE int64_t first_largest(const float* row, int64_t count) {
   WideKeys most = WideKeys{} + std::numeric_limits<int32_t>::min();
   for (int64_t i = 0; i < count; i += kWide) most = molex::larger(keys_of(molex::load(row + i)), most);
@@ -47,47 +48,44 @@ MOLEX_INLINE int64_t first_largest(const float* row, int64_t count) {
 
 enum class Mode { kMode, kMeanSoftmax, kMeanSigmoid };
 
-// sums += what each of `count` tokens that the mask counts gives to the layers. `sums` and `row` have whole
-// vectors.
+// Adds the vote of each of `count` tokens to `sums`, except those that the mask leaves out. `sums` and `row`
+// have whole vectors.
 template <Mode MODE>
-MOLEX_INLINE void add_votes(
-    const float* z, const bool* mask, int64_t count, int64_t layers, float* row, float* sums) {
-  const int64_t whole = molex::wide_of(layers);
-  std::fill(row, row + whole, -std::numeric_limits<float>::infinity());
-  for (int64_t t = 0; t < count; ++t, z += layers) {
-    if (mask && !mask[t]) continue;
-    if constexpr (MODE == Mode::kMeanSoftmax) {
-      const float inverse = 1.0f / molex::exponentials_of(z, 1.0f, row, layers).sum;
-      for (int64_t i = 0; i < whole; i += kWide) {
-        molex::store(sums + i, molex::load(sums + i) + inverse * molex::load(row + i));
-      }
-    } else {
-      std::copy_n(z, layers, row);
-      if constexpr (MODE == Mode::kMode) {
-        sums[first_largest(row, layers)] += 1.0f;
-      } else {
-        for (int64_t i = 0; i < whole; i += kWide) {
-          molex::store(sums + i, molex::load(sums + i) + molex::sigmoid_of(molex::load(row + i)));
-        }
-      }
-    }
-  }
-}
+constexpr auto add_votes = molex::versions(
+    [](auto, const float* logits, const bool* mask, int64_t count, int64_t layers, float* row, float* sums)
+        MOLEX_LAMBDA_INLINE {
+          const int64_t whole = molex::wide_of(layers);
+          std::fill(row, row + whole, -std::numeric_limits<float>::infinity());
+          for (int64_t t = 0; t < count; ++t) {
+            if (mask && !mask[t]) continue;
+            const float* z = logits + t * layers;
+            if constexpr (MODE == Mode::kMeanSoftmax) {
+              const float inverse = 1.0f / molex::exponentials_of(z, 1.0f, row, layers).sum;
+              for (int64_t i = 0; i < whole; i += kWide) {
+                molex::store(sums + i, molex::load(sums + i) + inverse * molex::load(row + i));
+              }
+            } else {
+              std::copy_n(z, layers, row);
+              if constexpr (MODE == Mode::kMode) {
+                sums[first_largest(row, layers)] += 1.0f;
+              } else {
+                for (int64_t i = 0; i < whole; i += kWide) {
+                  molex::store(sums + i, molex::load(sums + i) + molex::sigmoid_of(molex::load(row + i)));
+                }
+              }
+            }
+          }
+        });
 
-#define MOLEX_VOTES(NAME, MODE)                                                                   \
-  MOLEX_CLONES void NAME(                                                                         \
-      const float* z, const bool* mask, int64_t count, int64_t layers, float* row, float* sums) { \
-    add_votes<Mode::MODE>(z, mask, count, layers, row, sums);                                     \
-  }
-MOLEX_VOTES(add_choices, kMode)
-MOLEX_VOTES(add_softmax, kMeanSoftmax)
-MOLEX_VOTES(add_sigmoid, kMeanSigmoid)
-
-// The layer with the largest sum over the tokens that `mask` [T] counts, ties to the lower one.
+// The layer with the largest sum over the tokens in `mask` [T]. Of equal sums the lower layer wins.
 Tensor layer_vote(const Tensor& logits, std::optional<Tensor> mask, std::string mode) {
   const int64_t tokens = logits.size(0), layers = logits.size(1), whole = molex::wide_of(layers);
   STD_TORCH_CHECK(mode == "mode" || mode == "mean_softmax" || mode == "mean_sigmoid", "mode: unknown ", mode);
-  const auto add = mode == "mode" ? add_choices : mode == "mean_softmax" ? add_softmax : add_sigmoid;
+  const auto add = [&](auto... arguments) {
+    if (mode == "mode") return add_votes<Mode::kMode>(arguments...);
+    if (mode == "mean_softmax") return add_votes<Mode::kMeanSoftmax>(arguments...);
+    add_votes<Mode::kMeanSigmoid>(arguments...);
+  };
   const Tensor packed = torch::stable::contiguous(logits);
   const std::optional<Tensor> counted = molex::packed(mask);
   const Source from = molex::source_of(packed);

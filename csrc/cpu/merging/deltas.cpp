@@ -1,5 +1,5 @@
-// What each expert adds to the base, on a CPU, and its gradients: expert by expert, so that what is between
-// the curvature's products stays in the cache.
+// What each expert adds to the base, on a CPU, and its gradients. Experts are processed one by one, so that
+// the intermediate results of the curvature's products stay in the cache.
 
 #include <algorithm>
 #include <tuple>
@@ -14,39 +14,42 @@ namespace {
 
 using molex::product;
 using molex::product_inner;
-using molex::product_turned;
+using molex::product_transposed;
 using molex::Source;
 using molex::Target;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-constexpr int64_t kChunk = 512;    // elements that every expert contributes to in one turn
-constexpr int64_t kColumns = 384;  // of out1's product, whose rows are o2 D apart
+constexpr int64_t kChunk = 512;    // elements that every expert contributes to at a time
+constexpr int64_t kColumns = 384;  // columns of one product with out1, whose rows are o2 D apart
 
-MOLEX_CLONES void subtract(const float* a, const float* b, float* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = a[i] - b[i];
-}
+constexpr auto subtract =
+    molex::versions([](auto, const float* a, const float* b, float* out, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) out[i] = a[i] - b[i];
+    });
 
-MOLEX_CLONES void add_difference(const float* a, const float* b, float* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] += a[i] - b[i];
-}
+constexpr auto add_difference =
+    molex::versions([](auto, const float* a, const float* b, float* out, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) out[i] += a[i] - b[i];
+    });
 
 MOLEX_INLINE float sign(float x) { return (x > 0.0f ? 1.0f : 0.0f) - (x < 0.0f ? 1.0f : 0.0f); }
 
-MOLEX_CLONES void signs(float* x, int64_t count) {
+constexpr auto signs = molex::versions([](auto, float* x, int64_t count) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) x[i] = sign(x[i]);
-}
+});
 
 // out = x where tau = expert - base has the sign of the majority, else 0.
-MOLEX_CLONES void keep_ties(const float* expert,
-                            const float* base,
-                            const float* majority,
-                            const float* x,
-                            float* out,
-                            int64_t count) {
+constexpr auto keep_ties = molex::versions([](auto,
+                                              const float* expert,
+                                              const float* base,
+                                              const float* majority,
+                                              const float* x,
+                                              float* out,
+                                              int64_t count) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) out[i] = sign(expert[i] - base[i]) == majority[i] ? x[i] : 0.0f;
-}
+});
 
 template <class Body>
 void for_chunks(int64_t size, const Body& body) {
@@ -57,7 +60,8 @@ void for_chunks(int64_t size, const Body& body) {
   });
 }
 
-// The base [O, D], the experts [E, O, D] and the mask, read as floats. Holds the tensors that it points into.
+// The base [O, D], the experts [E, O, D] and the sign mask, read as floats. Holds the tensors that it points
+// into.
 class Weights {
  public:
   Weights(const Tensor& base, const Tensor& experts, bool ties)
@@ -73,7 +77,7 @@ class Weights {
   int64_t size() const { return size_; }
   int64_t count() const { return count_; }
 
-  // tau_e of some elements.
+  // Writes some elements of tau_e.
   void tau(int64_t e, int64_t first, int64_t length, float* out) const {
     std::vector<float> scratch;
     const float* zero = read(start_, first, length, scratch);
@@ -128,10 +132,10 @@ class Factors {
         experts_(first.size(1)) {
     const Tensor* given[] = {&first, &second, &third, &fourth};
     for (int i = 0; i < 4; ++i) values_[i] = molex::floats_of(*given[i]);
-    turned_.resize(values_[3].size());
+    transposed_.resize(values_[3].size());
     const int64_t area = d2 * d2;
     for (int64_t i = 0; i < ranks * experts_; ++i)
-      turn(in2(0, 0) + i * area, d2, d2, turned_.data() + i * area);
+      transpose(in2(0, 0) + i * area, d2, d2, transposed_.data() + i * area);
   }
 
   const int64_t ranks, o1, o2, d1, d2, width, block;
@@ -141,20 +145,21 @@ class Factors {
   const float* out2(int64_t rank, int64_t e) const { return at(1, rank, e); }
   const float* in1(int64_t rank, int64_t e) const { return at(2, rank, e); }
   const float* in2(int64_t rank, int64_t e) const { return at(3, rank, e); }
-  const float* in2_turned(int64_t rank, int64_t e) const {
-    return turned_.data() + (rank * experts_ + e) * d2 * d2;
+  const float* in2_transposed(int64_t rank, int64_t e) const {
+    return transposed_.data() + (rank * experts_ + e) * d2 * d2;
   }
 
-  // Of a block tau: by_in2 = in2 along the last index, by_in1 = in1 of that along the one before.
+  // For a block tau: by_in2 is the product of in2 with its last index, by_in1 that of in1 with the index
+  // before.
   void inner(int64_t rank, int64_t e, const float* tau, float* by_in2, float* by_in1) const {
-    product(tau, d2, in2_turned(rank, e), d2, by_in2, d2, o2 * d1, d2, d2, false);
+    product({tau, d2, in2_transposed(rank, e), d2, by_in2, d2, o2 * d1, d2, d2, false});
     for (int64_t at = 0; at < block; at += width) {
-      product(in1(rank, e), d1, by_in2 + at, d2, by_in1 + at, d2, d1, d2, d1, false);
+      product({in1(rank, e), d1, by_in2 + at, d2, by_in1 + at, d2, d1, d2, d1, false});
     }
   }
 
-  // A matrix [rows, columns] transposed.
-  static void turn(const float* from, int64_t rows, int64_t columns, float* to) {
+  // Writes the transpose of a matrix [rows, columns].
+  static void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < columns; ++c) to[c * rows + r] = from[r * columns + c];
     }
@@ -166,7 +171,7 @@ class Factors {
   }
 
   int64_t experts_;
-  std::vector<float> values_[4], turned_;
+  std::vector<float> values_[4], transposed_;
 };
 
 std::optional<Factors> factors_of(const Optional& out1,
@@ -177,7 +182,7 @@ std::optional<Factors> factors_of(const Optional& out1,
   return std::optional<Factors>(std::in_place, *out1, *out2, *in1, *in2);
 }
 
-// body(first column, columns) for pieces of a block's columns.
+// Calls body(first column, columns) for pieces of a block's columns.
 template <class Body>
 void for_columns(const Factors& f, const Body& body) {
   torch::stable::parallel_for(0, (f.block + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
@@ -187,7 +192,7 @@ void for_columns(const Factors& f, const Body& body) {
   });
 }
 
-// M_e tau_e up to out1, which goes across the blocks: half [o1, block].
+// Computes M_e tau_e without the product with out1, which runs across the blocks: half [o1, block].
 void apply_inner(const Factors& f, const Weights& weights, int64_t rank, int64_t e, float* half) {
   torch::stable::parallel_for(0, f.o1, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> tau(f.block), by_in2(f.block), by_in1(f.block);
@@ -195,19 +200,19 @@ void apply_inner(const Factors& f, const Weights& weights, int64_t rank, int64_t
       weights.tau(e, first, f.block, tau.data());
       f.inner(rank, e, tau.data(), by_in2.data(), by_in1.data());
       product(
-          f.out2(rank, e), f.o2, by_in1.data(), f.width, half + first, f.width, f.o2, f.width, f.o2, false);
+          {f.out2(rank, e), f.o2, by_in1.data(), f.width, half + first, f.width, f.o2, f.width, f.o2, false});
     }
   });
 }
 
 // Delta_e = mask_e M_e tau_e, of the experts' dtype; summed over the ranks in fp32.
 Tensor camex_deltas_fwd(const Tensor& base,
-                            const Tensor& experts,
-                            Optional out1,
-                            Optional out2,
-                            Optional in1,
-                            Optional in2,
-                            bool ties) {
+                        const Tensor& experts,
+                        Optional out1,
+                        Optional out2,
+                        Optional in1,
+                        Optional in2,
+                        bool ties) {
   const Weights weights(base, experts, ties);
   const int64_t size = weights.size();
   Tensor result = molex::new_result(experts, experts.sizes());
@@ -228,23 +233,23 @@ Tensor camex_deltas_fwd(const Tensor& base,
   }
   const Factors& f = *factors;
   Tensor between = molex::new_result(experts, {size}, ScalarType::Float);
-  Tensor wide = molex::new_result(experts, {to.dtype == ScalarType::Float ? 0 : size}, ScalarType::Float);
+  Tensor fp32 = molex::new_result(experts, {to.dtype == ScalarType::Float ? 0 : size}, ScalarType::Float);
   float* half = between.mutable_data_ptr<float>();
   for (int64_t e = 0; e < weights.count(); ++e) {
-    float* sum = molex::place(to, e * size, wide.mutable_data_ptr<float>());
+    float* sum = molex::place(to, e * size, fp32.mutable_data_ptr<float>());
     for (int64_t rank = 0; rank < f.ranks; ++rank) {
       apply_inner(f, weights, rank, e, half);
       for_columns(f, [&](int64_t column, int64_t length) {
-        product(f.out1(rank, e),
-                f.o1,
-                half + column,
-                f.block,
-                sum + column,
-                f.block,
-                f.o1,
-                length,
-                f.o1,
-                rank > 0);
+        product({f.out1(rank, e),
+                 f.o1,
+                 half + column,
+                 f.block,
+                 sum + column,
+                 f.block,
+                 f.o1,
+                 length,
+                 f.o1,
+                 rank > 0});
         if (rank + 1 < f.ranks) return;
         for (int64_t at = column; at < size; at += f.block) {
           if (ties) weights.mask(e, at, length, sum + at, sum + at);
@@ -286,8 +291,9 @@ class FactorSums {
   std::vector<float> parts_[4];
 };
 
-// Back through out1, which goes across the blocks: down [o1, block] = out1^T upstream, and out1's gradient.
-// `upstream` gives some elements of the gradient of M_e tau_e; `half` is scratch, [o1, block].
+// Goes back through out1, which runs across the blocks: down [o1, block] = out1^T upstream. Adds up the
+// gradient of out1. `upstream` gives some elements of the gradient of M_e tau_e; `half` is scratch, [o1,
+// block].
 template <class Upstream>
 void back_through_out1(const Factors& f,
                        const Weights& weights,
@@ -303,15 +309,15 @@ void back_through_out1(const Factors& f,
     for (int64_t i = 0; i < f.o1; ++i) upstream(i * f.block + column, length, given.data() + i * length);
     if (sums.wanted()) {
       float* part = sums.part(0, column / kColumns);
-      product_inner(given.data(), length, half + column, f.block, part, f.o1, f.o1, f.o1, length, false);
+      product_inner({given.data(), length, half + column, f.block, part, f.o1, f.o1, f.o1, length, false});
     }
-    product_turned(
-        f.out1(rank, e), f.o1, given.data(), length, down + column, f.block, f.o1, length, f.o1, false);
+    product_transposed(
+        {f.out1(rank, e), f.o1, given.data(), length, down + column, f.block, f.o1, length, f.o1, false});
   });
 }
 
-// Back from `down` through the other three, block by block. Adds to `dtau` from the second rank on, where it
-// is wanted.
+// Goes back from `down` through the other three factors, block by block. If dtau is wanted, all ranks but the
+// first add to it.
 void back_through_blocks(const Factors& f,
                          const Weights& weights,
                          int64_t rank,
@@ -322,7 +328,7 @@ void back_through_blocks(const Factors& f,
   const int64_t kept = sums.wanted() ? f.block : 0;
   torch::stable::parallel_for(0, f.o1, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> from_out2(f.block), from_in1(f.block);
-    std::vector<float> tau(kept), by_in2(kept), by_in1(kept), turned(kept), other(kept);
+    std::vector<float> tau(kept), by_in2(kept), by_in1(kept), transposed(kept), other(kept);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * f.block;
       const float* above = down + first;
@@ -330,41 +336,44 @@ void back_through_blocks(const Factors& f,
         weights.tau(e, first, f.block, tau.data());
         f.inner(rank, e, tau.data(), by_in2.data(), by_in1.data());
         product_inner(
-            above, f.width, by_in1.data(), f.width, sums.part(1, i), f.o2, f.o2, f.o2, f.width, false);
+            {above, f.width, by_in1.data(), f.width, sums.part(1, i), f.o2, f.o2, f.o2, f.width, false});
       }
-      product_turned(
-          f.out2(rank, e), f.o2, above, f.width, from_out2.data(), f.width, f.o2, f.width, f.o2, false);
+      product_transposed(
+          {f.out2(rank, e), f.o2, above, f.width, from_out2.data(), f.width, f.o2, f.width, f.o2, false});
       for (int64_t at = 0; at < f.block; at += f.width) {
-        product_turned(
-            f.in1(rank, e), f.d1, &from_out2[at], f.d2, &from_in1[at], f.d2, f.d1, f.d2, f.d1, false);
+        product_transposed(
+            {f.in1(rank, e), f.d1, &from_out2[at], f.d2, &from_in1[at], f.d2, f.d1, f.d2, f.d1, false});
         if (!sums.wanted()) continue;
-        // in1's index is not the first of a block: turned, all of a block's rows are one product.
-        Factors::turn(&from_out2[at], f.d1, f.d2, &turned[at]);
-        Factors::turn(&by_in2[at], f.d1, f.d2, &other[at]);
+        // The index of in1 is not the first of a block. After transposition all rows of a block are one
+        // product.
+        Factors::transpose(&from_out2[at], f.d1, f.d2, &transposed[at]);
+        Factors::transpose(&by_in2[at], f.d1, f.d2, &other[at]);
       }
       if (sums.wanted()) {
         float *in1 = sums.part(2, i), *in2 = sums.part(3, i);
-        product_turned(turned.data(), f.d1, other.data(), f.d1, in1, f.d1, f.d1, f.d1, f.o2 * f.d2, false);
-        product_turned(from_in1.data(), f.d2, tau.data(), f.d2, in2, f.d2, f.d2, f.d2, f.o2 * f.d1, false);
+        product_transposed(
+            {transposed.data(), f.d1, other.data(), f.d1, in1, f.d1, f.d1, f.d1, f.o2 * f.d2, false});
+        product_transposed(
+            {from_in1.data(), f.d2, tau.data(), f.d2, in2, f.d2, f.d2, f.d2, f.o2 * f.d1, false});
       }
       if (!dtau) continue;
       const float* in2 = f.in2(rank, e);
       const int64_t rows = f.o2 * f.d1;
-      product(from_in1.data(), f.d2, in2, f.d2, dtau + first, f.d2, rows, f.d2, f.d2, rank > 0);
+      product({from_in1.data(), f.d2, in2, f.d2, dtau + first, f.d2, rows, f.d2, f.d2, rank > 0});
     }
   });
 }
 
 // Gradients of base, experts and factors; those not needed are empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> camex_deltas_bwd(const Tensor& ddeltas,
-                                                                                const Tensor& base,
-                                                                                const Tensor& experts,
-                                                                                Optional out1,
-                                                                                Optional out2,
-                                                                                Optional in1,
-                                                                                Optional in2,
-                                                                                bool ties,
-                                                                                std::vector<bool> needs) {
+                                                                            const Tensor& base,
+                                                                            const Tensor& experts,
+                                                                            Optional out1,
+                                                                            Optional out2,
+                                                                            Optional in1,
+                                                                            Optional in2,
+                                                                            bool ties,
+                                                                            std::vector<bool> needs) {
   const Weights weights(base, experts, ties);
   const int64_t size = weights.size(), count = weights.count();
   const Tensor kept = torch::stable::contiguous(ddeltas);
@@ -379,12 +388,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> camex_deltas_bwd(cons
   const auto outcome = [&] {
     return std::tuple(dbase, dexperts, dfactors[0], dfactors[1], dfactors[2], dfactors[3]);
   };
-  if (size == 0) {  // factors may have gradients even so: sums of nothing
+  if (size == 0) {  // the factors' gradients are then sums of nothing
     for (Tensor& dfactor : dfactors) torch::stable::zero_(dfactor);
     return outcome();
   }
 
-  // dtau of one expert goes to its own gradient and, with the opposite sign, to the base's.
+  // The gradient dtau of one expert is its own gradient and, with the opposite sign, part of the base's.
   const Target to = molex::target_of(dexperts), to_base = molex::target_of(dbase);
   const bool own = needs[1] && to.dtype == ScalarType::Float, both = needs[0] || needs[1];
   const bool wide_base = needs[0] && to_base.dtype != ScalarType::Float;
@@ -401,13 +410,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> camex_deltas_bwd(cons
   if (factors) sums.emplace(*factors, needs[2] || needs[3] || needs[4] || needs[5]);
 
   for (int64_t e = 0; e < count; ++e) {
-    // The gradient of M_e tau_e: what arrives, under the mask.
+    // The gradient of M_e tau_e is the upstream gradient under the mask.
     const auto upstream = [&](int64_t first, int64_t length, float* out) {
-      const float* here = molex::read(given, e * size + first, length, out);
+      const float* values = molex::read(given, e * size + first, length, out);
       if (ties) {
-        weights.mask(e, first, length, here, out);
-      } else if (here != out) {
-        std::copy_n(here, length, out);
+        weights.mask(e, first, length, values, out);
+      } else if (values != out) {
+        std::copy_n(values, length, out);
       }
     };
     float* dtau = own    ? static_cast<float*>(to.data) + e * size

@@ -1,6 +1,6 @@
-// The merged linear layer's backward pass on a CPU. Weights are merged, and their gradients sent on, some
+// The merged linear layer's backward pass on a CPU. Weights are merged, and their gradients passed on, a few
 // rows at a time for a few segments: neither is ever written as a whole, and deltas are read once for a few
-// segments. Operands that are not fp32 are widened as a whole, x and dy with all their segments.
+// segments. Operands that are not fp32 are converted as a whole, x and dy with all their segments.
 
 #include <algorithm>
 #include <tuple>
@@ -18,18 +18,18 @@ using molex::Arena;
 using molex::AsFloats;
 using molex::product;
 using molex::product_inner;
-using molex::product_turned;
+using molex::product_transposed;
 using molex::Source;
 using molex::Target;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kSegments = 4;      // that share what is read of the deltas
-constexpr int64_t kMerged = 1 << 16;  // floats of their merged weights: they stay in the second cache
+constexpr int64_t kSegments = 4;      // segments that share what is read of the deltas
+constexpr int64_t kMerged = 1 << 16;  // floats of their merged weights, which fit in the second-level cache
 constexpr int64_t kTile = 1 << 13;    // floats of one segment's gradient of the weight, likewise
-constexpr int64_t kRows = 6;          // of the products, in the registers
+constexpr int64_t kRows = 6;          // rows of a tile of a product
 
-// Floats for a result: its own memory where it is fp32, else some that are narrowed into it.
+// The floats of a result: its own memory if it is fp32, else some that are rounded into it.
 class Sums {
  public:
   explicit Sums(Tensor& result)
@@ -56,7 +56,7 @@ struct Layer {
   int64_t members(int64_t group) const { return std::min(kSegments, segments - group * kSegments); }
 };
 
-// The weights of a group's segments: some rows and columns of base + sum_e gates_se deltas_e.
+// Merges the weights of a group's segments: some rows and columns of base + sum_e gates_se deltas_e.
 void merge(
     const Layer& l, int64_t group, int64_t first, int64_t rows, int64_t column, int64_t columns, float* out) {
   const int64_t members = l.members(group), part = rows * columns;
@@ -64,82 +64,82 @@ void merge(
     const int64_t at = (first + r) * l.width + column;
     float* row = out + r * columns;
     for (int64_t s = 0; s < members; ++s) std::copy_n(l.base + at, columns, row + s * part);
-    product(l.gates + group * kSegments * l.experts,
-            l.experts,
-            l.deltas + at,
-            l.size(),
-            row,
-            part,
-            members,
-            columns,
-            l.experts,
-            true);
+    product({l.gates + group * kSegments * l.experts,
+             l.experts,
+             l.deltas + at,
+             l.size(),
+             row,
+             part,
+             members,
+             columns,
+             l.experts,
+             true});
   }
 }
 
 // dx_s = dy_s W_s.
 void input_gradient(const Layer& l, const Target& to) {
   const int64_t threads = torch::stable::get_num_threads(), groups = l.groups();
-  // Columns are shared out where the segments do not keep the threads busy.
+  // Threads share the columns if there are too few segments to keep them busy.
   const int64_t shares = groups ? (threads + groups - 1) / groups : 1;
-  // Whole vectors: where a column stands in its block decides nothing.
+  // A block has whole vectors, so that a column's result does not depend on its place in the block.
   const int64_t share = ((l.width + shares - 1) / shares + molex::kWide - 1) / molex::kWide * molex::kWide;
   const int64_t block = std::min(std::max<int64_t>(share, 64), l.width);
   const int64_t blocks = (l.width + block - 1) / block;
-  // Of the width alone, for it says where sums are cut.
+  // The height depends on the width alone, because it decides where sums are cut.
   const int64_t height = std::max(kMerged / (kSegments * l.width) / kRows * kRows, kRows);
   const bool direct = to.dtype == ScalarType::Float;
   torch::stable::parallel_for(0, groups * blocks, 1, [&](int64_t begin, int64_t end) {
     const int64_t made = direct ? 0 : l.tokens * block;
     Arena arena(Arena::bytes(kSegments * height * block) + kSegments * Arena::bytes(made));
     float* const merged = arena.floats(kSegments * height * block);
-    float* wide[kSegments];
-    for (float*& each : wide) each = arena.floats(made);
+    float* fp32[kSegments];
+    for (float*& each : fp32) each = arena.floats(made);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / blocks, column = task % blocks * block;
       const int64_t columns = std::min(block, l.width - column), members = l.members(group);
       const auto out = [&](int64_t s) {
         const int64_t at = (group * kSegments + s) * l.tokens * l.width + column;
-        return direct ? static_cast<float*>(to.data) + at : wide[s];
+        return direct ? static_cast<float*>(to.data) + at : fp32[s];
       };
       for (int64_t first = 0; first < l.columns; first += height) {
         const int64_t rows = std::min(height, l.columns - first);
         merge(l, group, first, rows, column, columns, merged);
         for (int64_t s = 0; s < members; ++s) {
-          product(l.dy + (group * kSegments + s) * l.tokens * l.columns + first,
-                  l.columns,
-                  merged + s * rows * columns,
-                  columns,
-                  out(s),
-                  direct ? l.width : columns,
-                  l.tokens,
-                  columns,
-                  rows,
-                  first > 0);
+          product({l.dy + (group * kSegments + s) * l.tokens * l.columns + first,
+                   l.columns,
+                   merged + s * rows * columns,
+                   columns,
+                   out(s),
+                   direct ? l.width : columns,
+                   l.tokens,
+                   columns,
+                   rows,
+                   first > 0});
         }
       }
       for (int64_t s = 0; s < members && !direct; ++s) {
         for (int64_t t = 0; t < l.tokens; ++t) {
           const int64_t at = ((group * kSegments + s) * l.tokens + t) * l.width + column;
-          molex::write(to, at, columns, wide[s] + t * columns);
+          molex::write(to, at, columns, fp32[s] + t * columns);
         }
       }
     }
   });
 }
 
-// Of dW_s = dy_s^T x_s: dbase = sum_s dW_s, ddeltas_e = sum_s gates_se dW_s and dgates_se = <dW_s, deltas_e>.
-// A null pointer is not wanted. The sums run in the order of the segments and of the rows.
+// With dW_s = dy_s^T x_s: dbase = sum_s dW_s, ddeltas_e = sum_s gates_se dW_s and dgates_se = <dW_s,
+// deltas_e>. A null pointer means that a gradient is not wanted. Sums run in the order of segments and rows.
 void weight_gradients(const Layer& l, float* dbase, float* ddeltas, float* dgates) {
   const int64_t height =
       std::clamp<int64_t>(kTile / l.width / kRows * kRows, kRows, std::max(l.columns, kRows));
   const int64_t tasks = (l.columns + height - 1) / height, pairs = dgates ? l.segments * l.experts : 0;
-  std::vector<float> partial(tasks * pairs), turned(l.segments * l.experts);
+  std::vector<float> partial(tasks * pairs), gates_transposed(l.segments * l.experts);
   for (int64_t group = 0; group < l.groups(); ++group) {
     const int64_t members = l.members(group), first = group * kSegments;
     for (int64_t s = 0; s < members; ++s) {
       for (int64_t e = 0; e < l.experts; ++e) {
-        turned[first * l.experts + e * members + s] = l.gates[(first + s) * l.experts + e];
+        gates_transposed[first * l.experts + e * members + s] = l.gates[(first + s) * l.experts + e];
       }
     }
   }
@@ -153,26 +153,27 @@ void weight_gradients(const Layer& l, float* dbase, float* ddeltas, float* dgate
       for (int64_t group = 0; group < l.groups(); ++group) {
         const int64_t members = l.members(group), first = group * kSegments;
         for (int64_t s = 0; s < members; ++s) {
-          product_turned(l.dy + (first + s) * l.tokens * l.columns + row,
-                         l.columns,
-                         l.x + (first + s) * l.tokens * l.width,
-                         l.width,
-                         tiles + s * part,
-                         l.width,
-                         rows,
-                         l.width,
-                         l.tokens,
-                         false);
+          product_transposed({l.dy + (first + s) * l.tokens * l.columns + row,
+                              l.columns,
+                              l.x + (first + s) * l.tokens * l.width,
+                              l.width,
+                              tiles + s * part,
+                              l.width,
+                              rows,
+                              l.width,
+                              l.tokens,
+                              false});
         }
         const bool more = group > 0;
-        if (dbase) product(ones.data(), 0, tiles, part, dbase + at, 0, 1, part, members, more);
+        if (dbase) product({ones.data(), 0, tiles, part, dbase + at, 0, 1, part, members, more});
         if (ddeltas) {
-          const float* gates = turned.data() + first * l.experts;
-          product(gates, members, tiles, part, ddeltas + at, l.size(), l.experts, part, members, more);
+          const float* gates = gates_transposed.data() + first * l.experts;
+          product({gates, members, tiles, part, ddeltas + at, l.size(), l.experts, part, members, more});
         }
         if (dgates) {
           float* to = &partial[task * pairs + first * l.experts];
-          product_inner(tiles, part, l.deltas + at, l.size(), to, l.experts, members, l.experts, part, false);
+          product_inner(
+              {tiles, part, l.deltas + at, l.size(), to, l.experts, members, l.experts, part, false});
         }
       }
     }
@@ -199,13 +200,13 @@ void bias_gradient(const Layer& l, float* to) {
   });
 }
 
-// Gradients of x, base, deltas, gates and bias; those not needed are empty. Those of gates and bias are fp32.
+// Gradients of x, base, deltas, gates and bias. Those not needed are empty; those of gates and bias are fp32.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> camex_linear_bwd(const Tensor& dy,
-                                                                        const Tensor& x,
-                                                                        const Tensor& base,
-                                                                        const Tensor& deltas,
-                                                                        const Tensor& gates,
-                                                                        std::vector<bool> needs) {
+                                                                    const Tensor& x,
+                                                                    const Tensor& base,
+                                                                    const Tensor& deltas,
+                                                                    const Tensor& gates,
+                                                                    std::vector<bool> needs) {
   const auto like = [](const Tensor& tensor, bool need) {
     return need ? molex::new_result(tensor, tensor.sizes()) : molex::new_result(tensor, {0});
   };

@@ -1,6 +1,6 @@
 // The merged linear layer's forward pass on a CPU. A thread merges some rows of the weight for a few segments
-// and multiplies at once: merged weights never leave a cache. The segments that need the same rows follow one
-// another, so that the deltas come from memory once.
+// and multiplies with them at once, so that merged weights never leave a cache. Segments that need the same
+// rows follow one another, so that the deltas are read from memory once.
 
 #include <algorithm>
 #include <vector>
@@ -20,15 +20,15 @@ using molex::Source;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kSegments = 4;  // whose weights are merged together
-constexpr int64_t kChunk = 512;   // elements of a weight that every expert contributes to in one turn
+constexpr int64_t kSegments = 4;  // segments whose weights are merged together
+constexpr int64_t kChunk = 512;   // elements of a weight that every expert contributes to at a time
 
 // y_s = x_s (base + sum_e gates_se deltas_e)^T + bias_s. x [S, T, D].
 Tensor camex_linear_fwd(const Tensor& x,
-                            const Tensor& base,
-                            const Tensor& deltas,
-                            const Tensor& gates,
-                            std::optional<Tensor> bias) {
+                        const Tensor& base,
+                        const Tensor& deltas,
+                        const Tensor& gates,
+                        std::optional<Tensor> bias) {
   const int64_t segments = x.size(0), tokens = x.size(1), width = x.size(2), columns = base.size(0);
   const int64_t count = deltas.size(0), size = columns * width;
   const AsFloats from_base(base), from_deltas(deltas), from_gates(gates);
@@ -38,7 +38,7 @@ Tensor camex_linear_fwd(const Tensor& x,
   const Source rows = molex::source_of(kept), biases = molex::source_of(packed);
   Tensor y = molex::new_result(x, {segments, tokens, columns});
   const molex::Target to = molex::target_of(y);
-  // Products go straight to y where both are fp32.
+  // Products are written straight to y if both are fp32.
   const ScalarType dtype = molex::product_dtype(rows.dtype);
   const bool direct = rows.dtype == ScalarType::Float, widens = dtype != rows.dtype,
              narrows = dtype != ScalarType::Float;
@@ -54,7 +54,7 @@ Tensor camex_linear_fwd(const Tensor& x,
     Arena arena(bytes);
     float* const merged = arena.floats(kSegments * tallest * width);
     const Matrix narrow = arena.matrix(narrows ? tallest : 0, width, dtype);
-    const Matrix wide = arena.matrix(widens ? tokens : 0, width, ScalarType::Float);
+    const Matrix fp32 = arena.matrix(widens ? tokens : 0, width, ScalarType::Float);
     const Matrix product = arena.matrix(direct ? 0 : tokens, tallest, dtype);
     float *bias_scratch = arena.floats(tallest), *row_scratch = arena.floats(tallest);
     for (int64_t index = next(); index < tasks; index = next()) {
@@ -64,8 +64,16 @@ Tensor camex_linear_fwd(const Tensor& x,
       for (int64_t at = 0; at < part; at += kChunk) {
         const int64_t length = std::min(kChunk, part - at), there = first * width + at;
         for (int64_t s = 0; s < members; ++s) std::copy_n(start + there, length, merged + s * part + at);
-        molex::product(
-            gate + group * count, count, from + there, size, merged + at, part, members, length, count, true);
+        molex::product({gate + group * count,
+                        count,
+                        from + there,
+                        size,
+                        merged + at,
+                        part,
+                        members,
+                        length,
+                        count,
+                        true});
       }
       for (int64_t s = group; s < group + members; ++s) {
         Matrix weight = molex::matrix_of(merged + (s - group) * part, ScalarType::Float, height, width);
@@ -73,17 +81,18 @@ Tensor camex_linear_fwd(const Tensor& x,
           molex::write(narrow.target(), 0, part, merged + (s - group) * part);
           weight = narrow.band(0, height);
         }
-        Matrix left = molex::matrix_of(const_cast<void*>(rows.data), rows.dtype, segments * tokens, width)
-                          .band(s * tokens, tokens);
+        Matrix rows_of_segment =
+            molex::matrix_of(const_cast<void*>(rows.data), rows.dtype, segments * tokens, width)
+                .band(s * tokens, tokens);
         if (widens) {
-          molex::read(rows, s * tokens * width, tokens * width, static_cast<float*>(wide.data));
-          left = wide;
+          molex::read(rows, s * tokens * width, tokens * width, static_cast<float*>(fp32.data));
+          rows_of_segment = fp32;
         }
         const int64_t corner = s * tokens * columns + first;
         const Matrix out = direct
                                ? Matrix{static_cast<float*>(to.data) + corner, dtype, tokens, height, columns}
                                : molex::matrix_of(product.data, dtype, tokens, height);
-        multiply(out, left, weight.transposed());
+        multiply(out, rows_of_segment, weight.transposed());
         if (direct && !biases) continue;
         const float* shift =
             biases ? molex::read(biases, s * columns + first, height, bias_scratch) : nullptr;

@@ -1,4 +1,4 @@
-// The gradient of momentum, in one pass; with a norm, its input is computed anew.
+// The gradient of momentum, in one pass. With a norm, the norm's input is recomputed.
 
 #include <algorithm>
 #include <tuple>
@@ -15,7 +15,8 @@ namespace {
 
 constexpr int64_t kChunks = 64;  // partial sums of the parameters' gradients
 
-MOLEX_CLONES void add_sum(double* to, const float* values, int64_t count) { *to += sum_of(values, count); }
+constexpr auto add_sum = versions([](auto, double* to, const float* values, int64_t count)
+                                      MOLEX_LAMBDA_INLINE { *to += sum_of(values, count); });
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd(
     const Tensor& like,
@@ -77,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd(
 
   const int64_t span = norm_eps ? width : kSpan;
   const int64_t spans = (total + span - 1) / span;
-  // The chunks depend on the shape alone, so that their sums do, too.
+  // The chunks, and so their sums, depend on the shape alone.
   const int64_t chunks = std::min(kChunks, spans);
   std::vector<float> norm_sums(needs_norm ? chunks * 2 * width : 0);
   std::vector<double> number_sums(chunks * 2);

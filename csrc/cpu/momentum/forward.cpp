@@ -15,24 +15,24 @@ namespace molex::momentum {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd(const Tensor& x,
-                                                                    const Tensor& f,
-                                                                    std::optional<Tensor> s0,
-                                                                    std::optional<Tensor> s1,
-                                                                    std::optional<Tensor> s2,
-                                                                    std::optional<Tensor> expert_weight,
-                                                                    std::optional<Tensor> offsets,
-                                                                    std::optional<Tensor> inverse,
-                                                                    std::optional<Tensor> norm_weight,
-                                                                    std::optional<Tensor> norm_bias,
-                                                                    std::optional<Tensor> mu,
-                                                                    std::optional<Tensor> gamma,
-                                                                    std::optional<Tensor> seed,
-                                                                    std::vector<double> numbers,
-                                                                    std::string kind,
-                                                                    int64_t num_states,
-                                                                    std::optional<double> norm_eps,
-                                                                    double dropout_p,
-                                                                    bool keeps_f) {
+                                                                const Tensor& f,
+                                                                std::optional<Tensor> s0,
+                                                                std::optional<Tensor> s1,
+                                                                std::optional<Tensor> s2,
+                                                                std::optional<Tensor> expert_weight,
+                                                                std::optional<Tensor> offsets,
+                                                                std::optional<Tensor> inverse,
+                                                                std::optional<Tensor> norm_weight,
+                                                                std::optional<Tensor> norm_bias,
+                                                                std::optional<Tensor> mu,
+                                                                std::optional<Tensor> gamma,
+                                                                std::optional<Tensor> seed,
+                                                                std::vector<double> numbers,
+                                                                std::string kind,
+                                                                int64_t num_states,
+                                                                std::optional<double> norm_eps,
+                                                                double dropout_p,
+                                                                bool keeps_f) {
   const int64_t tokens = x.size(0), width = x.size(1), total = tokens * width;
   const Numbers c = numbers_of(numbers, mu, gamma);
   const Rule& rule = rule_of(kind);
@@ -67,12 +67,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd(const Tensor& x,
   std::vector<float> gates_scratch(combined ? tokens * top_k : 0);
   const float* gates = nullptr;
   const int64_t* row_of = nullptr;
-  int64_t num_here = 0;
+  int64_t local_rows = 0;
   if (combined) {
     gates = read(source_of(weights), 0, tokens * top_k, gates_scratch.data());
     row_of = rows->const_data_ptr<int64_t>();
     const Tensor ends = torch::stable::contiguous(*offsets);
-    num_here = ends.const_data_ptr<int32_t>()[ends.size(0) - 1];
+    local_rows = ends.const_data_ptr<int32_t>()[ends.size(0) - 1];
   }
 
   const int64_t span = combined || norm_eps ? width : kSpan;
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd(const Tensor& x,
         bool any = false;
         for (int64_t k = 0; k < top_k; ++k) {
           const int64_t row = row_of[index * top_k + k];
-          if (row >= num_here) continue;
+          if (row >= local_rows) continue;
           const float* one = read(from_f, row * width, count, scratch[0]);
           any ? add_scaled(sum, one, gates[index * top_k + k], count)
               : scale_into(sum, one, gates[index * top_k + k], count);

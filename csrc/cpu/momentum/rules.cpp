@@ -1,8 +1,10 @@
 // The momentum rules, element by element.
 
-#include <cmath>
-
 #include "cpu/momentum/rules.h"
+
+#include <algorithm>
+#include <cmath>
+#include <iterator>
 
 namespace molex::momentum {
 
@@ -16,7 +18,7 @@ struct Step {
 
 constexpr int num_states(Kind kind) { return kind == Kind::kAdEMAMix ? 3 : kind == Kind::kAdam ? 2 : 1; }
 
-// FROM_STATE: f holds the new state (rules with one state).
+// FROM_STATE: f holds the new state (for rules with one state).
 template <Kind KIND, bool FROM_STATE>
 MOLEX_INLINE Step step_at(float f, float s0, float s1, float s2, const Numbers& c) {
   if constexpr (KIND == Kind::kAdam || KIND == Kind::kAdEMAMix) {
@@ -69,8 +71,8 @@ MOLEX_INLINE void output_span(const Forward& a, int64_t count, Numbers c) {
   }
 }
 
-// HAS_FORWARD: the operands of the step are there. Without them only df and d0 of a linear rule.
-// HAS_NUMBERS: the gradients of mu and gamma are wanted, element by element.
+// HAS_FORWARD: the operands of the step are given. Without them only df and d0 of a linear rule can be
+// computed. HAS_NUMBERS: the gradients of mu and gamma are wanted, element by element.
 template <Kind KIND, bool HAS_STATE, bool HAS_FORWARD, bool FROM_STATE, bool HAS_NUMBERS>
 MOLEX_INLINE void backward_span(const Backward& b, int64_t count, Numbers c) {
   const float *dy = b.dy, *f = b.f, *s0 = b.s0, *s1 = b.s1, *s2 = b.s2;
@@ -90,9 +92,9 @@ MOLEX_INLINE void backward_span(const Backward& b, int64_t count, Numbers c) {
     }
     if constexpr (KIND == Kind::kAdam) {
       const float inverse = 1.0f / std::sqrt(made.n1 + c.eps);
-      const float along = d * c.gamma * inverse;
-      const float t0 = g0[i] + along;
-      const float t1 = g1[i] - 0.5f * along * made.n0 * inverse * inverse;
+      const float dn0 = d * c.gamma * inverse;
+      const float t0 = g0[i] + dn0;
+      const float t1 = g1[i] - 0.5f * dn0 * made.n0 * inverse * inverse;
       df[i] = c.rest1 * t0 + 2.0f * c.rest2 * fi * t1;
       d0[i] = c.beta1 * t0;
       d1[i] = c.beta2 * t1;
@@ -100,12 +102,12 @@ MOLEX_INLINE void backward_span(const Backward& b, int64_t count, Numbers c) {
     } else if constexpr (KIND == Kind::kAdEMAMix) {
       const float root = std::sqrt(c.scale2 * made.n1);
       const float inverse = 1.0f / (root + c.eps);
-      const float along = d * c.gamma * inverse;
+      const float dmixed = d * c.gamma * inverse;
       const float mixed = c.scale1 * made.n0 + c.alpha * made.n2;
       const float slope = made.n1 > 0.0f ? 0.5f * c.scale2 / root : 0.0f;
-      const float t0 = g0[i] + along * c.scale1;
-      const float t1 = g1[i] - along * mixed * inverse * slope;
-      const float t2 = g2[i] + along * c.alpha;
+      const float t0 = g0[i] + dmixed * c.scale1;
+      const float t1 = g1[i] - dmixed * mixed * inverse * slope;
+      const float t2 = g2[i] + dmixed * c.alpha;
       df[i] = c.rest1 * t0 + 2.0f * c.rest2 * fi * t1 + c.rest3 * t2;
       d0[i] = c.beta1 * t0;
       d1[i] = c.beta2 * t1;
@@ -163,33 +165,29 @@ MOLEX_INLINE void backward_of(const Backward& b, int64_t count, const Numbers& c
   backward_from<KIND, false>(b, count, c);
 }
 
-#define MOLEX_RULE(NAME, KIND)                                                                             \
-  MOLEX_CLONES void forward_##NAME(const Forward& a, int64_t count, const Numbers& c) {                    \
-    forward_of<Kind::KIND>(a, count, c);                                                                   \
-  }                                                                                                        \
-  MOLEX_CLONES void output_##NAME(const Forward& a, int64_t count, const Numbers& c, bool from_state) {    \
-    output_of<Kind::KIND>(a, count, c, from_state);                                                        \
-  }                                                                                                        \
-  MOLEX_CLONES void backward_##NAME(const Backward& b, int64_t count, const Numbers& c, bool from_state) { \
-    backward_of<Kind::KIND>(b, count, c, from_state);                                                      \
-  }                                                                                                        \
-  constexpr Rule k_##NAME = {#NAME, forward_##NAME, output_##NAME, backward_##NAME};
-MOLEX_RULE(linear, kLinear)
-MOLEX_RULE(nesterov, kNesterov)
-MOLEX_RULE(signum, kSignum)
-MOLEX_RULE(adam, kAdam)
-MOLEX_RULE(ademamix, kAdEMAMix)
+template <Kind KIND>
+constexpr Rule rule(const char* name) {
+  return {name,
+          versions([](auto, const Forward& a, int64_t count, const Numbers& c)
+                       MOLEX_LAMBDA_INLINE { forward_of<KIND>(a, count, c); }),
+          versions([](auto, const Forward& a, int64_t count, const Numbers& c, bool from_state)
+                       MOLEX_LAMBDA_INLINE { output_of<KIND>(a, count, c, from_state); }),
+          versions([](auto, const Backward& b, int64_t count, const Numbers& c, bool from_state)
+                       MOLEX_LAMBDA_INLINE { backward_of<KIND>(b, count, c, from_state); })};
+}
 
-constexpr const Rule* kRules[] = {&k_linear, &k_nesterov, &k_signum, &k_adam, &k_ademamix};
+constexpr Rule kRules[] = {rule<Kind::kLinear>("linear"),
+                           rule<Kind::kNesterov>("nesterov"),
+                           rule<Kind::kSignum>("signum"),
+                           rule<Kind::kAdam>("adam"),
+                           rule<Kind::kAdEMAMix>("ademamix")};
 
 }  // namespace
 
 const Rule& rule_of(const std::string& name) {
-  const Rule* found = nullptr;
-  for (const Rule* rule : kRules) {
-    if (name == rule->name) found = rule;
-  }
-  STD_TORCH_CHECK(found, "kind: unknown rule ", name);
+  const auto found =
+      std::find_if(std::begin(kRules), std::end(kRules), [&](const Rule& rule) { return name == rule.name; });
+  STD_TORCH_CHECK(found != std::end(kRules), "kind: unknown rule ", name);
   return *found;
 }
 

@@ -1,8 +1,8 @@
 // Momentum on a CPU: what the forward and the backward pass share.
 //
-// Work is cut into spans: rows where there is a norm or a combine, else pieces of the flat tensor. A
-// span's operands stay in the first cache. Sums over tokens go to a fixed number of chunks, which are
-// added in order: the result does not depend on the number of threads.
+// Work is cut into spans: rows if there is a norm or a combine, else pieces of the flat tensor. A span's
+// operands fit in the first-level cache. Sums over tokens go to a fixed number of chunks, which are added in
+// order: the result does not depend on the number of threads.
 
 #pragma once
 
@@ -17,7 +17,7 @@ namespace molex::momentum {
 constexpr int64_t kSpan = 1024;   // elements of a span without norm and combine
 constexpr int64_t kGrain = 8192;  // elements below which a thread is not worth waking
 
-// In the order of `Coefficients` in rules.py.
+// In the order of `Coefficients` in the op's types.py.
 struct Numbers {
   float mu, gamma, beta1, rest1, beta2, rest2, beta3, rest3, alpha, eps, keep, scale1, scale2;
 };
@@ -26,7 +26,7 @@ Numbers numbers_of(const std::vector<double>& values,
                    const std::optional<Tensor>& mu,
                    const std::optional<Tensor>& gamma);
 
-// What a span reads and writes. Unused pointers are null; old states are null where they are 0.
+// What a span reads and writes. Unused pointers are null; an old state is null if it is 0.
 struct Forward {
   const float *x, *f, *s0, *s1, *s2;
   float *y, *n0, *n1, *n2;
@@ -37,8 +37,8 @@ struct Backward {
   float *df, *d0, *d1, *d2, *dmu, *dgamma;
 };
 
-// A rule over a span. `output` is y = keep x - step alone, for the norm's backward pass. `from_state`: f
-// holds the new state (rules with one state).
+// A rule over a span. `output` computes y = keep x - step alone, for the norm's backward pass. With
+// `from_state`, f holds the new state (for rules with one state).
 struct Rule {
   const char* name;
   void (*forward)(const Forward& a, int64_t count, const Numbers& c);

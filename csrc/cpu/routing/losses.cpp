@@ -1,6 +1,7 @@
 // A router's auxiliary losses on a CPU: softmax statistics in one pass over the logits, forward and backward.
 //
-// Tokens are cut into chunks of a fixed size whose sums are added in order, whatever the number of threads.
+// Tokens are cut into chunks of a fixed size, whose sums are added in order: the result does not depend on
+// the number of threads.
 
 #include <algorithm>
 #include <tuple>
@@ -35,18 +36,19 @@ void for_chunks(int64_t tokens, int64_t experts, const Body& body) {
   });
 }
 
-// sums += softmax(scale z_t) over `count` tokens. The sums and a token's own have whole vectors.
-MOLEX_CLONES void add_probabilities(
-    const float* z, float scale, int64_t count, int64_t experts, float* row, float* sums) {
-  for (int64_t t = 0; t < count; ++t, z += experts) {
-    const float inverse = 1.0f / molex::exponentials_of(z, scale, row, experts).sum;
-    for (int64_t e = 0; e < experts; e += molex::kWide) {
-      molex::store(sums + e, molex::load(sums + e) + inverse * molex::load(row + e));
-    }
-  }
-}
+// sums += softmax(scale z_t) over `count` tokens. `sums` and `row` have whole vectors.
+constexpr auto add_probabilities = molex::versions(
+    [](auto, const float* z, float scale, int64_t count, int64_t experts, float* row, float* sums)
+        MOLEX_LAMBDA_INLINE {
+          for (int64_t t = 0; t < count; ++t) {
+            const float inverse = 1.0f / molex::exponentials_of(z + t * experts, scale, row, experts).sum;
+            for (int64_t e = 0; e < experts; e += molex::kWide) {
+              molex::store(sums + e, molex::load(sums + e) + inverse * molex::load(row + e));
+            }
+          }
+        });
 
-// dz = factor * row; a row has whole vectors, dz ends with `experts`.
+// dz = factor * row. `row` has whole vectors, dz only `experts` floats.
 MOLEX_INLINE void scale_row(const float* row, float factor, int64_t experts, float* dz) {
   int64_t e = 0;
   for (; e + molex::kWide <= experts; e += molex::kWide) {
@@ -56,28 +58,29 @@ MOLEX_INLINE void scale_row(const float* row, float factor, int64_t experts, flo
 }
 
 // dz_t = grad p_t (slopes - <slopes, p_t>), p_t = softmax(scale z_t).
-MOLEX_CLONES void balance_backward(const float* z,
-                                   float scale,
-                                   float grad,
-                                   const float* slopes,
-                                   int64_t count,
-                                   int64_t experts,
-                                   float* row,
-                                   float* dz) {
-  for (int64_t t = 0; t < count; ++t, z += experts, dz += experts) {
-    const float inverse = 1.0f / molex::exponentials_of(z, scale, row, experts).sum;
-    molex::Wide along = {};
-    for (int64_t e = 0; e < experts; e += molex::kWide)
-      along += molex::load(row + e) * molex::load(slopes + e);
-    const float mean = inverse * molex::sum_of_lanes(along);
+constexpr auto balance_backward = molex::versions([](auto,
+                                                     const float* z,
+                                                     float scale,
+                                                     float grad,
+                                                     const float* slopes,
+                                                     int64_t count,
+                                                     int64_t experts,
+                                                     float* row,
+                                                     float* dz) MOLEX_LAMBDA_INLINE {
+  for (int64_t t = 0; t < count; ++t) {
+    const float inverse = 1.0f / molex::exponentials_of(z + t * experts, scale, row, experts).sum;
+    molex::Wide dot = {};
+    for (int64_t e = 0; e < experts; e += molex::kWide) dot += molex::load(row + e) * molex::load(slopes + e);
+    const float mean = inverse * molex::sum_of_lanes(dot);
     for (int64_t e = 0; e < experts; e += molex::kWide) {
       molex::store(row + e, molex::load(row + e) * (molex::load(slopes + e) - mean));
     }
-    scale_row(row, grad * inverse, experts, dz);
+    scale_row(row, grad * inverse, experts, dz + t * experts);
   }
-}
+});
 
-// values_t = logsumexp(z_t), and with it sums_t = sum_e e^(z_te - m_t) and their terms in dz where wanted.
+// values_t = logsumexp(z_t) and sums_t = sum_e e^(z_te - m_t). If dz is given, the terms of that sum are
+// written to it.
 MOLEX_INLINE void logsumexp_of(
     const float* z, int64_t count, int64_t experts, float* row, float* values, float* sums, float* dz) {
   for (int64_t t = 0; t < count; ++t, z += experts) {
@@ -90,22 +93,26 @@ MOLEX_INLINE void logsumexp_of(
 }
 
 // sum_t logsumexp(z_t)^2.
-MOLEX_CLONES double sum_of_squares(const float* z, int64_t count, int64_t experts, float* row) {
-  float values[kChunk], sums[kChunk];
-  logsumexp_of(z, count, experts, row, values, sums, nullptr);
-  double total = 0.0;
-  for (int64_t t = 0; t < count; ++t) total += static_cast<double>(values[t]) * values[t];
-  return total;
-}
+constexpr auto sum_of_squares =
+    molex::versions([](auto, const float* z, int64_t count, int64_t experts, float* row) MOLEX_LAMBDA_INLINE {
+      float values[kChunk], sums[kChunk];
+      logsumexp_of(z, count, experts, row, values, sums, nullptr);
+      double total = 0.0;
+      for (int64_t t = 0; t < count; ++t) total += static_cast<double>(values[t]) * values[t];
+      return total;
+    });
 
 // dz_t = grad logsumexp(z_t) softmax(z_t).
-MOLEX_CLONES void z_backward(
-    const float* z, float grad, int64_t count, int64_t experts, float* row, float* dz) {
-  float values[kChunk], sums[kChunk];
-  logsumexp_of(z, count, experts, row, values, sums, dz);
-  for (int64_t t = 0; t < count; ++t) values[t] *= grad / sums[t];
-  for (int64_t t = 0; t < count; ++t, dz += experts) scale_row(dz, values[t], experts, dz);
-}
+constexpr auto z_backward = molex::versions(
+    [](auto, const float* z, float grad, int64_t count, int64_t experts, float* row, float* dz)
+        MOLEX_LAMBDA_INLINE {
+          float values[kChunk], sums[kChunk];
+          logsumexp_of(z, count, experts, row, values, sums, dz);
+          for (int64_t t = 0; t < count; ++t) values[t] *= grad / sums[t];
+          for (int64_t t = 0; t < count; ++t) {
+            scale_row(dz + t * experts, values[t], experts, dz + t * experts);
+          }
+        });
 
 Tensor scalar_like(const Tensor& like, double value) {
   Tensor result = molex::new_result(like, {}, ScalarType::Float);
@@ -124,8 +131,8 @@ Tensor logits_gradient(const Tensor& logits, const Run& run) {
   if (experts == 0) return result;
   for_chunks(tokens, experts, [&](int64_t first, int64_t last, int64_t) {
     const int64_t count = last - first, size = count * experts;
-    const bool wide = from.dtype == ScalarType::Float;
-    std::vector<float> row(molex::wide_of(experts)), in(wide ? 0 : size), out(wide ? 0 : size);
+    const bool is_fp32 = from.dtype == ScalarType::Float;
+    std::vector<float> row(molex::wide_of(experts)), in(is_fp32 ? 0 : size), out(is_fp32 ? 0 : size);
     float* dz = molex::place(to, first * experts, out.data());
     run(molex::read(from, first * experts, size, in.data()), count, row.data(), dz);
     molex::write(to, first * experts, size, dz);
@@ -133,12 +140,12 @@ Tensor logits_gradient(const Tensor& logits, const Run& run) {
   return result;
 }
 
-// The loss, and the gradient [E] of it and of the softmax together: E f_e / (T temperature), by K too where
-// each assignment counts.
+// The loss, and slopes [E], its gradient with respect to sum_t p_t with the softmax's scale: E f_e / (T
+// temperature), divided by K as well if each assignment counts.
 std::tuple<Tensor, Tensor> load_balance_fwd(const Tensor& logits,
-                                                const Tensor& index,
-                                                double temperature,
-                                                bool per_assignment) {
+                                            const Tensor& index,
+                                            double temperature,
+                                            bool per_assignment) {
   const int64_t tokens = logits.size(0), experts = logits.size(1), whole = molex::wide_of(experts);
   const int64_t assignments = std::max<int64_t>(index.numel(), 1);
   const double parts = static_cast<double>(per_assignment ? assignments : std::max<int64_t>(tokens, 1));
@@ -168,10 +175,7 @@ std::tuple<Tensor, Tensor> load_balance_fwd(const Tensor& logits,
   return {scalar_like(logits, loss), slopes};
 }
 
-Tensor load_balance_bwd(const Tensor& grad,
-                            const Tensor& logits,
-                            const Tensor& slopes,
-                            double temperature) {
+Tensor load_balance_bwd(const Tensor& grad, const Tensor& logits, const Tensor& slopes, double temperature) {
   const float upstream = molex::scalar_of(grad), scale = static_cast<float>(1.0 / temperature);
   const float* slope = slopes.const_data_ptr<float>();
   return logits_gradient(logits, [&](const float* z, int64_t count, float* row, float* dz) {

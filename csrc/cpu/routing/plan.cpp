@@ -20,7 +20,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Below one chunk the sort is serial: waking threads costs more than sorting so few.
+// A sort of at most one chunk is serial: waking threads would cost more than sorting so few.
 constexpr int64_t kChunk = 65536;
 
 struct Plan {
@@ -30,7 +30,7 @@ struct Plan {
   int64_t* inverse;
 };
 
-// Ids outside [0, num_experts) share one last bucket: "not here".
+// Ids outside [0, num_experts) belong to no local expert and share the last bucket.
 template <typename Index>
 int64_t bucket_of(Index id, int64_t num_experts) {
   return id >= 0 && id < num_experts ? static_cast<int64_t>(id) : num_experts;

@@ -1,7 +1,7 @@
 // The router on a CPU: what the forward and the backward pass share.
 //
-// Tokens go through in pieces and features at a time, so that weighted tokens w x stay in the cache and no
-// [T, D] tensor of them is written.
+// Tokens are processed in pieces and a few features at a time, so that weighted tokens w x stay in the cache
+// and no [T, D] tensor of them is written.
 
 #pragma once
 
@@ -15,11 +15,11 @@
 
 namespace molex::router {
 
-constexpr int64_t kPiece = 96;      // tokens: a multiple of the products' rows
-constexpr int64_t kFeatures = 256;  // of them at a time
+constexpr int64_t kPiece = 96;      // tokens, a multiple of the rows of a tile of a product
+constexpr int64_t kFeatures = 256;  // features of a token that are processed together
 constexpr int64_t kGrain = 16384;   // elements below which a thread is not worth waking
 
-// Of `size` each, but for the last.
+// The number of parts of `size`, the last of which may be shorter.
 inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 enum class Score { kSoftmax, kSigmoid, kChosen };
@@ -31,10 +31,11 @@ inline Score score_of(const std::string& name) {
   return Score::kChosen;
 }
 
-MOLEX_CLONES inline void multiply(float* to, const float* left, const float* right, int64_t count) {
-  MOLEX_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) to[i] = left[i] * right[i];
-}
+inline constexpr auto multiply =
+    versions([](auto, float* to, const float* a, const float* b, int64_t count) MOLEX_LAMBDA_INLINE {
+      MOLEX_INDEPENDENT
+      for (int64_t i = 0; i < count; ++i) to[i] = a[i] * b[i];
+    });
 
 // Rows in memory, `stride` apart.
 struct Rows {
@@ -42,8 +43,8 @@ struct Rows {
   int64_t stride;
 };
 
-// Tokens [T, D] and the weights of their features, w_tq = sum_m mix_tm W[label_tm, q], with 1 in place of W
-// for a label outside [0, C). Without W all weights are 1. Holds the tensors that it points into.
+// Tokens [T, D] and the weights of their features, w_tq = sum_m mix_tm W[label_tm, q]; a label outside [0, C)
+// stands for a row of ones, and without W all weights are 1. Holds the tensors that it points into.
 class Tokens {
  public:
   Tokens(const Tensor& x,
@@ -62,11 +63,11 @@ class Tokens {
   }
 
   bool weighted() const { return table_.has_value(); }
-  // Whether products can read x where it is.
+  // Whether products can read x in place.
   bool plain() const { return !weighted() && from_.dtype == ScalarType::Float; }
 
-  // w x of some tokens and features, at `tile` or where x is.
-  Rows weighed(int64_t first, int64_t count, int64_t feature, int64_t features, float* tile) const {
+  // Returns w x of some tokens and features, in `tile` or in x itself.
+  Rows weighted_rows(int64_t first, int64_t count, int64_t feature, int64_t features, float* tile) const {
     if (plain()) return {static_cast<const float*>(from_.data) + first * width_ + feature, width_};
     std::vector<float> scratch(features);
     for (int64_t t = first; t < first + count; ++t) {
@@ -81,14 +82,14 @@ class Tokens {
     return {tile, features};
   }
 
-  // w of one token; `scratch` may be where it stands. Only where there are weights.
+  // Returns w of one token, which may be in `scratch`. There have to be weights.
   const float* weights(int64_t t, int64_t feature, int64_t features, float* scratch) const {
     if (!share_ && parts_ == 1) return entry(t, feature);
     for (int64_t m = 0; m < parts_; ++m) {
       float spare;
       const float share = share_ ? *read(share_, t * parts_ + m, 1, &spare) : 1.0f;
-      const float* here = entry(t * parts_ + m, feature);
-      m == 0 ? scale_into(scratch, here, share, features) : add_scaled(scratch, here, share, features);
+      const float* row = entry(t * parts_ + m, feature);
+      m == 0 ? scale_into(scratch, row, share, features) : add_scaled(scratch, row, share, features);
     }
     return scratch;
   }

@@ -13,7 +13,7 @@
 namespace molex::router {
 namespace {
 
-// What one pass needs to know of the logits [T, E] and of the choice [T, K].
+// What the backward pass reads of the logits [T, E] and of the choice [T, K].
 struct Choice {
   const float *logits, *weight;
   const int64_t* index;
@@ -22,7 +22,7 @@ struct Choice {
   Score score;
 };
 
-// Gradient of the logits of one token, from those of the scores and of the logits themselves.
+// Writes the gradient of one token's logits, from the gradients of its weights and of the logits themselves.
 void logits_gradient(const Choice& c, int64_t t, float* dz, float* probability) {
   if (c.grad_logits) {
     std::copy_n(c.grad_logits + t * c.experts, c.experts, dz);
@@ -31,26 +31,26 @@ void logits_gradient(const Choice& c, int64_t t, float* dz, float* probability) 
   }
   if (!c.grad_weight) return;
   const float *g = c.grad_weight + t * c.top_k, *s = c.weight + t * c.top_k;
-  float along = 0.0f;
-  for (int64_t k = 0; k < c.top_k; ++k) along += g[k] * s[k];
+  float dot = 0.0f;
+  for (int64_t k = 0; k < c.top_k; ++k) dot += g[k] * s[k];
   for (int64_t k = 0; k < c.top_k; ++k) {
     const float slope = c.score == Score::kSigmoid ? 1.0f - s[k] : 1.0f;
-    dz[c.index[t * c.top_k + k]] += s[k] * (c.score == Score::kChosen ? g[k] - along : g[k] * slope);
+    dz[c.index[t * c.top_k + k]] += s[k] * (c.score == Score::kChosen ? g[k] - dot : g[k] * slope);
   }
   if (c.score == Score::kSoftmax) {
     softmax_of(c.logits + t * c.experts, probability, c.experts);
-    add_scaled(dz, probability, -along, c.experts);
+    add_scaled(dz, probability, -dot, c.experts);
   }
 }
 
-// Sums over tokens go to chunks of a size that depends on the shape alone, which are added in order.
+// Sums over tokens go to chunks, which are added in order. Their size depends on the shape alone.
 struct Shape {
   int64_t tokens, width, experts;
   int64_t chunk = std::max<int64_t>(10 * kPiece, parts(8 * experts, kPiece) * kPiece);
   int64_t chunks = parts(tokens, chunk);
 };
 
-// dx = w (dz gate), where `to` is given, and the chunks' sums dz^T (w x) [chunks, E, D], where `sums` are.
+// dx = w (dz gate) if `to` is given, and the sums dz^T (w x) [chunks, E, D] of each chunk if `sums` are.
 void multiply_back(
     const Shape& n, const float* dz, const Tokens& from, const Source& gate, const Target& to, float* sums) {
   const bool direct = from.plain() && to.dtype == ScalarType::Float;
@@ -58,13 +58,13 @@ void multiply_back(
   const int64_t grain = n.tokens * n.width < kGrain ? n.chunks * blocks : 1;
   torch::stable::parallel_for(0, n.chunks * blocks, grain, [&](int64_t begin, int64_t end) {
     Arena arena(Arena::bytes(n.experts * most) + 2 * Arena::bytes(kPiece * most) + Arena::bytes(most));
-    float *right = arena.floats(n.experts * most), *tile = arena.floats(kPiece * most);
+    float *weights = arena.floats(n.experts * most), *tile = arena.floats(kPiece * most);
     float *made = arena.floats(kPiece * most), *scratch = arena.floats(most);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task / blocks, feature = task % blocks * kFeatures;
       const int64_t features = std::min(kFeatures, n.width - feature);
       for (int64_t e = 0; e < n.experts && to; ++e) {
-        float* row = right + e * features;
+        float* row = weights + e * features;
         const float* there = read(gate, e * n.width + feature, features, row);
         if (there != row) std::copy_n(there, features, row);
       }
@@ -73,16 +73,16 @@ void multiply_back(
         const int64_t count = std::min(kPiece, stop - first);
         const float* upstream = dz + first * n.experts;
         if (sums) {
-          const Rows x = from.weighed(first, count, feature, features, tile);
+          const Rows x = from.weighted_rows(first, count, feature, features, tile);
           float* sum = sums + part * n.experts * n.width + feature;
           const bool more = first > start;
-          product_turned(
-              upstream, n.experts, x.data, x.stride, sum, n.width, n.experts, features, count, more);
+          product_transposed(
+              {upstream, n.experts, x.data, x.stride, sum, n.width, n.experts, features, count, more});
         }
         if (!to) continue;
         float* out = direct ? place(to, first * n.width + feature, made) : made;
         const int64_t stride = direct ? n.width : features;
-        product(upstream, n.experts, right, features, out, stride, count, features, n.experts, false);
+        product({upstream, n.experts, weights, features, out, stride, count, features, n.experts, false});
         for (int64_t t = 0; t < count && !direct; ++t) {
           const int64_t at = (first + t) * n.width + feature;
           float *row = made + t * features, *there = place(to, at, row);

@@ -1,4 +1,4 @@
-// The router's forward pass on a CPU: weigh, multiply with the gate and choose, piece by piece.
+// The router's forward pass on a CPU: weighting of features, product with the gate and top-k, piece by piece.
 
 #include <cmath>
 #include <limits>
@@ -14,42 +14,44 @@
 namespace molex::router {
 namespace {
 
-constexpr int64_t kFew = 384;         // tokens that are not worth turning the gate for
-constexpr int64_t kCached = 1 << 16;  // floats of the gate, and of weighed tokens, that are at hand at a time
-constexpr int64_t kRows = 12;         // a multiple of those that products take at a time, 6 or 4
+constexpr int64_t kFew = 384;         // with fewer tokens, transposing the gate does not pay
+constexpr int64_t kCached = 1 << 16;  // floats of the gate, and of weighted tokens, in use at a time
+constexpr int64_t kRows = 12;         // a multiple of the rows of a tile of a product, 6 or 4
 
-// The gate [E, D] as floats [D, wide], with zeros behind E. A line of the result is written at a time.
-void turn(const Source& gate, int64_t experts, int64_t width, int64_t wide, float* to) {
+// Writes the gate [E, D] as floats [D, padded], with zeros from column E on. Each cache line of the result is
+// written at once.
+void transpose(const Source& gate, int64_t experts, int64_t width, int64_t padded, float* to) {
   constexpr int64_t kBlock = 64;  // features
   torch::stable::parallel_for(0, parts(width, kBlock), 1, [&](int64_t begin, int64_t end) {
     const std::vector<float> zeros(kBlock);
     std::vector<float> scratch(kWide * kBlock);
     for (int64_t first = begin * kBlock; first < std::min(end * kBlock, width); first += kBlock) {
       const int64_t count = std::min(kBlock, width - first);
-      for (int64_t start = 0; start < wide; start += kWide) {
+      for (int64_t start = 0; start < padded; start += kWide) {
         const float* from[kWide];
         for (int64_t i = 0; i < kWide; ++i) {
           const int64_t e = start + i;
           from[i] = e < experts ? read(gate, e * width + first, count, &scratch[i * kBlock]) : zeros.data();
         }
         for (int64_t q = 0; q < count; ++q) {
-          for (int64_t i = 0; i < kWide; ++i) to[(first + q) * wide + start + i] = from[i][q];
+          for (int64_t i = 0; i < kWide; ++i) to[(first + q) * padded + start + i] = from[i][q];
         }
       }
     }
   });
 }
 
-// The first of the largest of whole vectors, which is then out of the choice. None of them is NaN.
-MOLEX_CLONES int64_t take_largest(float* key, int64_t whole) {
+// Returns the index of the first largest value and sets that value to -inf, so that the next call finds the
+// next one. The values fill whole vectors, and none is NaN.
+constexpr auto take_largest = versions([](auto, float* key, int64_t whole) MOLEX_LAMBDA_INLINE {
   const Ints<kWide> lanes = count_from<kWide>(0);
   Wide most = load(key);
   Ints<kWide> where = lanes;
   for (int64_t i = kWide; i < whole; i += kWide) {
-    const Wide here = load(key + i);
-    const Ints<kWide> above = here > most;
-    most = above ? here : most;
-    where = above ? lanes + static_cast<int32_t>(i) : where;
+    const Wide values = load(key + i);
+    const Ints<kWide> above = values > most;
+    most = select(above, values, most);
+    where = select(above, lanes + static_cast<int32_t>(i), where);
   }
   const float largest = largest_lane(most);
   int64_t best = whole;
@@ -58,15 +60,16 @@ MOLEX_CLONES int64_t take_largest(float* key, int64_t whole) {
   }
   key[best] = -std::numeric_limits<float>::infinity();
   return best;
-}
+});
 
-// The K largest keys of a token, descending, ties to the lower expert, NaN and -inf lowest; and their scores.
-class Chooser {
+// Finds the K largest keys of a token, in descending order, and their scores. Of equal keys the lower expert
+// wins; NaN and -inf come last.
+class TopK {
  public:
-  Chooser(const std::optional<Tensor>& expert_bias, int64_t experts, int64_t top_k, Score score)
+  TopK(const std::optional<Tensor>& expert_bias, int64_t experts, int64_t top_k, Score score)
       : bias_(floats_of(expert_bias)), experts_(experts), top_k_(top_k), score_(score) {}
 
-  // What is behind the logits up to whole vectors does not matter. `scratch` has size() floats.
+  // The values behind the logits, up to whole vectors, do not matter. `scratch` has size() floats.
   void operator()(const float* z, int64_t* chosen, float* scores, float* scratch) const {
     constexpr float kLowest = std::numeric_limits<float>::lowest();
     const int64_t whole = wide_of(experts_);
@@ -98,17 +101,17 @@ class Chooser {
 
 // expert_index [T, K], expert_weight [T, K] and logits [T, E].
 std::tuple<Tensor, Tensor, Tensor> router_fwd(const Tensor& x,
-                                                  const Tensor& gate,
-                                                  std::optional<Tensor> gate_bias,
-                                                  std::optional<Tensor> expert_bias,
-                                                  std::optional<Tensor> table,
-                                                  std::optional<Tensor> labels,
-                                                  std::optional<Tensor> mix,
-                                                  int64_t top_k,
-                                                  std::string score) {
-  const int64_t tokens = x.size(0), width = x.size(1), experts = gate.size(0), wide = wide_of(experts);
+                                              const Tensor& gate,
+                                              std::optional<Tensor> gate_bias,
+                                              std::optional<Tensor> expert_bias,
+                                              std::optional<Tensor> table,
+                                              std::optional<Tensor> labels,
+                                              std::optional<Tensor> mix,
+                                              int64_t top_k,
+                                              std::string score) {
+  const int64_t tokens = x.size(0), width = x.size(1), experts = gate.size(0), padded = wide_of(experts);
   const Tokens from(x, table, labels, mix);
-  const Chooser choose(expert_bias, experts, top_k, score_of(score));
+  const TopK find_top_k(expert_bias, experts, top_k, score_of(score));
   const std::vector<float> bias = floats_of(gate_bias);
   Tensor index = new_result(x, {tokens, top_k}, ScalarType::Long);
   Tensor weight = new_result(x, {tokens, top_k}, ScalarType::Float);
@@ -118,43 +121,43 @@ std::tuple<Tensor, Tensor, Tensor> router_fwd(const Tensor& x,
 
   const Tensor rows = torch::stable::contiguous(gate);
   const bool few = tokens < kFew;
-  Arena gates(Arena::bytes(width * (few ? experts : wide)));
-  float* const floats = gates.floats(width * (few ? experts : wide));
-  const float* right = floats;
+  Arena gates(Arena::bytes(width * (few ? experts : padded)));
+  float* const floats = gates.floats(width * (few ? experts : padded));
+  const float* weights = floats;
   if (few) {
-    right = read(source_of(rows), 0, experts * width, floats);
+    weights = read(source_of(rows), 0, experts * width, floats);
   } else {
-    turn(source_of(rows), experts, width, wide, floats);
+    transpose(source_of(rows), experts, width, padded, floats);
   }
-  // Rows of x as long as the gate's share of the cache allows: whole rows come from memory fastest.
-  const int64_t depth = few ? width : std::min(std::max(kCached / wide, kFeatures), width);
+  // Rows of x are as long as the gate's share of the cache allows: whole rows are read from memory fastest.
+  const int64_t depth = few ? width : std::min(std::max(kCached / padded, kFeatures), width);
   const int64_t most = std::clamp(kCached / std::max<int64_t>(depth, 1), kRows, kPiece);
 
-  // As many pieces for one thread as for another, of whole groups of the products' rows: rows by themselves
-  // take longer.
+  // Every thread gets the same number of pieces, each of whole tiles of rows: single rows take longer.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t turns = std::max<int64_t>(1, parts(tokens, threads * most));
-  const int64_t piece = std::max(kRows, parts(parts(tokens, threads * turns), kRows) * kRows);
+  const int64_t rounds = std::max<int64_t>(1, parts(tokens, threads * most));
+  const int64_t piece = std::max(kRows, parts(parts(tokens, threads * rounds), kRows) * kRows);
   torch::stable::parallel_for(0, parts(tokens, piece), 1, [&](int64_t begin, int64_t end) {
-    Arena arena(Arena::bytes(piece * depth) + Arena::bytes(piece * wide) + Arena::bytes(choose.size()));
-    float *tile = arena.floats(piece * depth), *z = arena.floats(piece * wide);
-    float* scratch = arena.floats(choose.size());
+    Arena arena(Arena::bytes(piece * depth) + Arena::bytes(piece * padded) + Arena::bytes(find_top_k.size()));
+    float *tile = arena.floats(piece * depth), *z = arena.floats(piece * padded);
+    float* scratch = arena.floats(find_top_k.size());
     for (int64_t first = begin * piece; first < std::min(end * piece, tokens); first += piece) {
       const int64_t count = std::min(piece, tokens - first);
       for (int64_t at = 0; at < width; at += depth) {
         const int64_t features = std::min(depth, width - at);
-        const Rows x = from.weighed(first, count, at, features, tile);
+        const Rows x = from.weighted_rows(first, count, at, features, tile);
         if (few) {
-          product_inner(x.data, x.stride, right, width, z, wide, count, experts, features, false);
+          product_inner({x.data, x.stride, weights, width, z, padded, count, experts, features, false});
         } else {
-          product(x.data, x.stride, right + at * wide, wide, z, wide, count, wide, features, at > 0);
+          product(
+              {x.data, x.stride, weights + at * padded, padded, z, padded, count, padded, features, at > 0});
         }
       }
       for (int64_t t = 0; t < count; ++t) {
-        float* row = z + t * wide;
+        float* row = z + t * padded;
         if (!bias.empty()) add(row, bias.data(), experts);
         std::copy_n(row, experts, out + (first + t) * experts);
-        choose(row, chosen + (first + t) * top_k, scores + (first + t) * top_k, scratch);
+        find_top_k(row, chosen + (first + t) * top_k, scores + (first + t) * top_k, scratch);
       }
     }
   });

@@ -23,17 +23,19 @@ constexpr int64_t kChunk = 1024;     // tokens, at least, whose sums are added t
 constexpr int64_t kColumns = 16;     // features that are sorted together
 constexpr int64_t kGrain = 16384;    // elements below which a thread is not worth waking
 
-MOLEX_CLONES void add_absolute(float* to, const float* x, const float* mean, int64_t count) {
-  MOLEX_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) to[i] += std::fabs(x[i] - mean[i]);
-}
+constexpr auto add_absolute = molex::versions(
+    [](auto, float* to, const float* x, const float* mean, int64_t count) MOLEX_LAMBDA_INLINE {
+      MOLEX_INDEPENDENT
+      for (int64_t i = 0; i < count; ++i) to[i] += std::fabs(x[i] - mean[i]);
+    });
 
-MOLEX_CLONES void add_square(float* to, const float* x, const float* mean, int64_t count) {
-  MOLEX_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) to[i] += (x[i] - mean[i]) * (x[i] - mean[i]);
-}
+constexpr auto add_square = molex::versions(
+    [](auto, float* to, const float* x, const float* mean, int64_t count) MOLEX_LAMBDA_INLINE {
+      MOLEX_INDEPENDENT
+      for (int64_t i = 0; i < count; ++i) to[i] += (x[i] - mean[i]) * (x[i] - mean[i]);
+    });
 
-// Tokens [T, D] and the cluster of each; `clusters` itself is for tokens that take no part.
+// Tokens [T, D] and the cluster of each. The label `clusters` marks tokens that belong to none.
 struct Tokens {
   Source x;
   int64_t count, width, clusters;
@@ -41,7 +43,7 @@ struct Tokens {
 };
 
 // out [C, D] = for each cluster the sum of what `add(to, x, c, feature, count)` adds for some features of its
-// tokens. Chunks of tokens, of a size that depends on the shape alone, are summed apart and added in order.
+// tokens. Chunks of tokens are summed separately and added in order. Their size depends on the shape alone.
 template <class Add>
 void sum_by_cluster(const Tokens& tokens, const Tensor& like, const Add& add, float* out) {
   const int64_t width = tokens.width, clusters = tokens.clusters, size = clusters * width;
@@ -83,7 +85,7 @@ void sum_by_cluster(const Tokens& tokens, const Tensor& like, const Add& add, fl
 
 // sum_{i != j} |x_i - x_j| / (n - 1) = 2 / (n - 1) sum_r (2r - n + 1) (x_(r) - mean) over the sorted values.
 float pairwise(float* values, int64_t count, float mean) {
-  // Sorting needs an order, which NaN has not; and x - mean is NaN for an infinite x or its mean.
+  // NaN cannot be sorted, and x - mean is NaN if x or the mean is infinite.
   if (!std::isfinite(mean)) return std::numeric_limits<float>::quiet_NaN();
   std::sort(values, values + count);
   double half = 0.0;
@@ -93,7 +95,8 @@ float pairwise(float* values, int64_t count, float mean) {
   return static_cast<float>(2.0 * half / std::max<int64_t>(count - 1, 1));
 }
 
-// Of each cluster and feature, from the clusters' means [C, D] in `out`, which the results replace.
+// Computes the pairwise statistic of each cluster and feature. `out` holds the clusters' means [C, D], which
+// the results replace.
 void pairwise_statistics(const Tokens& tokens, const std::vector<int64_t>& sizes, float* out) {
   std::vector<int64_t> starts(tokens.clusters + 1, 0), order(tokens.count);
   for (int64_t c = 0; c < tokens.clusters; ++c) starts[c + 1] = starts[c] + sizes[c];
@@ -113,22 +116,22 @@ void pairwise_statistics(const Tokens& tokens, const std::vector<int64_t>& sizes
       }
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t c = 0; c < tokens.clusters; ++c) {
-          float& here = out[c * width + first + i];
-          here = pairwise(values.data() + i * members + starts[c], sizes[c], here);
+          float& value = out[c * width + first + i];
+          value = pairwise(values.data() + i * members + starts[c], sizes[c], value);
         }
       }
     }
   });
 }
 
-// Sums or deviations [C, D] and sizes [C] of the clusters. `sums` and `counts`, where they are given, stand
-// for more tokens than these.
+// Sums or deviations [C, D] and sizes [C] of the clusters. If `sums` and `counts` are given, they cover more
+// tokens than these.
 std::tuple<Tensor, Tensor> cluster_statistics(const Tensor& x,
-                                                  const Tensor& cluster,
-                                                  std::optional<Tensor> sums,
-                                                  std::optional<Tensor> counts,
-                                                  int64_t num_clusters,
-                                                  std::string stat) {
+                                              const Tensor& cluster,
+                                              std::optional<Tensor> sums,
+                                              std::optional<Tensor> counts,
+                                              int64_t num_clusters,
+                                              std::string stat) {
   const int64_t width = x.size(1);
   const Tensor rows = torch::stable::contiguous(x);
   const Tokens tokens{
@@ -161,9 +164,10 @@ std::tuple<Tensor, Tensor> cluster_statistics(const Tensor& x,
     return {totals, sizes};
   }
   Tensor deviations = molex::new_result(totals, {num_clusters, width});
-  const auto deviate = stat == "mad" ? add_absolute : add_square;
+  const bool absolute = stat == "mad";
   const auto add = [&](float* to, const float* row, int64_t c, int64_t first, int64_t count) {
-    deviate(to, row, out + c * width + first, count);
+    const float* mean = out + c * width + first;
+    absolute ? add_absolute(to, row, mean, count) : add_square(to, row, mean, count);
   };
   sum_by_cluster(tokens, x, add, deviations.mutable_data_ptr<float>());
   return {deviations, sizes};
@@ -179,7 +183,7 @@ Tensor feature_weights(
   Tensor result = molex::new_result(packed, {clusters, width});
   float* w = result.mutable_data_ptr<float>();
   const auto present = [&](int64_t c) { return !mask || members[c] > 0; };
-  // Of a NaN, NaN, whichever of the two it is.
+  // The minimum is NaN if either value is.
   const auto minimum = [](float value, float limit) {
     return value <= limit || std::isnan(value) ? value : limit;
   };

@@ -1,5 +1,5 @@
-// Robust attention's backward pass on a CPU: the iterations backwards, each from the saved L of the one
-// before.
+// Robust attention's backward pass on a CPU: the iterations from last to first. Each is recomputed from the
+// saved L of the iteration before it.
 
 #include <tuple>
 
@@ -10,70 +10,77 @@
 namespace molex::rpc {
 namespace {
 
-// dL = dlow - du in the place of dlow.
-MOLEX_CLONES void subtract_duals(const float* du, float* dlow, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) dlow[i] -= du[i];
-}
+// Replaces dlow_rank by dL = dlow_rank - du.
+constexpr auto subtract_duals =
+    versions([](auto, const float* du, float* dlow_rank, int64_t count) MOLEX_LAMBDA_INLINE {
+      for (int64_t i = 0; i < count; ++i) dlow_rank[i] -= du[i];
+    });
 
-// Through the shrinkage of a row: da = m (dS - du - dclean) with dS = `push`, what reaches the result from
-// outside, or null. dk += du + dclean + da, dlow = -da, du += da - dclean, and the threshold's own gradient.
-// Carried is dk + du: du holds -dclean of the iteration behind, which dk alone would have to lose again.
-// Where m = 1, da takes dclean back: the sums are written without what cancels.
-MOLEX_VERSIONS(
-    shrinkage_row,
-    (float bound,
-     int64_t width,
-     bool first,
-     const float* k,
-     const float* low,
-     const float* u,
-     const float* dclean,
-     const float* push,
-     float* du,
-     float* dk,
-     float* dlow,
-     float* dbound),
-    auto sum = Floats<kLanes>{};
-    for (int64_t c = 0; c < width; c += kLanes) {
-      const auto a = load<kLanes>(k + c) - load<kLanes>(low + c) + load<kLanes>(u + c);
-      const auto dual = load<kLanes>(du + c);
-      const auto through = load<kLanes>(dclean + c);
-      auto direct = -dual;
-      if (push) direct += load<kLanes>(push + c);
-      const auto inside = (a < 0.0f ? -a : a) < bound;
-      const auto da = inside ? Floats<kLanes>{} : direct - through;
-      sum += a > 0.0f ? da : a < 0.0f ? -da : a * da;
-      const auto more = first ? (inside ? through : direct) : (inside ? dual : dual + 2.0f * da);
-      store(dk + c, load<kLanes>(dk + c) + more);
-      store(dlow + c, -da);
-      store(du + c, inside ? dual - through : dual + direct - 2.0f * through);
-    }* dbound -= sum_of_lanes(sum);)
+// Goes back through the soft threshold of a row. With m = 1 outside the threshold and dS = `push` (the
+// gradient that reaches the result's S from outside, or null): da = m (dS - du - dclean), dk += du + dclean +
+// da, dlow_rank = -da, du += da - dclean, and the threshold's own gradient.
+//
+// The accumulator `dk` holds dk + du: du contains -dclean of the later iteration, which dk would otherwise
+// have to add and subtract again. Where m = 1, da contains -dclean; the sums are written so that it is never
+// added and subtracted.
+constexpr auto soft_threshold_row_backward = versions([](auto registers,
+                                                         float bound,
+                                                         int64_t width,
+                                                         bool first,
+                                                         const float* k,
+                                                         const float* low_rank,
+                                                         const float* u,
+                                                         const float* dclean,
+                                                         const float* push,
+                                                         float* du,
+                                                         float* dk,
+                                                         float* dlow_rank,
+                                                         float* dbound) MOLEX_LAMBDA_INLINE {
+  constexpr int kLanes = registers.kLanes;
+  auto sum = Floats<kLanes>{};
+  for (int64_t c = 0; c < width; c += kLanes) {
+    const auto a = load<kLanes>(k + c) - load<kLanes>(low_rank + c) + load<kLanes>(u + c);
+    const auto dual = load<kLanes>(du + c);
+    const auto through = load<kLanes>(dclean + c);
+    auto direct = -dual;
+    if (push) direct += load<kLanes>(push + c);
+    const auto inside = (a < 0.0f ? -a : a) < bound;
+    const auto da = inside ? Floats<kLanes>{} : direct - through;
+    sum += a > 0.0f ? da : a < 0.0f ? -da : a * da;
+    const auto more = first ? (inside ? through : direct) : (inside ? dual : dual + 2.0f * da);
+    store(dk + c, load<kLanes>(dk + c) + more);
+    store(dlow_rank + c, -da);
+    store(du + c, inside ? dual - through : dual + direct - 2.0f * through);
+  }
+  *dbound -= sum_of_lanes(sum);
+});
 
-// What the backward pass reads beside the problem, and where it writes; data is null where there is none.
+// What the backward pass reads besides the problem, and where it writes. Data is null for tensors that are
+// not given.
 struct Gradients {
   Heads dout, dsparse, out;
-  const float *lows, *stats;
+  const float *low_ranks, *stats;
   Target dk, dv, dq;
   float* dthreshold;
 };
 
-// All of a thread's arrays, and one head at a time.
+// All arrays of a thread; it processes one head at a time.
 class HeadBackward {
  public:
   HeadBackward(const Problem& p, const Gradients& g) : p_(p), g_(g), attention_(p, scratch_) {
     const int64_t size = p.length * p.padded(), blocks = round_up(p.length, kBlock);
-    for (float** array : {&k_, &v_, &clean_, &low_, &dlow_, &du_, &dk_, &dv_, &dclean_}) {
+    for (float** array : {&k_, &v_, &clean_, &low_rank_, &dlow_rank_, &du_, &dk_, &dv_, &dclean_}) {
       *array = scratch_.take(size);
     }
     if (p.q) q_ = scratch_.take(size), dq_ = scratch_.take(size);
     if (g.dsparse) push_ = scratch_.take(size);
     for (int64_t t = 0; t < p.iterations; ++t) duals_.push_back(scratch_.take(size));
-    for (float** array : {&clean_turned_, &v_turned_, &dlow_turned_})
+    for (float** array : {&clean_transposed_, &v_transposed_, &dlow_rank_transposed_})
       *array = scratch_.take(blocks * p.width);
     for (float** array :
-         {&statistics_.shift, &statistics_.inverse, &statistics_.center, &statistics_.along}) {
+         {&statistics_.shift, &statistics_.inverse, &statistics_.center, &statistics_.delta}) {
       *array = scratch_.take(blocks);
-      // What stands behind the last token only has to be a number.
+      // Values behind the last token only have to be finite.
       std::fill_n(*array, blocks, 0.0f);
     }
     statistics_.lanes = scratch_.take(blocks * kPad);
@@ -84,11 +91,11 @@ class HeadBackward {
     const int64_t used = tokens.count() * p_.padded();
     tokens.read_rows(p_.k, k_);
     tokens.read_rows(p_.v, v_);
-    turn_blocks(v_, tokens.count(), p_.width, p_.padded(), v_turned_);
+    transpose_blocks(v_, tokens.count(), p_.width, p_.padded(), v_transposed_);
     if (p_.q) tokens.read_rows(p_.q, q_);
     if (g_.dsparse) tokens.read_rows(g_.dsparse, push_);
     replay_duals(tokens, used);
-    tokens.read_rows(g_.dout, dlow_);
+    tokens.read_rows(g_.dout, dlow_rank_);
     for (float* array : {du_, dk_, dv_, dq_}) {
       if (array) std::fill_n(array, used, 0.0f);
     }
@@ -108,8 +115,8 @@ class HeadBackward {
   }
 
  private:
-  // L after `t` iterations, 0 before the first.
-  void read_low(const Tokens& tokens, int64_t used, int64_t t, float* to) const {
+  // L after `t` iterations; 0 for t = 0.
+  void read_low_rank(const Tokens& tokens, int64_t used, int64_t t, float* to) const {
     const int64_t rows = p_.length * p_.width, heads = rows * p_.heads;
     if (t == 0) {
       std::fill_n(to, used, 0.0f);
@@ -117,20 +124,20 @@ class HeadBackward {
       tokens.read_rows(g_.out, to);
     } else {
       Heads saved;
-      saved.source = {g_.lows + (t - 1) * heads * p_.batch};
+      saved.source = {g_.low_ranks + (t - 1) * heads * p_.batch};
       saved.batch = heads, saved.head = rows, saved.row = p_.width;
       tokens.read_rows(saved, to);
     }
   }
 
-  // u before each iteration, as the forward pass had it.
+  // Recomputes u before each iteration as the forward pass had it.
   void replay_duals(const Tokens& tokens, int64_t used) {
     std::fill_n(duals_[0], used, 0.0f);
-    read_low(tokens, used, 0, low_);
+    read_low_rank(tokens, used, 0, low_rank_);
     for (int64_t t = 1; t < p_.iterations; ++t) {
-      shrink(tokens, k_, low_, duals_[t - 1], clean_, duals_[t], nullptr);
-      read_low(tokens, used, t, low_);
-      subtract(duals_[t], low_, used);
+      soft_threshold(tokens, k_, low_rank_, duals_[t - 1], clean_, duals_[t], nullptr);
+      read_low_rank(tokens, used, t, low_rank_);
+      subtract(duals_[t], low_rank_, used);
     }
   }
 
@@ -138,44 +145,44 @@ class HeadBackward {
     const int64_t count = tokens.count(), padded = p_.padded(), all = p_.all_heads() * p_.length;
     const float* u = duals_[t];
     const bool last = t == p_.iterations - 1;
-    read_low(tokens, used, t, low_);
-    shrink(tokens, k_, low_, u, clean_, dclean_, nullptr);
+    read_low_rank(tokens, used, t, low_rank_);
+    soft_threshold(tokens, k_, low_rank_, u, clean_, dclean_, nullptr);
     round_through(p_.dtype, clean_, used);
-    turn_blocks(clean_, count, p_.width, padded, clean_turned_);
+    transpose_blocks(clean_, count, p_.width, padded, clean_transposed_);
     tokens.read_numbers(g_.stats + 2 * t * all, statistics_.shift);
     tokens.read_numbers(g_.stats + (2 * t + 1) * all, statistics_.inverse);
-    subtract_duals(du_, dlow_, used);
-    read_low(tokens, used, t + 1, dclean_);
+    subtract_duals(du_, dlow_rank_, used);
+    read_low_rank(tokens, used, t + 1, dclean_);
     for (int64_t i = 0; i < count; ++i) {
-      statistics_.center[i] = dot(dlow_ + i * padded, dclean_ + i * padded, padded);
+      statistics_.center[i] = dot(dlow_rank_ + i * padded, dclean_ + i * padded, padded);
     }
-    if (p_.symmetric()) turn_blocks(dlow_, count, p_.width, padded, dlow_turned_);
+    if (p_.symmetric()) transpose_blocks(dlow_rank_, count, p_.width, padded, dlow_rank_transposed_);
     std::fill_n(dclean_, used, 0.0f);
     const Operands operands{p_.q ? q_ : clean_,
                             clean_,
-                            clean_turned_,
+                            clean_transposed_,
                             v_,
-                            v_turned_,
-                            dlow_,
-                            dlow_turned_,
+                            v_transposed_,
+                            dlow_rank_,
+                            dlow_rank_transposed_,
                             p_.q ? dq_ : dclean_,
                             dclean_,
                             dv_};
     attention_(tokens, operands, statistics_, p_.dropout.on && last);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = i * padded;
-      shrinkage_row(tokens.bound[i],
-                    padded,
-                    t == 0,
-                    k_ + at,
-                    low_ + at,
-                    u + at,
-                    dclean_ + at,
-                    last && g_.dsparse ? push_ + at : nullptr,
-                    du_ + at,
-                    dk_ + at,
-                    dlow_ + at,
-                    &dbound[i]);
+      soft_threshold_row_backward(tokens.bound[i],
+                                  padded,
+                                  t == 0,
+                                  k_ + at,
+                                  low_rank_ + at,
+                                  u + at,
+                                  dclean_ + at,
+                                  last && g_.dsparse ? push_ + at : nullptr,
+                                  du_ + at,
+                                  dk_ + at,
+                                  dlow_rank_ + at,
+                                  &dbound[i]);
     }
   }
 
@@ -183,29 +190,29 @@ class HeadBackward {
   const Gradients& g_;
   Scratch scratch_;
   AttentionBackward attention_;
-  float *k_, *v_, *clean_, *low_, *dlow_, *du_, *dk_, *dv_, *dclean_;
+  float *k_, *v_, *clean_, *low_rank_, *dlow_rank_, *du_, *dk_, *dv_, *dclean_;
   float *q_ = nullptr, *dq_ = nullptr, *push_ = nullptr;
-  float *clean_turned_, *v_turned_, *dlow_turned_;
+  float *clean_transposed_, *v_transposed_, *dlow_rank_transposed_;
   std::vector<float*> duals_;
   Statistics statistics_{};
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_bwd(const Tensor& dout,
-                                                                 Optional dsparse,
-                                                                 const Tensor& k,
-                                                                 const Tensor& v,
-                                                                 Optional q,
-                                                                 const Tensor& threshold,
-                                                                 Optional key_mask,
-                                                                 Optional seed,
-                                                                 const Tensor& out,
-                                                                 const Tensor& lows,
-                                                                 const Tensor& stats,
-                                                                 int64_t num_iters,
-                                                                 double scale,
-                                                                 bool is_causal,
-                                                                 double dropout_p,
-                                                                 std::vector<bool> needs) {
+                                                             Optional dsparse,
+                                                             const Tensor& k,
+                                                             const Tensor& v,
+                                                             Optional q,
+                                                             const Tensor& threshold,
+                                                             Optional key_mask,
+                                                             Optional seed,
+                                                             const Tensor& out,
+                                                             const Tensor& low_ranks,
+                                                             const Tensor& stats,
+                                                             int64_t num_iters,
+                                                             double scale,
+                                                             bool is_causal,
+                                                             double dropout_p,
+                                                             std::vector<bool> needs) {
   const Problem p(k, v, q, threshold, key_mask, seed, num_iters, scale, is_causal, dropout_p);
   const auto like = [&](const Tensor& t, bool needed) {
     return needed ? molex::new_result(t, t.sizes()) : torch::stable::new_empty(t, {0});
@@ -217,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_bwd(const Tensor& dout,
   const Gradients g{Heads(upstream),
                     heads_of(upstream_sparse),
                     Heads(out),
-                    lows.const_data_ptr<float>(),
+                    low_ranks.const_data_ptr<float>(),
                     stats.const_data_ptr<float>(),
                     target(0),
                     target(1),

@@ -12,20 +12,21 @@ namespace molex::rpc {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// What a score may exceed its row's number by: exp of it, times a sequence's length, stays a float.
+// Returns how far a score exceeds the shift of its row and, if columns are served too, of its column.
 constexpr float kSlack = 10.0f;
 
-// Rows of a softmax under way: `low` = sum exp(score - shift) v, and the sum of exp(score - shift) in
-// `sums` and in the lanes of `lanes` [rows, kPad]. A shift is a score of its row, close to the largest.
+// Rows of an unfinished softmax: low_rank = sum exp(score - shift) v. The sum of exp(score - shift) is kept
+// in `sums` and in the lanes of `lanes` [rows, kPad]. The shift of a row is one of its scores, close to the
+// largest.
 struct Rows {
-  float *low, *shift, *sums, *lanes;
+  float *low_rank, *shift, *sums, *lanes;
 
   Rows at(int64_t row, int64_t padded) const {
-    return {low + row * padded, shift + row, sums + row, lanes + row * kPad};
+    return {low_rank + row * padded, shift + row, sums + row, lanes + row * kPad};
   }
 };
 
-// The largest score of each row, as a function of its lanes' largest, and of each column.
+// Finds the largest score of each column, and calls `visit` with each row's largest per lane.
 template <int LANES, bool PARTIAL, class Visit>
 MOLEX_INLINE void find_largest(const Scores& scores, float* by_column, const Visit& visit) {
   constexpr int kVectors = kBlock / LANES;
@@ -47,29 +48,33 @@ MOLEX_INLINE void find_largest(const Scores& scores, float* by_column, const Vis
 }
 
 // How far a score exceeds the shift of its row and, where it serves them, of its column.
-MOLEX_VERSIONS(
-    measure_block,
-    (const Scores& scores, const float* row_shift, const float* column_shift, float* excess),
-    auto most = broadcast<kLanes>(-kInfinity);
-    float columns[kBlock];
-    const auto visit = [&](int64_t r, Floats<kLanes> row)
-                           MOLEX_LAMBDA_INLINE { most = larger(row - row_shift[r], most); };
-    scores.partial() ? find_largest<kLanes, true>(scores, columns, visit)
-                     : find_largest<kLanes, false>(scores, columns, visit);
-    for (int64_t c = 0; column_shift && c < scores.width(); c += kLanes) {
-      most = larger(load<kLanes>(columns + c) - load<kLanes>(column_shift + c), most);
-    }* excess = largest_lane(most);)
+constexpr auto excess_of =
+    versions([](auto registers, const Scores& scores, const float* row_shift, const float* column_shift)
+                 MOLEX_LAMBDA_INLINE {
+                   constexpr int kLanes = registers.kLanes;
+                   auto most = broadcast<kLanes>(-kInfinity);
+                   float columns[kBlock];
+                   const auto visit = [&](int64_t r, Floats<kLanes> row)
+                                          MOLEX_LAMBDA_INLINE { most = larger(row - row_shift[r], most); };
+                   scores.partial() ? find_largest<kLanes, true>(scores, columns, visit)
+                                    : find_largest<kLanes, false>(scores, columns, visit);
+                   for (int64_t c = 0; column_shift && c < scores.width(); c += kLanes) {
+                     most = larger(load<kLanes>(columns + c) - load<kLanes>(column_shift + c), most);
+                   }
+                   return largest_lane(most);
+                 });
 
-MOLEX_VERSIONS(
-    largest_block,
-    (const Scores& scores, float* by_row, float* by_column),
-    const auto visit = [&](int64_t r, Floats<kLanes> row)
-                           MOLEX_LAMBDA_INLINE { by_row[r] = largest_lane(row); };
-    scores.partial() ? find_largest<kLanes, true>(scores, by_column, visit)
-                     : find_largest<kLanes, false>(scores, by_column, visit);)
+constexpr auto largest_block =
+    versions([](auto registers, const Scores& scores, float* by_row, float* by_column) MOLEX_LAMBDA_INLINE {
+      constexpr int kLanes = registers.kLanes;
+      const auto visit = [&](int64_t r, Floats<kLanes> row)
+                             MOLEX_LAMBDA_INLINE { by_row[r] = largest_lane(row); };
+      scores.partial() ? find_largest<kLanes, true>(scores, by_column, visit)
+                       : find_largest<kLanes, false>(scores, by_column, visit);
+    });
 
-template <int LANES, bool PARTIAL, bool TURNED>
-MOLEX_INLINE void weigh(
+template <int LANES, bool PARTIAL, bool BOTH_SIDES>
+MOLEX_INLINE void probabilities(
     const Scores& scores, const Rows& rows, const Rows& columns, float* by_row, float* by_column) {
   constexpr int kVectors = kBlock / LANES;
   const int vectors = PARTIAL ? scores.width() / LANES : kVectors;
@@ -86,7 +91,7 @@ MOLEX_INLINE void weigh(
       Floats<LANES> weight = exponential(above);
       store(by_row + r * kBlock + v * LANES, weight);
       sum += weight;
-      if constexpr (TURNED) {
+      if constexpr (BOTH_SIDES) {
         weight = exponential(z - load<LANES>(columns.shift + v * LANES));
         store(by_column + r * kBlock + v * LANES, weight);
         sums[v] += weight;
@@ -94,43 +99,49 @@ MOLEX_INLINE void weigh(
     }
     store(rows.lanes + r * kPad, sum);
   }
-  if constexpr (TURNED) {
+  if constexpr (BOTH_SIDES) {
     for (int v = 0; v < vectors; ++v) {
       store(columns.sums + v * LANES, load<LANES>(columns.sums + v * LANES) + sums[v]);
     }
   }
 }
 
-// exp(score - shift) by row and, where `by_column` is given, with the shifts of the columns.
-MOLEX_VERSIONS(
-    weigh_block,
-    (const Scores& scores, const Rows& rows, const Rows& columns, float* by_row, float* by_column),
-    if (by_column) {
-      scores.partial() ? weigh<kLanes, true, true>(scores, rows, columns, by_row, by_column)
-                       : weigh<kLanes, false, true>(scores, rows, columns, by_row, by_column);
-    } else {
-      scores.partial() ? weigh<kLanes, true, false>(scores, rows, columns, by_row, by_column)
-                       : weigh<kLanes, false, false>(scores, rows, columns, by_row, by_column);
-    })
+// Computes exp(score - shift) by row and, if `by_column` is given, with the shifts of the columns.
+constexpr auto probabilities_block = versions([](auto registers,
+                                                 const Scores& scores,
+                                                 const Rows& rows,
+                                                 const Rows& columns,
+                                                 float* by_row,
+                                                 float* by_column) MOLEX_LAMBDA_INLINE {
+  constexpr int kLanes = registers.kLanes;
+  if (by_column) {
+    scores.partial() ? probabilities<kLanes, true, true>(scores, rows, columns, by_row, by_column)
+                     : probabilities<kLanes, false, true>(scores, rows, columns, by_row, by_column);
+  } else {
+    scores.partial() ? probabilities<kLanes, true, false>(scores, rows, columns, by_row, by_column)
+                     : probabilities<kLanes, false, false>(scores, rows, columns, by_row, by_column);
+  }
+});
 
-// x / sum, with the inverse in two parts: its own rounding would move a whole row to one side.
-MOLEX_CLONES void divide_row(float* x, double sum, int64_t count) {
+// Computes x / sum with the inverse in two parts: the rounding of a single inverse would shift all elements
+// of the row the same way.
+constexpr auto divide_row = versions([](auto, float* x, double sum, int64_t count) MOLEX_LAMBDA_INLINE {
   const float by = static_cast<float>(1.0 / sum), rest = static_cast<float>(1.0 / sum - by);
   for (int64_t i = 0; i < count; ++i) x[i] = x[i] * by + x[i] * rest;
-}
+});
 
-MOLEX_CLONES void scale_row(float* x, float by, int64_t count) {
+constexpr auto scale_row = versions([](auto, float* x, float by, int64_t count) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) x[i] *= by;
-}
+});
 
-// Makes `largest` the shift of a row, if it is above it.
+// Makes `largest` the shift of a row if it is above the present one.
 void raise(const Rows& row, float largest, int64_t padded) {
   if (!(largest > *row.shift)) return;
   const float by = std::exp(*row.shift - largest);
   *row.shift = largest;
   *row.sums *= by;
   scale_row(row.lanes, by, kPad);
-  scale_row(row.low, by, padded);
+  scale_row(row.low_rank, by, padded);
 }
 
 void raise_shifts(const Scores& scores, const Rows& rows, const Rows* columns, int64_t padded) {
@@ -140,7 +151,7 @@ void raise_shifts(const Scores& scores, const Rows& rows, const Rows* columns, i
   for (int64_t c = 0; columns && c < scores.columns; ++c) raise(columns->at(c, padded), by_column[c], padded);
 }
 
-// low = softmax(scale left K~^T) v. Blocks of scores and probabilities are kBlock x kBlock.
+// Computes low_rank = softmax(scale queries K~^T) v. Blocks of scores and probabilities are kBlock x kBlock.
 class Attention {
  public:
   Attention(const Problem& p, Scratch& scratch)
@@ -154,31 +165,37 @@ class Attention {
     rows_ = {nullptr, scratch.take(rows), scratch.take(rows), scratch.take(rows * kPad)};
   }
 
-  void operator()(
-      const Tokens& tokens, const float* left, const float* turned, const float* v, bool drops, float* low) {
+  void operator()(const Tokens& tokens,
+                  const float* queries,
+                  const float* keys_transposed,
+                  const float* v,
+                  bool drops,
+                  float* low_rank) {
     const int64_t count = tokens.count(), rows = round_up(count, kBlock);
-    rows_.low = low;
-    std::fill_n(low, count * padded_, 0.0f);
+    rows_.low_rank = low_rank;
+    std::fill_n(low_rank, count * padded_, 0.0f);
     std::fill_n(rows_.shift, rows, -kInfinity);
     std::fill_n(rows_.sums, rows, 0.0f);
     std::fill_n(rows_.lanes, rows * kPad, 0.0f);
-    visit_blocks(p_, count, [&](int64_t i, int64_t j) { add_block(tokens, left, turned, v, drops, i, j); });
+    visit_blocks(p_, count, [&](int64_t i, int64_t j) {
+      add_block(tokens, queries, keys_transposed, v, drops, i, j);
+    });
     for (int64_t i = 0; i < count; ++i) {
       double sum = rows_.sums[i];
       for (int64_t lane = 0; lane < kPad; ++lane) sum += rows_.lanes[i * kPad + lane];
       rows_.sums[i] = static_cast<float>(1.0 / sum);
-      divide_row(low + i * padded_, sum, padded_);
+      divide_row(low_rank + i * padded_, sum, padded_);
     }
   }
 
-  // Of the last call: probabilities are exp(score - shift) times the inverse.
+  // Statistics of the last call: probabilities are exp(score - shift) times the inverse.
   const float* shift() const { return rows_.shift; }
   const float* inverse() const { return rows_.sums; }
 
  private:
   void add_block(const Tokens& tokens,
-                 const float* left,
-                 const float* turned,
+                 const float* queries,
+                 const float* keys_transposed,
                  const float* v,
                  bool drops,
                  int64_t i,
@@ -186,50 +203,50 @@ class Attention {
     const Scores scores{z_, p_.scale, tokens.rows_of(i), tokens.rows_of(j), p_.causal && i == j};
     const Rows rows = rows_.at(i, padded_), columns = rows_.at(j, padded_);
     float* by_column = p_.symmetric() && i != j ? by_column_ : nullptr;
-    product(left + i * padded_,
-            padded_,
-            turned + j * p_.width,
-            kBlock,
-            z_,
-            kBlock,
-            scores.rows,
-            scores.width(),
-            p_.width,
-            false);
-    float excess = kInfinity;  // the first block of its rows
-    if (i != j) measure_block(scores, rows.shift, by_column ? columns.shift : nullptr, &excess);
-    if (excess > kSlack) raise_shifts(scores, rows, by_column ? &columns : nullptr, padded_);
-    weigh_block(scores, rows, columns, by_row_, by_column);
+    product({queries + i * padded_,
+             padded_,
+             keys_transposed + j * p_.width,
+             kBlock,
+             z_,
+             kBlock,
+             scores.rows,
+             scores.width(),
+             p_.width,
+             false});
+    // The block on the diagonal is the first of its rows.
+    const bool raises = i == j || excess_of(scores, rows.shift, by_column ? columns.shift : nullptr) > kSlack;
+    if (raises) raise_shifts(scores, rows, by_column ? &columns : nullptr, padded_);
+    probabilities_block(scores, rows, columns, by_row_, by_column);
     if (drops) {
       drop(tokens, i, j, false, by_row_);
       if (by_column) drop(tokens, i, j, true, by_column);
     }
-    product(by_row_,
-            kBlock,
-            v + j * padded_,
-            padded_,
-            rows.low,
-            padded_,
-            scores.rows,
-            padded_,
-            scores.columns,
-            true);
+    product({by_row_,
+             kBlock,
+             v + j * padded_,
+             padded_,
+             rows.low_rank,
+             padded_,
+             scores.rows,
+             padded_,
+             scores.columns,
+             true});
     if (by_column) {
-      product_turned(by_column,
-                     kBlock,
-                     v + i * padded_,
-                     padded_,
-                     columns.low,
-                     padded_,
-                     scores.columns,
-                     padded_,
-                     scores.rows,
-                     true);
+      product_transposed({by_column,
+                          kBlock,
+                          v + i * padded_,
+                          padded_,
+                          columns.low_rank,
+                          padded_,
+                          scores.columns,
+                          padded_,
+                          scores.rows,
+                          true});
     }
   }
 
-  void drop(const Tokens& tokens, int64_t i, int64_t j, bool turned, float* weights) {
-    dropout_block(tokens, i, j, turned, kept_);
+  void drop(const Tokens& tokens, int64_t i, int64_t j, bool transposed, float* weights) {
+    dropout_block(tokens, i, j, transposed, kept_);
     for (int64_t e = 0; e < kBlock * kBlock; ++e)
       weights[e] = kept_[e] != 0.0f ? weights[e] * kept_[e] : 0.0f;
   }
@@ -241,17 +258,17 @@ class Attention {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_fwd(const Tensor& k,
-                                                                 const Tensor& v,
-                                                                 Optional q,
-                                                                 const Tensor& threshold,
-                                                                 Optional key_mask,
-                                                                 Optional seed,
-                                                                 int64_t num_iters,
-                                                                 double scale,
-                                                                 bool is_causal,
-                                                                 double dropout_p,
-                                                                 bool keeps_state,
-                                                                 bool returns_sparse) {
+                                                             const Tensor& v,
+                                                             Optional q,
+                                                             const Tensor& threshold,
+                                                             Optional key_mask,
+                                                             Optional seed,
+                                                             int64_t num_iters,
+                                                             double scale,
+                                                             bool is_causal,
+                                                             double dropout_p,
+                                                             bool keeps_state,
+                                                             bool returns_sparse) {
   const Problem p(k, v, q, threshold, key_mask, seed, num_iters, scale, is_causal, dropout_p);
   const int64_t b = p.batch, h = p.heads, n = p.length, d = p.width;
   const auto floats = [&](bool wanted, std::initializer_list<int64_t> sizes) {
@@ -260,43 +277,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_fwd(const Tensor& k,
   };
   Tensor out = molex::new_result(k, {b, h, n, d});
   Tensor sparse = floats(returns_sparse, {b, h, n, d});
-  Tensor lows = floats(keeps_state, {num_iters - 1, b, h, n, d});
+  Tensor low_ranks = floats(keeps_state, {num_iters - 1, b, h, n, d});
   Tensor stats = floats(keeps_state, {num_iters, 2, b, h, n});
   const Target to = target_of(out), to_sparse = target_of(sparse);
-  float *all_lows = lows.mutable_data_ptr<float>(), *all_stats = stats.mutable_data_ptr<float>();
+  float *all_low_ranks = low_ranks.mutable_data_ptr<float>(), *all_stats = stats.mutable_data_ptr<float>();
   torch::stable::parallel_for(0, p.all_heads(), 1, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     Attention attention(p, scratch);
     const int64_t size = n * p.padded();
     const auto take = [&](bool wanted) { return wanted ? scratch.take(size) : nullptr; };
     float *keys = take(true), *values = take(true), *queries = take(static_cast<bool>(p.q));
-    float *low = take(true), *u = take(true), *clean = take(true), *last_sparse = take(returns_sparse);
-    float* turned = scratch.take(round_up(n, kBlock) * d);
+    float *low_rank = take(true), *u = take(true), *clean = take(true), *last_sparse = take(returns_sparse);
+    float* keys_transposed = scratch.take(round_up(n, kBlock) * d);
     for (int64_t head = begin; head < end; ++head) {
       const Tokens tokens(p, head);
       const int64_t used = tokens.count() * p.padded();
       tokens.read_rows(p.k, keys);
       tokens.read_rows(p.v, values);
       if (queries) tokens.read_rows(p.q, queries);
-      std::fill_n(low, used, 0.0f);
+      std::fill_n(low_rank, used, 0.0f);
       std::fill_n(u, used, 0.0f);
       for (int64_t t = 0; t < num_iters; ++t) {
         const bool last = t == num_iters - 1;
-        shrink(tokens, keys, low, u, clean, u, last ? last_sparse : nullptr);
+        soft_threshold(tokens, keys, low_rank, u, clean, u, last ? last_sparse : nullptr);
         round_through(p.dtype, clean, used);
-        turn_blocks(clean, tokens.count(), d, p.padded(), turned);
-        attention(tokens, queries ? queries : clean, turned, values, p.dropout.on && last, low);
-        if (!last) subtract(u, low, used);
+        transpose_blocks(clean, tokens.count(), d, p.padded(), keys_transposed);
+        attention(tokens, queries ? queries : clean, keys_transposed, values, p.dropout.on && last, low_rank);
+        if (!last) subtract(u, low_rank, used);
         if (!keeps_state) continue;
         tokens.write_numbers(all_stats + 2 * t * b * h * n, attention.shift());
         tokens.write_numbers(all_stats + (2 * t + 1) * b * h * n, attention.inverse());
-        if (!last) tokens.write_rows({all_lows + t * b * h * n * d}, low);
+        if (!last) tokens.write_rows({all_low_ranks + t * b * h * n * d}, low_rank);
       }
-      tokens.write_rows(to, low);
+      tokens.write_rows(to, low_rank);
       if (returns_sparse) tokens.write_rows(to_sparse, last_sparse);
     }
   });
-  return {out, sparse, lows, stats};
+  return {out, sparse, low_ranks, stats};
 }
 
 }  // namespace

@@ -1,12 +1,12 @@
 // The gradient of one iteration's attention, in blocks of scores.
 //
-// Scores are remade from the cleaned keys, and probabilities P from the saved row statistics. With dL for
-// the gradient of the iteration's L, a block of rows i and columns j needs dP = dL_i v_j^T and
-// dZ = P (dP - D_i), D_i = sum_j P dP. D is not taken as c = <dL_i, L_i>, which rounds in another way: where
-// P is close to 1, all of dP - D_i would be that. It is c + sum_j P (dP - c), whose terms are small where P
-// is, and where it is not. So a group of blocks first gets P, dP and D, and then dZ.
-// A block that serves its columns, too, has the same with i and j exchanged, kept as the transpose: then
-// (dZ + dZ^T) K~ is one product a side.
+// Scores are recomputed from the cleaned keys, and probabilities P from the saved row statistics. With dL for
+// the gradient of the iteration's L, a block of rows i and columns j needs dP = dL_i v_j^T and dZ = P (dP -
+// D_i), where D_i = sum_j P dP. In exact arithmetic D_i is c = <dL_i, L_i>, but that is rounded differently,
+// and where P is close to 1 the difference dP - D_i would consist of this error. So D_i is computed as c +
+// sum_j P (dP - c): its terms are small both where P is small and where P is close to 1. A group of blocks
+// therefore gets P, dP and D first, and dZ afterwards. A block that also serves its columns has the same for
+// i and j exchanged, stored transposed: (dZ + dZ^T) K~ is then one product for each side.
 
 #pragma once
 
@@ -16,23 +16,23 @@ namespace molex::rpc {
 
 constexpr int64_t kWhole = 512;  // tokens up to which the blocks of a head are one group
 
-// P = exp(score - shift) * inverse of a row; its c; and D, of which sum P (dP - c) gathers in `along` and in
-// the lanes of `lanes` [rows, kPad].
+// The statistics of rows: P = exp(score - shift) * inverse; center is c; delta becomes D. The sum P (dP - c)
+// is gathered in `delta` and in the lanes of `lanes` [rows, kPad].
 struct Statistics {
-  float *shift, *inverse, *center, *along, *lanes;
+  float *shift, *inverse, *center, *delta, *lanes;
 
   Statistics at(int64_t row) const {
-    return {shift + row, inverse + row, center + row, along + row, lanes + row * kPad};
+    return {shift + row, inverse + row, center + row, delta + row, lanes + row * kPad};
   }
 };
 
-// Blocks [kBlock, kBlock] of one side: P, dP (in which dropout is undone), and what the values are
-// multiplied with: P, or under dropout a block of its own. `kept` is what dropout multiplies with, or null.
+// The blocks [kBlock, kBlock] of one side: P, dP (with dropout undone), and what the values are multiplied
+// with, which is P or, under dropout, a block of its own. `kept` holds dropout's factors, or is null.
 struct Side {
   float *weights, *upstream, *dropped, *kept;
 };
 
-// P and dP of LANES places, and P (dP - c).
+// Stores P and dP of LANES elements and returns P (dP - c).
 template <int LANES, bool DROPS, class Center>
 MOLEX_INLINE Floats<LANES> place(
     const Side& side, int64_t at, Floats<LANES> weight, Floats<LANES> upstream, Center center) {
@@ -46,15 +46,15 @@ MOLEX_INLINE Floats<LANES> place(
   return weight * (upstream - center);
 }
 
-template <int LANES, bool PARTIAL, bool TURNED, bool DROPS>
-MOLEX_INLINE void weigh(const Scores& scores,
-                        const Statistics& rows,
-                        const Statistics& columns,
-                        const Side& by_row,
-                        const Side& by_column) {
+template <int LANES, bool PARTIAL, bool BOTH_SIDES, bool DROPS>
+MOLEX_INLINE void probabilities(const Scores& scores,
+                                const Statistics& rows,
+                                const Statistics& columns,
+                                const Side& by_row,
+                                const Side& by_column) {
   constexpr int kVectors = kBlock / LANES;
   const int vectors = PARTIAL ? scores.width() / LANES : kVectors;
-  // Sums of short runs: a large term would round every one that follows.
+  // Short runs are summed separately: after one large term every later term would be rounded.
   constexpr int64_t kRun = 8;
   Floats<LANES> sums[kVectors] = {}, totals[kVectors] = {};
   for (int64_t r = 0; r < scores.rows; ++r) {
@@ -72,7 +72,7 @@ MOLEX_INLINE void weigh(const Scores& scores,
         store(by_row.upstream + at, upstream);
       }
       sum += place<LANES, DROPS>(by_row, at, weight, upstream, center);
-      if constexpr (TURNED) {
+      if constexpr (BOTH_SIDES) {
         weight = exponential(z - load<LANES>(columns.shift + v * LANES));
         weight *= load<LANES>(columns.inverse + v * LANES);
         sums[v] += place<LANES, DROPS>(by_column,
@@ -83,62 +83,63 @@ MOLEX_INLINE void weigh(const Scores& scores,
       }
     }
     store(rows.lanes + r * kPad, sum);
-    if (TURNED && (r % kRun == kRun - 1 || r == scores.rows - 1)) {
+    if (BOTH_SIDES && (r % kRun == kRun - 1 || r == scores.rows - 1)) {
       for (int v = 0; v < vectors; ++v) {
         totals[v] += sums[v];
         sums[v] = Floats<LANES>{};
       }
     }
   }
-  if constexpr (TURNED) {
+  if constexpr (BOTH_SIDES) {
     for (int v = 0; v < vectors; ++v) {
-      store(columns.along + v * LANES, load<LANES>(columns.along + v * LANES) + totals[v]);
+      store(columns.delta + v * LANES, load<LANES>(columns.delta + v * LANES) + totals[v]);
     }
   }
 }
 
-// P and what a block adds to D; on both sides where there is `by_column`.
-MOLEX_VERSIONS(
-    weigh_block,
-    (const Scores& scores,
-     const Statistics& rows,
-     const Statistics& columns,
-     const Side& by_row,
-     const Side& by_column),
-    const auto with =
-        [&]<bool PARTIAL, bool TURNED>() MOLEX_LAMBDA_INLINE {
-          by_row.kept ? weigh<kLanes, PARTIAL, TURNED, true>(scores, rows, columns, by_row, by_column)
-                      : weigh<kLanes, PARTIAL, TURNED, false>(scores, rows, columns, by_row, by_column);
-        };
-    if (by_column.weights) {
-      scores.partial() ? with.template operator()<true, true>() : with.template operator()<false, true>();
-    } else {
-      scores.partial() ? with.template operator()<true, false>() : with.template operator()<false, false>();
-    })
+// Computes P and what a block adds to D; for both sides if `by_column` is given.
+inline constexpr auto probabilities_block = versions([](auto registers,
+                                                        const Scores& scores,
+                                                        const Statistics& rows,
+                                                        const Statistics& columns,
+                                                        const Side& by_row,
+                                                        const Side& by_column) MOLEX_LAMBDA_INLINE {
+  constexpr int kLanes = registers.kLanes;
+  const auto with = [&]<bool PARTIAL, bool BOTH_SIDES>() MOLEX_LAMBDA_INLINE {
+    by_row.kept ? probabilities<kLanes, PARTIAL, BOTH_SIDES, true>(scores, rows, columns, by_row, by_column)
+                : probabilities<kLanes, PARTIAL, BOTH_SIDES, false>(scores, rows, columns, by_row, by_column);
+  };
+  if (by_column.weights) {
+    scores.partial() ? with.template operator()<true, true>() : with.template operator()<false, true>();
+  } else {
+    scores.partial() ? with.template operator()<true, false>() : with.template operator()<false, false>();
+  }
+});
 
-// scale dZ by row, or of both sides.
-MOLEX_VERSIONS(
-    differentiate_block,
-    (const Scores& scores,
-     const Statistics& rows,
-     const Statistics& columns,
-     const Side& by_row,
-     const Side& by_column,
-     float* slopes),
-    for (int64_t r = 0; r < scores.rows; ++r) {
-      const float along = rows.along[r];
-      for (int64_t c = 0; c < scores.width(); c += kLanes) {
-        const int64_t at = r * kBlock + c;
-        auto slope = load<kLanes>(by_row.weights + at) * (load<kLanes>(by_row.upstream + at) - along);
-        if (by_column.weights) {
-          const auto upstream = load<kLanes>(by_column.upstream + at) - load<kLanes>(columns.along + c);
-          slope += load<kLanes>(by_column.weights + at) * upstream;
-        }
-        store(slopes + at, slope * scores.scale);
+// Computes scale dZ of the rows' side, or the sum of both sides'.
+inline constexpr auto differentiate_block = versions([](auto registers,
+                                                        const Scores& scores,
+                                                        const Statistics& rows,
+                                                        const Statistics& columns,
+                                                        const Side& by_row,
+                                                        const Side& by_column,
+                                                        float* slopes) MOLEX_LAMBDA_INLINE {
+  constexpr int kLanes = registers.kLanes;
+  for (int64_t r = 0; r < scores.rows; ++r) {
+    const float delta = rows.delta[r];
+    for (int64_t c = 0; c < scores.width(); c += kLanes) {
+      const int64_t at = r * kBlock + c;
+      auto slope = load<kLanes>(by_row.weights + at) * (load<kLanes>(by_row.upstream + at) - delta);
+      if (by_column.weights) {
+        const auto upstream = load<kLanes>(by_column.upstream + at) - load<kLanes>(columns.delta + c);
+        slope += load<kLanes>(by_column.weights + at) * upstream;
       }
-    })
+      store(slopes + at, slope * scores.scale);
+    }
+  }
+});
 
-// x + x^T in the place of x [count, count].
+// Replaces x [count, count] by x + x^T.
 inline void symmetrise(float* x, int64_t count) {
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t c = 0; c < r; ++c) {
@@ -150,11 +151,11 @@ inline void symmetrise(float* x, int64_t count) {
   }
 }
 
-// What goes into an iteration's attention and comes out of its gradient; [rows, padded] each. `left` is q or
-// the cleaned keys, and its gradient then that of these.
+// What an iteration's attention reads, and the gradients that it adds to; [rows, padded] each. `queries` is q
+// or the cleaned keys, and dqueries belongs to the same tensor.
 struct Operands {
-  const float *left, *clean, *clean_turned, *v, *v_turned, *dlow, *dlow_turned;
-  float *dleft, *dclean, *dv;
+  const float *queries, *clean, *clean_transposed, *v, *v_transposed, *dlow_rank, *dlow_rank_transposed;
+  float *dqueries, *dclean, *dv;
 };
 
 class AttentionBackward {
@@ -173,17 +174,17 @@ class AttentionBackward {
 
   void operator()(const Tokens& tokens, const Operands& o, const Statistics& statistics, bool drops) const {
     const int64_t count = tokens.count(), group = whole_ ? std::max<int64_t>(count, 1) : kBlock;
-    std::fill_n(statistics.along, round_up(count, kBlock), 0.0f);
+    std::fill_n(statistics.delta, round_up(count, kBlock), 0.0f);
     std::fill_n(statistics.lanes, count * kPad, 0.0f);
     for (int64_t first = 0; first < count; first += group) {
       const int64_t end = std::min(first + group, count);
       visit(first, end, count, [&](int64_t i, int64_t j, float* blocks) {
-        weigh(tokens, o, statistics, drops, i, j, blocks);
+        recompute(tokens, o, statistics, drops, i, j, blocks);
       });
       for (int64_t i = first; i < end; ++i) {
-        double sum = statistics.along[i];
+        double sum = statistics.delta[i];
         for (int64_t lane = 0; lane < kPad; ++lane) sum += statistics.lanes[i * kPad + lane];
-        statistics.along[i] = static_cast<float>(statistics.center[i] + sum);
+        statistics.delta[i] = static_cast<float>(statistics.center[i] + sum);
       }
       visit(first, end, count, [&](int64_t i, int64_t j, float* blocks) {
         differentiate(tokens, o, statistics, i, j, blocks);
@@ -192,7 +193,7 @@ class AttentionBackward {
   }
 
  private:
-  // The blocks of a group, each with its place for P and dP, of both sides where it has two.
+  // Visits the blocks of a group, each with its memory for P and dP, of both sides if it has two.
   template <class Visit>
   void visit(int64_t first, int64_t end, int64_t count, const Visit& visit) const {
     float* blocks = store_;
@@ -210,16 +211,16 @@ class AttentionBackward {
     return {z_, p_.scale, tokens.rows_of(i), tokens.rows_of(j), p_.causal && i == j};
   }
 
-  // P and dP at `blocks`.
+  // P and dP in the memory at `blocks`.
   static Side side_at(float* blocks) { return {blocks, blocks + kBlock * kBlock, blocks, nullptr}; }
 
-  void weigh(const Tokens& tokens,
-             const Operands& o,
-             const Statistics& statistics,
-             bool drops,
-             int64_t i,
-             int64_t j,
-             float* blocks) const {
+  void recompute(const Tokens& tokens,
+                 const Operands& o,
+                 const Statistics& statistics,
+                 bool drops,
+                 int64_t i,
+                 int64_t j,
+                 float* blocks) const {
     const Scores scores = scores_at(tokens, i, j);
     Side by_row = side_at(blocks), by_column = both(i, j) ? side_at(blocks + 2 * kBlock * kBlock) : Side{};
     if (drops) {
@@ -230,12 +231,13 @@ class AttentionBackward {
         dropout_block(tokens, i, j, true, by_column.kept);
       }
     }
-    scores_of(o.left + i * padded_, o.clean_turned + j * p_.width, scores, z_);
-    scores_of(o.dlow + i * padded_, o.v_turned + j * p_.width, scores, by_row.upstream);
-    if (both(i, j)) scores_of(o.v + i * padded_, o.dlow_turned + j * p_.width, scores, by_column.upstream);
-    weigh_block(scores, statistics.at(i), statistics.at(j), by_row, by_column);
-    add_turned(tokens, by_row.dropped, o.dlow, o.dv, i, j);
-    if (both(i, j)) add(tokens, by_column.dropped, o.dlow, o.dv, i, j);
+    scores_of(o.queries + i * padded_, o.clean_transposed + j * p_.width, scores, z_);
+    scores_of(o.dlow_rank + i * padded_, o.v_transposed + j * p_.width, scores, by_row.upstream);
+    if (both(i, j))
+      scores_of(o.v + i * padded_, o.dlow_rank_transposed + j * p_.width, scores, by_column.upstream);
+    probabilities_block(scores, statistics.at(i), statistics.at(j), by_row, by_column);
+    add_transposed(tokens, by_row.dropped, o.dlow_rank, o.dv, i, j);
+    if (both(i, j)) add(tokens, by_column.dropped, o.dlow_rank, o.dv, i, j);
   }
 
   void differentiate(const Tokens& tokens,
@@ -252,29 +254,29 @@ class AttentionBackward {
       symmetrise(z_, scores.rows);
       add(tokens, z_, o.clean, o.dclean, i, j);
     } else {
-      add(tokens, z_, o.clean, o.dleft, i, j);
-      add_turned(tokens, z_, o.left, o.dclean, i, j);
+      add(tokens, z_, o.clean, o.dqueries, i, j);
+      add_transposed(tokens, z_, o.queries, o.dclean, i, j);
     }
   }
 
-  void scores_of(const float* left, const float* turned, const Scores& s, float* to) const {
-    product(left, padded_, turned, kBlock, to, kBlock, s.rows, s.width(), p_.width, false);
+  void scores_of(const float* a, const float* b_transposed, const Scores& s, float* to) const {
+    product({a, padded_, b_transposed, kBlock, to, kBlock, s.rows, s.width(), p_.width, false});
   }
 
-  // Rows i of `to` += block * rows j of `from`.
+  // Adds block * (rows j of `from`) to rows i of `to`.
   void add(
       const Tokens& tokens, const float* block, const float* from, float* to, int64_t i, int64_t j) const {
     const int64_t rows = tokens.rows_of(i), depth = tokens.rows_of(j);
     product(
-        block, kBlock, from + j * padded_, padded_, to + i * padded_, padded_, rows, padded_, depth, true);
+        {block, kBlock, from + j * padded_, padded_, to + i * padded_, padded_, rows, padded_, depth, true});
   }
 
-  // Rows j of `to` += block^T * rows i of `from`.
-  void add_turned(
+  // Adds block^T * (rows i of `from`) to rows j of `to`.
+  void add_transposed(
       const Tokens& tokens, const float* block, const float* from, float* to, int64_t i, int64_t j) const {
     const int64_t rows = tokens.rows_of(j), depth = tokens.rows_of(i);
-    product_turned(
-        block, kBlock, from + i * padded_, padded_, to + j * padded_, padded_, rows, padded_, depth, true);
+    product_transposed(
+        {block, kBlock, from + i * padded_, padded_, to + j * padded_, padded_, rows, padded_, depth, true});
   }
 
   const Problem& p_;

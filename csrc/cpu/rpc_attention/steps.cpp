@@ -79,63 +79,77 @@ void Tokens::write_numbers(float* to, const float* from) const {
 
 namespace {
 
-// Where S = a - sign(a) T, k cancels in K~ and w, and with it what a was rounded by. NaN where S is infinite.
-MOLEX_VERSIONS(
-    shrink_row,
-    (float bound,
-     int64_t width,
-     const float* k,
-     const float* low,
-     const float* u,
-     float* clean,
-     float* w,
-     float* sparse),
-    using V = Floats<kLanes>;
-    for (int64_t c = 0; c < width; c += kLanes) {
-      const V key = load<kLanes>(k + c), before = load<kLanes>(low + c), dual = load<kLanes>(u + c);
-      const V a = key - before + dual;
-      const V shift = a > 0.0f ? broadcast<kLanes>(bound) : a < 0.0f ? broadcast<kLanes>(-bound) : a * bound;
-      const V outside = a - shift;
-      const auto inside = (a < 0.0f ? -a : a) < bound;
-      store(clean + c, inside ? key - dual : before - (dual + dual) + shift + (outside - outside));
-      store(w + c, inside ? dual + key : before + shift);
-      if (sparse) store(sparse + c, inside ? V{} : outside);
-    })
-
-// Four rows at once, four columns of each.
-MOLEX_CLONES void turn(const float* from, int64_t rows, int64_t width, int64_t padded, float* to) {
-  using V = Floats<4>;
-  for (int64_t r = 0; r < kBlock; r += 4) {
-    V row[4];
-    for (int64_t c = 0; c < width; c += 4) {
-      for (int i = 0; i < 4; ++i) row[i] = r + i < rows ? load<4>(from + (r + i) * padded + c) : V{};
-      for (int i = 0; i < 4 && c + i < width; ++i) {
-        store(to + (c + i) * kBlock + r, V{row[0][i], row[1][i], row[2][i], row[3][i]});
-      }
-    }
+// Outside the threshold, S = a - sign(a) T: k cancels in K~ and w, and with it the rounding error of a. K~ is
+// NaN if S is infinite.
+constexpr auto soft_threshold_row = versions([](auto registers,
+                                                float bound,
+                                                int64_t width,
+                                                const float* k,
+                                                const float* low_rank,
+                                                const float* u,
+                                                float* clean,
+                                                float* w,
+                                                float* sparse) MOLEX_LAMBDA_INLINE {
+  constexpr int kLanes = registers.kLanes;
+  using V = Floats<kLanes>;
+  for (int64_t c = 0; c < width; c += kLanes) {
+    const V key = load<kLanes>(k + c), before = load<kLanes>(low_rank + c), dual = load<kLanes>(u + c);
+    const V a = key - before + dual;
+    const V shift = a > 0.0f ? broadcast<kLanes>(bound) : a < 0.0f ? broadcast<kLanes>(-bound) : a * bound;
+    const V outside = a - shift;
+    const auto inside = (a < 0.0f ? -a : a) < bound;
+    store(clean + c, inside ? key - dual : before - (dual + dual) + shift + (outside - outside));
+    store(w + c, inside ? dual + key : before + shift);
+    if (sparse) store(sparse + c, inside ? V{} : outside);
   }
-}
+});
 
-MOLEX_CLONES void drop(
-    const Dropout& dropout, uint64_t first, const int64_t* place, int64_t count, uint64_t step, float* to) {
+// Transposes four rows at a time, four columns of each.
+constexpr auto transpose = versions(
+    [](auto, const float* from, int64_t rows, int64_t width, int64_t padded, float* to) MOLEX_LAMBDA_INLINE {
+      using V = Floats<4>;
+      for (int64_t r = 0; r < kBlock; r += 4) {
+        V row[4];
+        for (int64_t c = 0; c < width; c += 4) {
+          for (int i = 0; i < 4; ++i) row[i] = r + i < rows ? load<4>(from + (r + i) * padded + c) : V{};
+          for (int i = 0; i < 4 && c + i < width; ++i) {
+            store(to + (c + i) * kBlock + r, V{row[0][i], row[1][i], row[2][i], row[3][i]});
+          }
+        }
+      }
+    });
+
+constexpr auto drop = versions([](auto,
+                                  const Dropout& dropout,
+                                  uint64_t first,
+                                  const int64_t* place,
+                                  int64_t count,
+                                  uint64_t step,
+                                  float* to) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) to[i] = dropout(1.0f, first + static_cast<uint64_t>(place[i]) * step);
   for (int64_t i = count; i < kBlock; ++i) to[i] = 0.0f;
-}
+});
 
 }  // namespace
 
-void shrink(const Tokens& tokens,
-            const float* k,
-            const float* low,
-            const float* u,
-            float* clean,
-            float* w,
-            float* sparse) {
+void soft_threshold(const Tokens& tokens,
+                    const float* k,
+                    const float* low_rank,
+                    const float* u,
+                    float* clean,
+                    float* w,
+                    float* sparse) {
   const int64_t width = tokens.p.padded();
   for (int64_t i = 0; i < tokens.count(); ++i) {
     const int64_t at = i * width;
-    shrink_row(
-        tokens.bound[i], width, k + at, low + at, u + at, clean + at, w + at, sparse ? sparse + at : nullptr);
+    soft_threshold_row(tokens.bound[i],
+                       width,
+                       k + at,
+                       low_rank + at,
+                       u + at,
+                       clean + at,
+                       w + at,
+                       sparse ? sparse + at : nullptr);
   }
 }
 
@@ -160,23 +174,24 @@ void round_through(ScalarType dtype, float* x, int64_t count) {
   }
 }
 
-void turn_blocks(const float* from, int64_t rows, int64_t width, int64_t padded, float* to) {
+void transpose_blocks(const float* from, int64_t rows, int64_t width, int64_t padded, float* to) {
   for (int64_t first = 0; first < rows; first += kBlock) {
-    turn(from + first * padded, std::min(kBlock, rows - first), width, padded, to + first * width);
+    transpose(from + first * padded, std::min(kBlock, rows - first), width, padded, to + first * width);
   }
 }
 
-void dropout_block(const Tokens& tokens, int64_t first_row, int64_t first_column, bool turned, float* to) {
+void dropout_block(
+    const Tokens& tokens, int64_t first_row, int64_t first_column, bool transposed, float* to) {
   const Problem& p = tokens.p;
   const int64_t *rows = tokens.place.data() + first_row, *columns = tokens.place.data() + first_column;
   const uint64_t length = p.length, start = tokens.head * length * length;
   for (int64_t r = 0; r < tokens.rows_of(first_row); ++r) {
     const uint64_t row = rows[r];
     drop(p.dropout,
-         start + (turned ? row : row * length),
+         start + (transposed ? row : row * length),
          columns,
          tokens.rows_of(first_column),
-         turned ? length : 1,
+         transposed ? length : 1,
          to + r * kBlock);
   }
 }

@@ -1,10 +1,9 @@
 // Robust attention on a CPU: what the forward and the backward pass share.
 //
-// A head goes through all iterations on one thread, in blocks of kBlock tokens against kBlock tokens
-// whose scores stay in the first cache: no N x N matrix is written, whatever N. Without q the scores
-// are symmetric, and a block of them serves its rows as well as its columns. Tokens outside the key
-// mask are left out from the start: what a head holds are the rows that exist, one after the other,
-// padded with zeros to a multiple of kPad features. Arithmetic is fp32.
+// One thread runs all iterations of a head, in blocks of kBlock by kBlock tokens whose scores fit in the
+// first-level cache: no N x N matrix is written. Without q the scores are symmetric, and a block of them
+// serves its rows and its columns. Tokens outside the key mask are left out from the start: a head holds the
+// rows that exist, one after the other, padded with zeros to a multiple of kPad features. Arithmetic is fp32.
 
 #pragma once
 
@@ -72,7 +71,7 @@ struct Problem {
 
   int64_t all_heads() const { return batch * heads; }
   int64_t padded() const { return round_up(width, kPad); }
-  // Whether a block of scores serves its columns, too.
+  // Whether a block of scores also serves its columns.
   bool symmetric() const { return !q && !causal; }
 };
 
@@ -88,11 +87,11 @@ struct Tokens {
   int64_t count() const { return static_cast<int64_t>(place.size()); }
   int64_t rows_of(int64_t first) const { return std::min(kBlock, count() - first); }
 
-  // Rows as floats, with zeros behind them.
+  // Reads rows as floats and pads them with zeros.
   void read_rows(const Heads& from, float* to) const;
-  // The rows of this head in a contiguous tensor [B, H, N, d]; 0 where there is no token.
+  // Writes the rows of this head in a contiguous tensor [B, H, N, d]; rows without a token become 0.
   void write_rows(Target to, const float* from) const;
-  // Numbers by row, [B, H, N].
+  // Reads or writes one number for each row, [B, H, N].
   void read_numbers(const float* from, float* to) const;
   void write_numbers(float* to, const float* from) const;
 };
@@ -112,7 +111,8 @@ class Scratch {
   std::vector<std::unique_ptr<float[], Free>> arrays_;
 };
 
-// Every pair of blocks whose scores are needed, as (first row, first column), those on the diagonal first.
+// Visits every pair of blocks whose scores are needed, as (first row, first column); those on the diagonal
+// come first.
 template <class Visit>
 void visit_blocks(const Problem& p, int64_t count, const Visit& visit) {
   for (int64_t i = 0; i < count; i += kBlock) visit(i, i);
@@ -123,7 +123,7 @@ void visit_blocks(const Problem& p, int64_t count, const Visit& visit) {
   }
 }
 
-// The scores of a block are scale * z. Of row r the first `seen(r)` columns count.
+// The scores of a block are scale * z. In row r the first `seen(r)` columns count.
 struct Scores {
   const float* z;  // [rows, kBlock]
   float scale;
@@ -131,27 +131,28 @@ struct Scores {
   bool triangular;  // a block on the diagonal under a causal mask
 
   bool partial() const { return triangular || columns < kBlock; }
-  // The columns in whole vectors.
+  // The columns, rounded up to whole vectors.
   MOLEX_INLINE int64_t width() const { return round_up(columns, kPad); }
   MOLEX_INLINE int64_t seen(int64_t row) const { return triangular ? std::min(row + 1, columns) : columns; }
 };
 
-// S = soft(a) for a = k - L + u, K~ = k - S - u, and w = u + k - S, from which u after the iteration is w -
-// L.
-void shrink(const Tokens& tokens,
-            const float* k,
-            const float* low,
-            const float* u,
-            float* clean,
-            float* w,
-            float* sparse);
+// S = soft_threshold(a) for a = k - L + u, K~ = k - S - u, and w = u + k - S. After the iteration u is w - L.
+void soft_threshold(const Tokens& tokens,
+                    const float* k,
+                    const float* low_rank,
+                    const float* u,
+                    float* clean,
+                    float* w,
+                    float* sparse);
 // x -= y.
 void subtract(float* x, const float* y, int64_t count);
-// `count` floats, rounded as the products see them.
+// Rounds `count` floats to the dtype in which products see them.
 void round_through(ScalarType dtype, float* x, int64_t count);
-// Rows of `width` floats into blocks [kBlocks][width][kBlock], zeros behind the last one.
-void turn_blocks(const float* from, int64_t rows, int64_t width, int64_t padded, float* to);
-// What dropout multiplies the probabilities of a block with. TURNED: rows and columns change places.
-void dropout_block(const Tokens& tokens, int64_t first_row, int64_t first_column, bool turned, float* to);
+// Copies rows of `width` floats into transposed blocks [kBlocks][width][kBlock]; the last one is padded with
+// zeros.
+void transpose_blocks(const float* from, int64_t rows, int64_t width, int64_t padded, float* to);
+// Writes dropout's factors for the probabilities of a block. With `transposed`, rows and columns are
+// exchanged.
+void dropout_block(const Tokens& tokens, int64_t first_row, int64_t first_column, bool transposed, float* to);
 
 }  // namespace molex::rpc

@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout,
                                                     Optional key_mask,
                                                     Optional seed,
                                                     const Tensor& out,
-                                                    const Tensor& lows,
+                                                    const Tensor& low_ranks,
                                                     const Tensor& stats,
                                                     int64_t num_iters,
                                                     double scale,
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout,
   b.grad_out = view(upstream);
   b.grad_sparse = view(upstream_sparse);
   b.out = state.const_data_ptr();
-  b.lows = lows.const_data_ptr<float>();
+  b.low_ranks = low_ranks.const_data_ptr<float>();
   b.stats = stats.const_data_ptr<float>();
   b.grad_k = needs[0] ? dk.mutable_data_ptr() : nullptr;
   b.grad_v = needs[1] ? dv.mutable_data_ptr() : nullptr;

@@ -7,9 +7,9 @@
 //   gK~_j = scale sum_i (dZ_ji + dZ_ij) K~_i ,   gV_j += sum_i P_ij G_i ,   G = gL - gu
 // and the recurrences of the dual and the threshold follow for the same rows in the epilogue.
 //
-// dZ_ji = P_ji (dP_ji - D_j), dP = G V^T, where D_j is <G_j, L_j>. Of peaked attention the difference is
-// small, so in fp32 a launch before takes D_j from the very numbers that it meets: with c = <G_j, L_j> it is
-// c + sum_i P_ji (dP_ji - c), whose terms are small where P is, and where it is not.
+// dZ_ji = P_ji (dP_ji - D_j) with dP = G V^T and D_j = <G_j, L_j>. For peaked attention the difference is
+// small, so in fp32 a separate launch computes D_j from the same rounded numbers: with c = <G_j, L_j> it is c
+// + sum_i P_ji (dP_ji - c), whose terms are small both where P is small and where P is close to 1.
 //
 // Budget. gradient: 128 threads, at most 255 registers; shared memory (3 * 64 + 6 columns) (D + 8)
 // bytes(E) + 24 columns, at most 157,056 bytes (fp32, D = 128), so that it runs on sm_80. No spills.
@@ -20,19 +20,19 @@
 
 namespace molex::rpc {
 
-// Whether D is a launch of its own.
+// Whether D needs a launch of its own.
 template <class E>
 constexpr bool kSumsInner = sizeof(E) == 4;
 
 template <class E>
 struct BackwardScratch {
-  E* clean;            // K~_1 ... K~_n, packed
-  int8_t* sides;       // side(a_t), likewise
+  E* clean;       // K~_1 ... K~_n, packed
+  int8_t* sides;  // side(a_t), likewise
   E *values, *queries;
-  E* upstream[2];      // G of this iteration, and of the one before, which this one writes
-  float* delta[2];     // D, their rows' inner products with L
+  E* upstream[2];           // G of this iteration, and of the one before, which this one writes
+  float* delta[2];          // D, their rows' inner products with L
   float *dual, *k, *v, *q;  // gu, gu + gk, and what the other gradients have come to
-  float* threshold;    // a row's gradient of its threshold
+  float* threshold;         // a row's gradient of its threshold
   int64_t bytes;
 
   BackwardScratch(const Problem& p, void* base, int columns) {
@@ -56,7 +56,8 @@ struct BackwardScratch {
   }
 };
 
-// One launch: `iteration` counts from 0; rebuilding comes before the last, as it were.
+// The parameters of one launch. `iteration` counts from 0; the rebuilding launch has the number of
+// iterations.
 template <class E>
 struct BackwardStep {
   Backward b;
@@ -106,31 +107,32 @@ void rebuild(MOLEX_PARAMS BackwardStep<E> s) {
   const float bound = bound_of(p, head, row);
   const int64_t plain = (head * p.length + row) * p.width;
   const E zero = device::from_float<E>(0.0f);
-  float along = 0.0f;
+  float delta = 0.0f;
   for (int column = lane(); column < D; column += kWarp) {
     const bool inside = real && column < p.width;
     const int64_t place = packed * D + column;
     const float k = inside ? device::to_float(head_of<E>(p, p.k, head)[row * p.k.row + column]) : 0.0f;
-    float low = 0.0f, u = 0.0f;
+    float low_rank = 0.0f, u = 0.0f;
     for (int t = 0; t < p.iterations; ++t) {
-      const Step step = shrink(k, low, u, bound);
+      const Step step = soft_threshold(k, low_rank, u, bound);
       s.clean[t * all_rows * D + place] = device::from_float<E>(step.clean);
-      s.sides[t * all_rows * D + place] = side(k - low + u, bound);
+      s.sides[t * all_rows * D + place] = side(k - low_rank + u, bound);
       if (t + 1 == p.iterations) break;
-      low = inside ? b.lows[t * p.all_heads() * p.length * p.width + plain + column] : 0.0f;
-      u = step.w - low;
+      low_rank = inside ? b.low_ranks[t * p.all_heads() * p.length * p.width + plain + column] : 0.0f;
+      u = step.w - low_rank;
     }
     s.values[place] = inside ? head_of<E>(p, p.v, head)[row * p.v.row + column] : zero;
     if (p.q.data) s.queries[place] = inside ? head_of<E>(p, p.q, head)[row * p.q.row + column] : zero;
     const E g = inside ? head_of<E>(p, b.grad_out, head)[row * b.grad_out.row + column] : zero;
     s.next_upstream[place] = g;
     if (!kSumsInner<E> && inside) {
-      along += device::to_float(g) * device::to_float(static_cast<const E*>(b.out)[plain + column]);
+      delta += device::to_float(g) * device::to_float(static_cast<const E*>(b.out)[plain + column]);
     }
   }
   if constexpr (!kSumsInner<E>) {
-    MOLEX_UNROLL for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) along += device::shuffle_xor(along, lanes);
-    if (lane() == 0) s.next_delta[packed] = along;
+    MOLEX_UNROLL for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) delta +=
+        device::shuffle_xor(delta, lanes);
+    if (lane() == 0) s.next_delta[packed] = delta;
   }
 }
 
@@ -148,7 +150,7 @@ struct GradientTile {
   static_assert(kRowsMultiple % kRows == 0 && kRowsMultiple % kColumns == 0);
 };
 
-// With `Sums` only D of a block's rows, as queries.
+// With `Sums` it computes only D of a block's rows, as queries.
 template <class E, int D, bool Sums>
 MOLEX_KERNEL((GradientTile<E, D>::kWarps * kWarp), 1)
 void gradient(MOLEX_PARAMS BackwardStep<E> s) {
@@ -161,7 +163,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   const int first = static_cast<int>(device::block() % tiles) * T::kRows, row = first + 16 * warp();
   // A head's matrices: this block's rows of the product, the rows that run past them, and so on.
   struct Matrices {
-    const E *left, *right, *values, *upstream;
+    const E *own, *other, *values, *upstream;
     const float *largest, *total;
     float* delta;
   };
@@ -180,8 +182,8 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   };
   const Matrices kept_matrices = matrices();
 
-  E* own_left = reinterpret_cast<E*>(device::shared());
-  E* own_values = own_left + T::kRows * kPitchD;
+  E* own_tile = reinterpret_cast<E*>(device::shared());
+  E* own_values = own_tile + T::kRows * kPitchD;
   E* own_upstream = own_values + T::kRows * kPitchD;
   E* stages = own_upstream + T::kRows * kPitchD;
   float* statistics = reinterpret_cast<float*>(stages + 3 * T::kStages * kTileSize);
@@ -189,7 +191,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
     const int stage = other / T::kColumns % T::kStages;
     const Matrices of = T::kReloads ? matrices() : kept_matrices;
     E* to = stages + stage * 3 * kTileSize;
-    copy_rows<E, D>(to, of.right + other * D, T::kColumns);
+    copy_rows<E, D>(to, of.other + other * D, T::kColumns);
     copy_rows<E, D>(to + kTileSize, of.values + other * D, T::kColumns);
     if constexpr (Sums) return;
     copy_rows<E, D>(to + 2 * kTileSize, of.upstream + other * D, T::kColumns);
@@ -201,17 +203,17 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
       numbers[2 * T::kColumns] = of.delta[other + i];
     }
   };
-  copy_rows<E, D>(own_left, kept_matrices.left + first * D, T::kRows);
+  copy_rows<E, D>(own_tile, kept_matrices.own + first * D, T::kRows);
   if constexpr (!Sums) copy_rows<E, D>(own_values, kept_matrices.values + first * D, T::kRows);
   copy_rows<E, D>(own_upstream, kept_matrices.upstream + first * D, T::kRows);
 
-  // Under a causal mask queries are behind their keys.
+  // Under a causal mask a key's queries come after it.
   const int begin = p.causal && !s.as_query ? first / T::kColumns * T::kColumns : 0;
   const int end = p.causal && !s.as_key && first + T::kRows < p.length ? first + T::kRows : p.length;
   fetch(begin);
   device::commit_copies();
 
-  const Sight sees(p, head);
+  const Mask visible(p, head);
   const Dropout keeps(p, head, t + 1 == p.iterations);
   const float scale2 = score_scale(p);
   struct Own {
@@ -220,14 +222,14 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   };
   float center[2] = {0.0f, 0.0f};  // <G, L>
   if constexpr (Sums) {
-    const float* lows = t + 1 == p.iterations ? static_cast<const float*>(b.out)
-                                              : b.lows + t * p.all_heads() * p.length * p.width;
+    const float* low_ranks = t + 1 == p.iterations ? static_cast<const float*>(b.out)
+                                                   : b.low_ranks + t * p.all_heads() * p.length * p.width;
     MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
       const int mine = row + lane_row() + 8 * i;
       if (mine >= p.length) continue;
-      const float* low = lows + (head * p.length + mine) * p.width;
+      const float* low_rank = low_ranks + (head * p.length + mine) * p.width;
       for (int column = lane() % 4; column < p.width; column += 4) {
-        center[i] += kept_matrices.upstream[mine * D + column] * low[column];
+        center[i] += kept_matrices.upstream[mine * D + column] * low_rank[column];
       }
     }
     MOLEX_UNROLL for (int i = 0; i < 2; ++i) center[i] = row_sum(center[i]);
@@ -240,14 +242,14 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
       own.largest[i] = mine < p.length ? of.largest[mine] : 0.0f;
       own.inverse[i] = mine < p.length ? 1.0f / of.total[mine] : 0.0f;
       own.delta[i] = Sums ? center[i] : of.delta[mine];
-      own.real[i] = sees.exists(mine);
+      own.real[i] = visible.exists(mine);
     }
     return own;
   };
   const Own kept_own = load_own();
   float inner[2] = {0.0f, 0.0f};
-  float grad_left[1][D / 8][4], grad_values[1][D / 8][4];
-  clear(grad_left);
+  float grad_own[1][D / 8][4], grad_values[1][D / 8][4];
+  clear(grad_own);
   clear(grad_values);
 
   for (int other = begin; other < end; other += T::kColumns) {
@@ -265,20 +267,20 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
     float z[1][T::kColumns / 8][4], dz[1][T::kColumns / 8][4], dp[1][T::kColumns / 8][4];
     clear(z);
     clear(dz);
-    multiply_rows<E, D, T::kAhead, true>(z, own_left + warp_row, tile);
-    if (query) {  // row j sees key i
+    multiply_rows<E, D, T::kAhead, true>(z, own_tile + warp_row, tile);
+    if (query) {  // row j is a query of key i
       clear(dp);
       multiply_rows<E, D, T::kAhead, false>(dp, own_upstream + warp_row, tile + kTileSize);
-      const bool all = sees.all(row, other, T::kColumns);
+      const bool all = visible.all(row, other, T::kColumns);
       const Own own = T::kReloads ? load_own() : kept_own;
       MOLEX_UNROLL for (int n = 0; n < T::kColumns / 8; ++n) {
         MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
           const int j = row + lane_row() + e / 2 * 8, i = other + 8 * n + lane_column() + e % 2;
           const float probability =
               device::exp2((z[0][n][e] - own.largest[e / 2]) * scale2) * own.inverse[e / 2];
-          // Rounded, so that the difference is 0 where D is this very product.
+          // The product is rounded first, so that the difference is 0 if D is this very product.
           const float kept = keeps.active ? device::multiply(dp[0][n][e], keeps(j, i)) : dp[0][n][e];
-          const bool seen = all || (sees.exists(i) && !sees.later(j, i));
+          const bool seen = all || (visible.exists(i) && !visible.later(j, i));
           if (seen) dz[0][n][e] = probability * (kept - own.delta[e / 2]);
         }
       }
@@ -290,7 +292,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
         inner[i] += part;
       }
     }
-    if (!Sums && key) {  // row j is seen by query i
+    if (!Sums && key) {  // row j is a key of query i
       clear(dp);
       multiply_rows<E, D, T::kAhead, false>(dp, own_values + warp_row, tile + 2 * kTileSize);
       const Own own = T::kReloads ? load_own() : kept_own;
@@ -298,7 +300,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
         MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
           const int j = row + lane_row() + e / 2 * 8, column = 8 * n + lane_column() + e % 2;
           const int i = other + column;
-          const bool seen = own.real[e / 2] && !sees.later(i, j);
+          const bool seen = own.real[e / 2] && !visible.later(i, j);
           const float weight = device::exp2((z[0][n][e] - numbers[column]) * scale2);
           const float probability = seen ? weight * numbers[T::kColumns + column] : 0.0f;
           const float keep = keeps.active ? keeps(i, j) : 1.0f;
@@ -309,7 +311,7 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
       }
       multiply_columns<E>(grad_values, z, tile + 2 * kTileSize);
     }
-    if constexpr (!Sums) multiply_columns<E>(grad_left, dz, tile);
+    if constexpr (!Sums) multiply_columns<E>(grad_own, dz, tile);
     if (other + T::kStages * T::kColumns < end) device::sync();  // a fetch overwrites this stage
   }
 
@@ -337,59 +339,61 @@ void gradient(MOLEX_PARAMS BackwardStep<E> s) {
   };
   MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
     const int own_row = row + lane_row() + 8 * i;
-    float of_threshold = 0.0f, along = 0.0f;
+    float of_threshold = 0.0f, delta = 0.0f;
     MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
       const int mine = T::kReloads ? device::opaque(own_row) : own_row;
       const int column = 8 * n + lane_column();
       const int64_t place = static_cast<int64_t>(mine) * D + column;
       float next[2];
       MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
-        const float product = own.real[i] ? grad_left[0][n][2 * i + c] * p.scale : 0.0f;
+        const float product = own.real[i] ? grad_own[0][n][2 * i + c] * p.scale : 0.0f;
         if (!s.as_key) {
           carry(s.q, b.grad_q, mine, column + c, product);
           continue;
         }
         const bool inside = own.real[i] && column + c < p.width;
         const float gu = is_last ? 0.0f : dual[place + c];
-        const float extra = is_last && b.grad_sparse.data && inside
-                                ? head_of<float>(p, b.grad_sparse, head)[mine * b.grad_sparse.row + column + c]
-                                : 0.0f;
+        const float extra =
+            is_last && b.grad_sparse.data && inside
+                ? head_of<float>(p, b.grad_sparse, head)[mine * b.grad_sparse.row + column + c]
+                : 0.0f;
         const int8_t where = sides[place + c];
         const bool outside = where != kInside;
         const float ga = outside ? extra - gu - product : 0.0f;
         float term = ga;
         if constexpr (kSumsInner<E>) {
-          // The last two iterations' ga add up to the difference of their products where they share a side:
-          // what is large cancels there, and is not added in the first place.
+          // The ga of the last two iterations add up to the difference of their products if they are on the
+          // same side of the threshold: the large part cancels, so it is never added.
           const int64_t step = p.all_heads() * rows * D;
           if (is_last && !is_first && s.sides[base + place + c - step] == where) term = product;
           if (t + 2 == p.iterations && s.sides[base + place + c + step] == where) term = -product;
         }
         of_threshold -= outside ? where * term : 0.0f;
         carry(s.v, b.grad_v, mine, column + c, own.real[i] ? grad_values[0][n][2 * i + c] : 0.0f);
-        // Carried is gk + gu: gu holds -product of the iteration behind, which gk would have to lose again.
-        // Outside the threshold ga takes product back: the sums are written without what cancels.
+        // The accumulator holds gk + gu: gu contains -product of the later iteration, which gk would
+        // otherwise have to add and subtract again. Outside the threshold ga contains -product; the sums are
+        // written so that it is never added and subtracted.
         carry(s.k,
               b.grad_k,
               mine,
               column + c,
               is_first ? (outside ? extra - gu : product) : (outside ? 2.0f * (extra - product) - gu : gu));
         if (is_first) continue;
-        // gu of the iteration before, whose gL is -ga.
+        // Writes gu of the iteration before, whose gL is -ga.
         const float before = outside ? extra - 2.0f * product : gu - product;
         dual[place + c] = before;
         next[c] = -ga - before;
         if (kSumsInner<E> || !inside) continue;
         const int64_t plain = ((t - 1) * p.all_heads() + head) * p.length + mine;
-        along += device::to_float(device::from_float<E>(next[c])) * b.lows[plain * p.width + column + c];
+        delta += device::to_float(device::from_float<E>(next[c])) * b.low_ranks[plain * p.width + column + c];
       }
       if (s.as_key && !is_first) store_pair(s.next_upstream + base + place, next[0], next[1]);
     }
     if (!s.as_key) continue;
-    if (!kSumsInner<E>) along = row_sum(along);
+    if (!kSumsInner<E>) delta = row_sum(delta);
     of_threshold = row_sum(of_threshold);
     if (lane_column() != 0) continue;
-    if (!kSumsInner<E> && !is_first) s.next_delta[head * rows + own_row] = along;
+    if (!kSumsInner<E> && !is_first) s.next_delta[head * rows + own_row] = delta;
     float* sum = s.threshold + head * rows + own_row;
     *sum = is_last ? of_threshold : *sum + of_threshold;
   }

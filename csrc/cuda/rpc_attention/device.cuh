@@ -89,8 +89,8 @@ MOLEX_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// x, which the compiler then cannot compute with ahead of a loop: addresses that are computed again
-// take time, and those that are kept take registers.
+// Returns x, hidden from the compiler, so that it computes nothing with it ahead of a loop: addresses that
+// are computed again take time, but addresses that are kept take registers.
 MOLEX_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -193,7 +193,7 @@ struct Grid {
   int cluster = 1;
 };
 
-// Enqueues the kernel; nothing waits, and a stream that is being captured records it.
+// Enqueues the kernel. Nothing waits for it, and a stream that is being captured records it.
 template <class Params>
 Status launch(void (*kernel)(const Params), const Grid& grid, const Params& params, Stream stream) {
   if (grid.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;

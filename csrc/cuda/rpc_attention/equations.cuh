@@ -1,5 +1,5 @@
-// What RPC attention's kernels share: their parameters, the element-wise equations, which keys a row
-// sees, dropout, and rows between global and shared memory. See launch.cuh for the method.
+// What RPC attention's kernels share: their parameters, the element-wise equations, the mask, dropout, and
+// copies of rows between global and shared memory. See launch.cuh for the method.
 
 #pragma once
 
@@ -21,22 +21,22 @@ struct Problem {
   int32_t batch, heads, length, width, iterations, causal;
   float scale;
   Tensor4 k, v, q;
-  const float* threshold;                     // fp32, at head * head_stride + row * row_stride
-  int64_t threshold_head, threshold_row;      // threshold_row is 0 for one threshold per head
-  const uint8_t* key_mask;                    // [B, N], 1 for a token that exists
-  const int64_t* seed;                        // null without dropout
-  uint32_t dropped;                           // words of Philox below it are dropped
-  float kept_scale;                           // 1 / (1 - p)
-  int32_t shared_limit, cluster_limit;        // of the device: bytes per block, blocks per cluster
+  const float* threshold;                 // fp32, at head * head_stride + row * row_stride
+  int64_t threshold_head, threshold_row;  // threshold_row is 0 for one threshold per head
+  const uint8_t* key_mask;                // [B, N], 1 for a token that exists
+  const int64_t* seed;                    // null without dropout
+  uint32_t dropped;                       // words of Philox below it are dropped
+  float kept_scale;                       // 1 / (1 - p)
+  int32_t shared_limit, cluster_limit;    // of the device: bytes per block, blocks per cluster
 
   MOLEX_HOST_DEVICE int64_t all_heads() const { return static_cast<int64_t>(batch) * heads; }
 };
 
 struct Forward {
   Problem problem;
-  void* out;      // [B, H, N, d]
-  float* sparse;  // [B, H, N, d], the last iteration's S, or null
-  float* lows;    // [n - 1, B, H, N, d], or null
+  void* out;         // [B, H, N, d]
+  float* sparse;     // [B, H, N, d], the last iteration's S, or null
+  float* low_ranks;  // [n - 1, B, H, N, d], or null
   // [n, 2, B, H, N], or null: the score of each row's largest scaled score, and the sum of
   // exp(scale (score - that)). A log of the sum would cost eps times itself in the probabilities.
   float* stats;
@@ -47,7 +47,7 @@ struct Backward {
   Problem problem;
   Tensor4 grad_out, grad_sparse;  // grad_sparse is fp32, its data null where there is none
   const void* out;
-  const float* lows;
+  const float* low_ranks;
   const float* stats;
   void *grad_k, *grad_v, *grad_q;  // [B, H, N, d]; grad_q is null without q
   float* grad_threshold;           // as the threshold, contiguous
@@ -60,7 +60,8 @@ MOLEX_HOST_DEVICE int64_t padded_rows(const Problem& p) {
   return (p.length + kRowsMultiple - 1) / kRowsMultiple * kRowsMultiple;
 }
 
-// The scale of scores in powers of 2; of 0 the smallest number, as hidden scores are -infinity.
+// The scale of scores in powers of 2. A scale of 0 becomes the smallest number, because masked scores are
+// -infinity.
 MOLEX_DEVICE float score_scale(const Problem& p) {
   constexpr float kLog2e = 1.4426950408889634f, kSmallest = 0x1p-126f;
   const float scale2 = p.scale * kLog2e;
@@ -74,9 +75,9 @@ struct Step {
 
 MOLEX_DEVICE float absolute(float x) { return x < 0.0f ? -x : x; }
 
-// a - sign(a) T outside (-T, T), else 0; NaN where a or T is.
-MOLEX_DEVICE Step shrink(float k, float low, float u, float bound) {
-  const float a = k - low + u;
+// S = a - sign(a) T outside (-T, T), else 0; NaN if a or T is NaN.
+MOLEX_DEVICE Step soft_threshold(float k, float low_rank, float u, float bound) {
+  const float a = k - low_rank + u;
   const float sparse = absolute(a) < bound ? 0.0f : a - (a < 0.0f ? -bound : (a == 0.0f ? 0.0f : bound));
   return {sparse, k - sparse - u, u + k - sparse};
 }
@@ -105,13 +106,13 @@ MOLEX_DEVICE const E* head_of(const Problem& p, const Tensor4& t, int64_t head) 
   return static_cast<const E*>(t.data) + head_offset(p, t, head);
 }
 
-// Which keys a row sees.
-struct Sight {
+// Which keys take part in the attention of a row.
+struct Mask {
   const uint8_t* mask;
   int length;
   bool causal;
 
-  MOLEX_DEVICE Sight(const Problem& p, int64_t head)
+  MOLEX_DEVICE Mask(const Problem& p, int64_t head)
       : mask(p.key_mask ? p.key_mask + head / p.heads * p.length : nullptr),
         length(p.length),
         causal(p.causal) {}
@@ -119,7 +120,7 @@ struct Sight {
   MOLEX_DEVICE bool exists(int key) const { return key < length && (!mask || mask[key]); }
   MOLEX_DEVICE bool later(int row, int key) const { return causal && key > row; }
 
-  // Whether rows from `row` on see all of `count` keys from `key` on.
+  // Whether rows from `row` on attend to all of `count` keys from `key` on.
   MOLEX_DEVICE bool all(int row, int key, int count) const {
     return !mask && key + count <= length && (!causal || key + count <= row + 1);
   }
@@ -129,7 +130,7 @@ struct Sight {
 MOLEX_DEVICE uint32_t philox(uint64_t seed, uint64_t position) {
   uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(position >> 32), c2 = 0, c3 = 0;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  // Rolled up: unrolled for every element of a tile, it would take the registers of the products.
+  // The loop stays rolled: unrolled for every element of a tile, it would take registers from the products.
   MOLEX_NO_UNROLL for (int round = 0; round < 7; ++round) {
     const uint64_t a = static_cast<uint64_t>(c0) * 0xD2511F53u, b = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
     c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
@@ -142,8 +143,8 @@ MOLEX_DEVICE uint32_t philox(uint64_t seed, uint64_t position) {
   return c0;
 }
 
-// Dropout of the attention of one head: 0, or 1 / (1 - p), for a row and a key. Nothing but the
-// parameters is kept: what it needs would take registers from the products of every tile.
+// Dropout of the attention of one head: 0, or 1 / (1 - p), for a row and a key. It keeps only the parameters:
+// anything more would take registers from the products of every tile.
 struct Dropout {
   const Problem& p;
   int64_t head;
@@ -164,7 +165,8 @@ template <class E, int D>
 MOLEX_DEVICE void load_rows(E* to, const Problem& p, const Tensor4& t, int64_t head, int first, int rows) {
   constexpr int kChunk = 16 / sizeof(E), kChunks = D / kChunk;
   const E* from = head_of<E>(p, t, head);
-  const bool aligned = p.width % kChunk == 0 && t.row % kChunk == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
+  const bool aligned =
+      p.width % kChunk == 0 && t.row % kChunk == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
   for (int i = device::thread(); i < rows * kChunks; i += device::threads()) {
     const int row = first + i / kChunks, column = i % kChunks * kChunk;
     E* place = to + i / kChunks * kPitch<D> + column;
@@ -189,7 +191,7 @@ MOLEX_DEVICE void copy_rows(E* to, const E* from, int rows) {
   }
 }
 
-// Two neighbours of a row as one store.
+// Stores two neighbours of a row at once.
 template <class E>
 MOLEX_DEVICE void store_pair(E* to, float first, float second) {
   if constexpr (sizeof(E) == 2) {
@@ -211,7 +213,7 @@ MOLEX_DEVICE float2 load_pair(const E* from) {
   }
 }
 
-// Cuts scratch memory into arrays; with a null base it only counts.
+// Cuts scratch memory into arrays. With a null base it only counts bytes.
 struct Arena {
   char* base;
   int64_t used = 0;

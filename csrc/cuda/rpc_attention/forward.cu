@@ -36,18 +36,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& k,
   };
   Tensor out = allocate(heads, k.scalar_type());
   Tensor sparse = allocate(returns_sparse ? heads : none, ScalarType::Float);
-  Tensor lows = allocate(keeps_state ? states : none, ScalarType::Float);
+  Tensor low_ranks = allocate(keeps_state ? states : none, ScalarType::Float);
   Tensor stats = allocate(keeps_state ? rows : none, ScalarType::Float);
-  if (out.numel() == 0) return {out, sparse, lows, stats};
+  if (out.numel() == 0) return {out, sparse, low_ranks, stats};
 
   f.out = out.mutable_data_ptr();
   f.sparse = returns_sparse ? sparse.mutable_data_ptr<float>() : nullptr;
-  f.lows = keeps_state ? lows.mutable_data_ptr<float>() : nullptr;
+  f.low_ranks = keeps_state ? low_ranks.mutable_data_ptr<float>() : nullptr;
   f.stats = keeps_state ? stats.mutable_data_ptr<float>() : nullptr;
   Tensor scratch = scratch_of(k, forward_scratch(f.problem));
   f.scratch = scratch.mutable_data_ptr();
   check_launch(run_forward(f, current_stream(device)));
-  return {out, sparse, lows, stats};
+  return {out, sparse, low_ranks, stats};
 }
 
 }  // namespace

@@ -15,11 +15,11 @@ namespace molex::rpc {
 // softmax(rows keys^T) values of 16 M rows per warp, summed over tiles of keys.
 template <class E, int D, int M, int Columns>
 struct Attention {
-  // Of like terms, such as those of flat attention, every rounding of a long sum goes the same way.
+  // In a long sum of like terms, such as those of flat attention, all roundings go the same way.
   static constexpr bool kCompensated = sizeof(E) == 4;
 
   float sum[M][D / 8][4];
-  float largest[M][2], total[M][2];  // of scores, and of this lane's exp(score - largest)
+  float largest[M][2], total[M][2];  // largest score; sum of this lane's exp(score - largest)
   float lost[M][2];                  // what roundings took from `total`, if compensated
 
   MOLEX_DEVICE void start() {
@@ -36,7 +36,7 @@ struct Attention {
   MOLEX_DEVICE void add(const E* rows,
                         const E* keys,
                         const E* values,
-                        const Sight& sees,
+                        const Mask& visible,
                         const Dropout& keeps,
                         float scale2,
                         int row,
@@ -44,7 +44,7 @@ struct Attention {
     float z[M][Columns / 8][4];
     clear(z);
     multiply_rows<E, D, sizeof(E) == 4 ? 16 : D, true>(z, rows, keys);
-    if (scale2 < 0.0f) {  // the largest are then the smallest
+    if (scale2 < 0.0f) {  // then the largest score is the smallest product
       scale2 = -scale2;
       MOLEX_UNROLL for (int m = 0; m < M; ++m) {
         MOLEX_UNROLL for (int n = 0; n < Columns / 8; ++n) {
@@ -52,15 +52,15 @@ struct Attention {
         }
       }
     }
-    if (!sees.all(row, key, Columns)) {
+    if (!visible.all(row, key, Columns)) {
       MOLEX_UNROLL for (int n = 0; n < Columns / 8; ++n) {
         MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
           const int j = key + 8 * n + lane_column() + c;
-          const bool exists = sees.exists(j);
+          const bool exists = visible.exists(j);
           MOLEX_UNROLL for (int m = 0; m < M; ++m) {
             MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-              const bool hidden = !exists || sees.later(row + 16 * m + lane_row() + 8 * i, j);
-              if (hidden) z[m][n][2 * i + c] = -device::infinity();
+              const bool masked = !exists || visible.later(row + 16 * m + lane_row() + 8 * i, j);
+              if (masked) z[m][n][2 * i + c] = -device::infinity();
             }
           }
         }
@@ -73,12 +73,12 @@ struct Attention {
           top = larger(z[m][n][2 * i], larger(z[m][n][2 * i + 1], top));
         }
         top = row_max(top);
-        // A row that has seen nothing yet: exp(-inf - 0) = 0.
+        // For a row that has met no key yet: exp(-inf - 0) = 0.
         const float origin = top == -device::infinity() ? 0.0f : top;
-        const float shrunk = device::exp2((largest[m][i] - origin) * scale2);
+        const float rescale = device::exp2((largest[m][i] - origin) * scale2);
         largest[m][i] = top;
-        const float before = total[m][i] * shrunk;
-        float part = kCompensated ? lost[m][i] * shrunk : before;
+        const float before = total[m][i] * rescale;
+        float part = kCompensated ? lost[m][i] * rescale : before;
         MOLEX_UNROLL for (int n = 0; n < Columns / 8; ++n) {
           MOLEX_UNROLL for (int e = 2 * i; e < 2 * i + 2; ++e) {
             z[m][n][e] = device::exp2((z[m][n][e] - origin) * scale2);
@@ -88,8 +88,8 @@ struct Attention {
         total[m][i] = kCompensated ? before + part : part;
         if (kCompensated) lost[m][i] = part - (total[m][i] - before);
         MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
-          sum[m][n][2 * i] *= shrunk;
-          sum[m][n][2 * i + 1] *= shrunk;
+          sum[m][n][2 * i] *= rescale;
+          sum[m][n][2 * i + 1] *= rescale;
         }
       }
     }
@@ -148,16 +148,16 @@ struct Results {
   }
 
   template <int D, class Value>
-  MOLEX_DEVICE void low(int row, const Value& value) const {
+  MOLEX_DEVICE void low_rank(int row, const Value& value) const {
     const Problem& p = f.problem;
     if (last()) {
       store<D>(static_cast<E*>(f.out), row, value);
-    } else if (f.lows) {
-      store<D>(f.lows + iteration * p.all_heads() * p.length * p.width, row, value);
+    } else if (f.low_ranks) {
+      store<D>(f.low_ranks + iteration * p.all_heads() * p.length * p.width, row, value);
     }
   }
 
-  // A row that sees nothing gets an infinite sum, so that its probabilities are 0.
+  // A row without keys gets an infinite sum, so that its probabilities are 0.
   MOLEX_DEVICE void statistics(int row, bool real, float largest, float total) const {
     const Problem& p = f.problem;
     if (!f.stats || row >= p.length || lane_column() != 0) return;
@@ -173,13 +173,11 @@ struct Results {
   }
 };
 
-// ---- All iterations on chip: a cluster of blocks per head ----
-
 template <class E, int D>
 struct OnChip {
   static constexpr int kColumns = sizeof(E) == 4 && D > 64 ? 16 : 32;
   static constexpr int kWarps = sizeof(E) == 2 && D == 64 ? 4 : 8;
-  // Of which so many shall share a multiprocessor; it bounds the registers.
+  // So many blocks are to share a multiprocessor, which bounds the registers.
   static constexpr int kBlocks = sizeof(E) == 2 && D <= 64 ? (D == 64 ? 3 : 2) : 1;
 
   int warps, cluster, rows, shared_bytes;
@@ -199,7 +197,7 @@ struct OnChip {
   }
 };
 
-// K~ of this warp's 16 rows, to the keys of every block of the cluster.
+// Sends K~ of this warp's 16 rows to the keys of every block of the cluster.
 template <class E, int D>
 MOLEX_DEVICE void publish(E* keys, const float (&clean)[1][D / 8][4], int row, int rank, int cluster) {
   MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
@@ -243,7 +241,7 @@ void on_chip(MOLEX_PARAMS OnChipForward<E, D> s) {
   load_rows<E, D>(values, p, p.v, head, 0, plan.rows);
   load_rows<E, D>(own, p, p.k, head, first, plan.warps * 16);
   if (p.q.data) load_rows<E, D>(queries, p, p.q, head, first, plan.warps * 16);
-  // Rows behind the last block's are keys that nobody sees, and yet they are multiplied.
+  // Rows behind those of the last block are keys that no row attends to, but they are multiplied.
   const int published = plan.cluster * plan.warps * 16;
   for (int i = device::thread(); i < (plan.rows - published) * D; i += device::threads()) {
     keys[(published + i / D) * kPitch<D> + i % D] = device::from_float<E>(0.0f);
@@ -254,7 +252,7 @@ void on_chip(MOLEX_PARAMS OnChipForward<E, D> s) {
   float w[D / 8][4];
   Attention<E, D, 1, kColumns> attention;
   MOLEX_NO_UNROLL for (int t = 0; t < p.iterations; ++t) {
-    // From L and w of the iteration before, K~ in the place of L, and the new w.
+    // Replaces L and w of the iteration before by K~ and the new w.
     const Results<E> results{f, head, t};
     const int upper = device::opaque(row + lane_row());
     const E* own_lane = own + (upper - first) * kPitch<D> + lane_column();
@@ -262,10 +260,10 @@ void on_chip(MOLEX_PARAMS OnChipForward<E, D> s) {
       MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
         const float2 k = load_pair(own_lane + 8 * i * kPitch<D> + 8 * n);
         MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
-          float &low = attention.sum[0][n][2 * i + c], &kept = w[n][2 * i + c];
-          const float before = t ? low : 0.0f, u = t ? kept - before : 0.0f;
-          const Step step = shrink(c ? k.y : k.x, before, u, bound_of(p, head, upper + 8 * i));
-          low = step.clean;
+          float &low_rank = attention.sum[0][n][2 * i + c], &kept = w[n][2 * i + c];
+          const float before = t ? low_rank : 0.0f, u = t ? kept - before : 0.0f;
+          const Step step = soft_threshold(c ? k.y : k.x, before, u, bound_of(p, head, upper + 8 * i));
+          low_rank = step.clean;
           kept = results.last() ? step.sparse : step.w;  // nothing comes after the last w
         }
       }
@@ -276,14 +274,14 @@ void on_chip(MOLEX_PARAMS OnChipForward<E, D> s) {
     device::wait_cluster();
 
     attention.start();
-    const Sight sees(p, head);
+    const Mask visible(p, head);
     const Dropout keeps(p, head, results.last());
     const float scale2 = score_scale(p);
     const E* rows = p.q.data ? queries + 16 * warp() * kPitch<D> : keys + row * kPitch<D>;
     const int end = p.causal && row + 16 < p.length ? row + 16 : p.length;
     MOLEX_NO_UNROLL for (int key = 0; key < end; key += kColumns) {
       const int at = key * kPitch<D>;
-      attention.add(rows, keys + at, values + at, sees, keeps, scale2, row, key);
+      attention.add(rows, keys + at, values + at, visible, keeps, scale2, row, key);
     }
     if (!results.last()) device::arrive_cluster();
     attention.finish();
@@ -293,16 +291,14 @@ void on_chip(MOLEX_PARAMS OnChipForward<E, D> s) {
       const bool real = exists(p, head, mine);
       results.statistics(mine, real, attention.largest[0][i], attention.total[0][i]);
       if (!real) attention.clear_row(0, i);
-      results.template low<D>(mine, [&](int n, int c) { return attention.sum[0][n][2 * i + c]; });
+      results.template low_rank<D>(mine, [&](int n, int c) { return attention.sum[0][n][2 * i + c]; });
       results.template sparse<D>(mine, [&](int n, int c) { return w[n][2 * i + c]; });
     }
   }
 }
 
-// ---- One launch per iteration ----
-
-// Packed copies, and w between the launches. K~ alternates: blocks still read the old while others
-// write the new.
+// Packed copies, and w between the launches. There are two K~: some blocks still read the old one while
+// others write the new one.
 template <class E>
 struct ForwardScratch {
   E *clean[2], *values, *queries;
@@ -321,7 +317,7 @@ struct ForwardScratch {
   }
 };
 
-// One launch: `iteration` counts from 0; the preparation is before it.
+// The parameters of one launch. `iteration` counts from 0; it is -1 for the preparation.
 template <class E>
 struct ForwardStep {
   Forward f;
@@ -356,7 +352,7 @@ void prepare(MOLEX_PARAMS ForwardStep<E> s) {
   const bool real = column < p.width && exists(p, head, row);
   const E zero = device::from_float<E>(0.0f);
   const E k = real ? head_of<E>(p, p.k, head)[row * p.k.row + column] : zero;
-  const Step step = shrink(device::to_float(k), 0.0f, 0.0f, bound_of(p, head, row));
+  const Step step = soft_threshold(device::to_float(k), 0.0f, 0.0f, bound_of(p, head, row));
   s.next_clean[index] = device::from_float<E>(step.clean);
   s.values[index] = real ? head_of<E>(p, p.v, head)[row * p.v.row + column] : zero;
   if (p.q.data) s.queries[index] = real ? head_of<E>(p, p.q, head)[row * p.q.row + column] : zero;
@@ -387,7 +383,7 @@ void step(MOLEX_PARAMS ForwardStep<E> s) {
   const Problem& p = f.problem;
   const int tiles = (p.length + T::kRows - 1) / T::kRows;
   const int64_t head = device::block() / tiles;
-  // Under a causal mask the last rows have most to do, so they start first.
+  // Under a causal mask the last rows have the most work, so they start first.
   const int tile = tiles - 1 - static_cast<int>(device::block() % tiles);
   const int first = tile * T::kRows, row = first + 16 * T::kTiles * warp();
   const int64_t base = head * padded_rows(p) * D;
@@ -406,7 +402,7 @@ void step(MOLEX_PARAMS ForwardStep<E> s) {
   fetch(0);
   device::commit_copies();
 
-  const Sight sees(p, head);
+  const Mask visible(p, head);
   const Dropout keeps(p, head, results.last());
   const float scale2 = score_scale(p);
   Attention<E, D, T::kTiles, T::kColumns> attention;
@@ -421,7 +417,7 @@ void step(MOLEX_PARAMS ForwardStep<E> s) {
     attention.add(rows + 16 * T::kTiles * warp() * kPitchD,
                   stage,
                   stage + T::kColumns * kPitchD,
-                  sees,
+                  visible,
                   keeps,
                   scale2,
                   row,
@@ -437,7 +433,7 @@ void step(MOLEX_PARAMS ForwardStep<E> s) {
       const bool real = exists(p, head, mine);
       results.statistics(mine, real, attention.largest[m][i], attention.total[m][i]);
       if (!real) attention.clear_row(m, i);
-      results.template low<D>(mine, [&](int n, int c) { return attention.sum[m][n][2 * i + c]; });
+      results.template low_rank<D>(mine, [&](int n, int c) { return attention.sum[m][n][2 * i + c]; });
       if (results.last()) continue;
 
       const float bound = bound_of(p, head, mine);
@@ -447,8 +443,8 @@ void step(MOLEX_PARAMS ForwardStep<E> s) {
       const auto update = [&](int n, int c) {
         const bool inside = real && 8 * n + c < p.width - lane_column();
         const float k = inside ? device::to_float(own[8 * n + c]) : 0.0f;
-        const float low = attention.sum[m][n][2 * i + c];
-        return shrink(k, low, w[8 * n + c] - low, bound);
+        const float low_rank = attention.sum[m][n][2 * i + c];
+        return soft_threshold(k, low_rank, w[8 * n + c] - low_rank, bound);
       };
       next.template sparse<D>(mine, [&](int n, int c) { return update(n, c).sparse; });
       MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {

@@ -4,11 +4,12 @@
 // at the columns 2 (l % 4) and the next one, in the order (row, column), (row, column + 1),
 // (row + 8, column), (row + 8, column + 1).
 //
-// fp16 and bf16 use m16n8k16. fp32 uses m16n8k8 three times: x = high + low, each of TF32's 11 bits, and
-// high high + high low + low high keeps about 22 bits of a product. Scores need all of them, as an
-// exponential makes their absolute error a relative one: `Exact` adds low low and, as one m16n8k16 of bf16,
-// lost x + x lost, where lost = x - high - low can be one bit. Tensor cores cut sums off where fp32 rounds
-// them: a long sum would drift, so each of 8 products is added by an fp32 addition.
+// fp16 and bf16 use m16n8k16. fp32 uses m16n8k8 three times: x = high + low, each with TF32's 11 bits, and
+// high high + high low + low high keeps about 22 bits of a product. Scores need all bits, because an
+// exponential turns their absolute error into a relative one: `Exact` adds low low and, as one m16n8k16 of
+// bf16, lost x + x lost, where lost = x - high - low is at most one bit. Tensor cores truncate sums where
+// fp32 rounds them, so that a long sum would drift: therefore each sum of 8 products is added by an fp32
+// addition.
 
 #pragma once
 
@@ -34,30 +35,30 @@ template <class E>
 struct Fragments {
   static_assert(sizeof(E) == 2);
   static constexpr int kDepth = 16;
-  struct Left {
+  struct FragmentA {
     uint32_t r[4];
   };
-  struct Right {  // 16 columns
+  struct FragmentB {  // 16 columns
     uint32_t r[4];
   };
 
   // 16 rows of a row-major matrix, `kDepth` columns from `at` on.
-  MOLEX_DEVICE static void load(Left& a, const E* at, int pitch) {
+  MOLEX_DEVICE static void load(FragmentA& a, const E* at, int pitch) {
     device::load_matrices(a.r, at + lane() % 16 * pitch + lane() / 16 * 8);
   }
 
   // The transpose of 16 rows of a row-major matrix: its rows are the product's columns.
-  MOLEX_DEVICE static void load_rows(Right& b, const E* at, int pitch) {
+  MOLEX_DEVICE static void load_rows(FragmentB& b, const E* at, int pitch) {
     device::load_matrices(b.r, at + (lane() / 16 * 8 + lane() % 8) * pitch + lane() / 8 % 2 * 8);
   }
 
   // `kDepth` rows and 16 columns of a row-major matrix, as they stand.
-  MOLEX_DEVICE static void load_columns(Right& b, const E* at, int pitch) {
+  MOLEX_DEVICE static void load_columns(FragmentB& b, const E* at, int pitch) {
     device::load_matrices_transposed(b.r, at + lane() % 16 * pitch + lane() / 16 * 8);
   }
 
   // Columns [kDepth * step, kDepth * (step + 1)) of an accumulator, rounded to E.
-  MOLEX_DEVICE static void convert(Left& a, const float (*c)[4], int step) {
+  MOLEX_DEVICE static void convert(FragmentA& a, const float (*c)[4], int step) {
     const float* c0 = c[2 * step];
     const float* c1 = c[2 * step + 1];
     a.r[0] = device::pack<E>(c0[0], c0[1]);
@@ -67,25 +68,25 @@ struct Fragments {
   }
 
   template <bool Exact = false>
-  MOLEX_DEVICE static void multiply(float (&c)[4], const Left& a, const Right& b, int half) {
+  MOLEX_DEVICE static void multiply(float (&c)[4], const FragmentA& a, const FragmentB& b, int half) {
     const uint32_t columns[2] = {b.r[2 * half], b.r[2 * half + 1]};
     device::mma_16<E>(c, a.r, columns);
   }
 };
 
-// In the sum over k the order is free: k = t and t + 4 of the instruction are the neighbours 2 t and
-// 2 t + 1 of the matrices, so that an accumulator is a left operand as it stands.
+// The order of a sum over k is free: k = t and t + 4 of the instruction are the neighbours 2 t and 2 t + 1 of
+// the matrices, so that an accumulator can be an a operand without being rearranged.
 template <>
 struct Fragments<float> {
   static constexpr int kDepth = 8;
-  struct Left {
+  struct FragmentA {
     uint32_t high[4], low[4], lost[4];  // of `lost` the second half is x
   };
-  struct Right {
+  struct FragmentB {
     uint32_t high[2][2], low[2][2], lost[2][2];  // of `lost` the first half is x
   };
 
-  MOLEX_DEVICE static void load(Left& a, const float* at, int pitch) {
+  MOLEX_DEVICE static void load(FragmentA& a, const float* at, int pitch) {
     MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
       const float* row = at + (lane_row() + 8 * i) * pitch + lane_column();
       const float first = split(row[0], a.high[i], a.low[i]);
@@ -95,7 +96,7 @@ struct Fragments<float> {
     }
   }
 
-  MOLEX_DEVICE static void load_rows(Right& b, const float* at, int pitch) {
+  MOLEX_DEVICE static void load_rows(FragmentB& b, const float* at, int pitch) {
     MOLEX_UNROLL for (int half = 0; half < 2; ++half) {
       const float* row = at + (lane_row() + 8 * half) * pitch + lane_column();
       const float first = split(row[0], b.high[half][0], b.low[half][0]);
@@ -105,7 +106,7 @@ struct Fragments<float> {
     }
   }
 
-  MOLEX_DEVICE static void load_columns(Right& b, const float* at, int pitch) {
+  MOLEX_DEVICE static void load_columns(FragmentB& b, const float* at, int pitch) {
     const float* first = at + lane_column() * pitch + lane_row();
     MOLEX_UNROLL for (int half = 0; half < 2; ++half) {
       MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
@@ -114,13 +115,13 @@ struct Fragments<float> {
     }
   }
 
-  MOLEX_DEVICE static void convert(Left& a, const float (*c)[4], int step) {
+  MOLEX_DEVICE static void convert(FragmentA& a, const float (*c)[4], int step) {
     constexpr int kOrder[4] = {0, 2, 1, 3};
     MOLEX_UNROLL for (int i = 0; i < 4; ++i) split(c[step][kOrder[i]], a.high[i], a.low[i]);
   }
 
   template <bool Exact = false>
-  MOLEX_DEVICE static void multiply(float (&c)[4], const Left& a, const Right& b, int half) {
+  MOLEX_DEVICE static void multiply(float (&c)[4], const FragmentA& a, const FragmentB& b, int half) {
     float rest[4] = {0.0f, 0.0f, 0.0f, 0.0f}, whole[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     if constexpr (Exact) {
       device::mma_16<device::BFloat>(rest, a.lost, b.lost[half]);
@@ -145,9 +146,7 @@ struct Fragments<float> {
 template <int M, int N>
 MOLEX_DEVICE void clear(float (&c)[M][N][4]) {
   MOLEX_UNROLL for (int m = 0; m < M; ++m) {
-    MOLEX_UNROLL for (int n = 0; n < N; ++n) {
-      MOLEX_UNROLL for (int e = 0; e < 4; ++e) c[m][n][e] = 0.0f;
-    }
+    MOLEX_UNROLL for (int n = 0; n < N; ++n) { MOLEX_UNROLL for (int e = 0; e < 4; ++e) c[m][n][e] = 0.0f; }
   }
 }
 
@@ -158,14 +157,14 @@ MOLEX_DEVICE void multiply_rows(float (&c)[M][N][4], const E* a, const E* b) {
   using F = Fragments<E>;
   constexpr int kLength = kPitch<Depth>;
   MOLEX_UNROLL_BY(Ahead / F::kDepth) for (int k = 0; k < Depth; k += F::kDepth) {
-    typename F::Left left[M];
-    MOLEX_UNROLL for (int m = 0; m < M; ++m) F::load(left[m], a + 16 * m * kLength + k, kLength);
+    typename F::FragmentA a_fragment[M];
+    MOLEX_UNROLL for (int m = 0; m < M; ++m) F::load(a_fragment[m], a + 16 * m * kLength + k, kLength);
     MOLEX_UNROLL for (int n = 0; n < N; n += 2) {
-      typename F::Right right;
-      F::load_rows(right, b + 8 * n * kLength + k, kLength);
+      typename F::FragmentB b_fragment;
+      F::load_rows(b_fragment, b + 8 * n * kLength + k, kLength);
       MOLEX_UNROLL for (int m = 0; m < M; ++m) {
-        F::template multiply<Exact>(c[m][n], left[m], right, 0);
-        F::template multiply<Exact>(c[m][n + 1], left[m], right, 1);
+        F::template multiply<Exact>(c[m][n], a_fragment[m], b_fragment, 0);
+        F::template multiply<Exact>(c[m][n + 1], a_fragment[m], b_fragment, 1);
       }
     }
   }
@@ -178,37 +177,37 @@ MOLEX_DEVICE void multiply_columns(float (&c)[M][N][4], const float (&p)[M][K][4
   using F = Fragments<E>;
   constexpr int kLength = kPitch<8 * N>, kSteps = 8 * K / F::kDepth;
   const auto load = [&](int step, int n) {
-    typename F::Right right;
-    F::load_columns(right, b + F::kDepth * step * kLength + 8 * n, kLength);
-    return right;
+    typename F::FragmentB b_fragment;
+    F::load_columns(b_fragment, b + F::kDepth * step * kLength + 8 * n, kLength);
+    return b_fragment;
   };
   if constexpr (sizeof(E) == 2) {
     MOLEX_UNROLL for (int step = 0; step < kSteps; ++step) {
-      typename F::Left left[M];
-      MOLEX_UNROLL for (int m = 0; m < M; ++m) F::convert(left[m], p[m], step);
+      typename F::FragmentA a_fragment[M];
+      MOLEX_UNROLL for (int m = 0; m < M; ++m) F::convert(a_fragment[m], p[m], step);
       MOLEX_UNROLL for (int n = 0; n < N; n += 2) {
-        const typename F::Right right = load(step, n);
+        const typename F::FragmentB b_fragment = load(step, n);
         MOLEX_UNROLL for (int m = 0; m < M; ++m) {
-          F::multiply(c[m][n], left[m], right, 0);
-          F::multiply(c[m][n + 1], left[m], right, 1);
+          F::multiply(c[m][n], a_fragment[m], b_fragment, 0);
+          F::multiply(c[m][n + 1], a_fragment[m], b_fragment, 1);
         }
       }
     }
   } else {
     constexpr int kAtOnce = N < 16 && kSteps > 1 ? 2 : 1;  // what the registers hold
     MOLEX_UNROLL for (int first = 0; first < kSteps; first += kAtOnce) {
-      typename F::Left left[M][kAtOnce];
+      typename F::FragmentA a_fragment[M][kAtOnce];
       MOLEX_UNROLL for (int m = 0; m < M; ++m) {
-        MOLEX_UNROLL for (int i = 0; i < kAtOnce; ++i) F::convert(left[m][i], p[m], first + i);
+        MOLEX_UNROLL for (int i = 0; i < kAtOnce; ++i) F::convert(a_fragment[m][i], p[m], first + i);
       }
       MOLEX_UNROLL for (int n = 0; n < N; n += 2) {
         float sum[M][2][4];
         clear(sum);
         MOLEX_UNROLL for (int i = 0; i < kAtOnce; ++i) {
-          const typename F::Right right = load(first + i, n);
+          const typename F::FragmentB b_fragment = load(first + i, n);
           MOLEX_UNROLL for (int m = 0; m < M; ++m) {
-            F::multiply(sum[m][0], left[m][i], right, 0);
-            F::multiply(sum[m][1], left[m][i], right, 1);
+            F::multiply(sum[m][0], a_fragment[m][i], b_fragment, 0);
+            F::multiply(sum[m][1], a_fragment[m][i], b_fragment, 1);
           }
         }
         MOLEX_UNROLL for (int m = 0; m < M; ++m) {

@@ -110,7 +110,10 @@ device::Status run_backward(const Backward& b, Stream stream) {
     }
     if (status != device::kSuccess || !b.grad_threshold) return status;
     const int shared_bytes = kSumThreads / kWarp * static_cast<int>(sizeof(float));
-    return device::launch(sum_threshold<E>, {p.all_heads(), kSumThreads, shared_bytes}, BackwardStep<E>(b, scratch, 0, D), stream);
+    return device::launch(sum_threshold<E>,
+                          {p.all_heads(), kSumThreads, shared_bytes},
+                          BackwardStep<E>(b, scratch, 0, D),
+                          stream);
   });
 }
 
