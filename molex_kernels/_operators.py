@@ -14,9 +14,8 @@ whose caller named none, so that an exported graph names neither an implementati
 compiled extension registers its kernels on the keys CPU and CUDA; `_Operator.run` serves what has
 no kernel of its own: Triton's launchers on a GPU, and the reference where nothing else can run.
 
-The operators know nothing of autograd. A ctx-style `autograd.Function` outside them does, which is
-skipped where nothing needs a gradient; it costs half of one with `setup_context`, which takes its
-place while functorch transforms (`torch.func`) are active.
+The operators know nothing of autograd: an `autograd.Function` outside them does, which is skipped
+where nothing needs a gradient.
 """
 
 from __future__ import annotations
@@ -31,10 +30,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from molex_kernels import _backends, _extension
+from molex_kernels._differentiable import Differentiable
 
 _LIBRARY = torch.library.Library("molex", "DEF")
 _ARGUMENT = re.compile(r"(\w+(?:\[\])?\??)\s+(\w+)")
@@ -180,38 +178,6 @@ def operator(name: str, schema: str, fake: Callable[..., Any], **places: Any) ->
     return _Operator(name, schema, fake, **places).overload
 
 
-class Differentiable:
-    """A function with a gradient of its own, as autograd and functorch ask for it.
-
-    `call` computes (results, saved tensors, constants) of arguments in which tensors of lists stand
-    one by one; `gradients` gives one gradient or None for each argument. `fixed` are the places of
-    results without a gradient.
-    """
-
-    def __init__(self, name: str, fixed: Sequence[int] = ()) -> None:
-        self.fixed = fixed
-        self.eager = _eager(self, name)
-        self.transformed = _transformed(self, name)
-
-    def call(self, *arguments: Any) -> tuple[Values, Sequence[Tensor | None], Values]:
-        """Results, tensors to be saved, constants."""
-        raise NotImplementedError
-
-    def gradients(
-        self, upstream: Values, saved: Values, constants: Values, needs: Sequence[bool]
-    ) -> Sequence[Tensor | None]:
-        """A gradient or None for each argument of `call`."""
-        raise NotImplementedError
-
-    def apply(self, *arguments: Any) -> Any:
-        """The results, by the Function that is fit for what is active; one result by itself."""
-        if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
-            record = _Record()
-            results = self.transformed.apply(record, *arguments)
-            return results[: record.num_results] if record.num_results > 1 else results[0]
-        return self.eager.apply(*arguments)
-
-
 class Pass(Differentiable):
     """An op with its gradient: called as `op(impl, *arguments)`, without the `keeps_...` argument.
 
@@ -300,7 +266,7 @@ class Pass(Differentiable):
         self.wants = [self.names.index(n) for n in self.differentiable()]
 
     def differentiable(self) -> Sequence[str]:
-        """The arguments that get a gradient, in the order of `spread`."""
+        """The arguments that get a gradient, in the order in which `differentiate` gives them."""
         return [n[1:] for n in self.given]
 
     def __call__(self, impl: str | None, *arguments: Any) -> Any:
@@ -413,67 +379,6 @@ class Pass(Differentiable):
         return found[0] if len(found) == 1 else tuple(found)
 
 
-class _Record:
-    """What one call by `_transformed` tells its `setup_context`."""
-
-    constants: Values
-    saved: list[int | None]  # where each saved tensor stands among arguments and results
-    num_results: int
-
-
-def _eager(op: Differentiable, name: str) -> type[Function]:
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        results, saved, ctx.constants = op.call(*arguments)
-        ctx.save_for_backward(*saved)
-        if len(results) == 1:
-            return results[0]
-        ctx.set_materialize_grads(False)
-        if op.fixed:
-            ctx.mark_non_differentiable(*(results[i] for i in op.fixed))
-        return results
-
-    return type(name, (Function,), {"forward": staticmethod(forward), "backward": _backward(op)})
-
-
-def _transformed(op: Differentiable, name: str) -> type[Function]:
-    """Hands out what is saved, too, since `setup_context` sees arguments and results alone."""
-
-    def forward(record: _Record, *arguments: Any) -> Values:
-        results, saved, record.constants = op.call(*arguments)
-        known = (*arguments, *results)
-        extra = [s for s in saved if s is not None and not any(s is k for k in known)]
-        everything = (record, *known, *extra)
-        record.saved = [None if s is None else _index(everything, s) for s in saved]
-        record.num_results = len(results)
-        return *results, *extra
-
-    def setup_context(ctx: Any, inputs: Values, output: Values) -> None:
-        record = inputs[0]
-        everything = (*inputs, *output)
-        ctx.save_for_backward(*(None if i is None else everything[i] for i in record.saved))
-        ctx.constants, ctx.num_results = record.constants, record.num_results
-        ctx.set_materialize_grads(False)
-        fixed = (*(output[i] for i in op.fixed), *output[record.num_results :])
-        ctx.mark_non_differentiable(*fixed)
-
-    members = {
-        "forward": staticmethod(forward),
-        "setup_context": staticmethod(setup_context),
-        "backward": _backward(op, first=1),
-        "generate_vmap_rule": True,
-    }
-    return type(name, (Function,), members)
-
-
-def _backward(op: Differentiable, first: int = 0) -> Any:
-    def backward(ctx: Any, *upstream: Tensor | None) -> Values:
-        given = upstream[: ctx.num_results] if first else upstream
-        needs = ctx.needs_input_grad[first:]
-        return (None,) * first + tuple(op.gradients(given, ctx.saved_tensors, ctx.constants, needs))
-
-    return staticmethod(once_differentiable(backward))
-
-
 def _getter(places: Sequence[int]) -> Callable[[Values], Values]:
     """Takes the values at these places, as a tuple."""
     # Written out, it takes a third of a comprehension's time, and Dynamo traces no itemgetter.
@@ -505,10 +410,6 @@ def _ungrouped(values: Sequence[Any], lists: Sequence[int]) -> Values:
         flat += values[place]
         start = place + 1
     return (*flat, *values[start:])
-
-
-def _index(values: Sequence[Any], wanted: Any) -> int:
-    return next(i for i, value in enumerate(values) if value is wanted)
 
 
 def _pick(argument: Any, dim: Any, index: int) -> Any:

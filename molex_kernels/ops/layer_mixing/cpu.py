@@ -16,9 +16,7 @@ from molex_kernels.ops.layer_mixing import types
 Tensors = tuple[Tensor, ...]
 
 
-def layer_linear_forward(
-    given: Any,
-) -> Tensor:
+def layer_linear_forward(given: Any) -> Tensor:
     x = given.x
     x = types.branches(x, given.index, given.shared)
     out = x.new_empty(*x.shape[:2], given.weights[0].shape[-2])
@@ -33,9 +31,7 @@ def layer_linear_forward(
     return out
 
 
-def layer_linear_backward(
-    given: Any,
-) -> Tensors:
+def layer_linear_backward(given: Any) -> Tensors:
     """Gradients of x, weights, biases, a and b, stacked; those not needed are empty."""
     x = given.x
     needs_x, needs_weight, needs_bias, needs_a, needs_b = given.needs

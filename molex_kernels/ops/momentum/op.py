@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from molex_kernels import _operators
+from molex_kernels._differentiable import Differentiable
 from molex_kernels.ops.dispatch import op as dispatch
 from molex_kernels.ops.momentum import reference
 from molex_kernels.ops.momentum.types import Coefficients
@@ -156,7 +157,7 @@ def _run(a: Arguments, impl: tuple[str, ...], keeps: bool) -> tuple[Tensors, Ten
     return tuple(results[: 1 + a.num_states]), kept if returns_f else f, hidden
 
 
-class _Momentum(_operators.Differentiable):
+class _Momentum(Differentiable):
     def call(self, impl: tuple[str, ...], *given: Any) -> tuple[Any, ...]:
         a = _arguments(*given)
         results, f, hidden = _run(a, impl, True)

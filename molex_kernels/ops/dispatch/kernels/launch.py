@@ -32,69 +32,46 @@ def grouped_gemm_backward(a: Any) -> tuple[Tensor, ...]:
     return dx, dweight, dbias
 
 
-def moe_experts_forward(
-    a: Any,
-) -> tuple[Tensor, Tensor]:
+def moe_experts_forward(a: Any) -> tuple[Tensor, Tensor]:
     """In expert order: the experts' outputs and the pre-activation (empty unless `keeps_hidden`).
 
     Rows of experts that are not local are 0.
     """
     plan = (a.offsets.contiguous(), a.permutation.shape[0], a.permutation.contiguous())
-    weights = (a.w_up, a.w_down, a.b_up, a.b_down)
-    rows = Rows(*plan, top_k=a.top_k)
-    return _experts(a.x, *weights, rows, a.activation, a.layout, a.keeps_hidden, zero_tail=True)
+    return _experts(a, Rows(*plan, top_k=a.top_k), zero_tail=True)
 
 
-def _experts(
-    x: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    b_up: Tensor | None,
-    b_down: Tensor | None,
-    rows: Rows,
-    activation: str,
-    layout: str,
-    keeps_hidden: bool,
-    *,
-    zero_tail: bool,
-) -> tuple[Tensor, Tensor]:
-    kept = x.new_empty(rows.num_rows if keeps_hidden else 0, w_up.shape[1])
-    acted = x.new_empty(rows.num_rows, w_down.shape[2])
+def _experts(a: Any, rows: Rows, *, zero_tail: bool) -> tuple[Tensor, Tensor]:
+    kept = a.x.new_empty(rows.num_rows if a.keeps_hidden else 0, a.w_up.shape[1])
+    acted = a.x.new_empty(rows.num_rows, a.w_down.shape[2])
     starts.gemm(
-        x,
-        w_up,
-        b_up,
+        a.x,
+        a.w_up,
+        a.b_up,
         acted,
         rows,
         gathered=True,
-        activation=activation,
-        layout=layout,
-        hidden=kept if keeps_hidden else None,
-        zero_tail=keeps_hidden,
+        activation=a.activation,
+        layout=a.layout,
+        hidden=kept if a.keeps_hidden else None,
+        zero_tail=a.keeps_hidden,
     )
-    packed = x.new_empty(rows.num_rows, x.shape[1])
-    starts.gemm(acted, w_down, b_down, packed, rows, zero_tail=zero_tail)
+    packed = a.x.new_empty(rows.num_rows, a.x.shape[1])
+    starts.gemm(acted, a.w_down, a.b_down, packed, rows, zero_tail=zero_tail)
     return packed, kept
 
 
-def moe_mlp_forward(
-    a: Any,
-) -> tuple[Tensor, Tensor]:
+def moe_mlp_forward(a: Any) -> tuple[Tensor, Tensor]:
     """The output and, in expert order, the pre-activation (empty unless `keeps_hidden`)."""
     rows = Rows.of_plan(a.offsets, a.permutation, a.inverse, a.expert_weight.shape[1])
-    weights = (a.w_up, a.w_down, a.b_up, a.b_down)
     # The combine skips rows of experts that are not local, so they stay unwritten.
-    packed, kept = _experts(
-        a.x, *weights, rows, a.activation, a.layout, a.keeps_hidden, zero_tail=False
-    )
+    packed, kept = _experts(a, rows, zero_tail=False)
     out = a.x.new_empty(a.x.shape)
     starts.combine(packed, a.expert_weight, out, rows)
     return out, kept
 
 
-def moe_mlp_backward(
-    a: Any,
-) -> tuple[Tensor, ...]:
+def moe_mlp_backward(a: Any) -> tuple[Tensor, ...]:
     """Gradients of x, expert_weight, w_up, w_down, b_up and b_down; those not needed are empty.
 
     With the row's token t and weight w:  dS = <w_down^T dy_t, A> + <dy_t, b_down>,

@@ -48,9 +48,7 @@ def layer_vote_forward(given: Any) -> Tensor:
     return out
 
 
-def layer_linear_forward(
-    given: Any,
-) -> Tensor:
+def layer_linear_forward(given: Any) -> Tensor:
     """A branch's product each, [G, T, N]; x is [G, T, D], or [T, D] where shared."""
     x = given.x
     weights = given.weights
@@ -65,9 +63,7 @@ def layer_linear_forward(
     return out
 
 
-def layer_linear_backward(
-    given: Any,
-) -> tuple[Tensor, ...]:
+def layer_linear_backward(given: Any) -> tuple[Tensor, ...]:
     """Gradients of x, weights, biases, a and b, stacked; those not needed are empty."""
     x = given.x
     weights = given.weights
@@ -110,9 +106,7 @@ def layer_linear_backward(
     return dx, dweight, dbias, da, db
 
 
-def layer_mix_forward(
-    given: Any,
-) -> tuple[Tensor, Tensor]:
+def layer_mix_forward(given: Any) -> tuple[Tensor, Tensor]:
     branches, tokens, features = given.outputs.shape
     y = given.outputs.new_empty(tokens, features)
     normed = given.outputs.new_empty((0,) if given.eps is None else (tokens, features))
@@ -133,9 +127,7 @@ def layer_mix_forward(
     return y, normed
 
 
-def layer_mix_backward(
-    given: Any,
-) -> tuple[Tensor, ...]:
+def layer_mix_backward(given: Any) -> tuple[Tensor, ...]:
     """Gradients of outputs (the residual's is the same), coeff, and the norm's pair [2, D]."""
     needs_outputs, needs_coeff, needs_norm = given.needs
     branches, tokens, features = given.outputs.shape

@@ -13,9 +13,7 @@ from molex_kernels._dtypes import dot_precision
 from molex_kernels.ops.merging.kernels import config, order, starts
 
 
-def camex_deltas_forward(
-    a: Any,
-) -> Tensor:
+def camex_deltas_forward(a: Any) -> Tensor:
     factors = [f for f in (a.out1, a.out2, a.in1, a.in2) if f is not None]
     out = a.experts.new_empty(a.experts.shape)
     if not factors:
@@ -39,9 +37,7 @@ def camex_deltas_forward(
     return out
 
 
-def camex_deltas_backward(
-    a: Any,
-) -> tuple[Tensor, ...]:
+def camex_deltas_backward(a: Any) -> tuple[Tensor, ...]:
     """Gradients of base, experts and the factors; those not needed are empty."""
     needs_base, needs_experts, *needs_factors = a.needs
     factors = [f for f in (a.out1, a.out2, a.in1, a.in2) if f is not None]

@@ -20,9 +20,7 @@ from molex_kernels.ops.momentum.kernels.backward import _momentum_bwd
 from molex_kernels.ops.momentum.kernels.forward import _momentum_fwd
 
 
-def momentum_forward(
-    a: Any,
-) -> tuple[Tensor, ...]:
+def momentum_forward(a: Any) -> tuple[Tensor, ...]:
     """y, three states (those that the rule lacks are empty), and f (empty unless `keeps_f`)."""
     tokens, width = a.x.shape
     state_dtype = torch.float32 if a.s0 is None else a.s0.dtype
@@ -69,9 +67,7 @@ def momentum_forward(
     return y, *new, kept
 
 
-def momentum_backward(
-    a: Any,
-) -> tuple[Tensor, ...]:
+def momentum_backward(a: Any) -> tuple[Tensor, ...]:
     """Gradients of x, f, three states, the norm's weight and bias [2, D], and mu and gamma [2].
 
     `like` is any tensor of the result's shape. Those not needed are empty.

@@ -39,9 +39,7 @@ from molex_kernels.ops.routing.kernels.statistics import (
 Mixture = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def router_forward(
-    a: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def router_forward(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     """expert_index [T, K], expert_weight [T, K] and logits [T, E]."""
     tokens, dim = a.x.shape
     experts = a.gate.shape[0]
@@ -73,9 +71,7 @@ def router_forward(
     return index, weight, logits
 
 
-def router_backward(
-    a: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def router_backward(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, gate and bias (fp32); an empty tensor for each that is not needed."""
     tokens, experts = a.logits.shape
     needs_x, needs_gate, needs_bias = a.needs
@@ -147,9 +143,7 @@ def _plan(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tenso
     return counts, offsets, permutation, inverse
 
 
-def cluster_statistics_forward(
-    a: Any,
-) -> tuple[Tensor, Tensor]:
+def cluster_statistics_forward(a: Any) -> tuple[Tensor, Tensor]:
     """Of each cluster's tokens, [C, D] fp32, and their number, [C] int32.
 
     "sum": their sum. Else sums of |x - mean| or (x - mean)^2, with mean = sums / counts, of these

@@ -22,9 +22,7 @@ from molex_kernels.ops.rpc_attention.kernels.forward import _rpc_fwd
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
-def rpc_attention_forward(
-    a: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rpc_attention_forward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """L, S of the last iteration, L of all others, and the rows' extreme scores and sums.
 
     The extreme score is the one that is largest when scaled.
@@ -73,9 +71,7 @@ def rpc_attention_forward(
     return out, sparse, lows, stats
 
 
-def rpc_attention_backward(
-    a: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rpc_attention_backward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of k, v, q and the threshold; those not needed are empty."""
     if a.k.numel() == 0:
         gradients = [a.k.new_empty(a.k.shape if need else (0,)) for need in a.needs[:3]]
