@@ -60,7 +60,7 @@ def strided(x: Tensor | None) -> Any:
 
 
 @triton.jit
-def wide(number):
+def int64(number):
     """A stride or an index in int64, so that their product does not wrap."""
     return tl.cast(number, tl.int64)
 
@@ -69,7 +69,7 @@ def wide(number):
 def along(index, stride):
     """Elements from the first to that of an index."""
     # A stride of 1 is known at compile time, and the index may stay as short as it is.
-    return index if isinstance(stride, int) else wide(index) * wide(stride)
+    return index if isinstance(stride, int) else int64(index) * int64(stride)
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def at(mat, rows, cols):
 @triton.jit
 def nth(stack, index):
     """Pointer to one matrix of a Stack: `Mat(nth(stack, e), stack.row, stack.col)`."""
-    return stack.ptr + wide(index) * wide(stack.outer)
+    return stack.ptr + int64(index) * int64(stack.outer)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import at, load_fp32, wide
+from molex_kernels._triton.arguments import at, int64, load_fp32
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def sum_expert_rows(
         packed_ptrs = at(packed, row[:, None], offs_d[None, :])
         rows = load_fp32(packed_ptrs, is_local[:, None] & mask_d[None, :])
         if expert_weight is not None:
-            rows *= load_fp32(at(expert_weight, offs_t, wide(k)), is_local)[:, None]
+            rows *= load_fp32(at(expert_weight, offs_t, int64(k)), is_local)[:, None]
         out += rows
     return out
 

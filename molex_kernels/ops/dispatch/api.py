@@ -96,7 +96,7 @@ def moe_mlp(
     y_t = sum_k expert_weight_tk FFN_e(x_t),  e = expert_index_tk,
     FFN_e(x) = w_down_e act(w_up_e x + b_up_e) + b_down_e.
 
-    An id outside [0, E) means "not here" (the expert lives on another rank): it contributes nothing
+    An id outside [0, E) is no local expert (it lives on another rank): it contributes nothing
     and its weight gets a zero gradient. The same id twice in one row counts twice.
 
     Gated activations (`swiglu`: silu, `geglu`: gelu, `reglu`: relu) split the hidden vector in two:

@@ -41,7 +41,7 @@ def _moe_experts(a: Any) -> Tensor:
 
 def _pre_activation(a: Any) -> Tensor:
     """[T * K, I or 2I], kept for a gradient."""
-    return a.x.new_empty(a.permutation.shape[0] if a.keeps_hidden else 0, a.w_up.shape[1])
+    return a.x.new_empty(a.permutation.shape[0] if a.keeps_pre_activation else 0, a.w_up.shape[1])
 
 
 grouped_gemm = _operators.Pass(
@@ -57,9 +57,9 @@ grouped_gemm = _operators.Pass(
 
 moe_mlp = _operators.Pass(
     "moe_mlp",
-    f"(Tensor x, Tensor expert_weight, {_PLAN}, {_WEIGHTS}, {_ACTIVATION}, bool keeps_hidden)"
-    " -> (Tensor y, Tensor hidden)",
-    f"(Tensor dy, Tensor x, Tensor hidden, Tensor expert_weight, {_PLAN}, Tensor w_up, "
+    f"(Tensor x, Tensor expert_weight, {_PLAN}, {_WEIGHTS}, {_ACTIVATION}, "
+    "bool keeps_pre_activation) -> (Tensor y, Tensor pre_activation)",
+    f"(Tensor dy, Tensor x, Tensor pre_activation, Tensor expert_weight, {_PLAN}, Tensor w_up, "
     f"Tensor w_down, Tensor? b_down, {_ACTIVATION}, bool[] needs) -> (Tensor dx, "
     "Tensor dexpert_weight, Tensor dw_up, Tensor dw_down, Tensor db_up, Tensor db_down)",
     fake=lambda a: (a.x.new_empty(a.x.shape), _pre_activation(a)),
@@ -72,7 +72,7 @@ moe_mlp = _operators.Pass(
 moe_experts = _operators.Pass(
     "moe_experts",
     f"(Tensor x, Tensor offsets, Tensor permutation, {_WEIGHTS}, int top_k, {_ACTIVATION}, "
-    "bool keeps_hidden) -> (Tensor packed, Tensor hidden)",
+    "bool keeps_pre_activation) -> (Tensor expert_outputs, Tensor pre_activation)",
     fake=lambda a: (a.x.new_empty(a.permutation.shape[0], a.x.shape[1]), _pre_activation(a)),
     triton=_TRITON,
     reference=_moe_experts,

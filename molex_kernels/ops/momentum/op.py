@@ -141,10 +141,10 @@ _backward = _operators.operator(
 
 def _run(a: Arguments, impl: tuple[str, ...], keeps: bool) -> tuple[Tensors, Tensor, Any]:
     """y and the new state; f, or what is kept of it; the experts' pre-activations."""
-    f, hidden = a.f, None
+    f, pre_activation = a.f, None
     if f is None:
         experts = (a.w_up, a.w_down, a.b_up, a.b_down, a.expert_weight.shape[1])
-        f, hidden = dispatch.moe_experts.forward(
+        f, pre_activation = dispatch.moe_experts.forward(
             *(a.expert_input, a.offsets, a.permutation, *experts, a.activation, a.layout, keeps),
             *impl,
         )
@@ -154,13 +154,13 @@ def _run(a: Arguments, impl: tuple[str, ...], keeps: bool) -> tuple[Tensors, Ten
         *(a.norm_weight, a.norm_bias, a.mu, a.gamma, a.seed, *a.options, returns_f),
         *impl,
     )
-    return tuple(results[: 1 + a.num_states]), kept if returns_f else f, hidden
+    return tuple(results[: 1 + a.num_states]), kept if returns_f else f, pre_activation
 
 
 class _Momentum(Differentiable):
     def call(self, impl: tuple[str, ...], *given: Any) -> tuple[Any, ...]:
         a = _arguments(*given)
-        results, f, hidden = _run(a, impl, True)
+        results, f, pre_activation = _run(a, impl, True)
         rule: tuple[Tensor | None, ...] = (None,) * 8
         learned: Any = (None,) * 4
         from_state = False
@@ -175,7 +175,15 @@ class _Momentum(Differentiable):
         if a.f is None:
             plan = (a.offsets, a.permutation, a.inverse)
             experts = (
-                *(a.expert_input, hidden, a.expert_weight, *plan, a.w_up, a.w_down, a.b_down),
+                *(
+                    a.expert_input,
+                    pre_activation,
+                    a.expert_weight,
+                    *plan,
+                    a.w_up,
+                    a.w_down,
+                    a.b_down,
+                ),
             )
         source = a.expert_input if a.f is None else a.f
         dtypes = (a.x.dtype, source.dtype, results[1].dtype)

@@ -256,7 +256,7 @@ def route_plan(expert_index: Tensor, num_experts: int, *, impl: str | None = Non
         permutation: the assignments t * K + k sorted by expert; stable
         inverse[permutation[row]] = row
 
-    An id outside [0, E) means "not here" (expert parallelism): such assignments come last.
+    An id outside [0, E) is no local expert (expert parallelism): such assignments come last.
 
     Args:
         expert_index: [T, K] int64 or int32, T * K below 2^31.

@@ -26,7 +26,7 @@ class Routing(NamedTuple):
 class RoutePlan(NamedTuple):
     """The T*K assignments in the order of their experts; made once, shared by many ops.
 
-    An id outside [0, E) means "not here": such assignments come last, in their own order, at rows
+    An id outside [0, E) is no local expert: such assignments come last, in their own order, at rows
     `offsets[-1]` and after.
 
     Attributes:

@@ -232,10 +232,10 @@ def _check_threshold(threshold: Any, lam: Any, mu_width: Any, mu_divisor: Any, k
 
 
 def _threshold_tensor(threshold: Any, k: Tensor) -> Tensor:
-    wide = _dtypes.accumulate_dtype(k.dtype)
+    dtype = _dtypes.accumulate_dtype(k.dtype)
     if isinstance(threshold, Tensor):
-        return threshold.to(wide)
-    return k.new_full(k.shape[:2], threshold, dtype=wide)
+        return threshold.to(dtype)
+    return k.new_full(k.shape[:2], threshold, dtype=dtype)
 
 
 def _check_s(s: Any, q: Tensor) -> None:

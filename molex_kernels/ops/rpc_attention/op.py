@@ -40,9 +40,9 @@ def _reference(a: Any) -> tuple[Tensor, Tensor | None]:
 rpc_attention = _operators.Pass(
     "rpc_attention",
     f"({_INPUTS}, {_OPTIONS}, bool keeps_state, bool returns_sparse)"
-    " -> (Tensor out, Tensor sparse, Tensor lows, Tensor stats)",
-    f"(Tensor dout, Tensor? dsparse, {_INPUTS}, Tensor out, Tensor lows, Tensor stats, {_OPTIONS}, "
-    "bool[] needs) -> (Tensor dk, Tensor dv, Tensor dq, Tensor dthreshold)",
+    " -> (Tensor out, Tensor sparse, Tensor low_ranks, Tensor stats)",
+    f"(Tensor dout, Tensor? dsparse, {_INPUTS}, Tensor out, Tensor low_ranks, Tensor stats, "
+    f"{_OPTIONS}, bool[] needs) -> (Tensor dk, Tensor dv, Tensor dq, Tensor dthreshold)",
     fake=_fake,
     triton="molex_kernels.ops.rpc_attention.kernels.launch",
     native=("cpu", "cuda"),

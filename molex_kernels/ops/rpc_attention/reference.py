@@ -32,14 +32,14 @@ def thresholds(
     with N and the norm of the tokens up to i.
     """
     k = _only(key_mask, k)
-    wide = accumulate_dtype(k.dtype)
+    dtype = accumulate_dtype(k.dtype)
     tokens = torch.ones(k.shape[2], device=k.device) if key_mask is None else key_mask[:, None]
     if is_prefix:
-        norm = torch.linalg.vector_norm(k, 1, dim=-1, dtype=wide).cumsum(-1)
-        count = tokens.cumsum(-1, dtype=wide)
+        norm = torch.linalg.vector_norm(k, 1, dim=-1, dtype=dtype).cumsum(-1)
+        count = tokens.cumsum(-1, dtype=dtype)
     else:
-        norm = torch.linalg.vector_norm(k, 1, dim=(-2, -1), dtype=wide)
-        count = tokens.sum(-1, dtype=wide)
+        norm = torch.linalg.vector_norm(k, 1, dim=(-2, -1), dtype=dtype)
+        count = tokens.sum(-1, dtype=dtype)
     count = count.clamp_min(1)  # without a token there is nothing to compare with T
     mu = count * mu_width / (mu_divisor * norm.clamp_min(SMALLEST_NORM))
     return lam / mu if over_mu else lam * mu

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import at, load_fp32, store, wide
+from molex_kernels._triton.arguments import at, int64, load_fp32, store
 from molex_kernels._triton.tiles import sum_expert_rows
 
 
@@ -24,8 +24,8 @@ def _dispatch_fwd_combine(
     """out_t = sum_k w_tk packed[inverse_tk], in the order of k, over local experts."""
     pid = tl.program_id(0)
     tiles_d = tl.cdiv(num_features, BLOCK_D)
-    offs_t = wide(pid // tiles_d) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_d = wide(pid % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_t = int64(pid // tiles_d) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_d = int64(pid % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_t = offs_t < num_tokens
     mask_d = offs_d < num_features
     total = sum_expert_rows(
@@ -53,13 +53,13 @@ def _dispatch_bwd_weight(
     BLOCK_E: tl.constexpr,
 ):
     """Gradient of each assignment's weight: its row's partial sums, plus <dy_t, b_down_e>."""
-    offs_t = wide(tl.program_id(0)) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_t = int64(tl.program_id(0)) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_rows
     row = tl.load(inverse_ptr + offs_t, mask=mask_t, other=0)
     is_local = mask_t & (row < tl.load(offsets_ptr + num_experts - 1))
     total = tl.zeros((BLOCK_T,), tl.float32)
     for n in range(num_partials):
-        total += tl.load(at(partial, row, wide(n)), mask=is_local, other=0.0)
+        total += tl.load(at(partial, row, int64(n)), mask=is_local, other=0.0)
     if bias is not None:
         offs_e = tl.arange(0, BLOCK_E)
         mask_e = offs_e < num_experts

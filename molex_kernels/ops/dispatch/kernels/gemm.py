@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import Mat, at, load_fp32, nth, store, wide
+from molex_kernels._triton.arguments import Mat, at, int64, load_fp32, nth, store
 from molex_kernels._triton.tiles import segment_of_tile
 from molex_kernels.ops.dispatch.kernels.activation import activate
 from molex_kernels.ops.dispatch.kernels.product import grouped_order, multiply, token_of_row
@@ -39,23 +39,23 @@ def _dispatch_fwd_gemm(
 ):
     """out_r = act(weight_e x_token(r) + bias_e); keeps the pre-activation where there is room."""
     tile, column = grouped_order(num_row_tiles, tl.cdiv(num_columns, BLOCK_N), GROUP)
-    offs_n = wide(column) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = int64(column) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_columns
     gate_n = offs_n * gate_step
-    up_n = wide(up_shift)
+    up_n = int64(up_shift)
     if HAS_ZERO_TAIL:
         # The tiles are at least as many as the rows need: each also clears its share of the tail.
         tail_t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
         mask = (tail_t >= tl.load(offsets_ptr + num_experts - 1)) & (tail_t < num_rows)
         mask = mask[:, None] & mask_n[None, :]
-        tail_t = wide(tail_t)
+        tail_t = int64(tail_t)
         zeros = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         store(at(out, tail_t[:, None], offs_n[None, :]), zeros, mask)
         if hidden is not None:
             hidden_ptrs = at(hidden, tail_t[:, None], gate_n[None, :])
             store(hidden_ptrs, zeros, mask)
             if IS_GATED:
-                store(hidden_ptrs + up_n * wide(hidden.col), zeros, mask)
+                store(hidden_ptrs + up_n * int64(hidden.col), zeros, mask)
 
     expert, first, end = segment_of_tile(offsets_ptr, num_experts, tile, BLOCK_T, BLOCK_E)
     if expert >= num_experts:
@@ -65,7 +65,7 @@ def _dispatch_fwd_gemm(
     source = token_of_row(permutation_ptr, offs_t, mask_t, top_k) if IS_GATHERED else offs_t
     result, up = multiply(
         x,
-        wide(source),
+        int64(source),
         mask_t,
         Mat(nth(weight, expert), weight.row, weight.col),
         gate_n,
@@ -82,15 +82,15 @@ def _dispatch_fwd_gemm(
         bias_ptrs = at(bias, expert, gate_n)
         result += load_fp32(bias_ptrs, mask_n)[None, :]
         if IS_GATED:
-            up += load_fp32(bias_ptrs + up_n * wide(bias.col), mask_n)[None, :]
+            up += load_fp32(bias_ptrs + up_n * int64(bias.col), mask_n)[None, :]
 
-    rows = wide(offs_t)[:, None]
+    rows = int64(offs_t)[:, None]
     mask = mask_t[:, None] & mask_n[None, :]
     if hidden is not None:
         hidden_ptrs = at(hidden, rows, gate_n[None, :])
         store(hidden_ptrs, result, mask)
         if IS_GATED:
-            store(hidden_ptrs + up_n * wide(hidden.col), up, mask)
+            store(hidden_ptrs + up_n * int64(hidden.col), up, mask)
     if ACTIVATION != "none":
         result = activate(result, ACTIVATION)
     if IS_GATED:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import Mat, at, load_fp32, nth, store, wide
+from molex_kernels._triton.arguments import Mat, at, int64, load_fp32, nth, store
 from molex_kernels._triton.tiles import segment_of_tile
 from molex_kernels.ops.dispatch.kernels.activation import activate_with_slope
 from molex_kernels.ops.dispatch.kernels.product import grouped_order, multiply, token_of_row
@@ -42,11 +42,11 @@ def _dispatch_bwd_hidden(
     expert, first, end = segment_of_tile(offsets_ptr, num_experts, tile, BLOCK_T, BLOCK_E)
     if expert >= num_experts:
         return
-    offs_n = wide(column) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = int64(column) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_columns
     offs_t = first + tl.arange(0, BLOCK_T)
     mask_t = (offs_t >= 0) & (offs_t < end) & (offs_t < num_rows)
-    token = wide(token_of_row(permutation_ptr, offs_t, mask_t, top_k))
+    token = int64(token_of_row(permutation_ptr, offs_t, mask_t, top_k))
     inner, _ = multiply(
         dy,
         token,
@@ -64,13 +64,13 @@ def _dispatch_bwd_hidden(
     )
 
     mask = mask_t[:, None] & mask_n[None, :]
-    rows = wide(offs_t)
+    rows = int64(offs_t)
     gate_n = offs_n[None, :] * gate_step
-    up_n = wide(up_shift)
+    up_n = int64(up_shift)
     hidden_ptrs = at(hidden, rows[:, None], gate_n)
     acted, slope = activate_with_slope(load_fp32(hidden_ptrs, mask), ACTIVATION)
     if IS_GATED:
-        up = load_fp32(hidden_ptrs + up_n * wide(hidden.col), mask)
+        up = load_fp32(hidden_ptrs + up_n * int64(hidden.col), mask)
     assignment = tl.load(permutation_ptr + offs_t, mask=mask_t, other=0)
     choice = assignment - token * top_k
     scale = load_fp32(at(expert_weight, token, choice), mask_t)[:, None]
@@ -79,7 +79,7 @@ def _dispatch_bwd_hidden(
         dhidden_ptrs = at(dhidden, rows[:, None], gate_n)
         scaled = scale * inner
         if IS_GATED:
-            store(dhidden_ptrs + up_n * wide(dhidden.col), scaled * acted, mask)
+            store(dhidden_ptrs + up_n * int64(dhidden.col), scaled * acted, mask)
             scaled *= up
         store(dhidden_ptrs, scaled * slope, mask)
     if IS_GATED:

@@ -33,7 +33,7 @@ def grouped_gemm_backward(a: Any) -> tuple[Tensor, ...]:
 
 
 def moe_experts_forward(a: Any) -> tuple[Tensor, Tensor]:
-    """In expert order: the experts' outputs and the pre-activation (empty unless `keeps_hidden`).
+    """In expert order: the experts' outputs and the pre-activation, empty unless it is kept.
 
     Rows of experts that are not local are 0.
     """
@@ -42,7 +42,7 @@ def moe_experts_forward(a: Any) -> tuple[Tensor, Tensor]:
 
 
 def _experts(a: Any, rows: Rows, *, zero_tail: bool) -> tuple[Tensor, Tensor]:
-    kept = a.x.new_empty(rows.num_rows if a.keeps_hidden else 0, a.w_up.shape[1])
+    kept = a.x.new_empty(rows.num_rows if a.keeps_pre_activation else 0, a.w_up.shape[1])
     acted = a.x.new_empty(rows.num_rows, a.w_down.shape[2])
     starts.gemm(
         a.x,
@@ -53,21 +53,21 @@ def _experts(a: Any, rows: Rows, *, zero_tail: bool) -> tuple[Tensor, Tensor]:
         gathered=True,
         activation=a.activation,
         layout=a.layout,
-        hidden=kept if a.keeps_hidden else None,
-        zero_tail=a.keeps_hidden,
+        hidden=kept if a.keeps_pre_activation else None,
+        zero_tail=a.keeps_pre_activation,
     )
-    packed = a.x.new_empty(rows.num_rows, a.x.shape[1])
-    starts.gemm(acted, a.w_down, a.b_down, packed, rows, zero_tail=zero_tail)
-    return packed, kept
+    expert_outputs = a.x.new_empty(rows.num_rows, a.x.shape[1])
+    starts.gemm(acted, a.w_down, a.b_down, expert_outputs, rows, zero_tail=zero_tail)
+    return expert_outputs, kept
 
 
 def moe_mlp_forward(a: Any) -> tuple[Tensor, Tensor]:
-    """The output and, in expert order, the pre-activation (empty unless `keeps_hidden`)."""
+    """The output and, in expert order, the pre-activation (empty unless `keeps_pre_activation`)."""
     rows = Rows.of_plan(a.offsets, a.permutation, a.inverse, a.expert_weight.shape[1])
     # The combine skips rows of experts that are not local, so they stay unwritten.
-    packed, kept = _experts(a, rows, zero_tail=False)
+    expert_outputs, kept = _experts(a, rows, zero_tail=False)
     out = a.x.new_empty(a.x.shape)
-    starts.combine(packed, a.expert_weight, out, rows)
+    starts.combine(expert_outputs, a.expert_weight, out, rows)
     return out, kept
 
 
@@ -81,14 +81,14 @@ def moe_mlp_backward(a: Any) -> tuple[Tensor, ...]:
     needs_x, needs_weight, needs_w_up, needs_w_down, needs_b_up, needs_b_down = a.needs
     rows = Rows.of_plan(a.offsets, a.permutation, a.inverse, a.expert_weight.shape[1])
     needs_dhidden = needs_x or needs_w_up or needs_b_up
-    dhidden = a.hidden.new_empty(a.hidden.shape) if needs_dhidden else None
+    dhidden = a.pre_activation.new_empty(a.pre_activation.shape) if needs_dhidden else None
     weighted = a.x.new_empty(rows.num_rows, a.w_down.shape[2]) if needs_w_down else None
     partial = None
     if needs_dhidden or needs_w_down or needs_weight:
         partial = starts.hidden(
             a.dy,
             a.w_down,
-            a.hidden,
+            a.pre_activation,
             a.expert_weight,
             dhidden,
             weighted,
@@ -115,7 +115,7 @@ def moe_mlp_backward(a: Any) -> tuple[Tensor, ...]:
     if needs_b_up:
         starts.bias(dhidden, None, db_up, rows)
     if needs_x:
-        packed = a.x.new_empty(rows.num_rows, a.x.shape[1])
-        starts.gemm(dhidden, a.w_up.mT, None, packed, rows)
-        starts.combine(packed, None, dx, rows)
+        expert_outputs = a.x.new_empty(rows.num_rows, a.x.shape[1])
+        starts.gemm(dhidden, a.w_up.mT, None, expert_outputs, rows)
+        starts.combine(expert_outputs, None, dx, rows)
     return dx, dweight, dw_up, dw_down, db_up, db_down

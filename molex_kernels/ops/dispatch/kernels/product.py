@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import at, wide
+from molex_kernels._triton.arguments import at, int64
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def multiply(
     offs_d = tl.arange(0, BLOCK_D)
     x_ptrs = at(x, offs_t[:, None], offs_d[None, :])
     weight_ptrs = at(weight, offs_n[None, :], offs_d[:, None])
-    to_up = wide(up_shift) * wide(weight.row)
+    to_up = int64(up_shift) * int64(weight.row)
     out = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     up = out
     for d in range(0, num_features, BLOCK_D):
@@ -55,6 +55,6 @@ def multiply(
         if IS_GATED:
             up_tile = tl.load(weight_ptrs + to_up, mask=mask, other=0.0)
             up = tl.dot(x_tile, up_tile, up, input_precision=PRECISION)
-        x_ptrs += BLOCK_D * wide(x.col)
-        weight_ptrs += BLOCK_D * wide(weight.col)
+        x_ptrs += BLOCK_D * int64(x.col)
+        weight_ptrs += BLOCK_D * int64(weight.col)
     return out, up

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import Mat, along, at, load_fp32, nth, store, wide
+from molex_kernels._triton.arguments import Mat, along, at, int64, load_fp32, nth, store
 from molex_kernels.ops.dispatch.kernels.product import token_of_row
 
 
@@ -39,8 +39,8 @@ def _dispatch_bwd_wgrad(
     tiles = tl.cdiv(num_columns, BLOCK_N) * tiles_d
     expert = pid // tiles
     tile = pid % tiles
-    offs_n = wide(tile // tiles_d) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_d = wide(tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_n = int64(tile // tiles_d) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = int64(tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_n = offs_n < num_columns
     mask_d = offs_d < num_features
     start, end = _rows_of_expert(offsets_ptr, expert, num_rows)
@@ -54,8 +54,8 @@ def _dispatch_bwd_wgrad(
             left_t = token_of_row(permutation_ptr, offs_t, mask_t, top_k)
         if IS_RIGHT_GATHERED:
             right_t = token_of_row(permutation_ptr, offs_t, mask_t, top_k)
-        left_rows = left.ptr + along(wide(left_t)[None, :], left.row)
-        right_rows = right.ptr + along(wide(right_t)[:, None], right.row)
+        left_rows = left.ptr + along(int64(left_t)[None, :], left.row)
+        right_rows = right.ptr + along(int64(right_t)[:, None], right.row)
         left_tile = tl.load(
             left_rows + along(offs_n[:, None], left.col),
             mask=mask_n[:, None] & mask_t[None, :],
@@ -92,16 +92,16 @@ def _dispatch_bwd_bias(
     pid = tl.program_id(0)
     tiles = tl.cdiv(num_columns, BLOCK_N)
     expert = pid // tiles
-    offs_n = wide(pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = int64(pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_columns
     start, end = _rows_of_expert(offsets_ptr, expert, num_rows)
     total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for row in range(start, end, BLOCK_T):
         offs_t = row + tl.arange(0, BLOCK_T)
         mask_t = offs_t < end
-        source = wide(offs_t)
+        source = int64(offs_t)
         if expert_weight is not None:
-            source = wide(token_of_row(permutation_ptr, offs_t, mask_t, top_k))
+            source = int64(token_of_row(permutation_ptr, offs_t, mask_t, top_k))
         mask = mask_t[:, None] & mask_n[None, :]
         rows = load_fp32(at(x, source[:, None], offs_n[None, :]), mask)
         if expert_weight is not None:

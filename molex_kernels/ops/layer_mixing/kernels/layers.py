@@ -3,13 +3,13 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import places, wide
+from molex_kernels._triton.arguments import int64, places
 
 
 @triton.jit
 def chosen_layer(index, g, num_layers):
     """The layer of branch g, clamped into range, and whether it had to be."""
-    given = wide(tl.load(places(index, g)))
+    given = int64(tl.load(places(index, g)))
     layer = tl.minimum(tl.maximum(given, 0), num_layers - 1)
     return layer, layer != given
 

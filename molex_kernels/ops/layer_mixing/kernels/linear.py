@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import Mat, along, at, load_fp32, nth, store, wide
+from molex_kernels._triton.arguments import Mat, along, at, int64, load_fp32, nth, store
 from molex_kernels.ops.layer_mixing.kernels.layers import chosen_layer, layer_ptr
 
 
@@ -42,10 +42,10 @@ def _layer_mixing_fwd_linear(
     pid = tl.program_id(0)
     tiles_t = tl.cdiv(num_tokens, BLOCK_T)
     tiles = tiles_t * tl.cdiv(num_columns, BLOCK_N)
-    first = wide(pid // tiles)
+    first = int64(pid // tiles)
     tile = pid % tiles
-    offs_t = wide(tile % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_n = wide(tile // tiles_t) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_t = int64(tile % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_n = int64(tile // tiles_t) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_t = offs_t < num_tokens
     mask_n = offs_n < num_columns
@@ -72,9 +72,9 @@ def _layer_mixing_fwd_linear(
             if a is not None:
                 a_tile = tl.load(a_ptrs, mask=mask_d[:, None] & mask_r[None, :], other=0.0)
                 down = tl.dot(x_tile, a_tile.to(x_tile.dtype), down, input_precision=PRECISION)
-                a_ptrs += BLOCK_D * wide(a.col)
-            x_ptrs += BLOCK_D * wide(x.col)
-            weight_ptrs += BLOCK_D * wide(weight.col)
+                a_ptrs += BLOCK_D * int64(a.col)
+            x_ptrs += BLOCK_D * int64(x.col)
+            weight_ptrs += BLOCK_D * int64(weight.col)
         if a is not None:
             b_columns = layer_ptr(b, b_table_ptr, layer, IS_ALIGNED) + along(offs_n[None, :], b.row)
             for r in range(0, rank, BLOCK_R):

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import Mat, at, load_fp32, nth, store, wide
+from molex_kernels._triton.arguments import Mat, at, int64, load_fp32, nth, store
 
 
 @triton.jit
@@ -56,8 +56,8 @@ def _layer_mixing_fwd_mix(
     """y = sum_g coeff_g (outputs_g + residual_g); where asked for, LayerNorm(y)."""
     pid = tl.program_id(0)
     tiles_d = tl.cdiv(num_features, BLOCK_D)
-    offs_t = wide(pid // tiles_d) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_d = wide(pid % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_t = int64(pid // tiles_d) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_d = int64(pid % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < num_features
     mask = (offs_t < num_tokens)[:, None] & mask_d[None, :]
     rows, columns = offs_t[:, None], offs_d[None, :]
@@ -108,8 +108,8 @@ def _layer_mixing_bwd_mix(
     dweight = tl.zeros((BLOCK_D,), tl.float32)
     dbias = tl.zeros((BLOCK_D,), tl.float32)
     for tile in range(pid, num_tiles, num_programs):
-        offs_t = wide(tile // tiles_d) * BLOCK_T + tl.arange(0, BLOCK_T)
-        offs_d = wide(tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+        offs_t = int64(tile // tiles_d) * BLOCK_T + tl.arange(0, BLOCK_T)
+        offs_d = int64(tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask_d = offs_d < num_features
         mask = (offs_t < num_tokens)[:, None] & mask_d[None, :]
         rows, columns = offs_t[:, None], offs_d[None, :]
@@ -135,7 +135,7 @@ def _layer_mixing_bwd_mix(
         if dy is not None:
             d += load_fp32(at(dy, rows, columns), mask)
         for g in range(num_branches):
-            branch = wide(g)
+            branch = int64(g)
             if doutputs_ptr is not None:
                 place = (branch * num_tokens + rows) * num_features + columns
                 store(doutputs_ptr + place, tl.load(coeff_ptr + g) * d, mask)
@@ -151,7 +151,7 @@ def _layer_mixing_bwd_mix(
         tl.store(ptrs, dcoeff, mask=offs_g < num_branches)
     if norm_parts_ptr is not None:
         offs_d = tl.arange(0, BLOCK_D)
-        ptrs = norm_parts_ptr + wide(pid) * num_features + offs_d
+        ptrs = norm_parts_ptr + int64(pid) * num_features + offs_d
         tl.store(ptrs, dweight, mask=offs_d < num_features)
-        ptrs += wide(num_programs) * num_features
+        ptrs += int64(num_programs) * num_features
         tl.store(ptrs, dbias, mask=offs_d < num_features)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import at, load_fp32, places, wide
+from molex_kernels._triton.arguments import at, int64, load_fp32, places
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _layer_mixing_fwd_vote(
     for t in range(0, num_tokens, BLOCK_T):
         offs_t = t + tl.arange(0, BLOCK_T)
         counted = offs_t < num_tokens
-        ptrs = at(logits, wide(offs_t)[:, None], offs_l[None, :])
+        ptrs = at(logits, int64(offs_t)[:, None], offs_l[None, :])
         values = load_fp32(ptrs, counted[:, None] & mask_l[None, :])
         if token_mask is not None:
             given = tl.load(places(token_mask, offs_t), mask=counted, other=0)

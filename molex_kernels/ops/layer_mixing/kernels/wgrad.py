@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import along, at, load_fp32, nth, store, wide
+from molex_kernels._triton.arguments import along, at, int64, load_fp32, nth, store
 from molex_kernels.ops.layer_mixing.kernels.layers import chosen_layer
 
 
@@ -43,8 +43,8 @@ def _layer_mixing_bwd_wgrad(
     layer, _ = chosen_layer(index, first, num_layers)
     if not _is_first_of_layer(index, first, layer, num_layers):
         return
-    offs_n = wide(tile // tiles_d) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_d = wide(tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_n = int64(tile // tiles_d) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = int64(tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_n = offs_n < num_columns
     mask_d = offs_d < num_features
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -56,7 +56,7 @@ def _layer_mixing_bwd_wgrad(
         for row in range(0, num_rows, BLOCK_T):
             offs_t = row + tl.arange(0, BLOCK_T)
             mask_t = offs_t < num_rows
-            offs_t = wide(offs_t)
+            offs_t = int64(offs_t)
             left_tile = tl.load(
                 left_columns + along(offs_t[None, :], left.row),
                 mask=mask_n[:, None] & mask_t[None, :],
@@ -92,7 +92,7 @@ def _layer_mixing_bwd_bias(
     layer, _ = chosen_layer(index, first, num_layers)
     if not _is_first_of_layer(index, first, layer, num_layers):
         return
-    offs_n = wide(pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = int64(pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_columns
     total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for g in range(first, num_branches):

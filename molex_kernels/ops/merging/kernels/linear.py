@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import Vec, at, load_fp32, places, store, wide
+from molex_kernels._triton.arguments import Vec, at, int64, load_fp32, places, store
 
 
 @triton.jit
@@ -37,14 +37,14 @@ def _merging_fwd_linear(
     pid = tl.program_id(0)
     tiles_t = tl.cdiv(num_tokens, BLOCK_T)
     row_tile = pid % num_row_tiles
-    segment = wide(row_tile // tiles_t) * (2 if IS_PAIRED else 1)
-    offs_t = wide(row_tile % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_n = wide(pid // num_row_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    segment = int64(row_tile // tiles_t) * (2 if IS_PAIRED else 1)
+    offs_t = int64(row_tile % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_n = int64(pid // num_row_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_t = offs_t < num_tokens
     mask_n = offs_n < num_columns
 
-    rows = at(x, offs_t[None, :], wide(offs_d)[:, None])
+    rows = at(x, offs_t[None, :], int64(offs_d)[:, None])
     x_ptrs = rows + segment * x.outer
     gate = Vec(gates.ptr + segment * gates.row, gates.col)
     base_ptrs = at(base, offs_n[:, None], offs_d[None, :])
@@ -80,14 +80,14 @@ def _merging_fwd_linear(
                 delta_ptrs += deltas.outer
         x_tile = tl.load(x_ptrs, mask=mask_x, other=0.0)
         total = tl.dot(weight.to(x_tile.dtype), x_tile, total, input_precision=PRECISION)
-        x_ptrs += BLOCK_D * wide(x.col)
+        x_ptrs += BLOCK_D * int64(x.col)
         if IS_PAIRED:
             x_tile = tl.load(other_x_ptrs, mask=mask_x, other=0.0)
             other_weight = other_weight.to(x_tile.dtype)
             other_total = tl.dot(other_weight, x_tile, other_total, input_precision=PRECISION)
-            other_x_ptrs += BLOCK_D * wide(x.col)
-        base_ptrs += BLOCK_D * wide(base.col)
-        deltas_ptrs += BLOCK_D * wide(deltas.col)
+            other_x_ptrs += BLOCK_D * int64(x.col)
+        base_ptrs += BLOCK_D * int64(base.col)
+        deltas_ptrs += BLOCK_D * int64(deltas.col)
 
     out_ptrs = at(out, offs_t[None, :], offs_n[:, None])
     mask = mask_n[:, None] & mask_t[None, :]

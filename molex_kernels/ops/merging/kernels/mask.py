@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import at, load_fp32, store, wide
+from molex_kernels._triton.arguments import at, int64, load_fp32, store
 
 
 @triton.jit
@@ -32,8 +32,8 @@ def _merging_fwd_mask(
     """
     pid = tl.program_id(0)
     tiles_d = tl.cdiv(num_features, BLOCK_D)
-    offs_o = wide(pid // tiles_d)[None, None] * BLOCK_O + tl.arange(0, BLOCK_O)[:, None]
-    offs_d = wide(pid % tiles_d)[None, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    offs_o = int64(pid // tiles_d)[None, None] * BLOCK_O + tl.arange(0, BLOCK_O)[:, None]
+    offs_d = int64(pid % tiles_d)[None, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     mask = (offs_o < num_rows) & (offs_d < num_features)
     if HAS_TIES or source is None:
         shared = load_fp32(at(base, offs_o, offs_d), mask)

@@ -8,7 +8,7 @@ fp32 or the parameters' dtype, sums are fp32.
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import along, at, load_fp32, store, wide
+from molex_kernels._triton.arguments import along, at, int64, load_fp32, store
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def _merging_fwd_mode(
     """
     pid = tl.program_id(0)
     tiles_i = tl.cdiv(size, BLOCK_I)
-    expert = wide(pid % num_experts)
+    expert = int64(pid % num_experts)
     pid = pid // num_experts
     steps_j = tl.cdiv(size, BLOCK_J)
     if IS_SUMMED:
@@ -44,10 +44,10 @@ def _merging_fwd_mode(
         steps = num_ranks * steps_j
     else:
         tile = pid // num_ranks
-        rank = wide(pid % num_ranks)
+        rank = int64(pid % num_ranks)
         steps = steps_j
     offs_i = (tile % tiles_i) * BLOCK_I + tl.arange(0, BLOCK_I)
-    offs_n = wide(tile // tiles_i) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = int64(tile // tiles_i) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_j = tl.arange(0, BLOCK_J)
     mask_i = offs_i < size
     mask_n = offs_n < num_columns
@@ -58,7 +58,7 @@ def _merging_fwd_mode(
     total = tl.zeros((BLOCK_I, BLOCK_N), tl.float32)
     for step in range(steps):
         offs = (step % steps_j) * BLOCK_J + offs_j
-        later = wide(step // steps_j)
+        later = int64(step // steps_j)
         mask_j = offs < size
         factor_tile = tl.load(
             factor_ptrs + later * factor.batch + along(offs[None, :], factor.col),
@@ -66,13 +66,13 @@ def _merging_fwd_mode(
             other=0.0,
         )
         x_tile = tl.load(
-            x_ptrs + later * x.col + wide(offs[:, None]) * inner,
+            x_ptrs + later * x.col + int64(offs[:, None]) * inner,
             mask=mask_j[:, None] & mask_n[None, :],
             other=0.0,
         )
         factor_tile = factor_tile.to(x_tile.dtype)
         total = tl.dot(factor_tile, x_tile, total, input_precision=PRECISION)
-    out_ptrs = at(out, expert, rank) + (wide(offs_i[:, None]) * inner + column[None, :])
+    out_ptrs = at(out, expert, rank) + (int64(offs_i[:, None]) * inner + column[None, :])
     mask = mask_i[:, None] & mask_n[None, :]
     if IS_ADDED:
         total += load_fp32(out_ptrs, mask)
@@ -100,18 +100,18 @@ def _merging_bwd_mode(
     """
     pid = tl.program_id(0)
     tiles = tl.cdiv(size, BLOCK_I)
-    expert = wide(pid % num_experts)
+    expert = int64(pid % num_experts)
     pid = pid // num_experts
-    rank = wide(pid % num_ranks)
+    rank = int64(pid % num_ranks)
     pid = pid // num_ranks
     tile = pid % (tiles * tiles)
-    part = wide(pid // (tiles * tiles))
+    part = int64(pid // (tiles * tiles))
     offs_i = (tile // tiles) * BLOCK_I + tl.arange(0, BLOCK_I)
     offs_j = (tile % tiles) * BLOCK_J + tl.arange(0, BLOCK_J)
     mask_i = offs_i < size
     mask_j = offs_j < size
-    left_ptrs = at(left, expert, rank) + wide(offs_i[:, None]) * inner
-    right_ptrs = at(right, expert, rank) + wide(offs_j[None, :]) * inner
+    left_ptrs = at(left, expert, rank) + int64(offs_i[:, None]) * inner
+    right_ptrs = at(right, expert, rank) + int64(offs_j[None, :]) * inner
     out = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
     steps = tl.cdiv(num_columns, BLOCK_N)
     per_part = tl.cdiv(steps, num_parts)

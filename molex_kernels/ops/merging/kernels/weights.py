@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import along, at, nth, store, wide
+from molex_kernels._triton.arguments import along, at, int64, nth, store
 
 
 @triton.jit
@@ -36,9 +36,9 @@ def _merging_bwd_weights(
     tiles_d = tl.cdiv(num_features, BLOCK_D)
     tiles = tl.cdiv(num_columns, BLOCK_N) * tiles_d
     tile = pid % tiles
-    offs_e = wide(pid // tiles) * BLOCK_E + tl.arange(0, BLOCK_E)
-    offs_n = wide(tile // tiles_d) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_d = wide(tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_e = int64(pid // tiles) * BLOCK_E + tl.arange(0, BLOCK_E)
+    offs_n = int64(tile // tiles_d) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = int64(tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
     offs_t = tl.arange(0, BLOCK_T)
     mask_e = offs_e < num_experts
     mask_n = offs_n < num_columns
@@ -61,10 +61,10 @@ def _merging_bwd_weights(
     steps = tl.maximum(tl.cdiv(num_tokens, BLOCK_T), 1)
     dweight = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for step in range(num_segments * steps):
-        segment = wide(step // steps)
+        segment = int64(step // steps)
         rows = (step % steps) * BLOCK_T + offs_t
         mask_t = rows < num_tokens
-        rows = wide(rows)
+        rows = int64(rows)
         dy_ptrs = nth(dy, segment) + along(rows[None, :], dy.row)
         dy_ptrs += along(offs_n[:, None], dy.col)
         dy_tile = tl.load(dy_ptrs, mask=mask_n[:, None] & mask_t[None, :], other=0.0)

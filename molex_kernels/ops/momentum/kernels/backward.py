@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import at, load_fp32, places, store, wide
+from molex_kernels._triton.arguments import at, int64, load_fp32, places, store
 from molex_kernels._triton.tiles import keep_mask
 from molex_kernels.ops.momentum.kernels.step import step_backward, step_forward
 
@@ -82,8 +82,8 @@ def _momentum_bwd(
     dmu_sum = 0.0
     dgamma_sum = 0.0
     for tile in range(pid, num_tiles, num_programs):
-        offs_t = wide(tile // tiles_d) * BLOCK_T + tl.arange(0, BLOCK_T)
-        offs_d = wide(tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+        offs_t = int64(tile // tiles_d) * BLOCK_T + tl.arange(0, BLOCK_T)
+        offs_d = int64(tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask_d = offs_d < num_features
         mask = (offs_t < num_tokens)[:, None] & mask_d[None, :]
         rows, columns = offs_t[:, None], offs_d[None, :]
@@ -141,9 +141,9 @@ def _momentum_bwd(
     if norm_parts_ptr is not None:
         offs_d = tl.arange(0, BLOCK_D)
         mask_d = offs_d < num_features
-        ptrs = norm_parts_ptr + wide(pid) * num_features + offs_d
+        ptrs = norm_parts_ptr + int64(pid) * num_features + offs_d
         tl.store(ptrs, dweight, mask=mask_d)
-        ptrs += wide(num_programs) * num_features
+        ptrs += int64(num_programs) * num_features
         tl.store(ptrs, dbias, mask=mask_d)
     if number_parts_ptr is not None:
         tl.store(number_parts_ptr + pid, dmu_sum)

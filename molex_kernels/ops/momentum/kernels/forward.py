@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import at, load_fp32, places, store, wide
+from molex_kernels._triton.arguments import at, int64, load_fp32, places, store
 from molex_kernels._triton.tiles import keep_mask, sum_expert_rows
 from molex_kernels.ops.momentum.kernels.step import step_forward
 
@@ -45,8 +45,8 @@ def _momentum_fwd(
     """y = keep x - step(f, state), normalised with HAS_NORM; the new states. See step.py."""
     pid = tl.program_id(0)
     tiles_d = tl.cdiv(num_features, BLOCK_D)
-    offs_t = wide(pid // tiles_d) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_d = wide(pid % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_t = int64(pid // tiles_d) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_d = int64(pid % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_t = offs_t < num_tokens
     mask_d = offs_d < num_features
     mask = mask_t[:, None] & mask_d[None, :]

@@ -8,7 +8,7 @@ which the programs run.
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import at, wide
+from molex_kernels._triton.arguments import at, int64
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _plan_fwd_count(
     total, top_k, num_experts,
     BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    block = wide(tl.program_id(0))
+    block = int64(tl.program_id(0))
     offs_a = block * BLOCK_A + tl.arange(0, BLOCK_A)
     bucket = _load_buckets(index, total, top_k, num_experts, offs_a)
     # Past the end counts into the last, unused bin.
@@ -78,7 +78,7 @@ def _plan_fwd_scatter(
     total, top_k, num_experts,
     BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    block = wide(tl.program_id(0))
+    block = int64(tl.program_id(0))
     place = tl.arange(0, BLOCK_A)
     offs_a = block * BLOCK_A + place
     bucket = _load_buckets(index, total, top_k, num_experts, offs_a)

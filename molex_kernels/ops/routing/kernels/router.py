@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import at, load_fp32, places, wide
+from molex_kernels._triton.arguments import at, int64, load_fp32, places
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def feature_weights(
     """w of a tile; 1 in place of the row of an unknown label."""
     weight = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for m in range(num_labels):
-        label = wide(tl.load(at(labels, offs_t, m), mask=mask_t, other=-1))
+        label = int64(tl.load(at(labels, offs_t, m), mask=mask_t, other=-1))
         known = (label >= 0) & (label < num_clusters)
         row = tl.load(
             at(table, label[:, None], offs_d[None, :]),
@@ -69,7 +69,7 @@ def _router_fwd(
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Logits z of all experts, the top k of z or its score plus the bias, and their weights."""
-    offs_t = wide(tl.program_id(0)) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_t = int64(tl.program_id(0)) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_e = tl.arange(0, BLOCK_E)
     mask_t = offs_t < T
     mask_e = offs_e < E

@@ -7,7 +7,7 @@ cut into a number of parts that depends on the shape alone, and added in order.
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import at, load_fp32, store, wide
+from molex_kernels._triton.arguments import at, int64, load_fp32, store
 from molex_kernels.ops.routing.kernels.router import feature_weights, load_x
 
 
@@ -21,7 +21,7 @@ def _router_bwd_logits(
     SCORE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """dz: through the scores of the chosen experts, plus the gradient of the logits themselves."""
-    offs_t = wide(tl.program_id(0)) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_t = int64(tl.program_id(0)) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_e = tl.arange(0, BLOCK_E)
     mask_t = offs_t < T
     mask_e = offs_e < E
@@ -70,8 +70,8 @@ def _router_bwd_x(
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """dx = w (dz gate)."""
-    offs_t = wide(tl.program_id(0)) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_d = wide(tl.program_id(1)) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_t = int64(tl.program_id(0)) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_d = int64(tl.program_id(1)) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_t = offs_t < T
     mask_d = offs_d < D
     dx = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
@@ -83,7 +83,7 @@ def _router_bwd_x(
             mask=mask_t[:, None] & mask_e[None, :],
             other=0.0,
         )
-        gate_ptrs = at(gate, wide(offs_e)[:, None], offs_d[None, :])
+        gate_ptrs = at(gate, int64(offs_e)[:, None], offs_d[None, :])
         gate_tile = load_fp32(gate_ptrs, mask_e[:, None] & mask_d[None, :])
         dx = tl.dot(dz, gate_tile, dx, input_precision=PRECISION)
     if table is not None:
@@ -109,10 +109,10 @@ def _router_bwd_gate(
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Tokens [s * rows, (s + 1) * rows) of part s."""
-    pid_d = wide(tl.program_id(0))
-    split = wide(tl.program_id(2))
+    pid_d = int64(tl.program_id(0))
+    split = int64(tl.program_id(2))
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    offs_e = wide(tl.program_id(1)) * BLOCK_E + tl.arange(0, BLOCK_E)
+    offs_e = int64(tl.program_id(1)) * BLOCK_E + tl.arange(0, BLOCK_E)
     mask_d = offs_d < D
     mask_e = offs_e < E
     first = split * rows

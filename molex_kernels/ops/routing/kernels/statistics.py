@@ -7,7 +7,7 @@ cluster are added in order. There are no atomics, and nothing depends on the ord
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import at, load_fp32, places, wide
+from molex_kernels._triton.arguments import at, int64, load_fp32, places
 from molex_kernels._triton.tiles import segment_of_tile
 
 
@@ -28,8 +28,8 @@ def _statistics_fwd_tile(
     D, num_clusters,
     STAT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    tile = wide(tl.program_id(0))
-    offs_d = wide(tl.program_id(1)) * BLOCK_D + tl.arange(0, BLOCK_D)
+    tile = int64(tl.program_id(0))
+    offs_d = int64(tl.program_id(1)) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     cluster, first, end = segment_of_tile(offsets_ptr, num_clusters, tile, BLOCK_T, BLOCK_C)
     if cluster < num_clusters:
@@ -54,11 +54,11 @@ def _pairwise_fwd_keys(
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """cluster << 32 | the value's bits, mapped so that they sort as the values do."""
-    offs_t = wide(tl.program_id(0)) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_d = wide(tl.program_id(1)) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_t = int64(tl.program_id(0)) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_d = int64(tl.program_id(1)) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_t = offs_t < T
     mask = mask_t[:, None] & (offs_d < D)[None, :]
-    label = wide(tl.load(places(cluster, offs_t), mask=mask_t, other=0))
+    label = int64(tl.load(places(cluster, offs_t), mask=mask_t, other=0))
     label = tl.where((label >= 0) & (label < num_clusters), label, num_clusters)
     value = load_fp32(at(x, offs_t[:, None], offs_d[None, :]), mask)
     bits = value.to(tl.int32, bitcast=True)
@@ -78,8 +78,8 @@ def _pairwise_fwd_tile(
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """sum_r (2r - n + 1) (x_(r) - mean) over a tile of ranks r."""
-    tile = wide(tl.program_id(0))
-    offs_d = wide(tl.program_id(1)) * BLOCK_D + tl.arange(0, BLOCK_D)
+    tile = int64(tl.program_id(0))
+    offs_d = int64(tl.program_id(1)) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     cluster, first, end = segment_of_tile(offsets_ptr, num_clusters, tile, BLOCK_T, BLOCK_C)
     if cluster < num_clusters:
@@ -111,8 +111,8 @@ def _statistics_fwd_reduce(
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Adds the tiles of ROWS tokens of one cluster, BLOCK_T tiles at a time."""
-    cluster = wide(tl.program_id(0))
-    offs_d = wide(tl.program_id(1)) * BLOCK_D + tl.arange(0, BLOCK_D)
+    cluster = int64(tl.program_id(0))
+    offs_d = int64(tl.program_id(1)) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < num_clusters
@@ -184,7 +184,7 @@ def _feature_weights_fwd(
     BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Each program writes BLOCK_D features, and adds up the global sums by itself."""
-    offs_d = wide(tl.program_id(0)) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_d = int64(tl.program_id(0)) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     limit = float("inf")
     total, rows = _sum_of_weights(

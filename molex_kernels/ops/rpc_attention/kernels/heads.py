@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import Mat, at, store, wide
+from molex_kernels._triton.arguments import Mat, at, int64, store
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def of_head(x, head, num_heads):
 def load_rows(x, offs_n, mask_n, offs_d, num_features):
     """Rows of one head, a Mat, 0 where there is no token: [N, D] in their own dtype."""
     mask = mask_n[:, None] & (offs_d < num_features)[None, :]
-    return tl.load(at(x, wide(offs_n)[:, None], offs_d[None, :]), mask=mask, other=0.0)
+    return tl.load(at(x, int64(offs_n)[:, None], offs_d[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def store_rows(ptr, values, offs_n, mask_n, offs_d, num_features):
     """Into rows of one head of a contiguous tensor."""
     mask = mask_n[:, None] & (offs_d < num_features)[None, :]
     rows = Mat(ptr, num_features, 1)
-    store(at(rows, wide(offs_n)[:, None], offs_d[None, :]), values, mask)
+    store(at(rows, int64(offs_n)[:, None], offs_d[None, :]), values, mask)
 
 
 @triton.jit

@@ -27,16 +27,16 @@ def rpc_attention_forward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     The extreme score is the one that is largest when scaled.
     """
-    wide: Any = {"dtype": torch.float32}
+    fp32: Any = {"dtype": torch.float32}
     out = a.k.new_empty(a.k.shape)
-    sparse = a.k.new_empty(a.k.shape if a.returns_sparse else (0,), **wide)
-    lows = a.k.new_empty((a.num_iters - 1, *a.k.shape) if a.keeps_state else (0,), **wide)
-    stats = a.k.new_empty((a.num_iters, 2, *a.k.shape[:3]) if a.keeps_state else (0,), **wide)
+    sparse = a.k.new_empty(a.k.shape if a.returns_sparse else (0,), **fp32)
+    low_ranks = a.k.new_empty((a.num_iters - 1, *a.k.shape) if a.keeps_state else (0,), **fp32)
+    stats = a.k.new_empty((a.num_iters, 2, *a.k.shape[:3]) if a.keeps_state else (0,), **fp32)
     if a.k.numel() == 0:
-        return out, sparse, lows, stats
+        return out, sparse, low_ranks, stats
     heads, tokens, width = a.k.shape[1:]
     cleans = [a.k.new_empty(a.k.shape) for _ in range(min(a.num_iters - 1, 2))]
-    rest = a.k.new_empty(a.k.shape, **wide) if a.num_iters > 1 else None
+    rest = a.k.new_empty(a.k.shape, **fp32) if a.num_iters > 1 else None
     chip, is_aligned = chips.of(a.k.device), _aligned(a.k, a.v, a.q)
     for t in range(a.num_iters):
         last = t == a.num_iters - 1
@@ -49,7 +49,7 @@ def rpc_attention_forward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 None if t == 0 else cleans[(t - 1) % 2],
                 None if last else cleans[t % 2],
                 rest,
-                lows[t] if a.keeps_state and not last else None,
+                low_ranks[t] if a.keeps_state and not last else None,
                 out,
                 sparse if a.returns_sparse and t >= a.num_iters - 2 else None,
                 stats[t] if a.keeps_state else None,
@@ -68,7 +68,7 @@ def rpc_attention_forward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             config.forward(chip, a.k.dtype, _padded(width), is_aligned, drops),
             updates=(rest,),
         )
-    return out, sparse, lows, stats
+    return out, sparse, low_ranks, stats
 
 
 def rpc_attention_backward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -79,13 +79,13 @@ def rpc_attention_backward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return gradients[0], gradients[1], gradients[2], dthreshold
     heads, tokens, width = a.k.shape[1:]
     chip, is_aligned = chips.of(a.k.device), _aligned(a.k, a.v, a.q)
-    wide: Any = {"dtype": torch.float32}
+    fp32: Any = {"dtype": torch.float32}
     clean, dlow, dk = (a.k.new_empty(a.k.shape) for _ in range(3))
-    dclean, dk_sum, du, dv_sum = (a.k.new_empty(a.k.shape, **wide) for _ in range(4))
+    dclean, dk_sum, du, dv_sum = (a.k.new_empty(a.k.shape, **fp32) for _ in range(4))
     # What attends, where that is a launch of its own: q, or the cleaned keys once more.
     other = clean if a.q is None and config.one_role(a.k.dtype, _padded(width)) else a.q
-    dq_sum = None if other is None else a.k.new_empty(a.k.shape, **wide)
-    inner, dbound = (a.k.new_empty(a.k.shape[:3], **wide) for _ in range(2))
+    dq_sum = None if other is None else a.k.new_empty(a.k.shape, **fp32)
+    inner, dbound = (a.k.new_empty(a.k.shape[:3], **fp32) for _ in range(2))
     bound = a.threshold.contiguous()
     mask = None if a.key_mask is None else a.key_mask.contiguous()
     sizes = (heads, tokens, width)
@@ -104,7 +104,7 @@ def rpc_attention_backward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                         a.dsparse if iteration == a.num_iters - 1 else None,
                     ),
                 ),
-                *(a.out, a.lows, dclean, dk_sum, du, dbound),
+                *(a.out, a.low_ranks, dclean, dk_sum, du, dbound),
                 *(clean, dlow, inner, dk, bound, mask, iteration, *sizes),
             ),
             {
