@@ -72,7 +72,7 @@ def _version(package: str) -> str:
 
 def runs_triton(device: str) -> bool:
     """Whether Triton kernels run on this kind of device, interpreted ones on a CPU."""
-    return device in TRITON.devices if device != "cpu" else _INTERPRETED
+    return device in TRITON.devices or (device == "cpu" and interpreted())
 
 
 @_constant

@@ -101,7 +101,9 @@ class _Operator:
         preferred = [_backends.DEFAULT] if _backends.DEFAULT else []
         order = [impl] if impl else [*preferred, "cpu", "triton", "cuda", "reference"]
         for name in order:
-            runs = _backends.runs_triton(device) if name == "triton" else name == device
+            runs = name == device
+            if name == "triton":  # which says itself what it cannot do, if it was named
+                runs = bool(impl) or _backends.runs_triton(device)
             if name == "reference":
                 return self._by_reference
             if runs and name in self.native:

@@ -22,6 +22,11 @@ from molex_kernels.testing.opinfo import OpInfo
 LIMIT = 1.1
 OPS = load_ops()
 
+# Where the figures below were measured. With other vectors the sums of the reference and of native
+# code are taken in another order, and the first rule's factor has to do.
+VECTORS = "AVX2"
+ELSEWHERE = 2.0
+
 # What is beyond the limit, with the ratio that was measured; an entry that no longer is has to go.
 BEYOND = {
     ("camex_deltas", "cpu", "float32", "gradient of in1"): 1.15,
@@ -55,10 +60,14 @@ class Norms:
             return math.sqrt(self.ours / self.reference)
         return math.inf if self.ours else 1.0
 
-    @property
-    def limit(self) -> float:
+    def limit(self, largest: float) -> float:
         """What the ratio may be, with the scatter of few elements."""
-        return LIMIT * (1 + 2 / math.sqrt(self.elements))
+        return largest * (1 + 2 / math.sqrt(self.elements))
+
+
+def _is_measured(impl: str) -> bool:
+    same = impl == "triton" or torch.backends.cpu.get_cpu_capability() == VECTORS
+    return DEVICE.type == "cpu" and same
 
 
 def _norms(info: OpInfo, impl: str, dtype: torch.dtype) -> dict[str, Norms]:
@@ -88,12 +97,14 @@ def test_the_relative_norm_is_near_the_references(op: str):
     for impl in info.implementations:
         if impl == "reference" or not runs_here(impl):
             continue
+        measured = _is_measured(impl)
+        largest = LIMIT if measured else ELSEWHERE
         for dtype in dtypes_of(impl):
             for name, norms in _norms(info, impl, dtype).items():
                 place = (op, impl, str(dtype).removeprefix("torch."), name)
-                if norms.elements and norms.ratio > norms.limit and place not in BEYOND:
+                if norms.elements and norms.ratio > norms.limit(largest) and place not in BEYOND:
                     beyond[place] = round(norms.ratio, 3)
-                if norms.ratio < LIMIT and place in BEYOND:
+                if measured and norms.ratio < LIMIT and place in BEYOND:
                     within[place] = round(norms.ratio, 3)
     assert not beyond, f"beyond {LIMIT}: {beyond}"
     assert not within, f"no longer beyond {LIMIT}: {within}"
