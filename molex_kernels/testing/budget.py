@@ -147,16 +147,20 @@ def collect(
         The errors of all draws together, by name.
     """
     errors = draw()
-    for index in range(1, draws_for(errors)):
+    for index in range(1, draws_for(errors, calls)):
         more = draw() if index < calls else (reference_alone or draw)()
         errors = {name: errors[name] | more[name] for name in errors}
     return errors
 
 
-def draws_for(errors: dict[str, Errors]) -> int:
-    """How many draws the smallest of these tensors needs: a matter of its elements alone."""
+def draws_for(errors: dict[str, Errors], calls: int = DRAWS) -> int:
+    """How many draws the smallest of these tensors needs: a matter of its elements alone.
+
+    Where the implementation is called less often, being slow, so is the reference.
+    """
+    slower = 1 if calls >= DRAWS else 4
     fewest = min((e.elements for e in errors.values() if e.elements), default=ENOUGH)
-    return max(DRAWS, min(math.ceil(ENOUGH / fewest), MOST_DRAWS))
+    return max(calls, min(math.ceil(ENOUGH / slower / fewest), MOST_DRAWS // min(slower, 2)))
 
 
 def check(errors: dict[str, Errors]) -> None:
