@@ -38,14 +38,15 @@ def test_an_unlucky_draw_is_judged_with_the_others():
     judge(lambda: {"y": Errors(5.0, next(lucky), 1.0)})
 
 
-def test_of_few_elements_the_reference_is_drawn_more_often():
+@pytest.mark.parametrize(("calls", "draws"), [(3, MOST_DRAWS), (2, MOST_DRAWS // 2)])
+def test_of_few_elements_the_reference_is_drawn_more_often(calls, draws):
     alone = iter((9.0,) * MOST_DRAWS)
     judge(
-        _draws(15.0, 0.0, elements=1),
+        _draws(15.0, *(0.0,) * (calls - 1), elements=1),
         reference_alone=lambda: {"y": Errors(0.0, next(alone), 1.0, 1)},
-        calls=2,
+        calls=calls,
     )
-    assert len([*alone]) == 2
+    assert len([*alone]) == MOST_DRAWS - (draws - calls)
 
 
 @pytest.mark.parametrize("ours", [(5.0, 0.0, 0.0), (0.0, 0.0, 5.0)])
