@@ -9,7 +9,7 @@ import torch
 from merging import OUT, D, E, draw
 
 from benchmarks.memory import peak_bytes
-from molex_kernels import KroneckerCurvature, _extension
+from molex_kernels import KroneckerCurvature, _extension, _operators
 
 
 def _extra_bytes(passes, segments: int, generator: torch.Generator) -> dict[str, int]:
@@ -63,10 +63,17 @@ def without_kernels(monkeypatch):
     monkeypatch.setattr(starts, "launch", launch)
 
 
-def test_memory_of_the_kernels_grows_by_the_gates_partial_sums_alone(without_kernels, generator):
+def _launcher(name):
+    """The launcher behind an operator, of the operator's arguments."""
     from molex_kernels.ops.merging.kernels import launch
 
-    passes = {"forward": launch.camex_linear_forward, "backward": launch.camex_linear_backward}
+    operator = next(o for o in _operators.OPERATORS if o.name == name)
+    function = getattr(launch, operator.function)
+    return lambda *arguments: function(operator.named(*arguments))
+
+
+def test_memory_of_the_kernels_grows_by_the_gates_partial_sums_alone(without_kernels, generator):
+    passes = {"forward": _launcher("camex_linear_fwd"), "backward": _launcher("camex_linear_bwd")}
     few, many = (_extra_bytes(passes, segments, generator) for segments in (8, 64))
     assert few["forward"] == many["forward"] == 0
     assert many["backward"] - few["backward"] <= 4 * 56 * 3  # one tile holds this weight
@@ -75,15 +82,13 @@ def test_memory_of_the_kernels_grows_by_the_gates_partial_sums_alone(without_ker
 @pytest.mark.usefixtures("native", "without_kernels")
 @pytest.mark.parametrize("impl", ["cpu", "triton"])
 def test_memory_of_the_deltas_does_not_grow_with_the_rank(impl, generator):
-    from molex_kernels.ops.merging.kernels import launch
-
     if impl == "cpu":
         forward, backward = (
             torch.ops.molex.camex_deltas_fwd,
             torch.ops.molex.camex_deltas_bwd,
         )
     else:
-        forward, backward = launch.camex_deltas_forward, launch.camex_deltas_backward
+        forward, backward = _launcher("camex_deltas_fwd"), _launcher("camex_deltas_bwd")
     base, experts = (draw(generator, *s).float().cpu() for s in ((OUT, D), (E, OUT, D)))
     peaks = []
     for rank in (9, 33):
