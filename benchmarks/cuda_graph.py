@@ -43,5 +43,8 @@ def capture(call: Callable[[], Result]) -> Captured[Result] | str:
     except RuntimeError as error:
         torch.cuda.set_stream(before)  # a capture that fails leaves its own as the current one
         torch.cuda.synchronize()
+        # It also leaves the generator waiting for the capture's end; its clone knows of none.
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
         return f"no CUDA graph: {str(error).splitlines()[0]}"
     return Captured(graph, result)

@@ -22,6 +22,8 @@ class Record:
 
     def __init__(self, path: Path, preset: str, device: torch.device) -> None:
         self._path, self._preset, self._device = path, preset, device
+        # Measured before anything else, which may leave the device warm, full or upset.
+        self._start = self._head()
         self._begun = False
 
     def add(self, outcome: Outcome) -> None:
@@ -30,7 +32,7 @@ class Record:
             return
         if not self._begun:
             self._begun = True
-            self._path.write_text(_line(self._head()))
+            self._path.write_text(_line(self._start))
         with self._path.open("a") as file:
             file.write(_line(_row(outcome)))
 

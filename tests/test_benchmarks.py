@@ -222,10 +222,20 @@ def test_a_failed_capture_leaves_the_current_stream_as_it_was(monkeypatch: Any):
         set_stream(Stream())
         yield
 
+    class Generator:
+        state = "waits for the end of a capture"
+
+        def clone_state(self) -> str:
+            return "fresh"
+
+        def graphsafe_set_state(self, state: str) -> None:
+            self.state = state
+
     fakes = {
         "current_stream": lambda: current, "set_stream": set_stream, "stream": on, "graph": graph,
         "Stream": Stream, "CUDAGraph": object, "synchronize": lambda: None,
-        "set_sync_debug_mode": lambda mode: None,
+        "set_sync_debug_mode": lambda mode: None, "current_device": lambda: 0,
+        "default_generators": (Generator(),),
     }  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -240,6 +250,7 @@ def test_a_failed_capture_leaves_the_current_stream_as_it_was(monkeypatch: Any):
     failed = cuda_graph.capture(call)
     assert failed == "no CUDA graph: operation not permitted when stream is capturing"
     assert current is default
+    assert torch.cuda.default_generators[0].state == "fresh"
 
 
 # A run that is cut

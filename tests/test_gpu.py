@@ -100,3 +100,17 @@ def test_runs_on_the_current_stream(info: OpInfo, case: Case, impl: str, generat
         assert torch.equal(result, expected.results[name]), name
     for name, gradient in got.gradients.items():
         assert torch.equal(gradient, expected.gradients[name]), f"gradient of {name}"
+
+
+def test_a_capture_that_fails_leaves_nothing_behind():
+    def call() -> torch.Tensor:
+        x = torch.randn(4, device=DEVICE)
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        return x
+
+    assert "no CUDA graph" in str(cuda_graph.capture(call))
+    assert torch.randn(4, device=DEVICE).isfinite().all()
+    assert isinstance(
+        cuda_graph.capture(lambda: torch.randn(4, device=DEVICE)), cuda_graph.Captured
+    )
