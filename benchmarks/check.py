@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from molex_kernels.testing import budget
 from molex_kernels.testing.opinfo import Inputs, OpInfo
@@ -203,10 +204,16 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def poison(tensors: Tensors) -> None:
-    """Overwrites results: NaN, or the largest integer."""
-    for t in tensors.values():
-        t.fill_(float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max)
+def poison(work: Workload, results: Tensors) -> None:
+    """Overwrites results: NaN, or the largest integer.
+
+    A gradient may be the upstream gradient itself, which is still needed: it stays.
+    """
+    given = filter(_is_tensor, tree_leaves((work.inputs, work.upstream)))
+    held = {t.untyped_storage().data_ptr() for t in given}
+    for t in results.values():
+        if t.untyped_storage().data_ptr() not in held:
+            t.fill_(float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max)
 
 
 def double(values: Any) -> Any:

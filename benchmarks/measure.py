@@ -231,7 +231,7 @@ class Meter:
             if isinstance(captured, str):
                 facts["graph"] = captured
                 continue
-            check.poison(captured.result)
+            check.poison(work, captured.result)
             captured.graph.replay()
             if wrong := _differs(captured.result, eager):
                 outcomes[label, mode].status, outcomes[label, mode].reason = WRONG, wrong

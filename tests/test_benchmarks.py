@@ -197,6 +197,19 @@ def test_what_is_kept_for_backward_is_counted():
     assert work.saved_bytes() == 2 * x.nbytes
 
 
+def test_what_is_given_is_not_poisoned():
+    """The gradient of x in x + f is the upstream gradient itself, which the next call needs."""
+    info = OpInfo(**{**vars(load_ops()["router_z_loss"]), "differentiable": ("x",),
+                     "results": lambda y: {"y": y}})  # fmt: skip
+    x, upstream = torch.randn(3, requires_grad=True), torch.randn(3)
+    work = check.Workload(info, lambda x: x + 1, {"x": x}, {"y": upstream})
+    results = work.tensors()
+    assert results["d x"].data_ptr() == upstream.data_ptr()
+    check.poison(work, results)
+    assert upstream.isfinite().all()
+    assert results["y"].isnan().all()
+
+
 def test_a_failed_capture_leaves_the_current_stream_as_it_was(monkeypatch: Any):
     """torch's does not: where the end of a capture raises, its stream stays the current one."""
 

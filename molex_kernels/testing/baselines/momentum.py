@@ -35,7 +35,8 @@ def published_momentum_update(
         raise NotImplementedError(f"the authors released no code for {type(rule).__name__}")
     y = y.to(x.dtype)
     if norm is not None:
-        y = F.layer_norm(y, y.shape[-1:], *norm)
+        weight, bias = (None if p is None else p.to(y.dtype) for p in norm[:2])
+        y = F.layer_norm(y, y.shape[-1:], weight, bias, norm[2])
     return y, tuple(new)
 
 
