@@ -7,8 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from molex_kernels.testing import budget
+from molex_kernels.testing import budget, contract, load_ops
 from molex_kernels.testing.budget import DRAWS, ENOUGH, MOST_DRAWS, Errors, judge, within_budget
+from molex_kernels.testing.contract import Sampler
 
 
 def _draws(*ours: float, reference: float = 1.0, elements: int = ENOUGH):
@@ -92,3 +93,16 @@ def test_norms_are_over_all_draws_together():
     assert both.norms == pytest.approx(((0.05) ** 0.5 / 2,) * 2)
     assert both.norm_ratio == pytest.approx(1)
     assert draws[0].norm_ratio == pytest.approx(3)
+
+
+def test_checks_of_one_case_share_the_draws_of_the_reference(monkeypatch):
+    info = load_ops()["router_z_loss"]
+    drawn = []
+    given = Sampler.reference_alone
+    monkeypatch.setattr(Sampler, "reference_alone", lambda s: drawn.append(s) or given(s))
+    monkeypatch.setattr(contract, "_drawn", {})
+    for check in (contract.check_budget, contract.check_strided):
+        check(info, info.tests[0], torch.float32, "cpu")
+        assert len(drawn) == MOST_DRAWS - DRAWS
+    contract.check_budget(info, info.tests[0], torch.bfloat16, "cpu")
+    assert len(drawn) == 2 * (MOST_DRAWS - DRAWS)

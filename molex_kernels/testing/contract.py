@@ -7,9 +7,9 @@ dtype under test.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain, count, repeat
 from typing import Any
 
 import torch
@@ -138,7 +138,28 @@ class Sampler:
             budget.check((first or self.draw)())
             return
         in_turn = chain([first or self.draw], repeat(self.draw))
-        budget.judge(lambda: next(in_turn)(), reference_alone=self.reference_alone, calls=calls)
+        alone = _alone(self)
+        budget.judge(lambda: next(in_turn)(), reference_alone=lambda: next(alone), calls=calls)
+
+
+_drawn: dict[tuple[Any, ...], tuple[Sampler, list[dict[str, Errors]]]] = {}
+
+
+def _alone(sampler: Sampler) -> Iterator[dict[str, Errors]]:
+    """Draws of the reference alone, which every check of an op, case and dtype shares.
+
+    They come from a generator of their own, so that none depends on which check asks first.
+    """
+    device = torch.device(sampler.device)
+    key = id(sampler.info), sampler.case.id, sampler.dtype, device
+    if key not in _drawn:
+        alone = (sampler.info, sampler.case, sampler.dtype, "reference", device, _generator(0))
+        _drawn[key] = Sampler(*alone), []
+    reference, drawn = _drawn[key]
+    for index in count():
+        if index == len(drawn):
+            drawn.append(reference.reference_alone())
+        yield drawn[index]
 
 
 def check_budget(
