@@ -57,6 +57,7 @@ route = _operators.Pass(
     triton=_TRITON,
     reference=lambda a: reference.route(*a),
     public=3,
+    op="topk_route, ac_route",
 )
 
 plan = _operators.Pass(
@@ -94,6 +95,7 @@ load_balance = _operators.Pass(
     "(Tensor dloss, Tensor logits, Tensor slopes, float temperature) -> Tensor dlogits",
     fake=_balance_fake,
     reference=lambda a: reference.load_balance(*a),
+    op="load_balance_loss",
 )
 
 router_z = _operators.Pass(
@@ -102,4 +104,5 @@ router_z = _operators.Pass(
     "(Tensor dloss, Tensor logits) -> Tensor dlogits",
     fake=_scalar,
     reference=lambda a: reference.router_z(a.logits),
+    op="router_z_loss",
 )

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from molex_kernels import _backends, _check, _dtypes, _philox
 from molex_kernels._backends import CPU, CUDA, REFERENCE, SDPA, TRITON, declare, select
+from molex_kernels._differentiable import Once
 from molex_kernels.ops.rpc_attention import op, reference
+
+_scaled = Once("scaled_attention")
 
 THRESHOLDS = ("lam_times_mu", "lam_over_mu")
 CAUSAL = (False, True, "prefix")
@@ -177,7 +180,7 @@ def scaled_attention(
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     if chosen == "reference":
         return reference.scaled_attention(q, k, v, s, scale)
-    s = s.to(v.dtype)
+    q, k, v, s = _scaled(q, k, v, s.to(v.dtype))
     if s.dim() == 3:
         # matmul would write s once for each of the batch.
         part = torch.einsum("hij,bhjd->bhid", s, v)
