@@ -64,13 +64,13 @@ def grouped_gemm(
         ValueError: a wrong shape or device, no expert.
         NotImplementedError: the explicit `impl` cannot run.
     """
+    x, weight, bias = _dtypes.autocast(x, weight, bias)
     num_experts = _num_experts("weight", weight, "E, N, D")
-    dtypes = _like(x, "T, D")
-    _check.tensor("weight", weight, "E, N, D", (None, None, x.shape[1]), dtypes, x)
+    _check.floating("x", x, "T, D", (None, None))
+    _check.floating("weight", weight, "E, N, D", (None, None, x.shape[1]), x)
     _check.tensor("offsets", offsets, "E", (num_experts,), (torch.int32,), x)
     if bias is not None:
-        _check.tensor("bias", bias, "E, N", weight.shape[:2], dtypes, x)
-    x, weight, bias = _dtypes.autocast(x, weight, bias)
+        _check.floating("bias", bias, "E, N", weight.shape[:2], x)
     chosen = select("grouped_gemm", impl, x, triton=_too_many(num_experts))
     if chosen == "reference":
         return reference.grouped_gemm(x, weight, offsets, bias)
@@ -175,12 +175,14 @@ def experts_arguments(
     gate_layout: str,
     plan: RoutePlan | None,
 ) -> ExpertsCall:
-    """Checks the arguments of `moe_mlp` and casts them as autocast has it."""
+    """Casts the arguments of `moe_mlp` as autocast has it, and checks them."""
+    x, w_up, w_down, b_up, b_down = _dtypes.autocast(x, w_up, w_down, b_up, b_down)
     _check.choice("activation", activation, ACTIVATIONS)
     _check.choice("gate_layout", gate_layout, GATE_LAYOUTS)
     pointwise, gated = ACTIVATIONS[activation]
     num_experts = _num_experts("w_down", w_down, "E, D, I")
-    dtypes = _like(x, "T, D")
+    _check.floating("x", x, "T, D", (None, None))
+    (expert_weight,) = _dtypes.kept(x, expert_weight)
     tokens, width = x.shape
     hidden = w_down.shape[2] * (2 if gated else 1)
     letters = ("E, 2I, D", "E, 2I") if gated else ("E, I, D", "E, I")
@@ -188,17 +190,16 @@ def experts_arguments(
     top_k = expert_index.shape[1]
     if top_k < 1:
         raise ValueError("expert_index: expected shape [T, K] with K at least 1, got K=0")
-    weight_dtypes = (*dtypes, torch.float32)
+    weight_dtypes = (x.dtype, torch.float32)
     _check.tensor("expert_weight", expert_weight, "T, K", (tokens, top_k), weight_dtypes, x)
-    _check.tensor("w_up", w_up, letters[0], (num_experts, hidden, width), dtypes, x)
-    _check.tensor("w_down", w_down, "E, D, I", (num_experts, width, None), dtypes, x)
+    _check.floating("w_up", w_up, letters[0], (num_experts, hidden, width), x)
+    _check.floating("w_down", w_down, "E, D, I", (num_experts, width, None), x)
     if b_up is not None:
-        _check.tensor("b_up", b_up, letters[1], (num_experts, hidden), dtypes, x)
+        _check.floating("b_up", b_up, letters[1], (num_experts, hidden), x)
     if b_down is not None:
-        _check.tensor("b_down", b_down, "E, D", (num_experts, width), dtypes, x)
+        _check.floating("b_down", b_down, "E, D", (num_experts, width), x)
     if plan is not None:
         _check_plan(plan, num_experts, tokens * top_k, x)
-    x, w_up, w_down, b_up, b_down = _dtypes.autocast(x, w_up, w_down, b_up, b_down)
     weights = (w_up, w_down, b_up, b_down)
     if expert_weight.dtype != x.dtype:
         expert_weight = expert_weight.to(_dtypes.accumulate_dtype(x.dtype))
@@ -212,12 +213,6 @@ def _num_experts(name: str, weight: Tensor, letters: str) -> int:
     if weight.shape[0] < 1:
         raise ValueError(f"{name}: expected shape [{letters}] with E at least 1, got E=0")
     return weight.shape[0]
-
-
-def _like(x: Tensor, letters: str) -> tuple[torch.dtype, ...]:
-    """Checks x; the dtypes its weights may have: its own, or any that autocast will cast."""
-    _check.floating("x", x, letters, (None, None))
-    return _dtypes.parameter_dtypes(x)
 
 
 def _check_plan(plan: RoutePlan, num_experts: int, num_rows: int, x: Tensor) -> None:

@@ -194,6 +194,8 @@ def layer_mix(
             none of coeff and logits.
         NotImplementedError: the explicit `impl` cannot run.
     """
+    outputs, residual = _dtypes.promoted(outputs, residual)
+    coeff, logits = _dtypes.kept(outputs, coeff, logits)
     if not isinstance(outputs, Tensor) or outputs.dim() < 2:
         _check.floating("outputs", outputs, "G, T, D", (None, None, None))
     _check.floating("outputs", outputs, "G, ..., D", (None,) * outputs.dim())
@@ -214,6 +216,7 @@ def layer_mix(
         if not isinstance(norm, tuple) or len(norm) != 3:
             raise TypeError(f"norm: expected (weight, bias, eps), got {type(norm).__name__}")
         weight, bias, eps = norm
+        weight, bias = _dtypes.kept(outputs, weight, bias)
         _check.number("norm.eps", eps, 0.0)
         for part, value in (("norm.weight", weight), ("norm.bias", bias)):
             if value is not None:

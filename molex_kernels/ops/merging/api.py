@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,7 @@ def camex_deltas(
         ValueError: a wrong shape, device or mask, no expert.
         NotImplementedError: the explicit `impl` cannot run.
     """
+    base, experts, curvature = _parameters(base, experts, curvature)
     _check.floating("base", base, "O, D", (None, None))
     _check.choice("mask", mask, MASKS)
     _check_experts(experts, base)
@@ -105,6 +107,7 @@ def camex_merge(
         ValueError: a wrong shape, device or option.
         NotImplementedError: the explicit `impl` cannot run.
     """
+    base, experts, curvature = _parameters(base, experts, curvature)
     _check.floating("base", base, "O, D", (None, None))
     _check_experts(experts, base)
     _check_gates(gates, base, (None, experts.shape[0]))
@@ -180,6 +183,9 @@ def camex_linear(
         ValueError: a wrong shape, device or option.
         NotImplementedError: the explicit `impl` cannot run.
     """
+    base, experts, curvature, bias, base_bias, bias_curvature = _parameters(
+        base, experts, curvature, bias, base_bias, bias_curvature
+    )
     _check.floating("x", x, "S, T, D", (None, None, None))
     dtypes = _dtypes.parameter_dtypes(x)
     _check.tensor("base", base, "O, D", (None, x.shape[2]), dtypes, x)
@@ -209,6 +215,16 @@ def camex_linear(
     if chosen == "reference":
         return reference.linear(x, base, deltas, gates, merged_bias)
     return op.linear(impl, x, base, deltas, gates, merged_bias)
+
+
+def _parameters(*values: Any) -> Any:
+    """Tensors and tuples of them, brought to one dtype under autocast: deltas are made in it."""
+    flat = [v for value in values for v in (value if isinstance(value, tuple) else (value,))]
+    found = iter(_dtypes.promoted(*flat))
+    return [
+        tuple(next(found) for _ in value) if isinstance(value, tuple) else next(found)
+        for value in values
+    ]
 
 
 def _deltas(
