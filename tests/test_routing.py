@@ -267,6 +267,22 @@ def test_modules_flatten_and_route(generator):
     assert adaptive(x).expert_index.shape == (10, 2)
 
 
+@pytest.mark.parametrize("mix", [False, True])
+def test_padding_takes_no_part_in_the_clusters(generator, mix: bool):
+    router = mk.ACRouter(16, 6, 2, mix=mix)
+    x = _tokens(generator, 2, 20, 16)
+    token_mask = torch.arange(20) < torch.tensor([[20], [11]])
+    prev = mk.TopKRouter(16, 6, 2)(x)
+    counted = token_mask.flatten()
+    alone = router(x[token_mask], mk.Routing(*(t[counted] for t in prev)))
+    x[~token_mask] = math.nan
+    routing = router(x, prev, token_mask=token_mask)
+    assert torch.equal(routing.expert_index[counted], alone.expert_index)
+    torch.testing.assert_close(routing.logits[counted], alone.logits)
+    assert ((routing.expert_index >= 0) & (routing.expert_index < 6)).all()
+    assert router(x, token_mask=token_mask).expert_index.shape == (40, 2)
+
+
 def test_the_cosine_gate_ignores_its_rows_norms(generator):
     router = mk.ACRouter(16, 6, 2, cosine=True)
     torch.testing.assert_close(router.weight.norm(dim=1), torch.full((6,), 1.5))
