@@ -44,6 +44,9 @@ def grouped_gemm(
     y_t = weight_e x_t + bias_e  for offsets[e-1] <= t < offsets[e]  (from row 0 for e = 0);
     y_t = 0  for rows past the last offset.
 
+    Rows past the last offset and experts without rows may hold anything, NaN too: they change
+    nothing and get a gradient of 0.
+
     Differentiable in x, weight and bias, once. Deterministic. Never waits for the device.
 
     Args:
@@ -97,7 +100,9 @@ def moe_mlp(
     FFN_e(x) = w_down_e act(w_up_e x + b_up_e) + b_down_e.
 
     An id outside [0, E) is no local expert (it lives on another rank): it contributes nothing
-    and its weight gets a zero gradient. The same id twice in one row counts twice.
+    and its weight gets a zero gradient. The same id twice in one row counts twice. What no
+    assignment uses (an expert that nobody chose, the weight of an id that is not local) may hold
+    anything, NaN too: it changes nothing, and its gradient is 0.
 
     Gated activations (`swiglu`: silu, `geglu`: gelu, `reglu`: relu) split the hidden vector in two:
     act(gate) * up. `gate_layout="concat"` has rows [gate; up] in w_up and b_up, `"interleaved"`

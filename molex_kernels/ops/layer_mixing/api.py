@@ -40,7 +40,8 @@ def layer_vote(
     Args:
         logits: [..., L], L >= 1. fp16, bf16, fp32 (fp64: reference only).
         mode: one of the three; "mode" is the published default.
-        mask: bool [...], True for tokens that count; None counts all. Where none counts: layer 0.
+        mask: bool [...], True for tokens that count, others may hold anything; None counts all.
+            Where none counts: layer 0.
         impl: "triton", "cpu" or "reference"; None takes the fastest that supports the inputs.
 
     Returns:
@@ -172,6 +173,7 @@ def layer_mix(
     The published code learns logits of two branches (softmax), which start at the fixed
     coefficients: 0.95 and 0.05 so become 0.711 and 0.289. Where the gate is shared it leaves the
     softmax out and mixes with the raw parameters, which need not sum to one: pass them as `coeff`.
+    A coefficient is a weight, also one of 0: the NaN of any branch is in y.
 
     Differentiable in outputs, residual, coeff, logits, weight and bias, once. Deterministic. Never
     waits for the device.

@@ -90,9 +90,10 @@ weights = _operators.Pass(
 
 load_balance = _operators.Pass(
     "load_balance",
-    "(Tensor logits, Tensor index, float temperature, bool per_assignment)"
+    "(Tensor logits, Tensor index, Tensor? mask, float temperature, bool per_assignment)"
     " -> (Tensor loss, Tensor slopes)",
-    "(Tensor dloss, Tensor logits, Tensor slopes, float temperature) -> Tensor dlogits",
+    "(Tensor dloss, Tensor logits, Tensor slopes, Tensor? mask, float temperature)"
+    " -> Tensor dlogits",
     fake=_balance_fake,
     reference=lambda a: reference.load_balance(*a),
     op="load_balance_loss",
@@ -100,9 +101,9 @@ load_balance = _operators.Pass(
 
 router_z = _operators.Pass(
     "router_z",
-    "(Tensor logits) -> Tensor loss",
-    "(Tensor dloss, Tensor logits) -> Tensor dlogits",
+    "(Tensor logits, Tensor? mask) -> Tensor loss",
+    "(Tensor dloss, Tensor logits, Tensor? mask) -> Tensor dlogits",
     fake=_scalar,
-    reference=lambda a: reference.router_z(a.logits),
+    reference=lambda a: reference.router_z(*a),
     op="router_z_loss",
 )
