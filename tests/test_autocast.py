@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -62,10 +63,9 @@ class Routed(nn.Module):
 class Layers(nn.Module):
     """Two layers of momentum, whose state goes from one to the other."""
 
-    def __init__(self, rule: mk.Rule, wiring: str = "published") -> None:
+    def __init__(self, rule: Any) -> None:
         super().__init__()
-        options = {"top_k": 2, "rule": rule, "wiring": wiring}
-        self.layers = nn.ModuleList([mk.MomentumMoE(WIDTH, 24, 4, **options) for _ in range(2)])
+        self.layers = nn.ModuleList([mk.MomentumMoE(WIDTH, 24, 4, 2, rule) for _ in range(2)])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         first = self.layers[0](x)
@@ -78,6 +78,7 @@ def _stack(make: Callable[..., Any], config: Any, **options: Any) -> nn.Module:
     return mk.LayerExpertStack.from_transformers(model, lora_rank=2, **options)
 
 
+RULES = (mk.HeavyBall(0.7), mk.Adam(), mk.RobustMomentum(4.0, 1.0, 0.8), mk.AdEMAMix(), mk.Mars())
 SMALL = {"vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": WIDTH}
 OURS: dict[str, Callable[[], nn.Module]] = {
     "TopKRouter": lambda: Routed(mk.TopKRouter(WIDTH, 4, 2, bias=True)),
@@ -99,19 +100,7 @@ OURS: dict[str, Callable[[], nn.Module]] = {
     "LayerExpertStack of BERT": lambda: _stack(
         transformers.BertModel, transformers.BertConfig(**SMALL, intermediate_size=48)
     ),
-    **{
-        f"MomentumMoE {type(rule).__name__} {wiring}": lambda rule=rule, wiring=wiring: Layers(
-            rule, wiring
-        )
-        for rule in (
-            mk.HeavyBall(0.7),
-            mk.Adam(),
-            mk.RobustMomentum(4.0, 1.0, 0.8),
-            mk.AdEMAMix(),
-            mk.Mars(),
-        )
-        for wiring in ("published",)
-    },
+    **{f"MomentumMoE {type(rule).__name__}": partial(Layers, rule) for rule in RULES},
 }
 
 

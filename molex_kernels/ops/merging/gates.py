@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molex_kernels import _backends, _check
-from molex_kernels._dtypes import accumulate_dtype
+from molex_kernels._dtypes import accumulate_dtype, parameter_dtypes
 
 for _name in ("segment_gates", "noisy_topk_gates", "cv_squared_loss", "propagate_base"):
     _backends.declare(_name, _backends.REFERENCE)
@@ -73,8 +73,8 @@ def noisy_topk_gates(
 
     Args:
         x: [S, D], one row per segment or sequence: the mean over its tokens.
-        w_gate: [D, E].
-        w_noise: [D, E] or None for no noise.
+        w_gate: [D, E], of x's dtype; under autocast, which changes nothing here, 16 bits or fp32.
+        w_noise: [D, E], as w_gate, or None for no noise.
         top_k: K, from 1 to E.
         training: whether to add noise.
         generator: of the noise; None is PyTorch's own. Masked rows draw noise as well.
@@ -93,20 +93,21 @@ def noisy_topk_gates(
         NotImplementedError: another `impl`.
     """
     _check.floating("x", x, "S, D", (None, None))
-    _check.floating("w_gate", w_gate, "D, E", (x.shape[1], None), x)
+    dtypes = parameter_dtypes(x)
+    _check.tensor("w_gate", w_gate, "D, E", (x.shape[1], None), dtypes, x)
     num_experts = w_gate.shape[1]
     if w_noise is not None:
-        _check.floating("w_noise", w_noise, "D, E", w_gate.shape, x)
+        _check.tensor("w_noise", w_noise, "D, E", w_gate.shape, dtypes, x)
     _check.integer("top_k", top_k, 1, num_experts, of=" experts")
     if mask is not None:
         _check.tensor("mask", mask, "S", (x.shape[0],), (torch.bool,), x)
     _backends.select("noisy_topk_gates", impl, x)
     dtype = accumulate_dtype(x.dtype)
     x = _counted(x.to(dtype), mask)
-    clean = torch.matmul(x, w_gate.to(dtype))
+    clean = _product(x, w_gate)
     noisy, deviation = clean, None
     if training and w_noise is not None:
-        deviation = F.softplus(torch.matmul(x, w_noise.to(dtype))) + NOISE_EPSILON
+        deviation = F.softplus(_product(x, w_noise)) + NOISE_EPSILON
         noise = torch.randn(clean.shape, dtype=dtype, device=x.device, generator=generator)
         noisy = clean + noise * deviation
     largest, index = noisy.topk(min(top_k + 1, num_experts), dim=1)
@@ -120,6 +121,12 @@ def noisy_topk_gates(
     threshold = torch.where(noisy > outside, outside, inside)
     chance = torch.special.ndtr((clean - threshold) / deviation)
     return gates, _counted(chance, mask).sum(0)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """In x's dtype, whatever autocast says: in 16 bits other experts would be chosen."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.matmul(x, weight.to(x.dtype))
 
 
 def mean_of_tokens(x: Tensor, mask: Tensor | None = None) -> Tensor:
