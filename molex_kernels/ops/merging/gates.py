@@ -108,7 +108,7 @@ def noisy_topk_gates(
     noisy, deviation = clean, None
     if training and w_noise is not None:
         deviation = F.softplus(_product(x, w_noise)) + NOISE_EPSILON
-        noise = torch.randn(clean.shape, dtype=dtype, device=x.device, generator=generator)
+        noise = torch.empty_like(clean).normal_(generator=generator)
         noisy = clean + noise * deviation
     largest, index = noisy.topk(min(top_k + 1, num_experts), dim=1)
     chosen = torch.softmax(largest[:, :top_k], 1)

@@ -164,7 +164,7 @@ def feature_weights(
     w = 1 / (deviations / counts.clamp(min=1)[:, None] + eps)
     w = torch.where(present, w, 0)
     before = w.sum() / (rows * w.shape[1])
-    if math.isfinite(clip):
+    if clip < math.inf:
         w = torch.minimum(w, clip * before)
     if norm == "feature_post":
         w = w / (w.sum(0) / rows)
@@ -230,8 +230,15 @@ def load_balance(
 
 def router_z(logits: Tensor, mask: Tensor | None) -> Tensor:
     """The mean over tokens of logsumexp(logits_t)^2."""
-    z = _counted(logits.to(accumulate_dtype(logits.dtype)), mask).logsumexp(1, keepdim=True)
+    z = _logsumexp(_counted(logits.to(accumulate_dtype(logits.dtype)), mask))
     return _counted(z * z, mask).sum() / _number(logits, mask)
+
+
+def _logsumexp(z: Tensor) -> Tensor:
+    """[T, 1]. `torch.logsumexp` asks how many rows there are, which tracing need not know."""
+    largest = z.detach().amax(1, keepdim=True)
+    largest = torch.where(largest.isfinite(), largest, 0)
+    return (z - largest).exp().sum(1, keepdim=True).log() + largest
 
 
 def _counted(rows: Tensor, mask: Tensor | None) -> Tensor:
