@@ -6,7 +6,7 @@ metadata only: nothing is allocated and no device is waited for.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 from molex_kernels._dtypes import FLOAT_DTYPES, INDEX_DTYPES
+
+_MOST = 2**63 - 1
+_LARGEST = sys.float_info.max
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def tensor(
@@ -89,16 +93,19 @@ def integer(name: str, value: Any, low: int, high: int | None = None, of: str = 
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < low or (high is not None and value > high):
         upper = "" if high is None else f" and at most {high}{of}"
-        raise ValueError(f"{name}: expected at least {low}{upper}, got {value}")
+        raise ValueError(f"{name}: expected at least {low}{upper}, got {_short(value)}")
+    if isinstance(value, int) and value > _MOST:
+        raise ValueError(f"{name}: expected an int of 64 bits, got {_short(value)}")
 
 
 def number(name: str, value: Any, low: float, *, exclusive: bool = False) -> None:
-    """A finite Python number at least (`exclusive`: above) `low`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """A finite Python number at least (`exclusive`: above) `low`, which a double can hold."""
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < low or (exclusive and value == low):
+    # Comparisons, unlike `math.isfinite`, can be traced where the number is a symbol.
+    if not -_LARGEST <= value <= _LARGEST or value < low or (exclusive and value == low):
         bound = "above" if exclusive else "at least"
-        raise ValueError(f"{name}: expected a finite number {bound} {low}, got {value}")
+        raise ValueError(f"{name}: expected a finite number {bound} {low}, got {_short(value)}")
 
 
 def probability(name: str, value: Any) -> None:
@@ -119,6 +126,12 @@ def _type(name: str, value: Any, shape: str, dtypes: Sequence[torch.dtype]) -> N
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {_names(dtypes)}, got {_name(value.dtype)}")
+
+
+def _short(value: Any) -> str:
+    """The number, unless it has hundreds of digits, for which Python has no text."""
+    huge = isinstance(value, int) and value.bit_length() > 1024
+    return f"an int of {value.bit_length()} bits" if huge else f"{value}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -18,24 +18,49 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in autocast's dtype where autocast is on for their device, as `F.linear` does it.
+# Under autocast an op brings its arguments into the dtypes that it takes, by one of the three
+# functions below, and checks them after that. fp64 stays, as autocast leaves it; what is no
+# tensor is for the checks.
 
-    fp64 tensors are left as they are, as autocast leaves them.
-    """
-    tensors = (x, *others)
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t is not None and t.dtype in KERNEL_DTYPES else t for t in tensors)
+
+def autocast(x: Any, *others: Any) -> tuple[Any, ...]:
+    """The operands of a product in autocast's dtype, where it is on, as `F.linear` has them."""
+    values = (x, *others)
+    if not _is_autocast(x):
+        return values
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(v.to(dtype) if _is_cast(v) else v for v in values)
+
+
+def kept(x: Tensor, *values: Any) -> tuple[Any, ...]:
+    """What stays precise beside x: under autocast in fp32, unless it is of x's dtype."""
+    if not _is_autocast(x):
+        return values
+    return tuple(v.float() if _is_cast(v) and v.dtype != x.dtype else v for v in values)
+
+
+def promoted(x: Any, *others: Any) -> tuple[Any, ...]:
+    """The terms of a sum in their widest dtype under autocast, as `x + y` has them."""
+    values = (x, *others)
+    if not _is_autocast(x):
+        return values
+    dtypes = {v.dtype for v in values if _is_cast(v)}
+    if len(dtypes) < 2:
+        return values
+    return tuple(v.float() if _is_cast(v) else v for v in values)
 
 
 def parameter_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
-    """What an op's parameters may be: of x's dtype, or under autocast any that it casts."""
-    if x.dtype in KERNEL_DTYPES and torch.is_autocast_enabled(x.device.type):
-        return KERNEL_DTYPES
-    return (x.dtype,)
+    """What parameters used before they are cast may be: of x's dtype, or any to be cast."""
+    return KERNEL_DTYPES if _is_autocast(x) and _is_cast(x) else (x.dtype,)
+
+
+def _is_autocast(x: Any) -> bool:
+    return isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
+
+
+def _is_cast(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in KERNEL_DTYPES
 
 
 def dot_precision(dtype: torch.dtype) -> str:

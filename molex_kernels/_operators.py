@@ -199,6 +199,7 @@ class Pass(Differentiable):
             have nothing else.
         public: how many of the results are handed out; None: those before the first without a
             gradient.
+        op: what callers know it as, for error messages; None: by the name.
     """
 
     def __init__(
@@ -215,6 +216,7 @@ class Pass(Differentiable):
         native: Sequence[str] = ("cpu",),
         reference: Callable[..., Any] | None = None,
         public: int | None = None,
+        op: str | None = None,
     ) -> None:
         places: dict[str, Any] = {"triton": triton, "cpu": cpu, "native": native}
         first = _Operator(
@@ -232,6 +234,7 @@ class Pass(Differentiable):
         self.single = len(self.results) == 1
         self.public = len(self.results) if public is None else public
         self.wants: list[int] = []
+        self.op = op or name
         if backward is None:
             return
         second = _Operator(
@@ -243,7 +246,7 @@ class Pass(Differentiable):
         )
         self.backward = second.overload
         self._wire(second, like or {}, public)
-        super().__init__(name, self.fixed)
+        super().__init__(op or name, self.fixed)
 
     def _wire(self, backward: _Operator, like: Mapping[str, Any], public: int | None) -> None:
         """Resolves the names of the backward schema; one that nothing has fails at import."""
@@ -273,6 +276,7 @@ class Pass(Differentiable):
 
     def __call__(self, impl: str | None, *arguments: Any) -> Any:
         """The results that are handed out; through autograd where a gradient is wanted."""
+        self.refuse_tangents(arguments)
         wants = False
         if torch.is_grad_enabled():
             for index in self.wants:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from conftest import DEVICE, also_for_a_gpu, calls_of, dtypes_of, runs_here
+from conftest import DEVICE, also_for_a_gpu, calls_of, dtypes_of, is_slow, runs_here
 
 from molex_kernels.testing import contract, load_ops
 from molex_kernels.testing.calls import recorded
@@ -61,6 +63,59 @@ def test_strided_inputs_and_expanded_gradients(info: OpInfo, case: Case, impl: s
 )
 def test_misaligned_inputs_and_gradients(info: OpInfo, case: Case, impl: str, seed: int):
     contract.check_misaligned(info, case, torch.bfloat16, impl, DEVICE, seed, calls=calls_of(impl))
+
+
+@pytest.mark.parametrize(
+    ("info", "case", "dtype", "impl"),
+    [
+        pytest.param(info, case, dtype, impl, id=f"{info.name}-{case.id}-{str(dtype)[6:]}-{impl}")
+        for info in OPS.values()
+        for case in info.masked
+        for impl in info.implementations
+        if runs_here(impl)
+        for dtype in (torch.float32, torch.float16)
+        if dtype == torch.float32 or not is_slow(impl)
+    ],
+)
+def test_what_is_left_out_may_hold_anything(
+    info: OpInfo, case: Case, dtype: torch.dtype, impl: str, seed: int
+):
+    contract.check_left_out(info, case, dtype, impl, DEVICE, seed)
+
+
+@pytest.mark.parametrize(
+    ("info", "case", "name"),
+    [
+        pytest.param(info, case, name, id=f"{op}-{case.id}-{name}")
+        for op in ("grouped_gemm", "moe_mlp", "moe_mlp_momentum", "layer_linear")
+        for info in (OPS[op],)
+        for case in info.masked
+        if case.options.get("routing") != "elsewhere"  # which is not theirs
+        for name in info.baselines
+    ],
+)
+def test_baselines_leave_out_as_much(info: OpInfo, case: Case, name: str, seed: int):
+    def baseline(*arguments: Any, impl: str, **options: Any) -> Any:
+        return info.baselines[name](*arguments, **options)
+
+    try:
+        contract.check_left_out(
+            info, case, torch.float32, "reference", DEVICE, seed, function=baseline
+        )
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+
+
+# Every expert, layer or token counts there: what is weighed by 0 is read, and a NaN spreads.
+NOTHING_LEFT_OUT = {
+    *("topk_route", "route_plan", "momentum_update", "layer_mix", "scaled_attention"),
+    *("camex_linear", "camex_deltas", "camex_merge"),
+}
+
+
+def test_every_op_says_what_it_leaves_out():
+    silent = {name for name, info in OPS.items() if info.left_out is None or not info.masked}
+    assert silent == NOTHING_LEFT_OUT
 
 
 @pytest.mark.parametrize(("info", "case", "impl"), _per_implementation(slice(0, 3)))

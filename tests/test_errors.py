@@ -64,6 +64,14 @@ def _deltas(base=BASE, experts=EXPERTS, **options):
     return mk.camex_deltas(base, experts, **options)
 
 
+def _merge(gates=GATES, **options):
+    return mk.camex_merge(BASE, EXPERTS, gates, **options)
+
+
+def _gates(**options):
+    return mk.noisy_topk_gates(X, GATE.T, top_k=2, training=False, **options)
+
+
 HEADS = torch.zeros(2, 3, 5, 4)
 BOUND = torch.zeros(2, 3)
 
@@ -89,6 +97,10 @@ TYPE = [
     (lambda: _ac(stats_from=X.half()), "stats_from: expected dtype"),
     (lambda: mk.route_plan(INDEX.float(), 3), "expert_index: expected dtype"),
     (lambda: mk.router_z_loss(INDEX), "logits: expected dtype"),
+    (lambda: mk.ACRouter(4, 3, 2)(X, token_mask=CLUSTER), "token_mask: expected dtype bool"),
+    (lambda: mk.router_z_loss(X, mask=INDEX[:, 0]), "mask: expected dtype bool, got int64"),
+    (lambda: mk.router_z_loss(X, mask=[True] * 6), r"mask: expected a tensor \[T\], got list"),
+    (lambda: mk.load_balance_loss(_topk(), mask=X[:, 0]), "mask: expected dtype bool, got float32"),
     (lambda: _mlp(index=INDEX.float()), "expert_index: expected dtype"),
     (lambda: _mlp(weight=WEIGHT.half()), "expert_weight: expected dtype"),
     (lambda: _mlp(up=UP.half()), "w_up: expected dtype"),
@@ -118,6 +130,13 @@ TYPE = [
     (lambda: _camex(x=SEGMENTS.long()), "x: expected dtype"),
     (lambda: _camex(base=BASE.half()), "base: expected dtype"),
     (lambda: _camex(gates=GATES.long()), "gates: expected dtype"),
+    (lambda: _merge(normalize=1), "normalize: expected a bool, got int"),
+    (lambda: _merge(density="half"), "density: expected a number, got str"),
+    (lambda: _gates(mask=CLUSTER), "mask: expected dtype bool, got int64"),
+    (
+        lambda: mk.CAMExMLP(4, 6, 3)(SEGMENTS, token_mask=SEGMENTS[..., 0]),
+        "token_mask: expected dtype bool, got float32",
+    ),
     (lambda: _camex(experts=None), "experts: expected a tensor"),
     (lambda: _camex(bias=torch.zeros(3, 6)), r"base_bias: expected a tensor \[O\]"),
     (lambda: _camex(bias_curvature=CURVATURE[:2]), r"bias: expected a tensor \[E, O\]"),
@@ -174,6 +193,25 @@ VALUE = [
     (lambda: mk.route_plan(INDEX, 0), "num_experts: expected at least 1"),
     (lambda: mk.load_balance_loss(_topk(), temperature=0.0), "temperature: expected"),
     (lambda: mk.load_balance_loss(_topk(), kind="gshard"), "kind: expected one of"),
+    (
+        lambda: mk.ACRouter(4, 3, 2)(X, token_mask=X == 0),
+        r"token_mask: expected shape \[...\] with ...=6, got \[6, 4\]",
+    ),
+    (lambda: _merge(mask="ties", elect="count"), "elect: expected one of 'unweighted', 'weighted'"),
+    (lambda: _merge(elect="weighted"), "mask: expected 'ties' with elect='weighted', got None"),
+    (lambda: _merge(density=0.0), "density: expected a finite number above 0"),
+    (lambda: _merge(density=1.5), "density: expected above 0 and at most 1, got 1.5"),
+    (lambda: _merge(density=math.nan), "density: expected a finite number above 0"),
+    (lambda: _gates(mask=X[:5, 0] == 0), r"mask: expected shape \[S\] with S=6, got \[5\]"),
+    (
+        lambda: mk.CAMExLinear(4, 6, 3)(SEGMENTS, token_mask=X == 0),
+        r"token_mask: expected shape \[B, L\] with B=2, L=5, got \[6, 4\]",
+    ),
+    (
+        lambda: mk.load_balance_loss(_topk(), mask=X[:5, 0] == 0),
+        r"mask: expected shape \[T\] with T=6, got \[5\]",
+    ),
+    (lambda: mk.router_z_loss(X, mask=X == 0), r"mask: expected shape \[T\] with T=6, got \[6, 4"),
     (lambda: mk.router_z_loss(X[0]), "logits: expected shape"),
     (lambda: _mlp(index=INDEX[:5]), "expert_index: expected shape"),
     (lambda: _mlp(weight=WEIGHT[:, :1]), "expert_weight: expected shape"),

@@ -260,6 +260,22 @@ def test_dropout_drops_whole_experts_and_keeps_the_mean(generator):
     assert abs(kept.float().mean().item() - 0.75) < 5 * math.sqrt(0.75 * 0.25 / segments)
 
 
+def test_a_dropped_gate_is_selected_away(generator, monkeypatch):
+    """A gate that overflows and is dropped is 0, as any other."""
+    x, base, experts = draw(generator, 1, T, D), draw(generator, OUT, D), draw(generator, E, OUT, D)
+    gates = torch.full((1, E), 1.0, dtype=torch.float64, device=DEVICE)
+    gates[0, 0] = torch.inf
+    drop_first = torch.where(torch.arange(E, device=DEVICE) == 0, 0.0, 1.0).double()[None]
+    monkeypatch.setattr(torch, "rand_like", lambda like: drop_first)
+    gates.requires_grad_()
+    y = mk.camex_linear(x, base, experts, gates, expert_dropout=0.5)
+    want = x @ (base + 2 * (experts - base)[1:].sum(0)).T
+    assert same(y, want)
+    (gradient,) = torch.autograd.grad(y.sum(), gates)
+    assert gradient[0, 0] == 0
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_dropout_is_the_same_forward_and_backward(impl, generator):
     v = inputs_for(generator, torch.float32)

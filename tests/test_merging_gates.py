@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
@@ -96,6 +97,43 @@ def test_noisy_gates_send_gradients_everywhere(generator):
     assert all(
         g.isfinite().all() and g.any() for g in torch.autograd.grad(loss, (x, w_gate, w_noise))
     )
+
+
+@pytest.mark.parametrize("top_k", [2, E])
+@pytest.mark.parametrize("noise", [False, True], ids=["clean", "noisy"])
+def test_masked_rows_are_as_rows_taken_out(top_k: int, noise: bool, generator, monkeypatch):
+    """Gates, load, loss and gradients, whatever the masked rows hold."""
+    x, w_gate, w_noise = (draw(generator, *s) for s in ((6, D), (D, E), (D, E)))
+    counted = torch.tensor([True, False, True, True, False, True], device=DEVICE)
+    drawn = draw(generator, 6, E)
+    wild = torch.where(counted[:, None], x, math.nan)
+    results = []
+    for rows, mask in ((counted, None), (slice(None), counted)):
+        monkeypatch.setattr(torch, "randn", lambda *_, rows=rows, **__: drawn[rows])
+        leaves = [t.clone().requires_grad_() for t in (wild, w_gate, w_noise)]
+        gates, load = mk.noisy_topk_gates(
+            leaves[0][rows], *leaves[1:], top_k=top_k, training=noise, mask=mask
+        )
+        loss = mk.cv_squared_loss(gates, load)
+        gradients = torch.autograd.grad(loss, leaves[: 3 if noise else 2], allow_unused=True)
+        results.append((gates, load, loss, gradients))
+    (gates, load, loss, gradients), (got, got_load, got_loss, got_gradients) = results
+    assert torch.equal(got[counted], gates)
+    assert not got[~counted].any()
+    assert same(got_load, load)
+    assert same(got_loss, loss)
+    for a, b in zip(got_gradients, gradients, strict=True):
+        assert (a is None and b is None) or same(a, b)
+    assert not got_gradients[0][~counted].any()
+
+
+def test_with_every_row_masked_nothing_is_lost(generator):
+    x, w_gate = draw(generator, 6, D).requires_grad_(), draw(generator, D, E).requires_grad_()
+    nobody = torch.zeros(6, dtype=torch.bool, device=DEVICE)
+    gates, load = mk.noisy_topk_gates(x, w_gate, top_k=2, training=False, mask=nobody)
+    loss = mk.cv_squared_loss(gates, load)
+    assert loss == 0
+    assert not any(g.any() for g in torch.autograd.grad(loss, (x, w_gate)))
 
 
 def test_cv_squared(generator):

@@ -56,6 +56,45 @@ def test_sequence_level_module_is_the_published_forward(mask, generator):
         assert same(a, b, 1e-9)
 
 
+@pytest.mark.parametrize("segment", [None, 3], ids=["sequences", "segments"])
+def test_padding_takes_no_part_in_the_gates(segment, generator):
+    """The gates and the loss are those of the tokens that count, whatever the padding holds."""
+    module = _module(generator, segment=segment, top_k=2)
+    x = draw(generator, 3, 6, D)
+    lengths = torch.tensor([6, 4, 0], device=DEVICE)
+    token_mask = torch.arange(6, device=DEVICE) < lengths[:, None]
+    wild = torch.where(token_mask[..., None], x, torch.nan).requires_grad_()
+    gates, load = module.gates(wild, token_mask)
+    for b, length in enumerate(lengths.tolist()):
+        parts = x[b, :length].split(segment or 6)
+        for s in range(gates.shape[1]):
+            want = torch.zeros(E, dtype=x.dtype, device=DEVICE)
+            if s < len(parts) and len(parts[s]):
+                want = mk.noisy_topk_gates(
+                    parts[s].mean(0)[None], module.w_gate, top_k=2, training=False
+                )[0][0]
+            assert same(gates[b, s], want)
+    assert same(load, (gates > 0).sum((0, 1)).double())
+    y, loss = module(wild, token_mask=token_mask)
+    assert same(loss, 1e-2 * mk.cv_squared_loss(gates, load))
+    assert y[0].isfinite().all()
+    (gradient,) = torch.autograd.grad(loss, wild)
+    assert not gradient[~token_mask].any()
+    assert gradient[0].any()
+    finite = torch.where(token_mask[..., None], x, 0)
+    assert torch.equal(module(finite)[1], module(finite, token_mask=token_mask.new_ones(3, 6))[1])
+
+
+def test_a_merged_mlp_passes_its_mask_on(generator):
+    mlp = mk.CAMExMLP(D, OUT, E, rank=0, dtype=torch.float64, device=DEVICE).eval()
+    x = draw(generator, 2, 5, D)
+    token_mask = torch.arange(5, device=DEVICE) < torch.tensor([[5], [3]], device=DEVICE)
+    y, loss = mlp(x, token_mask=token_mask)
+    for b, length in enumerate((5, 3)):
+        assert same(y[b, :length], mlp(x[b : b + 1, :length])[0][0])
+    assert not same(loss, mlp(x)[1])
+
+
 def test_causal_segments_take_the_gate_before(generator):
     length, segment, batch = 8, 4, 2
     module = _module(generator, segment=segment, bias=True, loss_coef=1e-5)

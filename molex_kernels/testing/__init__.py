@@ -16,6 +16,7 @@ import importlib
 
 from molex_kernels.testing.contract import (
     check_budget,
+    check_left_out,
     check_misaligned,
     check_opcheck,
     check_reference_gradients,
@@ -31,6 +32,7 @@ __all__ = [
     "OpInfo",
     "Sweep",
     "check_budget",
+    "check_left_out",
     "check_misaligned",
     "check_opcheck",
     "check_reference_gradients",

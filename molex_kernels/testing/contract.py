@@ -7,7 +7,7 @@ dtype under test.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, count, repeat
 from typing import Any
@@ -231,6 +231,44 @@ def check_misaligned(
     ).judge(calls)
 
 
+def check_left_out(
+    info: OpInfo,
+    case: Case,
+    dtype: torch.dtype,
+    impl: str,
+    device: Device = "cpu",
+    seed: int = 0,
+    *,
+    function: Callable[..., Any] | None = None,
+) -> None:
+    """What is left out may hold anything: no other bit changes, and its gradient is 0.
+
+    `OpInfo.left_out` says where: experts that nobody chose, rows of no expert, masked tokens. There
+    stand NaN, infinities and the largest number, whose products overflow; in integers valid ids and
+    others. The same holds of the gradients of results that are left out. Arguments as
+    `check_budget`; `function` stands in for the op's, such as a baseline.
+    """
+    assert info.left_out is not None
+    sampler = Sampler(info, case, dtype, impl, device, _generator(seed), function=function)
+    inputs, upstream = sampler.inputs()
+    left = info.left_out(inputs)
+    assert any(mask.any() for mask in left.values()), "the case leaves nothing out"
+    clean = sampler.run(inputs, upstream)
+    large = torch.finfo(dtype).max
+    for poison in ((torch.nan,), (torch.inf, -torch.inf, large)):
+        got = sampler.run(_poisoned(inputs, left, poison), _poisoned(upstream, left, poison))
+        for name, result in clean.results.items():
+            same = torch.equal(got.results[name], result)
+            assert same, f"{name}: {poison} in what is left out changes it"
+        assert got.gradients.keys() == clean.gradients.keys()
+        for name, gradient in clean.gradients.items():
+            same = torch.equal(got.gradients[name], gradient)
+            assert same, f"gradient of {name}: {poison} in what is left out changes it"
+            if name in left:
+                idle = torch.where(left[name], gradient, 0)
+                assert not idle.any(), f"gradient of {name}: expected 0 where it is left out"
+
+
 def check_opcheck(
     info: OpInfo,
     case: Case,
@@ -306,6 +344,20 @@ def check_reference_gradients(
             f"gradient of {name}: {along.item():.9g} along a direction, differences give "
             f"{slope.item():.9g}"
         )
+
+
+def _poisoned(
+    tensors: Inputs, left: Mapping[str, Tensor], poison: tuple[float, ...]
+) -> dict[str, Any]:
+    """The tensors with these numbers, in turn, where they are left out; ids are 0, -1 and large."""
+    found = dict(tensors)
+    for name in left.keys() & tensors.keys():
+        value = tensors[name]
+        numbers = poison if value.is_floating_point() else (0, -1, 2**31 - 1)
+        cycle = torch.tensor(numbers, dtype=value.dtype, device=value.device)
+        places = torch.arange(value.numel(), device=value.device) % len(numbers)
+        found[name] = torch.where(left[name], cycle[places].view(value.shape), value)
+    return found
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -101,6 +101,10 @@ class OpInfo:
             compilation.
         sweeps: Cases in which a size grows, for a GPU.
         quick_sweeps: The same, in seconds on a CPU.
+        left_out: Where of these inputs nothing counts, as masks by name that fit the dimensions of
+            an argument, or of a result whose gradient does not count. None for an op that leaves
+            nothing out.
+        masked: Small cases in which something is left out.
         implementations: Names in the order of preference; this package's own where none are given.
     """
 
@@ -120,6 +124,8 @@ class OpInfo:
     compiled: tuple[Case, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
     quick_sweeps: tuple[Sweep, ...] = ()
+    left_out: Callable[[Inputs], Mapping[str, Tensor]] | None = None
+    masked: tuple[Case, ...] = ()
     implementations: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

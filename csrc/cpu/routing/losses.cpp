@@ -4,6 +4,7 @@
 // the number of threads.
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -36,17 +37,44 @@ void for_chunks(int64_t tokens, int64_t experts, const Body& body) {
   });
 }
 
-// sums += softmax(scale z_t) over `count` tokens. `sums` and `row` have whole vectors.
-constexpr auto add_probabilities = molex::versions(
-    [](auto, const float* z, float scale, int64_t count, int64_t experts, float* row, float* sums)
-        MOLEX_LAMBDA_INLINE {
-          for (int64_t t = 0; t < count; ++t) {
-            const float inverse = 1.0f / molex::exponentials_of(z + t * experts, scale, row, experts).sum;
-            for (int64_t e = 0; e < experts; e += molex::kWide) {
-              molex::store(sums + e, molex::load(sums + e) + inverse * molex::load(row + e));
-            }
-          }
-        });
+// Which tokens count: all of them where no mask is given. Holds the tensor that it points into.
+class Counted {
+ public:
+  explicit Counted(const std::optional<Tensor>& mask) : mask_(molex::packed(mask)) {
+    if (mask_) counts_ = mask_->const_data_ptr<bool>();
+  }
+
+  // Of the tokens from `first` on; null where all count.
+  const bool* from(int64_t first) const { return counts_ ? counts_ + first : nullptr; }
+
+  // How many of the tokens count, at least 1.
+  int64_t number(int64_t tokens) const {
+    const int64_t number = counts_ ? std::count(counts_, counts_ + tokens, true) : tokens;
+    return std::max<int64_t>(number, 1);
+  }
+
+ private:
+  std::optional<Tensor> mask_;
+  const bool* counts_ = nullptr;
+};
+
+// sums += softmax(scale z_t) over those of `count` tokens that count. `sums` and `row` have whole vectors.
+constexpr auto add_probabilities = molex::versions([](auto,
+                                                      const float* z,
+                                                      const bool* counted,
+                                                      float scale,
+                                                      int64_t count,
+                                                      int64_t experts,
+                                                      float* row,
+                                                      float* sums) MOLEX_LAMBDA_INLINE {
+  for (int64_t t = 0; t < count; ++t) {
+    if (counted && !counted[t]) continue;
+    const float inverse = 1.0f / molex::exponentials_of(z + t * experts, scale, row, experts).sum;
+    for (int64_t e = 0; e < experts; e += molex::kWide) {
+      molex::store(sums + e, molex::load(sums + e) + inverse * molex::load(row + e));
+    }
+  }
+});
 
 // dz = factor * row. `row` has whole vectors, dz only `experts` floats.
 MOLEX_INLINE void scale_row(const float* row, float factor, int64_t experts, float* dz) {
@@ -57,9 +85,10 @@ MOLEX_INLINE void scale_row(const float* row, float factor, int64_t experts, flo
   for (; e < experts; ++e) dz[e] = factor * row[e];
 }
 
-// dz_t = grad p_t (slopes - <slopes, p_t>), p_t = softmax(scale z_t).
+// dz_t = grad p_t (slopes - <slopes, p_t>), p_t = softmax(scale z_t); 0 for a token that does not count.
 constexpr auto balance_backward = molex::versions([](auto,
                                                      const float* z,
+                                                     const bool* counted,
                                                      float scale,
                                                      float grad,
                                                      const float* slopes,
@@ -68,6 +97,10 @@ constexpr auto balance_backward = molex::versions([](auto,
                                                      float* row,
                                                      float* dz) MOLEX_LAMBDA_INLINE {
   for (int64_t t = 0; t < count; ++t) {
+    if (counted && !counted[t]) {
+      std::fill_n(dz + t * experts, experts, 0.0f);
+      continue;
+    }
     const float inverse = 1.0f / molex::exponentials_of(z + t * experts, scale, row, experts).sum;
     molex::Wide dot = {};
     for (int64_t e = 0; e < experts; e += molex::kWide) dot += molex::load(row + e) * molex::load(slopes + e);
@@ -79,11 +112,22 @@ constexpr auto balance_backward = molex::versions([](auto,
   }
 });
 
-// values_t = logsumexp(z_t) and sums_t = sum_e e^(z_te - m_t). If dz is given, the terms of that sum are
-// written to it.
-MOLEX_INLINE void logsumexp_of(
-    const float* z, int64_t count, int64_t experts, float* row, float* values, float* sums, float* dz) {
+// values_t = logsumexp(z_t) and sums_t = sum_e e^(z_te - m_t); 0 and 1 for a token that does not count. If dz
+// is given, the terms of that sum are written to it.
+MOLEX_INLINE void logsumexp_of(const float* z,
+                               const bool* counted,
+                               int64_t count,
+                               int64_t experts,
+                               float* row,
+                               float* values,
+                               float* sums,
+                               float* dz) {
   for (int64_t t = 0; t < count; ++t, z += experts) {
+    if (counted && !counted[t]) {
+      values[t] = 0.0f;
+      sums[t] = 1.0f;
+      continue;
+    }
     const auto [largest, sum] = molex::exponentials_of(z, 1.0f, row, experts);
     values[t] = largest;
     sums[t] = sum;
@@ -92,27 +136,38 @@ MOLEX_INLINE void logsumexp_of(
   for (int64_t t = 0; t < count; ++t) values[t] += molex::log_of(sums[t]);
 }
 
-// sum_t logsumexp(z_t)^2.
+// sum_t logsumexp(z_t)^2 over the tokens that count.
 constexpr auto sum_of_squares =
-    molex::versions([](auto, const float* z, int64_t count, int64_t experts, float* row) MOLEX_LAMBDA_INLINE {
-      float values[kChunk], sums[kChunk];
-      logsumexp_of(z, count, experts, row, values, sums, nullptr);
-      double total = 0.0;
-      for (int64_t t = 0; t < count; ++t) total += static_cast<double>(values[t]) * values[t];
-      return total;
-    });
+    molex::versions([](auto, const float* z, const bool* counted, int64_t count, int64_t experts, float* row)
+                        MOLEX_LAMBDA_INLINE {
+                          float values[kChunk], sums[kChunk];
+                          logsumexp_of(z, counted, count, experts, row, values, sums, nullptr);
+                          double total = 0.0;
+                          for (int64_t t = 0; t < count; ++t)
+                            total += static_cast<double>(values[t]) * values[t];
+                          return total;
+                        });
 
-// dz_t = grad logsumexp(z_t) softmax(z_t).
-constexpr auto z_backward = molex::versions(
-    [](auto, const float* z, float grad, int64_t count, int64_t experts, float* row, float* dz)
-        MOLEX_LAMBDA_INLINE {
-          float values[kChunk], sums[kChunk];
-          logsumexp_of(z, count, experts, row, values, sums, dz);
-          for (int64_t t = 0; t < count; ++t) values[t] *= grad / sums[t];
-          for (int64_t t = 0; t < count; ++t) {
-            scale_row(dz + t * experts, values[t], experts, dz + t * experts);
-          }
-        });
+// dz_t = grad logsumexp(z_t) softmax(z_t); 0 for a token that does not count.
+constexpr auto z_backward = molex::versions([](auto,
+                                               const float* z,
+                                               const bool* counted,
+                                               float grad,
+                                               int64_t count,
+                                               int64_t experts,
+                                               float* row,
+                                               float* dz) MOLEX_LAMBDA_INLINE {
+  float values[kChunk], sums[kChunk];
+  logsumexp_of(z, counted, count, experts, row, values, sums, dz);
+  for (int64_t t = 0; t < count; ++t) values[t] *= grad / sums[t];
+  for (int64_t t = 0; t < count; ++t) {
+    if (counted && !counted[t]) {
+      std::fill_n(dz + t * experts, experts, 0.0f);
+    } else {
+      scale_row(dz + t * experts, values[t], experts, dz + t * experts);
+    }
+  }
+});
 
 Tensor scalar_like(const Tensor& like, double value) {
   Tensor result = molex::new_result(like, {}, ScalarType::Float);
@@ -120,7 +175,7 @@ Tensor scalar_like(const Tensor& like, double value) {
   return result;
 }
 
-// The gradient of the logits, chunk by chunk: run(z, count, row, dz).
+// The gradient of the logits, chunk by chunk: run(z, first, count, row, dz), where `first` is a token.
 template <class Run>
 Tensor logits_gradient(const Tensor& logits, const Run& run) {
   const int64_t tokens = logits.size(0), experts = logits.size(1);
@@ -134,25 +189,33 @@ Tensor logits_gradient(const Tensor& logits, const Run& run) {
     const bool is_fp32 = from.dtype == ScalarType::Float;
     std::vector<float> row(molex::wide_of(experts)), in(is_fp32 ? 0 : size), out(is_fp32 ? 0 : size);
     float* dz = molex::place(to, first * experts, out.data());
-    run(molex::read(from, first * experts, size, in.data()), count, row.data(), dz);
+    run(molex::read(from, first * experts, size, in.data()), first, count, row.data(), dz);
     molex::write(to, first * experts, size, dz);
   });
   return result;
 }
 
 // The loss, and slopes [E], its gradient with respect to sum_t p_t with the softmax's scale: E f_e / (T
-// temperature), divided by K as well if each assignment counts.
+// temperature), divided by K as well if each assignment counts. T is the number of tokens that count.
 std::tuple<Tensor, Tensor> load_balance_fwd(const Tensor& logits,
                                             const Tensor& index,
+                                            std::optional<Tensor> mask,
                                             double temperature,
                                             bool per_assignment) {
   const int64_t tokens = logits.size(0), experts = logits.size(1), whole = molex::wide_of(experts);
-  const int64_t assignments = std::max<int64_t>(index.numel(), 1);
-  const double parts = static_cast<double>(per_assignment ? assignments : std::max<int64_t>(tokens, 1));
+  const Counted counted(mask);
+  const int64_t number = counted.number(tokens), top_k = index.size(1);
+  const int64_t assignments = std::max<int64_t>(number * top_k, 1);
+  const double parts = static_cast<double>(per_assignment ? assignments : number);
   Tensor slopes = torch::stable::new_zeros(logits, {whole}, ScalarType::Float);
   if (experts == 0) return {scalar_like(logits, 0.0), slopes};
   std::vector<int64_t> counts(experts + 1, 0);
-  for (int64_t label : molex::labels_of(index, experts)) ++counts[label];
+  const std::vector<int64_t> labels = molex::labels_of(index, experts);
+  const bool* counts_here = counted.from(0);
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (counts_here && !counts_here[t]) continue;
+    for (int64_t k = 0; k < top_k; ++k) ++counts[labels[t * top_k + k]];
+  }
   const Tensor packed = torch::stable::contiguous(logits);
   const Source from = molex::source_of(packed);
   std::vector<float> sums(chunks_of(tokens) * whole, 0.0f);
@@ -161,7 +224,7 @@ std::tuple<Tensor, Tensor> load_balance_fwd(const Tensor& logits,
     std::vector<float> row(whole), scratch(from.dtype == ScalarType::Float ? 0 : size);
     const float* z = molex::read(from, first * experts, size, scratch.data());
     const float scale = static_cast<float>(1.0 / temperature);
-    add_probabilities(z, scale, last - first, experts, row.data(), &sums[chunk * whole]);
+    add_probabilities(z, counted.from(first), scale, last - first, experts, row.data(), &sums[chunk * whole]);
   });
   float* slope = slopes.mutable_data_ptr<float>();
   double loss = 0.0;
@@ -175,35 +238,42 @@ std::tuple<Tensor, Tensor> load_balance_fwd(const Tensor& logits,
   return {scalar_like(logits, loss), slopes};
 }
 
-Tensor load_balance_bwd(const Tensor& grad, const Tensor& logits, const Tensor& slopes, double temperature) {
+Tensor load_balance_bwd(const Tensor& grad,
+                        const Tensor& logits,
+                        const Tensor& slopes,
+                        std::optional<Tensor> mask,
+                        double temperature) {
   const float upstream = molex::scalar_of(grad), scale = static_cast<float>(1.0 / temperature);
   const float* slope = slopes.const_data_ptr<float>();
-  return logits_gradient(logits, [&](const float* z, int64_t count, float* row, float* dz) {
-    balance_backward(z, scale, upstream, slope, count, logits.size(1), row, dz);
+  const Counted counted(mask);
+  return logits_gradient(logits, [&](const float* z, int64_t first, int64_t count, float* row, float* dz) {
+    balance_backward(z, counted.from(first), scale, upstream, slope, count, logits.size(1), row, dz);
   });
 }
 
-Tensor router_z_fwd(const Tensor& logits) {
+Tensor router_z_fwd(const Tensor& logits, std::optional<Tensor> mask) {
   const int64_t tokens = logits.size(0), experts = logits.size(1);
   const Tensor packed = torch::stable::contiguous(logits);
   const Source from = molex::source_of(packed);
+  const Counted counted(mask);
   std::vector<double> sums(chunks_of(tokens), 0.0);
   for_chunks(tokens, std::max<int64_t>(experts, 1), [&](int64_t first, int64_t last, int64_t chunk) {
     const int64_t size = (last - first) * experts;
     std::vector<float> row(molex::wide_of(experts)), scratch(from.dtype == ScalarType::Float ? 0 : size);
     const float* z = molex::read(from, first * experts, size, scratch.data());
-    sums[chunk] = sum_of_squares(z, last - first, experts, row.data());
+    sums[chunk] = sum_of_squares(z, counted.from(first), last - first, experts, row.data());
   });
   double total = 0.0;
   for (double sum : sums) total += sum;
-  return scalar_like(logits, total / static_cast<double>(std::max<int64_t>(tokens, 1)));
+  return scalar_like(logits, total / static_cast<double>(counted.number(tokens)));
 }
 
-Tensor router_z_bwd(const Tensor& grad, const Tensor& logits) {
-  const double tokens = static_cast<double>(std::max<int64_t>(logits.size(0), 1));
-  const float upstream = static_cast<float>(2.0 * molex::scalar_of(grad) / tokens);
-  return logits_gradient(logits, [&](const float* z, int64_t count, float* row, float* dz) {
-    z_backward(z, upstream, count, logits.size(1), row, dz);
+Tensor router_z_bwd(const Tensor& grad, const Tensor& logits, std::optional<Tensor> mask) {
+  const Counted counted(mask);
+  const double number = static_cast<double>(counted.number(logits.size(0)));
+  const float upstream = static_cast<float>(2.0 * molex::scalar_of(grad) / number);
+  return logits_gradient(logits, [&](const float* z, int64_t first, int64_t count, float* row, float* dz) {
+    z_backward(z, counted.from(first), upstream, count, logits.size(1), row, dz);
   });
 }
 

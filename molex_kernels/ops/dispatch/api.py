@@ -44,6 +44,9 @@ def grouped_gemm(
     y_t = weight_e x_t + bias_e  for offsets[e-1] <= t < offsets[e]  (from row 0 for e = 0);
     y_t = 0  for rows past the last offset.
 
+    Rows past the last offset and experts without rows may hold anything, NaN too: they change
+    nothing and get a gradient of 0.
+
     Differentiable in x, weight and bias, once. Deterministic. Never waits for the device.
 
     Args:
@@ -64,13 +67,13 @@ def grouped_gemm(
         ValueError: a wrong shape or device, no expert.
         NotImplementedError: the explicit `impl` cannot run.
     """
+    x, weight, bias = _dtypes.autocast(x, weight, bias)
     num_experts = _num_experts("weight", weight, "E, N, D")
-    dtypes = _like(x, "T, D")
-    _check.tensor("weight", weight, "E, N, D", (None, None, x.shape[1]), dtypes, x)
+    _check.floating("x", x, "T, D", (None, None))
+    _check.floating("weight", weight, "E, N, D", (None, None, x.shape[1]), x)
     _check.tensor("offsets", offsets, "E", (num_experts,), (torch.int32,), x)
     if bias is not None:
-        _check.tensor("bias", bias, "E, N", weight.shape[:2], dtypes, x)
-    x, weight, bias = _dtypes.autocast(x, weight, bias)
+        _check.floating("bias", bias, "E, N", weight.shape[:2], x)
     chosen = select("grouped_gemm", impl, x, triton=_too_many(num_experts))
     if chosen == "reference":
         return reference.grouped_gemm(x, weight, offsets, bias)
@@ -97,7 +100,9 @@ def moe_mlp(
     FFN_e(x) = w_down_e act(w_up_e x + b_up_e) + b_down_e.
 
     An id outside [0, E) is no local expert (it lives on another rank): it contributes nothing
-    and its weight gets a zero gradient. The same id twice in one row counts twice.
+    and its weight gets a zero gradient. The same id twice in one row counts twice. What no
+    assignment uses (an expert that nobody chose, the weight of an id that is not local) may hold
+    anything, NaN too: it changes nothing, and its gradient is 0.
 
     Gated activations (`swiglu`: silu, `geglu`: gelu, `reglu`: relu) split the hidden vector in two:
     act(gate) * up. `gate_layout="concat"` has rows [gate; up] in w_up and b_up, `"interleaved"`
@@ -175,12 +180,14 @@ def experts_arguments(
     gate_layout: str,
     plan: RoutePlan | None,
 ) -> ExpertsCall:
-    """Checks the arguments of `moe_mlp` and casts them as autocast has it."""
+    """Casts the arguments of `moe_mlp` as autocast has it, and checks them."""
+    x, w_up, w_down, b_up, b_down = _dtypes.autocast(x, w_up, w_down, b_up, b_down)
     _check.choice("activation", activation, ACTIVATIONS)
     _check.choice("gate_layout", gate_layout, GATE_LAYOUTS)
     pointwise, gated = ACTIVATIONS[activation]
     num_experts = _num_experts("w_down", w_down, "E, D, I")
-    dtypes = _like(x, "T, D")
+    _check.floating("x", x, "T, D", (None, None))
+    (expert_weight,) = _dtypes.kept(x, expert_weight)
     tokens, width = x.shape
     hidden = w_down.shape[2] * (2 if gated else 1)
     letters = ("E, 2I, D", "E, 2I") if gated else ("E, I, D", "E, I")
@@ -188,17 +195,16 @@ def experts_arguments(
     top_k = expert_index.shape[1]
     if top_k < 1:
         raise ValueError("expert_index: expected shape [T, K] with K at least 1, got K=0")
-    weight_dtypes = (*dtypes, torch.float32)
+    weight_dtypes = (x.dtype, torch.float32)
     _check.tensor("expert_weight", expert_weight, "T, K", (tokens, top_k), weight_dtypes, x)
-    _check.tensor("w_up", w_up, letters[0], (num_experts, hidden, width), dtypes, x)
-    _check.tensor("w_down", w_down, "E, D, I", (num_experts, width, None), dtypes, x)
+    _check.floating("w_up", w_up, letters[0], (num_experts, hidden, width), x)
+    _check.floating("w_down", w_down, "E, D, I", (num_experts, width, None), x)
     if b_up is not None:
-        _check.tensor("b_up", b_up, letters[1], (num_experts, hidden), dtypes, x)
+        _check.floating("b_up", b_up, letters[1], (num_experts, hidden), x)
     if b_down is not None:
-        _check.tensor("b_down", b_down, "E, D", (num_experts, width), dtypes, x)
+        _check.floating("b_down", b_down, "E, D", (num_experts, width), x)
     if plan is not None:
         _check_plan(plan, num_experts, tokens * top_k, x)
-    x, w_up, w_down, b_up, b_down = _dtypes.autocast(x, w_up, w_down, b_up, b_down)
     weights = (w_up, w_down, b_up, b_down)
     if expert_weight.dtype != x.dtype:
         expert_weight = expert_weight.to(_dtypes.accumulate_dtype(x.dtype))
@@ -212,12 +218,6 @@ def _num_experts(name: str, weight: Tensor, letters: str) -> int:
     if weight.shape[0] < 1:
         raise ValueError(f"{name}: expected shape [{letters}] with E at least 1, got E=0")
     return weight.shape[0]
-
-
-def _like(x: Tensor, letters: str) -> tuple[torch.dtype, ...]:
-    """Checks x; the dtypes its weights may have: its own, or any that autocast will cast."""
-    _check.floating("x", x, letters, (None, None))
-    return _dtypes.parameter_dtypes(x)
 
 
 def _check_plan(plan: RoutePlan, num_experts: int, num_rows: int, x: Tensor) -> None:

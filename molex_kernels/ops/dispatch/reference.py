@@ -2,6 +2,10 @@
 
 Every token goes through every expert and what does not belong is masked out. That is easy to read,
 differentiable and free of data-dependent shapes, and costs E / K times the FLOPs of the kernels.
+
+What does not belong is selected away where it comes in and where it goes out, never multiplied by
+0: 0 times an overflow is NaN, forward or backward. So tokens and experts touch only one another's
+numbers and gradients, as in the kernels, and an expert that nobody chose may hold anything.
 """
 
 from __future__ import annotations
@@ -19,10 +23,10 @@ def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None
     expert_of_row = (rows >= offsets[:, None]).sum(0)
     experts = torch.arange(weight.shape[0], device=x.device)
     mine = expert_of_row == experts[:, None]  # [E, T]
-    every = torch.matmul(x, weight.mT)  # [E, T, N]
+    every = torch.matmul(_only(mine, x), _used(mine, weight).mT)  # [E, T, N]
     if bias is not None:
         every = every + bias[:, None]
-    return torch.where(mine[..., None], every, 0).sum(0)
+    return _only(mine, every).sum(0)
 
 
 def moe_mlp(
@@ -44,14 +48,26 @@ def moe_mlp(
     dtype = accumulate_dtype(x.dtype)
     experts = torch.arange(w_up.shape[0], device=x.device)
     chosen = expert_index == experts[:, None, None]  # [E, T, K]
+    mine = chosen.any(-1)  # [E, T]
     gates = torch.where(chosen, expert_weight.to(dtype), 0).sum(-1)  # [E, T]
-    hidden = torch.matmul(x, w_up.mT)  # [E, T, I or 2I]
+    hidden = torch.matmul(_only(mine, x), _used(mine, w_up).mT)  # [E, T, I or 2I]
     if b_up is not None:
-        hidden = hidden + b_up[:, None]
-    out = torch.matmul(_activate(hidden, activation, layout), w_down.mT)  # [E, T, D]
+        hidden = hidden + _used(mine, b_up)[:, None]
+    out = torch.matmul(_activate(hidden, activation, layout), _used(mine, w_down).mT)  # [E, T, D]
     if b_down is not None:
         out = out + b_down[:, None]
-    return (gates[..., None] * out.to(dtype)).sum(0).to(x.dtype)
+    return (gates[..., None] * _only(mine, out).to(dtype)).sum(0).to(x.dtype)
+
+
+def _only(mine: Tensor, rows: Tensor) -> Tensor:
+    """Rows [T, n] or [E, T, n] of the experts' own tokens, 0 in the place of others."""
+    return torch.where(mine[..., None], rows, 0)
+
+
+def _used(mine: Tensor, parameter: Tensor) -> Tensor:
+    """A parameter [E, ...], with 0 in the place of what no token uses."""
+    used = mine.any(1)
+    return torch.where(used.view(-1, *(1,) * (parameter.dim() - 1)), parameter, 0)
 
 
 def _activate(hidden: Tensor, activation: str, layout: str) -> Tensor:

@@ -40,7 +40,8 @@ def layer_vote(
     Args:
         logits: [..., L], L >= 1. fp16, bf16, fp32 (fp64: reference only).
         mode: one of the three; "mode" is the published default.
-        mask: bool [...], True for tokens that count; None counts all. Where none counts: layer 0.
+        mask: bool [...], True for tokens that count, others may hold anything; None counts all.
+            Where none counts: layer 0.
         impl: "triton", "cpu" or "reference"; None takes the fastest that supports the inputs.
 
     Returns:
@@ -172,6 +173,7 @@ def layer_mix(
     The published code learns logits of two branches (softmax), which start at the fixed
     coefficients: 0.95 and 0.05 so become 0.711 and 0.289. Where the gate is shared it leaves the
     softmax out and mixes with the raw parameters, which need not sum to one: pass them as `coeff`.
+    A coefficient is a weight, also one of 0: the NaN of any branch is in y.
 
     Differentiable in outputs, residual, coeff, logits, weight and bias, once. Deterministic. Never
     waits for the device.
@@ -194,6 +196,8 @@ def layer_mix(
             none of coeff and logits.
         NotImplementedError: the explicit `impl` cannot run.
     """
+    outputs, residual = _dtypes.promoted(outputs, residual)
+    coeff, logits = _dtypes.kept(outputs, coeff, logits)
     if not isinstance(outputs, Tensor) or outputs.dim() < 2:
         _check.floating("outputs", outputs, "G, T, D", (None, None, None))
     _check.floating("outputs", outputs, "G, ..., D", (None,) * outputs.dim())
@@ -214,6 +218,7 @@ def layer_mix(
         if not isinstance(norm, tuple) or len(norm) != 3:
             raise TypeError(f"norm: expected (weight, bias, eps), got {type(norm).__name__}")
         weight, bias, eps = norm
+        weight, bias = _dtypes.kept(outputs, weight, bias)
         _check.number("norm.eps", eps, 0.0)
         for part, value in (("norm.weight", weight), ("norm.bias", bias)):
             if value is not None:

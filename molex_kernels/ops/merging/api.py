@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from molex_kernels.ops.merging import op, reference
 from molex_kernels.ops.merging.types import KroneckerCurvature
 
 MASKS = (None, "ties")
+ELECTIONS = ("unweighted", "weighted")
 FACTORS = KroneckerCurvature._fields
 BIAS_FACTORS = ("out1", "out2")
 
@@ -38,7 +40,9 @@ def camex_deltas(
 
     `mask="ties"`: mask_e = [sign(tau_e) == sign(sum_j tau_j)] element by element, of tau before the
     curvature; it is 1 where all experts equal the base. The mask is a constant in the gradient.
-    Without curvature M is the identity: plain task vectors, and with the mask TIES merging.
+    Without curvature M is the identity: plain task vectors. This is the sign election of TIES
+    (arXiv 2306.01708) on unweighted task vectors, as CAMEx publishes it, without its trim and its
+    disjoint mean; `camex_merge` has the others.
 
     The deltas depend on parameters alone: they can be kept from one change of them to the next and
     passed to `camex_linear`. The factors are applied one after the other, where the published code
@@ -65,6 +69,7 @@ def camex_deltas(
         ValueError: a wrong shape, device or mask, no expert.
         NotImplementedError: the explicit `impl` cannot run.
     """
+    base, experts, curvature = _parameters(base, experts, curvature)
     _check.floating("base", base, "O, D", (None, None))
     _check.choice("mask", mask, MASKS)
     _check_experts(experts, base)
@@ -81,6 +86,9 @@ def camex_merge(
     curvature: KroneckerCurvature | None = None,
     mask: str | None = None,
     alpha: float = 1.0,
+    elect: str = "unweighted",
+    normalize: bool = False,
+    density: float = 1.0,
     impl: str | None = None,
 ) -> Tensor:
     """The merged weight of every segment: W_s = base + alpha sum_e gates_se Delta_e.
@@ -88,29 +96,58 @@ def camex_merge(
     For a look at the weights, or to export them: `camex_linear` does not write them. The deltas are
     those of `camex_deltas`, by `impl`; the sum over experts is PyTorch's, in fp32.
 
+    With mask="ties", elect="weighted" this is TIES merging (arXiv 2306.01708) as mergekit has it,
+    where normalize=True is the default. Element by element,
+
+        tau_e = experts_e - base, where |tau_e| is among the density O D largest of e; else 0
+        keep_se = [sign(gates_se tau_e) == sign_s]
+        sign_s = 1 where sum_e gates_se tau_e >= 0, else -1             elect="weighted"
+        W_s = base + alpha sum_e keep_se gates_se M_e tau_e / n_s
+        n_s = 1, or with normalize  sum_e keep_se gates_se, unless that is 0
+
+    elect="unweighted" keeps [sign(tau_e) == sign(sum_e tau_e)], the same in every segment: CAMEx as
+    published, and what `camex_linear` and the modules do. Without a mask every keep is 1. A gate is
+    a weight, also one of 0: the NaN of an expert reaches every segment.
+
     Args:
         base: as in `camex_deltas`.
         experts: as in `camex_deltas`.
         gates: [S, E], fp32 or base's dtype; rows need not sum to one.
-        curvature: as in `camex_deltas`.
+        curvature: as in `camex_deltas`; of what is left of tau by `density`.
         mask: as in `camex_deltas`.
         alpha: the step size of the paper; the published code has 1.
-        impl: as in `camex_deltas`.
+        elect: "unweighted" or "weighted", by gates times task vectors; needs mask="ties".
+        normalize: whether the sum is divided by the gates of the experts that are kept.
+        density: the share of each task vector that is kept, in (0, 1]: the int(density O D) largest
+            in size, at least one; of equal ones those that come first.
+        impl: as in `camex_deltas`; what these options ask for is composed of PyTorch's operators.
 
     Returns:
-        [S, O, D] in base's dtype. Differentiable in base, experts, gates and the factors, once.
+        [S, O, D] in base's dtype. Differentiable in base, experts, gates and the factors, once;
+        what is kept is a constant. The options take fp32 tensors [S, E, O, D] of memory.
 
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape, device or option.
         NotImplementedError: the explicit `impl` cannot run.
     """
+    base, experts, curvature = _parameters(base, experts, curvature)
     _check.floating("base", base, "O, D", (None, None))
     _check_experts(experts, base)
     _check_gates(gates, base, (None, experts.shape[0]))
     _check.number("alpha", alpha, -float("inf"))
-    delta = camex_deltas(base, experts, curvature=curvature, mask=mask, impl=impl)
-    return reference.merge(base, delta, _scaled(gates, alpha, base.dtype))
+    _check_election(mask, elect, normalize, density)
+    weights = _scaled(gates, 1.0, base.dtype)
+    if elect == "unweighted" and not normalize and density == 1.0:
+        delta = camex_deltas(base, experts, curvature=curvature, mask=mask, impl=impl)
+        return reference.merge(base, delta, _scaled(gates, alpha, base.dtype))
+    if density < 1.0:
+        experts = reference.trim(base, experts, density)
+    delta = camex_deltas(base, experts, curvature=curvature, impl=impl)
+    kept = None
+    if mask == "ties":
+        kept = reference.elected(base, experts, weights if elect == "weighted" else None)
+    return reference.merge_kept(base, delta, weights, kept, normalize, alpha)
 
 
 def camex_linear(
@@ -142,8 +179,12 @@ def camex_linear(
     grow with S, but for a partial sum per segment and tile of the gates' gradient and, in fp16 and
     bf16 on a CPU, for x and dy in fp32 during the backward pass.
 
-    One op for a family: no curvature and no mask is soft merging of task vectors, "ties" TIES,
-    expert_dropout DARE-like dropout of whole experts.
+    One op for a family: no curvature and no mask is soft merging of task vectors, "ties" adds the
+    election of signs as CAMEx publishes it (by unweighted task vectors; `camex_merge` has TIES as
+    others publish it), expert_dropout DARE-like dropout of whole experts.
+
+    A gate is a weight, also one of 0: where an expert holds NaN or inf, W_s and y_s are NaN in
+    every segment, as in the product with a gate of 0 they are.
 
     keep_se is 1 / (1 - p) with probability 1 - p, else 0, drawn once per call from PyTorch's
     generator; p = `expert_dropout`. The published code draws one for the weight (p = 0.1) and
@@ -180,6 +221,9 @@ def camex_linear(
         ValueError: a wrong shape, device or option.
         NotImplementedError: the explicit `impl` cannot run.
     """
+    base, experts, curvature, bias, base_bias, bias_curvature = _parameters(
+        base, experts, curvature, bias, base_bias, bias_curvature
+    )
     _check.floating("x", x, "S, T, D", (None, None, None))
     dtypes = _dtypes.parameter_dtypes(x)
     _check.tensor("base", base, "O, D", (None, x.shape[2]), dtypes, x)
@@ -199,7 +243,7 @@ def camex_linear(
     gates = _scaled(gates, alpha, x.dtype)
     if expert_dropout:
         keep = torch.rand_like(gates) >= expert_dropout
-        gates = gates * keep.to(gates.dtype) / (1 - expert_dropout)
+        gates = torch.where(keep, gates / (1 - expert_dropout), 0)
     merged_bias = None
     if base_bias is not None:
         merged_bias = _merged_bias(bias, base_bias, gates, bias_factors, mask)
@@ -209,6 +253,16 @@ def camex_linear(
     if chosen == "reference":
         return reference.linear(x, base, deltas, gates, merged_bias)
     return op.linear(impl, x, base, deltas, gates, merged_bias)
+
+
+def _parameters(*values: Any) -> Any:
+    """Tensors and tuples of them, brought to one dtype under autocast: deltas are made in it."""
+    flat = [v for value in values for v in (value if isinstance(value, tuple) else (value,))]
+    found = iter(_dtypes.promoted(*flat))
+    return [
+        tuple(next(found) for _ in value) if isinstance(value, tuple) else next(found)
+        for value in values
+    ]
 
 
 def _deltas(
@@ -245,6 +299,18 @@ def _merged_bias(
 def _scaled(gates: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
     gates = gates.to(_dtypes.accumulate_dtype(dtype))
     return gates if alpha == 1.0 else gates * alpha
+
+
+def _check_election(mask: str | None, elect: Any, normalize: Any, density: Any) -> None:
+    _check.choice("mask", mask, MASKS)
+    _check.choice("elect", elect, ELECTIONS)
+    if elect == "weighted" and mask is None:
+        raise ValueError("mask: expected 'ties' with elect='weighted', got None")
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize: expected a bool, got {type(normalize).__name__}")
+    _check.number("density", density, 0.0, exclusive=True)
+    if density > 1:
+        raise ValueError(f"density: expected above 0 and at most 1, got {density}")
 
 
 def _check_experts(experts: Tensor, base: Tensor, name: str = "experts") -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molex_kernels import _backends, _check
-from molex_kernels._dtypes import accumulate_dtype
+from molex_kernels._dtypes import accumulate_dtype, parameter_dtypes
 
 for _name in ("segment_gates", "noisy_topk_gates", "cv_squared_loss", "propagate_base"):
     _backends.declare(_name, _backends.REFERENCE)
@@ -58,6 +58,7 @@ def noisy_topk_gates(
     top_k: int,
     training: bool,
     generator: torch.Generator | None = None,
+    mask: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Noisy top-k gates (Shazeer et al., arXiv 1701.06538), as CAMEx uses them.
@@ -67,15 +68,19 @@ def noisy_topk_gates(
 
     load_e, in training with noise and K < E: the expected number of rows that choose e,
     sum_s P(expert e would be among the K largest if its noise were drawn anew); else the number of
-    rows that do. K = E is a plain softmax.
+    rows that do. K = E is a plain softmax. The K largest are `torch.topk`'s, to which a NaN is the
+    largest: it is seen in the gates.
 
     Args:
         x: [S, D], one row per segment or sequence: the mean over its tokens.
-        w_gate: [D, E].
-        w_noise: [D, E] or None for no noise.
+        w_gate: [D, E], of x's dtype; under autocast, which changes nothing here, 16 bits or fp32.
+        w_noise: [D, E], as w_gate, or None for no noise.
         top_k: K, from 1 to E.
         training: whether to add noise.
-        generator: of the noise; None is PyTorch's own.
+        generator: of the noise; None is PyTorch's own. Masked rows draw noise as well.
+        mask: [S] bool, True for rows that count; None counts all. Another row may hold anything,
+            NaN too: its gates are 0, so that nothing is merged into its base and
+            `cv_squared_loss` leaves it out, the load does not count it, and its gradient is 0.
         impl: None or "reference", the only implementation.
 
     Returns:
@@ -88,29 +93,58 @@ def noisy_topk_gates(
         NotImplementedError: another `impl`.
     """
     _check.floating("x", x, "S, D", (None, None))
-    _check.floating("w_gate", w_gate, "D, E", (x.shape[1], None), x)
+    dtypes = parameter_dtypes(x)
+    _check.tensor("w_gate", w_gate, "D, E", (x.shape[1], None), dtypes, x)
     num_experts = w_gate.shape[1]
     if w_noise is not None:
-        _check.floating("w_noise", w_noise, "D, E", w_gate.shape, x)
+        _check.tensor("w_noise", w_noise, "D, E", w_gate.shape, dtypes, x)
     _check.integer("top_k", top_k, 1, num_experts, of=" experts")
+    if mask is not None:
+        _check.tensor("mask", mask, "S", (x.shape[0],), (torch.bool,), x)
     _backends.select("noisy_topk_gates", impl, x)
     dtype = accumulate_dtype(x.dtype)
-    x = x.to(dtype)
-    clean = torch.matmul(x, w_gate.to(dtype))
+    x = _counted(x.to(dtype), mask)
+    clean = _product(x, w_gate)
     noisy, deviation = clean, None
     if training and w_noise is not None:
-        deviation = F.softplus(torch.matmul(x, w_noise.to(dtype))) + NOISE_EPSILON
-        noise = torch.randn(clean.shape, dtype=dtype, device=x.device, generator=generator)
+        deviation = F.softplus(_product(x, w_noise)) + NOISE_EPSILON
+        noise = torch.empty_like(clean).normal_(generator=generator)
         noisy = clean + noise * deviation
     largest, index = noisy.topk(min(top_k + 1, num_experts), dim=1)
     chosen = torch.softmax(largest[:, :top_k], 1)
     gates = torch.zeros_like(noisy).scatter(1, index[:, :top_k], chosen)
+    gates = _counted(gates, mask)
     if deviation is None or top_k == num_experts:
         return gates, (gates > 0).sum(0).to(dtype)
     # To stay in, a logit must beat the best one outside; to come in, the last one inside.
     outside, inside = largest[:, top_k, None], largest[:, top_k - 1, None]
     threshold = torch.where(noisy > outside, outside, inside)
-    return gates, torch.special.ndtr((clean - threshold) / deviation).sum(0)
+    chance = torch.special.ndtr((clean - threshold) / deviation)
+    return gates, _counted(chance, mask).sum(0)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """In x's dtype, whatever autocast says: in 16 bits other experts would be chosen."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.matmul(x, weight.to(x.dtype))
+
+
+def mean_of_tokens(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean over the tokens of each segment, [S, T, D] -> [S, D], of those that `mask` counts.
+
+    Args:
+        x: [S, T, D].
+        mask: [S, T] bool, True for tokens that count; None counts all. Others may hold anything and
+            get a gradient of 0; a segment without a token that counts has the mean 0.
+
+    Returns:
+        [S, D] in x's dtype.
+    """
+    if mask is None:
+        return x.mean(1)
+    count = mask.sum(1, keepdim=True).clamp(min=1)
+    total = torch.where(mask[..., None], x, 0).sum(1, dtype=accumulate_dtype(x.dtype))
+    return (total / count).to(x.dtype)
 
 
 def cv_squared_loss(
@@ -181,6 +215,11 @@ def propagate_base(
     _backends.select("propagate_base", impl, base)
     dtype = accumulate_dtype(base.dtype)
     return (base.to(dtype) + gamma * deltas.to(dtype).mean(0)).to(base.dtype)
+
+
+def _counted(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows [S, n] with 0 in the place of those that do not count, whatever stands there."""
+    return rows if mask is None else torch.where(mask[:, None], rows, 0)
 
 
 def _cv_squared(values: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from molex_kernels.ops.merging.api import MASKS, camex_deltas, camex_linear
 from molex_kernels.ops.merging.gates import (
     FIRST,
     cv_squared_loss,
+    mean_of_tokens,
     noisy_topk_gates,
     propagate_base,
     segment_gates,
@@ -57,15 +58,16 @@ class CAMExLinear(nn.Module):
         out_features: O.
         num_experts: E.
         rank: of the curvature; 0 is none (the Euclidean baseline).
-        mask: "ties" or None.
+        mask: "ties" or None; the sign is elected as published, by the experts without their gates
+            (`camex_merge` has other elections).
         expert_dropout: p in training, as in `camex_linear`; the published T5 layer has 0.1 where
             there is no mask.
         top_k: experts with a gate above 0; None is all of them, as in the published scripts and,
             on GPT-2, wherever there is a mask. With less than half of them the published code
             merges the chosen experts without base and curvature; this one does not.
-        segment: None merges once per sequence, by its mean (padding and later tokens included, as
-            published); a number merges every segment of that many tokens with the gate of the one
-            before (published: 256 on GPT-2).
+        segment: None merges once per sequence, by its mean (as published later tokens included, and
+            padding, unless forward is given a mask); a number merges every segment of that many
+            tokens with the gate of the one before (published: 256 on GPT-2).
         first: the gate of a sequence's first segment, as in `segment_gates`.
         bias: whether there are biases. The published layers with a bias cannot run; this is what
             their code means.
@@ -237,11 +239,12 @@ class CAMExLinear(nn.Module):
         deltas = self.deltas(base) if deltas is None else deltas
         return propagate_base(self._base(base), deltas, gamma)
 
-    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def gates(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The gates of the segments of x; S = 1 for whole sequences.
 
         Args:
             x: [B, L, D].
+            token_mask: [B, L] bool, as in forward.
 
         Returns:
             (gates [B, S, E], load [E]).
@@ -250,14 +253,29 @@ class CAMExLinear(nn.Module):
             ValueError: `segment` does not divide L.
         """
         num_segments = self._num_segments(x)
-        means = x.reshape(-1, x.shape[1] // num_segments, x.shape[2]).mean(1)
+        length = x.shape[1] // num_segments
+        counted, any_counts = None, None
+        if token_mask is not None:
+            _check.tensor("token_mask", token_mask, "B, L", x.shape[:2], (torch.bool,), x)
+            counted = token_mask.reshape(-1, length)
+            any_counts = counted.any(1)
         gates, load = noisy_topk_gates(
-            means, self.w_gate, self.w_noise, top_k=self.top_k, training=self.training
+            mean_of_tokens(x.reshape(-1, length, x.shape[2]), counted),
+            self.w_gate,
+            self.w_noise,
+            top_k=self.top_k,
+            training=self.training,
+            mask=any_counts,
         )
         return gates.view(x.shape[0], num_segments, gates.shape[1]), load
 
     def forward(
-        self, x: Tensor, *, base: Tensor | None = None, deltas: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        base: Tensor | None = None,
+        deltas: Tensor | None = None,
+        token_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Applies the layer to every sequence, or segment, with a weight of its own.
 
@@ -265,6 +283,9 @@ class CAMExLinear(nn.Module):
             x: [B, L, D].
             base: [O, D], stands in for the module's own.
             deltas: what `deltas(base)` returned; None makes them.
+            token_mask: [B, L] bool, True for tokens that count in the gates' means; None counts
+                all, as published. A sequence or segment without such a token has gates of 0: the
+                base alone, and no part in the loss. The layer is applied to masked tokens as well.
 
         Returns:
             (y [B, L, O], the balancing loss), which is `loss_coef` (CV^2 of the gates' sum + CV^2
@@ -273,7 +294,7 @@ class CAMExLinear(nn.Module):
         Raises:
             ValueError: `segment` does not divide L, or there is no base.
         """
-        gates, load = self.gates(x)
+        gates, load = self.gates(x, token_mask)
         loss = self.loss_coef * cv_squared_loss(gates, load)
         if self.segment is not None:
             gates = segment_gates(gates, first=self.first)
@@ -431,6 +452,7 @@ class CAMExMLP(nn.Module):
         *,
         bases: tuple[Tensor, Tensor] | None = None,
         deltas: tuple[Tensor, Tensor] | None = None,
+        token_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Applies both layers.
 
@@ -438,6 +460,7 @@ class CAMExMLP(nn.Module):
             x: [B, L, D].
             bases: stand in for the layers' own.
             deltas: what `deltas(bases)` returned; None makes them.
+            token_mask: [B, L] bool, as in `CAMExLinear.forward`, for both layers.
 
         Returns:
             (y [B, L, D], the sum of both balancing losses).
@@ -447,8 +470,10 @@ class CAMExMLP(nn.Module):
         """
         base_up, base_down = (None, None) if bases is None else bases
         up, down = (None, None) if deltas is None else deltas
-        hidden, up_loss = self.up(x, base=base_up, deltas=up)
-        y, down_loss = self.down(self._activate(hidden), base=base_down, deltas=down)
+        hidden, up_loss = self.up(x, base=base_up, deltas=up, token_mask=token_mask)
+        y, down_loss = self.down(
+            self._activate(hidden), base=base_down, deltas=down, token_mask=token_mask
+        )
         return y, up_loss + down_loss
 
     def load_published(

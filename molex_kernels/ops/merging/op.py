@@ -20,6 +20,7 @@ deltas = _operators.Pass(
     reference=lambda a: reference.deltas(
         a.base, a.experts, None if a.out1 is None else a[2:6], a.ties
     ),
+    op="camex_deltas, camex_linear, camex_merge",
 )
 
 linear = _operators.Pass(

@@ -75,8 +75,8 @@ def momentum_update(
     _check_x(x)
     f_dtypes = _f_dtypes(x)
     _check.same_shape("f", f, f_dtypes, x, "x")
-    states.check(state, rule, x, f_dtypes)
-    _check_norm(norm, x)
+    state = states.checked(state, rule, x, f_dtypes)
+    norm = _checked_norm(norm, x)
     _check_learned(rule, x)
     chosen = select("momentum_update", impl, x)
     return _update(x, f, state, rule, norm, chosen, impl)
@@ -154,8 +154,8 @@ def moe_mlp_momentum(
     _check.same_shape("expert_input", inner, _f_dtypes(x), x, "x")
     _check_routing("expert_index", expert_index, x)
     _check_routing("expert_weight", expert_weight, x)
-    states.check(state, rule, x, _f_dtypes(x))
-    _check_norm(norm, x)
+    state = states.checked(state, rule, x, _f_dtypes(x))
+    norm = _checked_norm(norm, x)
     _check_learned(rule, x)
     _philox.check(dropout_p, dropout_seed, x)
     given: Any = (
@@ -301,16 +301,18 @@ def _f_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
     return _dtypes.KERNEL_DTYPES if x.dtype in _dtypes.KERNEL_DTYPES else (x.dtype,)
 
 
-def _check_norm(norm: Any, x: Tensor) -> None:
+def _checked_norm(norm: Any, x: Tensor) -> Norm | None:
     if norm is None:
-        return
+        return None
     if not isinstance(norm, tuple | list) or len(norm) != 3:
         raise TypeError(f"norm: expected (weight, bias, eps) or None, got {type(norm).__name__}")
     dtypes = (x.dtype, _dtypes.accumulate_dtype(x.dtype))
-    for name, value in zip(("weight", "bias"), norm[:2], strict=True):
+    weight, bias = _dtypes.kept(x, *norm[:2])
+    for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
             _check.tensor(f"norm.{name}", value, "D", x.shape[-1:], dtypes, x)
     _check.number("norm.eps", norm[2], 0.0, exclusive=True)
+    return weight, bias, norm[2]
 
 
 def _check_learned(rule: Rule, x: Tensor) -> None:

@@ -239,12 +239,13 @@ class _Momentum(Differentiable):
         ]
 
 
-_momentum = _Momentum("Momentum")
+_momentum = _Momentum("momentum_update, moe_mlp_momentum")
 
 
 def update(impl: str | None, a: Arguments) -> Tensors:
     """y and the new state, through autograd where a gradient is wanted."""
     name = (impl,) if impl else ()
+    _momentum.refuse_tangents(a)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in a.differentiable):
         return _momentum.apply(name, *(a if a.f is None else a[:14]))
     return _run(a, name, False)[0]

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from molex_kernels import _check
-from molex_kernels._dtypes import FLOAT_DTYPES, accumulate_dtype
+from molex_kernels._dtypes import FLOAT_DTYPES, accumulate_dtype, kept
 from molex_kernels.ops.momentum.types import AdEMAMix, Mars, RobustMomentum, Rule
 
 State = tuple[Any, ...]
 
 
-def check(state: Any, rule: Rule, x: Tensor, f_dtypes: Sequence[torch.dtype]) -> None:
+def checked(state: Any, rule: Rule, x: Tensor, f_dtypes: Sequence[torch.dtype]) -> State | None:
     """A state of this rule for x, or None."""
     if state is None:
-        return
+        return None
     names = rule.states
     expected = f"({', '.join((*names, 'step') if isinstance(rule, AdEMAMix) else names)})"
     length = len(names) + isinstance(rule, AdEMAMix)
@@ -30,6 +30,7 @@ def check(state: Any, rule: Rule, x: Tensor, f_dtypes: Sequence[torch.dtype]) ->
             f"got {len(state)}"
         )
     averages = num_averages(rule)
+    state = (*kept(x, *state[:averages]), *state[averages:])
     dtypes: tuple[torch.dtype, ...] = (accumulate_dtype(x.dtype), x.dtype)
     for index, name in enumerate(names):
         if index >= averages:
@@ -39,6 +40,7 @@ def check(state: Any, rule: Rule, x: Tensor, f_dtypes: Sequence[torch.dtype]) ->
         _check.same_shape(f"state.{name}", state[index], dtypes, x, "x")
     if isinstance(rule, AdEMAMix):
         _check.integer("state.step", state[-1], 0)
+    return state
 
 
 def num_averages(rule: Rule) -> int:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from molex_kernels import _backends, _check
+from molex_kernels import _backends, _check, _dtypes
 from molex_kernels._dtypes import FLOAT_DTYPES, accumulate_dtype
 from molex_kernels.ops.routing import clusters, op, reference
 from molex_kernels.ops.routing.recipes import resolve
@@ -66,6 +66,7 @@ def topk_route(
         ValueError: an argument of a bad shape, device or value, which the message names.
         NotImplementedError: an explicit `impl` that cannot run, with every reason.
     """
+    gate_weight, gate_bias, expert_bias = _dtypes.kept(x, gate_weight, gate_bias, expert_bias)
     _check_router(x, gate_weight, gate_bias, top_k)
     _vector_of_experts("expert_bias", expert_bias, x, gate_weight)
     _check.choice("score", score, reference.SCORES)
@@ -215,6 +216,7 @@ def ac_route(
         ValueError: an argument of a bad shape, device or value, which the message names.
         NotImplementedError: an explicit `impl` that cannot run, or "pairwise" over a group.
     """
+    gate_weight, gate_bias, stats_from = _dtypes.kept(x, gate_weight, gate_bias, stats_from)
     _check_router(x, gate_weight, gate_bias, top_k)
     tokens, dim = x.shape
     experts = gate_weight.shape[0]

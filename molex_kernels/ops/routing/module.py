@@ -104,7 +104,7 @@ class TopKRouter(_Gate):
         self.reset_parameters()
 
     def forward(self, x: Tensor, *, expert_bias: Tensor | None = None) -> Routing:
-        """Routes each token.
+        """Routes each token, by itself: padding is masked in the losses.
 
         Args:
             x: [..., D], flattened to T tokens.
@@ -197,7 +197,12 @@ class ACRouter(_Gate):
         self.weight.mul_(ROW_NORM / self.weight.norm(dim=1, keepdim=True))
 
     def forward(
-        self, x: Tensor, prev: Routing | None = None, *, stats_from: Tensor | None = None
+        self,
+        x: Tensor,
+        prev: Routing | None = None,
+        *,
+        stats_from: Tensor | None = None,
+        token_mask: Tensor | None = None,
     ) -> Routing:
         """Routes each token, by the clusters that the previous MoE layer's routing makes.
 
@@ -205,17 +210,29 @@ class ACRouter(_Gate):
             x: [..., D], flattened to T tokens.
             prev: the previous MoE layer's routing; None routes plainly.
             stats_from: [..., D], tokens for the statistics in place of x.
+            token_mask: [...] bool, True for tokens that count: others take no part in the clusters'
+                statistics, and are routed with weights of 1. None counts all. The losses have a
+                mask of their own.
 
         Returns:
             The routing of T tokens.
+
+        Raises:
+            TypeError: a token_mask that is no bool tensor; else as `ac_route`.
+            ValueError: a token_mask of another shape or device; else as `ac_route`.
         """
         tokens = x.flatten(0, -2)
+        if token_mask is not None:
+            _check.tensor("token_mask", token_mask, "...", x.shape[:-1], (torch.bool,), x)
         if prev is None:
             return self._plain(tokens)
+        index = prev.expert_index
+        if token_mask is not None:
+            index = torch.where(token_mask.reshape(-1, 1), index, -1)
         return ac_route(
             tokens,
             self.weight,
-            prev.expert_index,
+            index,
             prev.expert_weight,
             top_k=self.top_k,
             gate_bias=self.bias,

@@ -57,6 +57,7 @@ route = _operators.Pass(
     triton=_TRITON,
     reference=lambda a: reference.route(*a),
     public=3,
+    op="topk_route, ac_route",
 )
 
 plan = _operators.Pass(
@@ -89,17 +90,20 @@ weights = _operators.Pass(
 
 load_balance = _operators.Pass(
     "load_balance",
-    "(Tensor logits, Tensor index, float temperature, bool per_assignment)"
+    "(Tensor logits, Tensor index, Tensor? mask, float temperature, bool per_assignment)"
     " -> (Tensor loss, Tensor slopes)",
-    "(Tensor dloss, Tensor logits, Tensor slopes, float temperature) -> Tensor dlogits",
+    "(Tensor dloss, Tensor logits, Tensor slopes, Tensor? mask, float temperature)"
+    " -> Tensor dlogits",
     fake=_balance_fake,
     reference=lambda a: reference.load_balance(*a),
+    op="load_balance_loss",
 )
 
 router_z = _operators.Pass(
     "router_z",
-    "(Tensor logits) -> Tensor loss",
-    "(Tensor dloss, Tensor logits) -> Tensor dlogits",
+    "(Tensor logits, Tensor? mask) -> Tensor loss",
+    "(Tensor dloss, Tensor logits, Tensor? mask) -> Tensor dlogits",
     fake=_scalar,
-    reference=lambda a: reference.router_z(a.logits),
+    reference=lambda a: reference.router_z(*a),
+    op="router_z_loss",
 )

@@ -164,7 +164,7 @@ def feature_weights(
     w = 1 / (deviations / counts.clamp(min=1)[:, None] + eps)
     w = torch.where(present, w, 0)
     before = w.sum() / (rows * w.shape[1])
-    if math.isfinite(clip):
+    if clip < math.inf:
         w = torch.minimum(w, clip * before)
     if norm == "feature_post":
         w = w / (w.sum(0) / rows)
@@ -209,21 +209,43 @@ def _pairwise(x: Tensor, bucket: Tensor, mean: Tensor, counts: Tensor) -> Tensor
     return 2 * half / (counts - 1).clamp(min=1)[:, None]
 
 
-def load_balance(logits: Tensor, index: Tensor, temperature: float, per_assignment: bool) -> Tensor:
+def load_balance(
+    logits: Tensor, index: Tensor, mask: Tensor | None, temperature: float, per_assignment: bool
+) -> Tensor:
     """E sum_e f_e P_e: the shares of the assignments, the mean probabilities (or those / K)."""
-    tokens, experts = logits.shape
+    top_k, experts = index.shape[1], logits.shape[1]
     inside = (index >= 0) & (index < experts)
+    if mask is not None:
+        inside = inside & mask[:, None]
     ids = torch.where(inside, index, experts).flatten().long()
     # Integers, so that their order does not matter.
     counts = ids.new_zeros(experts + 1).scatter_add(0, ids, torch.ones_like(ids))[:experts]
-    probability = (logits.to(accumulate_dtype(logits.dtype)) / temperature).softmax(1)
-    assignments = max(tokens * index.shape[1], 1)
-    f = counts.to(probability.dtype) / assignments
-    p = probability.sum(0) / (assignments if per_assignment else max(tokens, 1))
+    z = _counted(logits.to(accumulate_dtype(logits.dtype)), mask) / temperature
+    probability = _counted(z.softmax(1), mask).sum(0)
+    tokens = _number(logits, mask)
+    f = counts.to(probability.dtype) / (tokens * max(top_k, 1))
+    p = probability / (tokens * max(top_k, 1) if per_assignment else tokens)
     return experts * (f * p).sum()
 
 
-def router_z(logits: Tensor) -> Tensor:
+def router_z(logits: Tensor, mask: Tensor | None) -> Tensor:
     """The mean over tokens of logsumexp(logits_t)^2."""
-    z = logits.to(accumulate_dtype(logits.dtype)).logsumexp(1)
-    return (z * z).sum() / max(logits.shape[0], 1)
+    z = _logsumexp(_counted(logits.to(accumulate_dtype(logits.dtype)), mask))
+    return _counted(z * z, mask).sum() / _number(logits, mask)
+
+
+def _logsumexp(z: Tensor) -> Tensor:
+    """[T, 1]. `torch.logsumexp` asks how many rows there are, which tracing need not know."""
+    largest = z.detach().amax(1, keepdim=True)
+    largest = torch.where(largest.isfinite(), largest, 0)
+    return (z - largest).exp().sum(1, keepdim=True).log() + largest
+
+
+def _counted(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows [T, n] with 0 in the place of those that do not count, whatever stands there."""
+    return rows if mask is None else torch.where(mask[:, None], rows, 0)
+
+
+def _number(rows: Tensor, mask: Tensor | None) -> int | Tensor:
+    """How many rows count, at least 1."""
+    return max(rows.shape[0], 1) if mask is None else mask.sum().clamp(min=1)

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from molex_kernels import _backends, _check, _dtypes, _philox
 from molex_kernels._backends import CPU, CUDA, REFERENCE, SDPA, TRITON, declare, select
+from molex_kernels._differentiable import Once
 from molex_kernels.ops.rpc_attention import op, reference
+
+_scaled = Once("scaled_attention")
 
 THRESHOLDS = ("lam_times_mu", "lam_over_mu")
 CAUSAL = (False, True, "prefix")
@@ -95,6 +98,8 @@ def rpc_attention(
         ValueError: a wrong shape, device, range or option.
         NotImplementedError: the explicit `impl` cannot run, such as a kernel with d > 128.
     """
+    k, v, q = _dtypes.autocast(k, v, q)
+    (threshold,) = _dtypes.kept(k, threshold)
     _check_heads("k", k)
     _check.same_shape("v", v, (k.dtype,), k, "k")
     if q is not None:
@@ -105,7 +110,6 @@ def rpc_attention(
     _check_scale(scale)
     _philox.check(dropout_p, dropout_seed, k)
     given = _check_threshold(threshold, lam, mu_width, mu_divisor, k)
-    k, v, q = _dtypes.autocast(k, v, q)
     width = k.shape[3]
     too_wide = f"d = {width} is above {MAX_WIDTH}" if width > MAX_WIDTH else None
     limits = {"triton": too_wide, "cuda": too_wide or _too_small(k.device)}
@@ -167,17 +171,18 @@ def scaled_attention(
         ValueError: a wrong shape, device or range.
         NotImplementedError: the explicit `impl` cannot run.
     """
+    q, k, v = _dtypes.autocast(q, k, v)
     _check_heads("q", q)
+    (s,) = _dtypes.kept(q, s)
     for name, value in (("k", k), ("v", v)):
         _check.same_shape(name, value, (q.dtype,), q, "q")
     _check_s(s, q)
     _check_scale(scale)
-    q, k, v = _dtypes.autocast(q, k, v)
     chosen = select("scaled_attention", impl, q)
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     if chosen == "reference":
         return reference.scaled_attention(q, k, v, s, scale)
-    s = s.to(v.dtype)
+    q, k, v, s = _scaled(q, k, v, s.to(v.dtype))
     if s.dim() == 3:
         # matmul would write s once for each of the batch.
         part = torch.einsum("hij,bhjd->bhid", s, v)

@@ -115,6 +115,28 @@ def _make_grouped_gemm(
     return inputs
 
 
+def left_out_of_moe_mlp(inputs: Inputs) -> dict[str, Tensor]:
+    """Experts that nobody chose; assignments to no expert, and tokens that have no others."""
+    index, num_experts = inputs["expert_index"], inputs["w_up"].shape[0]
+    experts = torch.arange(num_experts, device=index.device)
+    idle = ~(index.flatten() == experts[:, None]).any(1)
+    elsewhere = (index < 0) | (index >= num_experts)
+    alone = elsewhere.all(1, keepdim=True)
+    left = {"expert_weight": elsewhere, "x": alone, "y": alone}
+    left |= dict.fromkeys(("w_up", "w_down"), idle[:, None, None])
+    left |= dict.fromkeys(("b_up", "b_down"), idle[:, None])
+    return {name: mask for name, mask in left.items() if name in inputs or name == "y"}
+
+
+def _left_out_of_grouped_gemm(inputs: Inputs) -> dict[str, Tensor]:
+    """Experts without rows, and rows past the last expert's."""
+    ends = inputs["offsets"]
+    idle = torch.diff(ends, prepend=ends.new_zeros(1)) == 0
+    rows = torch.arange(inputs["x"].shape[0], device=ends.device)
+    past = (rows >= ends[-1])[:, None]
+    return {"weight": idle[:, None, None], "bias": idle[:, None], "x": past, "y": past}
+
+
 def cost_moe_mlp(case: Case, dtype: torch.dtype, backward: bool) -> Cost:
     tokens, width, hidden, num_experts, top_k = (case.sizes[name] for name in "TDIEK")
     rows = 2 * hidden if ACTIVATIONS[case.options.get("activation", "relu")][1] else hidden
@@ -223,6 +245,8 @@ OPINFOS = (
         baselines={"published": published_grouped_gemm, "library": library_grouped_gemm},
         oracle="published",
         proxies={"bmm": batched_gemm},
+        left_out=_left_out_of_grouped_gemm,
+        masked=(_gemm(7, 6, 5, 3, bias=True), _gemm(9, 8, 4, 3, rows="one")),
         compiled=(
             _gemm(64, 128, 128, 4, bias=True),
             _gemm(256, 128, 128, 4, bias=True),
@@ -247,6 +271,12 @@ OPINFOS = (
         },
         oracle="published",
         compiled=_MOE_COMPILED,
+        left_out=left_out_of_moe_mlp,
+        masked=(
+            _moe(7, 6, 5, 4, 2, activation="relu", bias=True, routing="empty"),
+            _moe(7, 6, 5, 4, 1, activation="swiglu", routing="elsewhere"),
+            _moe(7, 8, 4, 4, 2, activation="gelu", bias=True, routing="one"),
+        ),
         sweeps=(
             Sweep("T", tuple(_moe(t, 2048, 768, 128, 8, activation="swiglu") for t in _LARGE_T)),
             Sweep("E", tuple(_moe(16384, 1024, 512, e, 4, activation="swiglu") for e in _LARGE_E)),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from molex_kernels.ops.layer_mixing.api import layer_linear, layer_mix, layer_vote
-from molex_kernels.ops.layer_mixing.types import LoRA
+from molex_kernels.ops.layer_mixing.types import MODES, LoRA
 from molex_kernels.testing.baselines.layer_mixing import (
     library_layer_linear,
     published_layer_linear,
@@ -62,7 +62,9 @@ def _make_vote(
     logits += (torch.arange(layers, device=device) == draw.integers(layers)).to(dtype)
     inputs: Inputs = {"logits": logits, "mode": case.options["mode"]}
     if case.options.get("mask"):
-        inputs["mask"] = draw.normal(tokens, dtype=torch.float32) < 0.8  # four in five
+        counted = draw.normal(tokens, dtype=torch.float32) < 0.8  # four in five
+        counted[:1] = False
+        inputs["mask"] = counted
     return inputs
 
 
@@ -108,6 +110,19 @@ def _make_mix(
         inputs["norm_bias"] = draw.normal(features)
         inputs["eps"] = 1e-5
     return inputs
+
+
+def _left_out_of_vote(inputs: Inputs) -> dict[str, Tensor]:
+    """Tokens that the mask does not count."""
+    return {"logits": ~inputs["mask"][:, None]}
+
+
+def _left_out_of_linear(inputs: Inputs) -> dict[str, Tensor]:
+    """Layers that no branch chose."""
+    layers = torch.arange(inputs["weights"].shape[0], device=inputs["index"].device)
+    idle = ~(inputs["index"] == layers[:, None]).any(1)
+    names = [name for name in ("weights", "biases", "a", "b") if name in inputs]
+    return {name: idle[(...,) + (None,) * (inputs[name].dim() - 1)] for name in names}
 
 
 def _cost_vote(case: Case, dtype: torch.dtype, backward: bool) -> Cost:
@@ -176,6 +191,8 @@ OPINFOS = (
         quick=(_vote(8192, 12, mode="mode"),),
         cost=_cost_vote,
         baselines={"published": published_layer_vote},
+        left_out=_left_out_of_vote,
+        masked=tuple(_vote(9, 5, mode=mode, mask=True) for mode in MODES),
     ),
     OpInfo(
         name="layer_linear",
@@ -196,6 +213,11 @@ OPINFOS = (
         quick=(_product(2, 1024, 384, 1536, 6, 0), _product(2, 1024, 384, 384, 6, 8, shared=True)),
         cost=_cost_linear,
         baselines={"published": published_layer_linear, "library": library_layer_linear},
+        left_out=_left_out_of_linear,
+        masked=(
+            _product(2, 7, 6, 5, 4, 2),
+            _product(2, 7, 6, 5, 4, 2, shared=True, table=True, same=True),
+        ),
         sweeps=(
             Sweep("T", tuple(_product(2, t, 768, 3072, 12, 0) for t in (1024, 4096, 16384))),
             Sweep("L", tuple(_product(2, 2048, 768, 768, layers, 0) for layers in (2, 8, 32))),

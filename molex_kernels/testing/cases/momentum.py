@@ -27,7 +27,11 @@ from molex_kernels.testing.baselines.momentum import (
     published_momentum_update,
     three_clones,
 )
-from molex_kernels.testing.cases.dispatch import cost_moe_mlp, make_moe_mlp
+from molex_kernels.testing.cases.dispatch import (
+    cost_moe_mlp,
+    left_out_of_moe_mlp,
+    make_moe_mlp,
+)
 from molex_kernels.testing.opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 
 STATES = ("s0", "s1", "s2")
@@ -143,6 +147,14 @@ def _make_moe(
         inputs["dropout_p"] = case.options["dropout"]
         inputs["dropout_seed"] = draw.integers(2**62)
     return {**inputs, **_rule_inputs(case, draw, inputs["x"])}
+
+
+def _left_out_of_moe(inputs: Inputs) -> dict[str, Tensor]:
+    """As of the experts alone, but for the stream: the update moves every token of it."""
+    left = left_out_of_moe_mlp(inputs)
+    left["expert_input"] = left.pop("x")
+    del left["y"]
+    return left
 
 
 def _elements(case: Case) -> int:
@@ -294,6 +306,11 @@ OPINFOS = (
             "library": _adapted(library_moe_mlp_momentum),
         },
         oracle="published",
+        left_out=_left_out_of_moe,
+        masked=(
+            _moe(7, 6, 5, 4, 2, "adam", bias=True, norm="affine", inner=True, routing="elsewhere"),
+            _moe(7, 6, 5, 4, 2, "heavy_ball", bias=True, routing="empty"),
+        ),
         compiled=(
             _moe(64, 128, 128, 4, 2, "heavy_ball", norm="affine", dropout=0.1),
             _moe(64, 1024, 128, 4, 2, "adam", norm="affine", dropout=0.1),

@@ -11,6 +11,7 @@ from torch import Tensor
 from molex_kernels.ops.routing import reference
 from molex_kernels.ops.routing.api import ac_route, ac_weights, route_plan, topk_route
 from molex_kernels.ops.routing.losses import load_balance_loss, router_z_loss
+from molex_kernels.ops.routing.recipes import STATS
 from molex_kernels.ops.routing.types import RoutePlan, Routing
 from molex_kernels.testing.baselines import routing as baselines
 from molex_kernels.testing.opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
@@ -122,6 +123,24 @@ def _make_ac_route(
     return inputs
 
 
+def _left_out_of_weights(inputs: Inputs) -> dict[str, Tensor]:
+    """Tokens of no cluster."""
+    cluster, num_clusters = inputs["cluster"], inputs["num_clusters"]
+    return {"x": ((cluster < 0) | (cluster >= num_clusters))[:, None]}
+
+
+def _left_out_of_ac_route(inputs: Inputs) -> dict[str, Tensor]:
+    """Tokens of no cluster, where they are for the statistics alone."""
+    clusters = {"cluster": inputs["prev_index"][:, 0], "num_clusters": len(inputs["gate_weight"])}
+    return {"stats_from": _left_out_of_weights(clusters)["x"]}
+
+
+def _left_out_of_loss(inputs: Inputs) -> dict[str, Tensor]:
+    """Tokens that the mask does not count."""
+    masked = ~inputs["mask"][:, None]
+    return {name: masked for name in ("logits", "expert_index") if name in inputs}
+
+
 def _make_route_plan(
     case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
@@ -144,6 +163,7 @@ def _make_load_balance(
         "expert_index": _labels(draw, tokens, experts, top_k, case.options.get("clusters", "")),
         "logits": draw.normal(tokens, experts),
         **{k: v for k, v in case.options.items() if k in ("temperature", "kind")},
+        **_mask(case, draw),
     }
 
 
@@ -151,20 +171,26 @@ def _make_z_loss(
     case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
     draw = Draw(dtype, device, generator)
-    return {"logits": draw.normal(case.sizes["T"], case.sizes["E"])}
+    return {"logits": draw.normal(case.sizes["T"], case.sizes["E"]), **_mask(case, draw)}
+
+
+def _mask(case: Case, draw: Draw) -> Inputs:
+    """Two tokens of three, where the case wants a mask; or none at all."""
+    if "mask" not in case.options:
+        return {}
+    counted = draw.normal(case.sizes["T"], dtype=torch.float32) < 0.4
+    counted[:1] = False
+    return {"mask": counted & (case.options["mask"] != "none")}
 
 
 def _load_balance(
     expert_index: Tensor,
     logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    kind: str = "switch",
-    impl: str | None = None,
+    **options: Any,
 ) -> Tensor:
     """`load_balance_loss` with the routing's tensors as arguments of their own."""
     routing = Routing(expert_index, logits.new_zeros(expert_index.shape), logits)
-    return load_balance_loss(routing, temperature=temperature, kind=kind, impl=impl)
+    return load_balance_loss(routing, **options)
 
 
 def _routing_results(routing: Routing) -> dict[str, Tensor]:
@@ -300,6 +326,11 @@ OPINFOS = (
             "published": baselines.published_ac_route,
             "library": baselines.library_ac_route,
         },
+        left_out=_left_out_of_ac_route,
+        masked=tuple(
+            _mixed(12, 6, 4, 2, 2, stats_from=True, stat=stat, clusters="elsewhere")
+            for stat in STATS
+        ),
         compiled=tuple(_mixed(64, 64, e, 2, 8, cosine=True) for e in (16, 64, 128, 256, 512, 1024)),
         sweeps=(
             Sweep("T", tuple(_route(t, 352, 16, 2, cosine=True) for t in (4096, 16384, 65536))),
@@ -340,6 +371,8 @@ OPINFOS = (
             "published": baselines.published_ac_weights,
             "library": baselines.library_ac_weights,
         },
+        left_out=_left_out_of_weights,
+        masked=tuple(_weights(12, 6, 3, stat=stat, clusters="elsewhere") for stat in STATS),
         compiled=tuple(_weights(64, 64, 1024, stat=stat) for stat in ("mad", "pairwise")),
         sweeps=(
             Sweep(
@@ -395,10 +428,15 @@ OPINFOS = (
             _plan(37, 5, 2),
             _plan(17, 16, 3, kind="published", temperature=0.5, clusters="elsewhere"),
             _plan(0, 5, 2),
+            _plan(37, 5, 2, mask="some", temperature=0.5, kind="published"),
+            _plan(17, 16, 3, mask="none"),
         ),
+        large=(_plan(1300, 17, 2, mask="some"),),
         benchmarks=(_plan(6144, 16, 2), _plan(32768, 128, 8)),
         quick=(_plan(6144, 16, 2),),
         cost=_cost_loss,
+        left_out=_left_out_of_loss,
+        masked=tuple(_plan(9, 5, 2, mask=mask) for mask in ("some", "none")),
         baselines={"published": baselines.published_load_balance},
     ),
     OpInfo(
@@ -407,9 +445,17 @@ OPINFOS = (
         make=_make_z_loss,
         results=lambda loss: {"loss": loss},
         differentiable=("logits",),
-        tests=(Case({"T": 37, "E": 5}), Case({"T": 0, "E": 5})),
+        tests=(
+            Case({"T": 37, "E": 5}),
+            Case({"T": 0, "E": 5}),
+            Case({"T": 37, "E": 17}, {"mask": "some"}),
+            Case({"T": 17, "E": 5}, {"mask": "none"}),
+        ),
+        large=(Case({"T": 1300, "E": 17}, {"mask": "some"}),),
         benchmarks=(Case({"T": 6144, "E": 16}), Case({"T": 32768, "E": 128})),
         quick=(Case({"T": 6144, "E": 16}),),
         cost=_cost_loss,
+        left_out=_left_out_of_loss,
+        masked=tuple(Case({"T": 9, "E": 5}, {"mask": mask}) for mask in ("some", "none")),
     ),
 )

@@ -112,6 +112,14 @@ def _results(result: Any) -> dict[str, Tensor]:
     return {"low": result}
 
 
+def _left_out_of_rpc(inputs: Inputs) -> dict[str, Tensor]:
+    """Masked tokens, whose rows of the results are 0."""
+    masked = ~inputs["key_mask"][:, None, :, None]
+    names = [name for name in ("k", "v", "q") if name in inputs]
+    results = ["low", *(["sparse"] if inputs.get("return_sparse") else [])]
+    return dict.fromkeys([*names, *results], masked)
+
+
 def _make_scaled(
     case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
 ) -> Inputs:
@@ -205,6 +213,12 @@ OPINFOS = (
         cost=_cost_rpc,
         baselines={"published": published_rpc_attention, "library": library_rpc_attention},
         proxies={"sdpa_per_iteration": attention_per_iteration},
+        left_out=_left_out_of_rpc,
+        masked=(
+            _rpc(3, 1, 7, 6, 2, lam=0.5, std=0.5, mask=True, sparse=True),
+            _rpc(2, 2, 7, 6, 2, std=0.5, given="T", q=True, causal=True, mask=True),
+            _rpc(2, 1, 7, 6, 2, lam=1.0, std=0.5, causal="prefix", mask=True, dropout=0.3),
+        ),
         sweeps=(
             Sweep("N", tuple(_rpc(4, 16, n, 64, 4) for n in (256, 1024, 4096))),
             Sweep("n", tuple(_rpc(64, 3, 197, 64, iters) for iters in (1, 2, 4, 8))),

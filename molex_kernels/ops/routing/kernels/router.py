@@ -25,7 +25,9 @@ def feature_weights(
             other=1.0,
         )
         if mix is not None:
-            row *= load_fp32(at(mix, offs_t, m), mask_t)[:, None]
+            share = load_fp32(at(mix, offs_t, m), mask_t)
+            # An infinite share would make NaN of the 0 that x has where a block has no feature.
+            row = tl.where(mask_d[None, :], row * share[:, None], 0.0)
         weight += row
     return weight
 
