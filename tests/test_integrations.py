@@ -197,6 +197,18 @@ def test_experts_run_the_op_and_compile_whole(transformers, generator, monkeypat
     torch.testing.assert_close(compiled, expected)
 
 
+def test_hooks_of_an_activation_run(transformers, generator):
+    experts = _experts(transformers, "silu", generator, torch.float64)
+    calls = []
+    experts.act_fn.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(*_outputs(experts, generator), atol=1e-10, rtol=1e-10)
+    assert calls[-1:] == [1]
+    calls.clear()
+    index, weight = _routing(generator, torch.float64)
+    experts(torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64), index, weight)
+    assert calls == [1]
+
+
 def test_adapters_of_peft_on_the_experts(transformers, generator):
     peft = pytest.importorskip("peft", exc_type=ImportError)
     model = _model(transformers, generator)

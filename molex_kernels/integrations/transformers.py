@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from molex_kernels import _modules
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
 from molex_kernels.ops.routing.api import route_plan
 
@@ -152,6 +153,8 @@ def _activation(experts: Any) -> str | None:
 
 
 def _pointwise(function: Any) -> str | None:
+    if not isinstance(function, nn.Module) or not _modules.is_plain(function, type(function)):
+        return None  # somebody counts on its call
     for name, classes in _POINTWISE.items():
         if type(function) in classes:
             return name
