@@ -41,9 +41,9 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
         ),
         ("m",),
     ),
-    "CAMExLinear": (lambda: mk.CAMExLinear(D, 6, E, mask=None, bias=True, segment=3), ()),
+    "CAMExLinear": (lambda: mk.CAMExLinear(D, 6, E, mask=None, bias=True, segment=2), ()),
     "CAMExMLP": (lambda: mk.CAMExMLP(D, 6, E, mask=None), ()),
-    "RPCAttention": (lambda: mk.RPCAttention(D, 2, num_iters=2, projection="qkv"), ()),
+    "RPCAttention": (lambda: mk.RPCAttention(D, 2, num_iters=2, lam=0.3, projection="qkv"), ()),
     "ScaledAttention": (lambda: mk.ScaledAttention(D, 2), ()),
     "TopKRouter": (lambda: mk.TopKRouter(D, E, K, bias=True), ()),
     "ACRouter": (lambda: mk.ACRouter(D, E, K, bias=True), ("routing",)),
@@ -66,18 +66,19 @@ def make(name: str, seed: int) -> nn.Module:
     return module
 
 
-def inputs(name: str, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
-    """What the module is called with."""
+def inputs(name: str, seed: int, sizes: tuple[int, int] = (2, 6)) -> tuple[Any, ...]:
+    """What the module is called with, for so many sequences of so many tokens."""
     generator = torch.Generator().manual_seed(seed + 1)
-    x = torch.randn(2, 6, D, generator=generator).to(DEVICE, dtype)
+    tokens = sizes[0] * sizes[1]
+    x = torch.randn(*sizes, D, generator=generator).to(DEVICE)
     more: list[Any] = []
     for kind in MODULES[name][1]:
         if kind == "m":
-            more.append((torch.randn(2, 6, D, generator=generator).to(DEVICE),))
+            more.append((torch.randn(*sizes, D, generator=generator).to(DEVICE),))
         else:
-            index = torch.rand(12, E, generator=generator).argsort(1)[:, :K].to(DEVICE)
-            weight = torch.rand(12, K, generator=generator).to(DEVICE)
-            logits = torch.zeros(12, E, device=DEVICE)
+            index = torch.rand(tokens, E, generator=generator).argsort(1)[:, :K].to(DEVICE)
+            weight = torch.rand(tokens, K, generator=generator).to(DEVICE)
+            logits = torch.zeros(tokens, E, device=DEVICE)
             more.append(mk.Routing(index, weight, logits))
     return (x, *more)
 

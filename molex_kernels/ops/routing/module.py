@@ -222,8 +222,8 @@ class ACRouter(_Gate):
         return ac_route(
             tokens,
             self.weight,
-            prev.expert_index,
-            prev.expert_weight,
+            prev[0],
+            prev[1],
             top_k=self.top_k,
             gate_bias=self.bias,
             cosine=self.cosine,
