@@ -380,8 +380,8 @@ class LayerExpertStack(_modules.Module):
         y = layer_linear(x, weight, index, biases=bias, shared=shared, impl=self.impl)
         # Each branch draws its own dropout, as two blocks in sequence would.
         apart = x.expand(index.shape[0], *x.shape) if shared else x
-        down = layer_linear(F.dropout(apart, p), a, index, impl=self.impl)
-        return y + scaling * layer_linear(down, b, index, impl=self.impl)
+        down = layer_linear(F.dropout(apart, p), a.to(x.dtype), index, impl=self.impl)
+        return y + scaling * layer_linear(down, b.to(down.dtype), index, impl=self.impl)
 
     def _norm(
         self, held: Held, name: str, x: Tensor, index: Tensor, *, is_standard: bool = False
