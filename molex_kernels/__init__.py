@@ -4,6 +4,10 @@ Each function runs the fastest implementation that supports its inputs (`impl=No
 is told to. `python -m molex_kernels.env` prints what will run here, and why not where not.
 """
 
+import inspect as _inspect
+
+from torch import fx as _fx
+
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
 from molex_kernels.ops.dispatch.module import MoEMLP
 from molex_kernels.ops.layer_mixing.api import (
@@ -93,3 +97,9 @@ __all__ = [
     "segment_gates",
     "topk_route",
 ]
+
+# `torch.fx.symbolic_trace` records the calls of `molex_kernels.moe_mlp(...)` in a model. (A name
+# that was imported from here is the importing module's: `torch.fx.wrap("moe_mlp")` stands there.)
+for _name in __all__:
+    if _inspect.isfunction(globals()[_name]):
+        _fx.wrap(_name)

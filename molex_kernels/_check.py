@@ -89,6 +89,8 @@ def index(
 
 def integer(name: str, value: Any, low: int, high: int | None = None, of: str = "") -> None:
     """A Python integer in [low, high]; `of` says where the bound comes from."""
+    if isinstance(value, Tensor) and torch.jit.is_tracing():
+        return  # a size: torch.jit.trace has a tensor for it
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < low or (high is not None and value > high):

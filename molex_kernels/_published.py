@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,29 @@ from molex_kernels import _check
 
 
 @torch.no_grad()
-def load(module: nn.Module, state_dict: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
-    """Copies into the module's parameters; `names` maps each of them to its published name.
+def load(
+    module: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    besides: Collection[str] = (),
+) -> None:
+    """Copies into the module's parameters; `names` maps each that it may have to its published one.
 
-    A published name may stand under any prefix. Everything is checked before anything is copied:
-    ValueError for a missing name, a name under two prefixes, or another shape.
+    A published name may stand under any prefix; parameters `besides` are not published. Everything
+    is checked before anything is copied: ValueError for a missing name, a name under two prefixes,
+    another shape, or a module whose parameters were wrapped.
     """
+    there = [name for name, _ in module.named_parameters()]
+    for own in there:
+        if own not in names and own not in besides:
+            raise ValueError(
+                f"load_published: expected {type(module).__name__} as it was made, without "
+                f"wrappers and parametrizations, got one with the parameter {own!r}"
+            )
     found = {}
     for own, name in names.items():
+        if own not in there:
+            continue
         keys = [key for key in state_dict if key == name or key.endswith("." + name)]
         if len(keys) != 1:
             got = keys or "none"

@@ -126,6 +126,21 @@ def test_models_that_know_their_own_implementations_only(transformers, generator
         model.set_experts_implementation("others")
 
 
+def test_models_without_experts_say_so(transformers, generator):
+    config = transformers.GPT2Config(
+        n_embd=8, n_layer=1, n_head=2, vocab_size=9, bos_token_id=0, eos_token_id=0
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    with pytest.raises(ValueError, match="interface, got GPT2LMHeadModel, which has none"):
+        model.set_experts_implementation("molex")
+    model.set_experts_implementation("eager")
+    mixture = _model(transformers, generator)
+    mixture.set_experts_implementation("molex")
+    around = transformers.GPT2LMHeadModel(config)
+    around.part = mixture  # a model of models: one of them has experts
+    around.set_experts_implementation("molex")
+
+
 def test_nothing_is_imported_while_a_model_is_traced(transformers):
     """Dynamo refuses some imports: those of lazy modules, in torch 2.11."""
     from molex_kernels.integrations import transformers as integration
@@ -134,7 +149,7 @@ def test_nothing_is_imported_while_a_model_is_traced(transformers):
         function
         for name, function in inspect.getmembers(integration, inspect.isfunction)
         if function.__module__ == integration.__name__
-        and name not in ("install_experts", "_let_the_name_through")
+        and name not in ("install_experts", "_let_the_name_through", "_refuse_without_experts")
     ]
     assert integration.experts_forward in traced
     for function in traced:
@@ -197,6 +212,18 @@ def test_experts_run_the_op_and_compile_whole(transformers, generator, monkeypat
     torch.testing.assert_close(compiled, expected)
 
 
+def test_hooks_of_an_activation_run(transformers, generator):
+    experts = _experts(transformers, "silu", generator, torch.float64)
+    calls = []
+    experts.act_fn.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(*_outputs(experts, generator), atol=1e-10, rtol=1e-10)
+    assert calls[-1:] == [1]
+    calls.clear()
+    index, weight = _routing(generator, torch.float64)
+    experts(torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64), index, weight)
+    assert calls == [1]
+
+
 def test_adapters_of_peft_on_the_experts(transformers, generator):
     peft = pytest.importorskip("peft", exc_type=ImportError)
     model = _model(transformers, generator)
@@ -247,6 +274,34 @@ class _Attention(nn.Module):
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
+class _Rotated(_Attention):
+    def forward(self, x, rope=None):
+        return super().forward(x)
+
+
+class _Summed(_Attention):
+    def forward(self, x):
+        return super().forward(x) + x
+
+
+class _Windows(_Attention):
+    def forward(self, x):
+        if x.shape[1] != 49:
+            raise ValueError("only for 49 tokens")
+        return super().forward(x)
+
+
+def _with(kind=_Attention, buffers=(), **attributes):
+    """A model whose first attention has something more."""
+    model = _ViT()
+    model.blocks[0].attn = attention = kind(24, 3)
+    for name, value in attributes.items():
+        setattr(attention, name, value)
+    for name in buffers:
+        attention.register_buffer(name, buffers[name])
+    return model
+
+
 class _ViT(nn.Module):
     """Blocks that call their attention as timm's do."""
 
@@ -277,6 +332,16 @@ def test_timm_blocks_run_robust_attention_on_their_own_weights(is_causal, genera
     assert model.blocks[0].attn.proj_drop.p == 0.2
 
 
+def test_an_installed_attention_takes_other_options(generator):
+    model, x = _ViT().double().eval(), torch.randn(2, 7, 24, generator=generator).double()
+    plain = model(x)
+    install_rpc_attention(model, layers=[1], num_iters=2, lam=0.5)
+    assert not torch.allclose(model(x), plain)
+    install_rpc_attention(model, layers=[1], robust=False)
+    torch.testing.assert_close(model(x), plain)
+    assert model.blocks[1].attn.attn_drop == 0.1
+
+
 def test_timm_blocks_run_the_published_form(generator):
     model, x = _ViT().double().eval(), torch.randn(2, 7, 24, generator=generator).double()
     old = copy.deepcopy(model.blocks[1].attn)
@@ -301,6 +366,17 @@ def test_timm_blocks_run_the_published_form(generator):
             {},
             r"blocks\.0\.attn .* got _Attention with q_norm",
         ),
+        (lambda: _with(p=nn.Parameter(torch.ones(3))), {}, "_Attention with the parameter p"),
+        (lambda: _with(buffers={"b": torch.ones(3)}), {}, "_Attention with the buffer b"),
+        (lambda: _with(extra=nn.Linear(2, 2)), {}, r"_Attention with extra \(Linear\)"),
+        (lambda: _with(drop=nn.Dropout(0.5)), {}, r"_Attention with drop \(Dropout\)"),
+        (lambda: _with(attn_drop=nn.ReLU()), {}, r"_Attention with attn_drop \(ReLU\)"),
+        (lambda: _with(scale=1.0), {}, "_Attention with a scale of its own"),
+        (lambda: _with(num_heads=None), {}, "_Attention with num_heads=None"),
+        (lambda: _with(forward=lambda x: x), {}, "_Attention with hooks or a forward"),
+        (lambda: _with(kind=_Rotated), {}, "_Rotated with the argument rope"),
+        (lambda: _with(kind=_Summed), {}, "got one with outputs that are no softmax"),
+        (lambda: _with(kind=_Windows), {}, r"got one with a forward that fails .* 49 tokens"),
         (_ViT, {"num_iters": 0}, "num_iters: expected at least 1"),
     ],
 )

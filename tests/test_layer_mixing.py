@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, calls_of, dtypes_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import molex_kernels as mk
+from molex_kernels.testing import OPS, Case, check_budget
 
 IMPLS = ("triton",) if DEVICE.type == "cuda" else ("triton", "cpu")
 
@@ -37,6 +38,28 @@ def test_layers_with_other_strides_give_the_same(impl, generator):
     index = torch.tensor([1, 2], device=DEVICE)
     y = mk.layer_linear(x, weights, index, impl=impl)
     torch.testing.assert_close(y, torch.stack([x[0] @ weights[1].T, x[1] @ weights[2].T]))
+
+
+@pytest.mark.parametrize("table", [False, True], ids=["stacked", "table"])
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [(impl, dtype) for impl in (*IMPLS, "reference") for dtype in dtypes_of(impl)],
+    ids=str,
+)
+def test_adapters_in_single_precision_on_narrow_weights(impl, dtype, table, seed):
+    """As PEFT keeps them: within the budget, with gradients in the adapters' dtype."""
+    sizes = {"G": 2, "T": 34, "D": 20, "N": 23, "L": 3, "r": 4}
+    options = {"adapters": "fp32", "table": table, "shared": table}
+    info, case = OPS["layer_linear"], Case(sizes, options)
+    check_budget(info, case, dtype, impl, DEVICE, seed, calls=calls_of(impl))
+    given = info.make(case, dtype, DEVICE, torch.Generator().manual_seed(seed))
+    assert given["a"].dtype == torch.float32
+    leaves = {name: given[name].requires_grad_() for name in ("x", "weights", "a", "b")}
+    y = info.function(**given, impl=impl)
+    assert y.dtype == dtype
+    found = torch.autograd.grad(y.sum(), list(leaves.values()))
+    wanted = [dtype, dtype, torch.float32, torch.float32]
+    assert [gradient.dtype for gradient in found] == wanted
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])

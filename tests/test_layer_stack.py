@@ -236,6 +236,38 @@ def test_adapters_of_peft_are_taken_over(kind, generator):
             _close(stack.lora_b[name].grad[t], part.lora_B["default"].weight.grad)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["plain", "dropout"])
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_adapters_of_peft_in_single_precision(kind, dtype, dropout, generator):
+    """PEFT's default on a model in 16 bits: the stack trains the adapters as they are."""
+    peft = pytest.importorskip("peft", exc_type=ImportError)
+    targets = ["c_attn"] if kind == "gpt2" else ["query", "value"]
+    config = peft.LoraConfig(
+        r=2, target_modules=targets, fan_in_fan_out=kind == "gpt2", init_lora_weights=False
+    )
+    config.lora_dropout = dropout
+    model = peft.get_peft_model(_model(kind, generator).to(dtype), config).train(dropout > 0)
+    layer = _layers(model)[0]
+    assert {p.dtype for n, p in layer.named_parameters() if "lora_" in n} == {torch.float32}
+    stack = mk.LayerExpertStack.from_transformers(model)
+    z = torch.randn(2, 7, WIDTH, generator=generator, dtype=dtype).to(DEVICE)
+    out = stack(z).hidden
+    assert out.dtype == dtype
+    out.float().square().sum().backward()
+    for adapters in (stack.lora_a, stack.lora_b):
+        for name, adapter in adapters.items():
+            assert adapter.grad.dtype == torch.float32, name
+            assert torch.isfinite(adapter.grad).all(), name
+            assert adapter.grad.abs().sum() > 0, name
+    if not dropout:  # there PEFT runs its adapters in fp32, the stack in the model's dtype
+        again = copy.deepcopy(stack)
+        for adapters in (again.lora_a, again.lora_b):
+            for adapter in adapters.values():
+                adapter.data = adapter.data.to(dtype)
+        torch.testing.assert_close(again(z).hidden, out)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_new_adapters_add_their_product_to_the_weights(kind, generator):
     model = _model(kind, generator)

@@ -83,15 +83,22 @@ def _two_blocks_in_sequence(
     stack: LayerExpertStack, z: Tensor, there: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same stack, one block after the other, the choice read by the host."""
+    return stack._lent(lambda held: _in_sequence(stack, held, z, there))
+
+
+def _in_sequence(
+    stack: LayerExpertStack, held: Any, z: Tensor, there: Tensor
+) -> tuple[Tensor, Tensor]:
     counted, mask = stack._masks(z, there)
     balance = z.new_zeros(())
     first, second = stack.mixing[0]
+    ids = torch.arange(stack.num_layers, device=z.device)
     for t in range(stack.num_layers):
-        pick, _, loss = stack._choose(t, z, counted)
+        pick, _, loss = stack._choose(t, z, counted, ids)
         assert pick is not None
         j = int(pick.item())
         own, other = (
-            stack._blocks(z, None, stack.layer_ids[one : one + 1], None, mask)[0] for one in (t, j)
+            stack._blocks(held, z, None, ids[one : one + 1], None, mask)[0] for one in (t, j)
         )
         z = first * own + second * other
         balance = balance + loss

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from molex_kernels import _modules
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
 from molex_kernels.ops.routing.api import route_plan
 
@@ -48,6 +49,9 @@ def install_experts() -> str:
     code between two `grouped_gemm`. Routers stay the model's. Dropless, deterministic, without
     waiting for the device; ids of experts on other ranks contribute nothing.
 
+    A model that has no such experts is refused by `set_experts_implementation("molex")`, with a
+    ValueError that names its class: transformers itself would change nothing and not say so.
+
     Returns:
         The name, "molex".
 
@@ -66,20 +70,46 @@ def install_experts() -> str:
 
 
 def _let_the_name_through() -> None:
-    """Early releases of transformers 5 check names against a fixed list, whatever is registered."""
+    """Where transformers checks the name, a model without experts says so.
+
+    Early releases of transformers 5 check names against a fixed list, whatever is registered; and
+    every release takes any name for a model that will never look at it.
+    """
     from transformers import PreTrainedModel
 
     models: Any = PreTrainedModel
     check = models.get_correct_experts_implementation
+    if hasattr(check, "lets_molex_through"):
+        return
     try:
         check(None, NAME)  # the model matters to names of their own only
+        is_known = True
     except ValueError:
+        is_known = False
 
-        @functools.wraps(check)
-        def with_ours(model: Any, requested: str | None) -> str:
-            return NAME if requested == NAME else check(model, requested)
+    @functools.wraps(check)
+    def with_ours(model: Any, requested: str | None) -> str:
+        if requested == NAME:
+            _refuse_without_experts(model, models)
+            if not is_known:
+                return NAME
+        return check(model, requested)
 
-        models.get_correct_experts_implementation = with_ours
+    with_ours.lets_molex_through = True  # type: ignore[attr-defined]
+    models.get_correct_experts_implementation = with_ours
+
+
+def _refuse_without_experts(model: Any, models: Any) -> None:
+    """A model whose parts are not there yet, or an early release, says nothing of its experts."""
+    if not isinstance(model, models) or not any(True for _ in model.children()):
+        return
+    parts = [part for part in model.modules() if isinstance(part, models)]
+    if not any(getattr(p, "_can_set_experts_implementation", lambda: True)() for p in parts):
+        raise ValueError(
+            f"set_experts_implementation: expected a model whose experts are in stacked weights "
+            f"behind transformers' experts interface, got {type(model).__name__}, which has none: "
+            f"{NAME!r} would change nothing"
+        )
 
 
 def experts_forward(
@@ -152,6 +182,8 @@ def _activation(experts: Any) -> str | None:
 
 
 def _pointwise(function: Any) -> str | None:
+    if not isinstance(function, nn.Module) or not _modules.is_plain(function, type(function)):
+        return None  # somebody counts on its call
     for name, classes in _POINTWISE.items():
         if type(function) in classes:
             return name

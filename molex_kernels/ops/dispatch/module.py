@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from molex_kernels import _check, _published
+from molex_kernels import _check, _modules, _published
 from molex_kernels.ops.dispatch.api import ACTIVATIONS, GATE_LAYOUTS, moe_mlp
 from molex_kernels.ops.routing.types import RoutePlan
 
@@ -21,7 +21,7 @@ PUBLISHED = {
 }
 
 
-class MoEMLP(nn.Module):
+class MoEMLP(_modules.Module):
     """The experts of a sparse MoE layer, as `moe_mlp` takes them.
 
     Parameters: `w_up` [E, I, D] (gated: [E, 2I, D]), `w_down` [E, D, I], `b_up` [E, I] (gated:
@@ -84,6 +84,7 @@ class MoEMLP(nn.Module):
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound)
 
+    @_modules.fx_leaf
     def forward(
         self, x: Tensor, routing: Sequence[Tensor], *, plan: RoutePlan | None = None
     ) -> Tensor:
@@ -126,8 +127,7 @@ class MoEMLP(nn.Module):
             TypeError: a value that is no floating tensor.
             ValueError: a missing name, a name under two prefixes, or another shape.
         """
-        names = {name: PUBLISHED[name] for name, _ in self.named_parameters()}
-        _published.load(self, state_dict, names)
+        _published.load(self, state_dict, PUBLISHED)
 
     def extra_repr(self) -> str:
         num_experts, d_model, d_hidden = self.w_down.shape

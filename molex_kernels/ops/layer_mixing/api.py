@@ -100,8 +100,10 @@ def layer_linear(
         weights: [L, N, D], or a sequence of L tensors [N, D] anywhere in memory. Any strides; where
             those of a sequence differ from one another, contiguous copies are made.
         index: int64 or int32 [G], on x's device. Branches may choose the same layer.
-        biases: [L, N], or L tensors [N]; or None.
-        lora: `LoRA` of any rank r >= 1; or None.
+        biases: [L, N], or L tensors [N]; or None. Weights and biases are of x's dtype.
+        lora: `LoRA` of any rank r >= 1; or None. `a` and `b` may be fp16, bf16 or fp32 whatever x
+            and the weights are (PEFT keeps adapters in fp32): they are rounded to x's dtype on
+            their way in, and their gradients come in their own.
         shared: whether x has no dimension of branches, and every branch reads all of it.
         impl: "triton", "cpu" or "reference"; None takes the fastest that supports the inputs.
 
@@ -135,11 +137,12 @@ def layer_linear(
             raise TypeError(f"lora: expected a LoRA, got {type(lora).__name__}")
         scaling = lora.scaling
         _check.number("lora.scaling", scaling, -float("inf"))
-        a = _layers("lora.a", lora.a, "r, D", (None, x.shape[-1]), x, dtypes, num_layers)
+        wide = _dtypes.KERNEL_DTYPES if x.dtype in _dtypes.KERNEL_DTYPES else dtypes
+        a = _layers("lora.a", lora.a, "r, D", (None, x.shape[-1]), x, wide, num_layers)
         rank = a[0].shape[-2]
         if rank < 1:
             raise ValueError("lora.a: expected a rank of at least 1, got r=0")
-        b = _layers("lora.b", lora.b, "N, r", (columns, rank), x, dtypes, num_layers)
+        b = _layers("lora.b", lora.b, "N, r", (columns, rank), x, wide, num_layers)
     if DEBUG:
         _check_index(index, num_layers)
     (cast,) = _dtypes.autocast(x)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from molex_kernels import _check, _dtypes
+from molex_kernels import _check, _dtypes, _modules
 from molex_kernels.ops.layer_mixing import gates, layout
 from molex_kernels.ops.layer_mixing.api import LoRA, layer_linear, layer_mix, layer_vote
 from molex_kernels.ops.layer_mixing.types import MODES
@@ -32,7 +32,16 @@ class LayerExpertOutput(NamedTuple):
     chosen: Tensor
 
 
-class LayerExpertStack(nn.Module):
+class Held(NamedTuple):
+    """A stack's parameters by name, as they are while the modules that hold them are called."""
+
+    weights: Mapping[str, Tensor]
+    biases: Mapping[str, Tensor]
+    lora_a: Mapping[str, Tensor]
+    lora_b: Mapping[str, Tensor]
+
+
+class LayerExpertStack(_modules.Module):
     """The layers of a GPT-2, BERT, RoBERTa or ViT model, each mixed with one chosen for the batch.
 
     MoLEx (arXiv 2503.11144): z_{t+1} = c_0 u_t(z_t) + c_1 u_j(z_t), u the whole block with its
@@ -72,8 +81,6 @@ class LayerExpertStack(nn.Module):
         options: what `from_transformers` makes of its own options.
     """
 
-    layer_ids: Tensor
-    alone: Tensor
     mixing: Tensor
 
     def __init__(self, facts: layout.Facts, num_layers: int, d_model: int, **options: Any) -> None:
@@ -81,10 +88,10 @@ class LayerExpertStack(nn.Module):
         self.facts = facts
         self.num_layers = num_layers
         self.d_model = d_model
-        self.weights = nn.ParameterDict()
-        self.biases = nn.ParameterDict()
-        self.lora_a = nn.ParameterDict()
-        self.lora_b = nn.ParameterDict()
+        self.weights = _modules.Parameters()
+        self.biases = _modules.Parameters()
+        self.lora_a = _modules.Parameters()
+        self.lora_b = _modules.Parameters()
         self.lora_scaling: dict[str, float] = {}
         self.lora_dropout: dict[str, float] = {}
         self._configure(**options)
@@ -190,6 +197,7 @@ class LayerExpertStack(nn.Module):
             stack._new_adapters(lora_rank, lora_alpha / lora_rank, lora_dropout, lora_targets)
         return stack.train(model.training)
 
+    @_modules.fx_leaf
     def forward(
         self,
         hidden: Tensor,
@@ -222,24 +230,35 @@ class LayerExpertStack(nn.Module):
         sizes = (None, None, self.d_model)
         _check.tensor("hidden", hidden, "B, N, D", sizes, _dtypes.FLOAT_DTYPES)
         counted, mask = self._masks(hidden, attention_mask)
+        return self._lent(lambda held: self._layers(held, hidden, counted, mask))
+
+    def _lent(self, use: Callable[[Held], Any]) -> Any:
+        """What `use` makes of the parameters, inside the calls of the modules that hold them."""
+        holders = (self.weights, self.biases, self.lora_a, self.lora_b)
+        return _modules.lend(holders, lambda *lent: use(Held(*(dict(p.items()) for p in lent))))
+
+    def _layers(
+        self, held: Held, hidden: Tensor, counted: Tensor | None, mask: Tensor | None
+    ) -> LayerExpertOutput:
+        ids = torch.arange(self.num_layers, device=hidden.device)
         balance = hidden.new_zeros((), dtype=_dtypes.accumulate_dtype(hidden.dtype))
         picks: list[Tensor] = []
         normed = None
         for t in range(self.num_layers):
-            pick, chance, loss = self._choose(t, hidden, counted)
+            pick, chance, loss = self._choose(t, hidden, counted, ids)
             if loss is not None:
                 balance = balance + loss
-            own = self.layer_ids[t : t + 1]
+            own = ids[t : t + 1]
             index = own if pick is None else torch.cat((own, pick.view(1)))
             picks.append(own if pick is None else pick.view(1))
             coeff = self._coefficients(t, chance) if pick is not None else None
-            hidden, normed = self._blocks(hidden, normed, index, coeff, mask)
+            hidden, normed = self._blocks(held, hidden, normed, index, coeff, mask)
         return LayerExpertOutput(hidden, balance, torch.cat(picks))
 
     def extra_repr(self) -> str:
         return (
             f"{self.facts.layout.name}, num_layers={self.num_layers}, mixed={self.limit}, "
-            f"vote={self.vote!r}, lora={sorted(self.lora_a)}, published={self.published}"
+            f"vote={self.vote!r}, lora={sorted(self.lora_scaling)}, published={self.published}"
         )
 
     def _configure(
@@ -265,8 +284,6 @@ class LayerExpertStack(nn.Module):
         self.published = published
         self.impl = impl
         single = _dtypes.accumulate_dtype(where["dtype"])
-        ids = torch.arange(self.num_layers, device=where["device"])
-        self.register_buffer("layer_ids", ids, persistent=False)
         rows = self.num_layers if individual_mixing else 1
         start = torch.tensor([mixing] * rows, dtype=single, device=where["device"])
         self.softmax_mixing = learn_mixing and not (
@@ -276,7 +293,6 @@ class LayerExpertStack(nn.Module):
             self.mixing = nn.Parameter(start)
         else:
             self.register_buffer("mixing", start)
-        self.register_buffer("alone", torch.ones(1, dtype=single, device=where["device"]), False)
         self.gates = nn.ModuleList()
         gated = limit
         if forward_only:
@@ -318,8 +334,9 @@ class LayerExpertStack(nn.Module):
     def _new_adapters(
         self, rank: int, scaling: float, dropout: float, targets: Sequence[str]
     ) -> None:
+        held = self._lent(lambda held: held)
         for name in dict.fromkeys(targets):
-            weight = self._slice(self._weight_of(name)[0], name)
+            weight = self._slice(self._weight_of(held, name)[0], name)
             a = weight.new_empty(self.num_layers, rank, weight.shape[2])
             for one in a:
                 nn.init.kaiming_uniform_(one, a=5**0.5)
@@ -329,29 +346,31 @@ class LayerExpertStack(nn.Module):
             )
             self.lora_scaling[name], self.lora_dropout[name] = scaling, dropout
 
-    def _weight_of(self, name: str) -> tuple[Tensor, Tensor | None]:
+    def _weight_of(self, held: Held, name: str) -> tuple[Tensor, Tensor | None]:
         """[L, N, D] and bias [L, N]: a whole fused projection for each of its parts."""
-        key = name if name in self.weights else "qkv"
-        weight = self.weights[key]
+        key = name if name in self.facts.layout.linears else "qkv"
+        weight = held.weights[key]
         weight = weight.mT if self.facts.layout.transposed else weight
-        return weight, self.biases.get(key, None)
+        return weight, held.biases.get(key)
 
     def _slice(self, stack: Tensor, name: str) -> Tensor:
         """The rows of a fused projection's stack that belong to this part."""
-        if name in self.weights or name not in _THIRDS:
+        if name in self.facts.layout.linears or name not in _THIRDS:
             return stack
         third = stack.shape[1] // 3
         return stack[:, _THIRDS[name] * third : (_THIRDS[name] + 1) * third]
 
-    def _linear(self, name: str, x: Tensor, index: Tensor, shared: bool = False) -> Tensor:
-        weight, bias = self._weight_of(name)
+    def _linear(
+        self, held: Held, name: str, x: Tensor, index: Tensor, shared: bool = False
+    ) -> Tensor:
+        weight, bias = self._weight_of(held, name)
         weight = self._slice(weight, name)
         bias = None if bias is None else self._slice(bias, name)
-        key = "qkv" if name in _THIRDS and name not in self.lora_a else name
-        if key not in self.lora_a:
+        key = "qkv" if name in _THIRDS and name not in held.lora_a else name
+        if key not in held.lora_a:
             return layer_linear(x, weight, index, biases=bias, shared=shared, impl=self.impl)
         scaling, p = self.lora_scaling[key], self.lora_dropout[key]
-        a, b = self.lora_a[key], self.lora_b[key]
+        a, b = held.lora_a[key], held.lora_b[key]
         b = self._slice(b, name) if key == "qkv" else b
         if not (self.training and p):
             lora = LoRA(a, b, scaling)
@@ -361,18 +380,21 @@ class LayerExpertStack(nn.Module):
         y = layer_linear(x, weight, index, biases=bias, shared=shared, impl=self.impl)
         # Each branch draws its own dropout, as two blocks in sequence would.
         apart = x.expand(index.shape[0], *x.shape) if shared else x
-        down = layer_linear(F.dropout(apart, p), a, index, impl=self.impl)
-        return y + scaling * layer_linear(down, b, index, impl=self.impl)
+        down = layer_linear(F.dropout(apart, p), a.to(x.dtype), index, impl=self.impl)
+        return y + scaling * layer_linear(down, b.to(down.dtype), index, impl=self.impl)
 
-    def _norm(self, name: str, x: Tensor, index: Tensor, *, is_standard: bool = False) -> Tensor:
+    def _norm(
+        self, held: Held, name: str, x: Tensor, index: Tensor, *, is_standard: bool = False
+    ) -> Tensor:
         """Each branch's LayerNorm; `is_standard`: x has mean 0 and variance 1 already."""
         if not is_standard:
             x = F.layer_norm(x, (self.d_model,), eps=self.facts.eps)
-        weight = self.weights[name].index_select(0, index)[:, None, None]
-        return x * weight + self.biases[name].index_select(0, index)[:, None, None]
+        weight = held.weights[name].index_select(0, index)[:, None, None]
+        return x * weight + held.biases[name].index_select(0, index)[:, None, None]
 
     def _blocks(
         self,
+        held: Held,
         z: Tensor,
         normed: Tensor | None,
         index: Tensor,
@@ -384,31 +406,33 @@ class LayerExpertStack(nn.Module):
         pre_norm = facts.layout.pre_norm
         if pre_norm:
             source = z if normed is None else normed
-            x = self._norm("norm1", source, index, is_standard=normed is not None)
+            x = self._norm(held, "norm1", source, index, is_standard=normed is not None)
         else:
             x = z
-        attended = self._attention(x, index, mask, shared=not pre_norm)
-        h = z + self._dropout(self._linear("out", attended, index), facts.hidden_dropout)
+        attended = self._attention(held, x, index, mask, shared=not pre_norm)
+        h = z + self._dropout(self._linear(held, "out", attended, index), facts.hidden_dropout)
         if not pre_norm:
-            h = self._norm("norm1", h, index)
-        inner = self._norm("norm2", h, index) if pre_norm else h
-        inner = facts.activation(self._linear("up", inner, index))
-        f = self._dropout(self._linear("down", inner, index), facts.hidden_dropout)
+            h = self._norm(held, "norm1", h, index)
+        inner = self._norm(held, "norm2", h, index) if pre_norm else h
+        inner = facts.activation(self._linear(held, "up", inner, index))
+        f = self._dropout(self._linear(held, "down", inner, index), facts.hidden_dropout)
         mixture: dict[str, Any] = {"impl": self.impl}
         if coeff is None:
-            mixture["coeff"] = self.alone
+            mixture["coeff"] = f.new_ones(1, dtype=_dtypes.accumulate_dtype(f.dtype))
         else:
             mixture["logits" if self.softmax_mixing else "coeff"] = coeff
         if pre_norm:
             return layer_mix(f, residual=h, norm=(None, None, facts.eps), **mixture)
-        return layer_mix(self._norm("norm2", h + f, index), **mixture), None
+        return layer_mix(self._norm(held, "norm2", h + f, index), **mixture), None
 
-    def _attention(self, x: Tensor, index: Tensor, mask: Tensor | None, shared: bool) -> Tensor:
+    def _attention(
+        self, held: Held, x: Tensor, index: Tensor, mask: Tensor | None, shared: bool
+    ) -> Tensor:
         """All branches' attention in one call; [G, B, N, D]."""
         heads = self.facts.heads
         branches, (batch, length) = index.shape[0], x.shape[-3:-1]
         q, k, v = (
-            self._linear(name, x, index, shared)
+            self._linear(held, name, x, index, shared)
             .view(branches * batch, length, heads, -1)
             .transpose(1, 2)
             for name in ("q", "k", "v")
@@ -425,13 +449,13 @@ class LayerExpertStack(nn.Module):
         return out.transpose(1, 2).reshape(branches, batch, length, -1)
 
     def _choose(
-        self, t: int, z: Tensor, counted: Tensor | None
+        self, t: int, z: Tensor, counted: Tensor | None, ids: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The layer beside t, the mean probability of it, and the balance loss; None without."""
         if t >= self.limit or (self.forward_only and t == self.num_layers - 1):
             return None, None, None
         if t >= self.gated:
-            return self.layer_ids[t + 1], None, None
+            return ids[t + 1], None, None
         logits = self.gates[t if len(self.gates) > 1 else 0](z)
         pick = layer_vote(logits, mode=self.vote, mask=counted, impl=self.impl)
         chances = torch.softmax(logits, -1, dtype=_dtypes.accumulate_dtype(logits.dtype))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from molex_kernels import _check, _published
+from molex_kernels import _check, _modules, _published
 from molex_kernels.ops.merging.api import MASKS, camex_deltas, camex_linear
 from molex_kernels.ops.merging.gates import (
     FIRST,
@@ -41,7 +41,7 @@ PUBLISHED = {
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 
-class CAMExLinear(nn.Module):
+class CAMExLinear(_modules.Module):
     """A linear layer merged anew for every sequence, or every causal segment of one.
 
     CAMEx (arXiv 2502.18821): a noisy top-k gate on the mean of the tokens, then `camex_linear`.
@@ -269,6 +269,7 @@ class CAMExLinear(nn.Module):
         )
         return gates.view(x.shape[0], num_segments, gates.shape[1]), load
 
+    @_modules.fx_leaf
     def forward(
         self,
         x: Tensor,
@@ -294,6 +295,8 @@ class CAMExLinear(nn.Module):
         Raises:
             ValueError: `segment` does not divide L, or there is no base.
         """
+        if isinstance(x, _modules.Loan):
+            return x.use(self)
         gates, load = self.gates(x, token_mask)
         loss = self.loss_coef * cv_squared_loss(gates, load)
         if self.segment is not None:
@@ -339,8 +342,7 @@ class CAMExLinear(nn.Module):
             for key, value in state_dict.items()
             if key.startswith(prefix)
         }
-        names = {name: PUBLISHED[name] for name, _ in self.named_parameters()}
-        _published.load(self, given, names)
+        _published.load(self, given, PUBLISHED)
 
     def extra_repr(self) -> str:
         num_experts, out_features, in_features = self.experts.shape
@@ -375,7 +377,7 @@ class CAMExLinear(nn.Module):
         return length // self.segment
 
 
-class CAMExMLP(nn.Module):
+class CAMExMLP(_modules.Module):
     """Two merged linear layers with an activation between: D -> I -> D.
 
     With own_base=False the layers of a model share one pair of bases, moved from layer to layer by
@@ -417,7 +419,9 @@ class CAMExMLP(nn.Module):
             ValueError: there is no base.
         """
         up, down = (None, None) if bases is None else bases
-        return self.up.deltas(up), self.down.deltas(down)
+        return _modules.lend(
+            (self.up, self.down), lambda one, two: (one.deltas(up), two.deltas(down))
+        )
 
     def next_bases(
         self,
@@ -441,11 +445,15 @@ class CAMExMLP(nn.Module):
         """
         base_up, base_down = (None, None) if bases is None else bases
         up, down = (None, None) if deltas is None else deltas
-        return (
-            self.up.next_base(gamma, base=base_up, deltas=up),
-            self.down.next_base(gamma, base=base_down, deltas=down),
+        return _modules.lend(
+            (self.up, self.down),
+            lambda one, two: (
+                one.next_base(gamma, base=base_up, deltas=up),
+                two.next_base(gamma, base=base_down, deltas=down),
+            ),
         )
 
+    @_modules.fx_leaf
     def forward(
         self,
         x: Tensor,

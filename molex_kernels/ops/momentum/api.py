@@ -206,6 +206,11 @@ def moe_mlp_momentum(
     return _normalised(new[0], apart).view(x.shape), states.after(new[1:], rule, x, None, step)
 
 
+def dropout(f: Tensor, p: float) -> Tensor:
+    """The dropout of `moe_mlp_momentum`, which drops the same elements for the same generator."""
+    return f if p == 0 else reference.dropout(f, p, _philox.draw_seed(f))
+
+
 def _update(
     x: Tensor,
     f: Tensor,

@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from molex_kernels import _check, _published
+from molex_kernels import _check, _modules, _published
 from molex_kernels.ops.dispatch.module import PUBLISHED as EXPERTS
 from molex_kernels.ops.dispatch.module import MoEMLP
-from molex_kernels.ops.momentum.api import moe_mlp_momentum
+from molex_kernels.ops.momentum.api import dropout, moe_mlp_momentum, momentum_update
 from molex_kernels.ops.momentum.state import State
 from molex_kernels.ops.momentum.types import Rule
 from molex_kernels.ops.routing.module import TopKRouter
 
 WIRINGS = ("published", "pre_ln")
-LEARNED = ("mu", "gamma")
+# What may be learned, and what stands in the rule while the module has the parameter.
+LEARNED = {"mu": 0.0, "gamma": 1.0}
 
 
 class MomentumOutput(NamedTuple):
@@ -36,7 +36,7 @@ class MomentumOutput(NamedTuple):
     routing: Sequence[Tensor]
 
 
-class MomentumMoE(nn.Module):
+class MomentumMoE(_modules.Module):
     """Router, experts, momentum and norms: the feed-forward half of a MomentumSMoE block.
 
     With SMoE(h) = moe_mlp(h, router(h)) and step by the rule:
@@ -49,13 +49,18 @@ class MomentumMoE(nn.Module):
     The first layer of a model is called with state None, each other one with the state that the one
     before returned. `RobustMomentum` evaluates router and experts at its look-ahead point.
 
+    Experts, step and norm are one op as long as `experts` and `norm` are the modules made here,
+    without hooks. One that is hooked, wrapped (PEFT), parametrized, sharded (FSDP), offloaded or
+    replaced is called by itself, between ops that do the rest: the same layer, not the same speed.
+
     Args:
         d_model: D.
         d_hidden: the experts' width.
         num_experts: E.
         top_k: K.
         rule: shared or one per layer. An `nn.Parameter` in it (mu, gamma) becomes a parameter of
-            this module, and of every other one that is given the same rule.
+            this module, and of every other one that is given the same rule. FSDP shards it where
+            it has the shape [1], not [].
         wiring: "published" or "pre_ln".
         activation: as in `moe_mlp`; relu is the published one.
         bias: whether gate and experts have biases, as FastMoE's have.
@@ -104,16 +109,35 @@ class MomentumMoE(nn.Module):
         self.norm = nn.LayerNorm(d_model, **where)
         if wiring == "published":
             self.norm_out = nn.LayerNorm(d_model, **where)
-        for name in LEARNED:
-            value = getattr(rule, name, None)
-            if isinstance(value, nn.Parameter):
-                self.register_parameter(name, value)
+
+    @property
+    def rule(self) -> Rule:
+        """The rule, with the numbers that this module learns as they are now.
+
+        They are parameters of the module, `mu` and `gamma`, and nowhere else, so that whatever
+        moves, wraps, parametrizes or replaces parameters reaches them.
+        """
+        learned = {name: getattr(self, name) for name in self._learned}
+        return dataclasses.replace(self._rule, **learned) if learned else self._rule
+
+    @rule.setter
+    def rule(self, rule: Rule) -> None:
+        for name in self.__dict__.get("_learned", ()):
+            delattr(self, name)
+        values = {name: getattr(rule, name, None) for name in LEARNED}
+        learned = {name: v for name, v in values.items() if isinstance(v, nn.Parameter)}
+        for name, value in learned.items():
+            self.register_parameter(name, value)
+        self._learned = tuple(learned)
+        fixed: Any = {name: LEARNED[name] for name in learned}
+        self._rule = dataclasses.replace(rule, **fixed) if fixed else rule
 
     def reset_parameters(self) -> None:
         """Draws router, experts and norms anew; learned numbers of the rule stay as they are."""
         for child in self.children():
             child.reset_parameters()  # type: ignore[operator]
 
+    @_modules.fx_leaf
     def forward(
         self, x: Tensor, state: State | None = None, *, routing: Sequence[Tensor] | None = None
     ) -> MomentumOutput:
@@ -128,35 +152,46 @@ class MomentumMoE(nn.Module):
         Returns:
             (y [..., D], state, routing).
         """
-        rule = self._current_rule()
+        rule = self.rule
         published = self.wiring == "published"
         inner = rule.lookahead(x, state)
         if not published:
             inner = self.norm(inner)
         if routing is None:
             routing = self.router(inner)
-        weight = routing[1] if self.sign == 1 else -routing[1]
-        experts = self.experts
-        norm = self.norm
-        y, state = moe_mlp_momentum(
-            x,
-            routing[0].view(*x.shape[:-1], -1),
-            weight.view(*x.shape[:-1], -1),
-            experts.w_up,
-            experts.w_down,
-            state,
-            rule,
-            expert_input=inner,
-            b_up=experts.b_up,
-            b_down=experts.b_down,
-            activation=experts.activation,
-            norm=(norm.weight, norm.bias, norm.eps) if published else None,
-            dropout_p=self.dropout if self.training else 0.0,
-            impl=self.impl,
-        )
+        index = routing[0].view(*x.shape[:-1], -1)
+        weight = routing[1].view(*x.shape[:-1], -1)
+        weight = weight if self.sign == 1 else -weight
+        experts, norm = self.experts, self.norm
+        within = None
+        if published and _modules.is_plain(norm, nn.LayerNorm):
+            within = (norm.weight, norm.bias, norm.eps)
+        dropout_p = self.dropout if self.training else 0.0
+        if _modules.is_plain(experts, MoEMLP):
+            y, state = moe_mlp_momentum(
+                x,
+                index,
+                weight,
+                experts.w_up,
+                experts.w_down,
+                state,
+                rule,
+                expert_input=inner,
+                b_up=experts.b_up,
+                b_down=experts.b_down,
+                activation=experts.activation,
+                gate_layout=experts.gate_layout,
+                norm=within,
+                dropout_p=dropout_p,
+                impl=self.impl,
+            )
+        else:
+            f = dropout(experts(inner, (index, weight)), dropout_p)
+            y, state = momentum_update(x, f, state, rule, norm=within, impl=self.impl)
         if published:
-            out = self.norm_out
-            y = F.layer_norm(x + y, out.normalized_shape, out.weight, out.bias, out.eps)
+            if within is None:
+                y = norm(y).to(y.dtype)
+            y = self.norm_out(x + y)
         return MomentumOutput(y, state, routing)
 
     def load_published(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -177,13 +212,7 @@ class MomentumMoE(nn.Module):
             names[f"router.{part}"] = f"gate.gate.{part}"
             names[f"norm.{part}"] = f"layer_norm.{part}"
             names[f"norm_out.{part}"] = f"norm2.{part}"
-        own = {name for name, _ in self.named_parameters()}
-        _published.load(self, state_dict, {k: v for k, v in names.items() if k in own})
+        _published.load(self, state_dict, names, besides=LEARNED)
 
     def extra_repr(self) -> str:
         return f"rule={self.rule}, wiring={self.wiring!r}, dropout={self.dropout}, sign={self.sign}"
-
-    def _current_rule(self) -> Rule:
-        # By name, since whoever wraps or moves a module may put other parameters in their place.
-        learned = {name: self.get_parameter(name) for name in LEARNED if name in self._parameters}
-        return dataclasses.replace(self.rule, **learned) if learned else self.rule

@@ -8,15 +8,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.utils import parametrize
 
-from molex_kernels import _check, _published
+from molex_kernels import _check, _modules, _published
 from molex_kernels.ops.routing.api import ac_route, normalized_gate, topk_route
 from molex_kernels.ops.routing.types import Routing
 
 ROW_NORM = 1.5  # of the published cosine gate's rows
 
 
-class _Gate(nn.Module):
+class _Gate(_modules.Module):
     """The gate: `weight` [E, D] and, unless without, `bias` [E]."""
 
     bias: nn.Parameter | None
@@ -103,6 +104,7 @@ class TopKRouter(_Gate):
         self.score = score
         self.reset_parameters()
 
+    @_modules.fx_leaf
     def forward(self, x: Tensor, *, expert_bias: Tensor | None = None) -> Routing:
         """Routes each token, by itself: padding is masked in the losses.
 
@@ -194,8 +196,13 @@ class ACRouter(_Gate):
         """Rescales the gate's rows in place to norm 1.5; for `cosine` alone."""
         if not self.cosine:
             raise ValueError("renormalize_: expected a router with cosine=True, got cosine=False")
-        self.weight.mul_(ROW_NORM / self.weight.norm(dim=1, keepdim=True))
+        scaled = self.weight * (ROW_NORM / self.weight.norm(dim=1, keepdim=True))
+        if parametrize.is_parametrized(self, "weight"):
+            self.weight = scaled  # and so what it is computed from
+        else:
+            self.weight.copy_(scaled)
 
+    @_modules.fx_leaf
     def forward(
         self,
         x: Tensor,
@@ -226,14 +233,14 @@ class ACRouter(_Gate):
             _check.tensor("token_mask", token_mask, "...", x.shape[:-1], (torch.bool,), x)
         if prev is None:
             return self._plain(tokens)
-        index = prev.expert_index
+        index = prev[0]  # a plain tuple where it was traced
         if token_mask is not None:
             index = torch.where(token_mask.reshape(-1, 1), index, -1)
         return ac_route(
             tokens,
             self.weight,
             index,
-            prev.expert_weight,
+            prev[1],
             top_k=self.top_k,
             gate_bias=self.bias,
             cosine=self.cosine,

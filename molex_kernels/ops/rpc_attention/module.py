@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molex_kernels import _check, _published
+from molex_kernels import _check, _modules, _published
 from molex_kernels.ops.rpc_attention.api import CAUSAL, THRESHOLDS, rpc_attention, scaled_attention
 
 S_KINDS = ("scalar", "matrix")
 
 
-class _Attention(nn.Module):
+class _Attention(_modules.Module):
     """`qkv` and `proj` around heads, under the names that timm and the published code have."""
 
     def __init__(
@@ -140,6 +140,7 @@ class RPCAttention(_Attention):
         self.mu_divisor = mu_divisor
         self.causal = causal
 
+    @_modules.fx_leaf
     def forward(
         self,
         x: Tensor,
@@ -234,6 +235,7 @@ class ScaledAttention(_Attention):
         super().reset_parameters()
         nn.init.zeros_(self.s)
 
+    @_modules.fx_leaf
     def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
         """Attends within each sequence.
 

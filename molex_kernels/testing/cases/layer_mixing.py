@@ -85,8 +85,11 @@ def _make_linear(
     if case.options.get("bias", True):
         inputs["biases"] = draw.normal(layers, columns)
     if rank:
-        inputs["a"] = draw.normal(layers, rank, features, scale=features**-0.5)
-        inputs["b"] = draw.normal(layers, columns, rank, scale=rank**-0.5)
+        # PEFT keeps adapters in fp32 on weights in 16 bits.
+        wide = torch.float32 if case.options.get("adapters") == "fp32" else None
+        wide = None if dtype == torch.float64 else wide
+        inputs["a"] = draw.normal(layers, rank, features, scale=features**-0.5, dtype=wide)
+        inputs["b"] = draw.normal(layers, columns, rank, scale=rank**-0.5, dtype=wide)
         inputs["scaling"] = 2.0
     return inputs
 
