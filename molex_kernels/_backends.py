@@ -36,12 +36,16 @@ _log = logging.getLogger("molex_kernels")
 
 @dataclass(frozen=True)
 class Implementation:
-    """What one implementation needs, whatever the op."""
+    """What one implementation needs, whatever the op. Without devices it runs on all there are."""
 
     name: str
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     why_not: Callable[[], str | None]
+
+    def runs_on(self, device: str) -> bool:
+        """Whether it runs on this kind of device."""
+        return not self.devices or device in self.devices
 
 
 def _always() -> str | None:
@@ -110,8 +114,8 @@ def block_memory(device: int) -> int:
     return getattr(properties, "shared_memory_per_block_optin", 0)
 
 
-REFERENCE = Implementation("reference", ("cpu", "cuda"), FLOAT_DTYPES, _always)
-SDPA = Implementation("sdpa", ("cpu", "cuda"), KERNEL_DTYPES, _always)
+REFERENCE = Implementation("reference", (), FLOAT_DTYPES, _always)
+SDPA = Implementation("sdpa", (), KERNEL_DTYPES, _always)
 CPU = Implementation("cpu", ("cpu",), KERNEL_DTYPES, _extension_missing)
 CPU_ATEN = Implementation("cpu", ("cpu",), KERNEL_DTYPES, _always)
 TRITON = Implementation("triton", ("cuda",), KERNEL_DTYPES, _triton_missing)
@@ -160,8 +164,9 @@ def select(
     for candidate in implementations:
         if candidate.name == "triton" and device == "cpu":
             continue  # interpreted kernels are for tests
-        if device in candidate.devices and _takes(candidate, dtype):
-            reason = candidate.why_not() or limits.get(candidate.name)
+        # A tensor without memory has results of the shapes that every kernel gives.
+        if (candidate.runs_on(device) or device == "meta") and _takes(candidate, dtype):
+            reason = (device != "meta" and candidate.why_not()) or limits.get(candidate.name)
             if reason is None:
                 return candidate.name
             _warn_once(op, candidate.name, reason)
@@ -176,7 +181,7 @@ def _why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
             if not interpreted():
                 return "it needs a GPU (or TRITON_INTERPRET=1 before the import, for tests)"
             candidate = TRITON_INTERPRETED
-        if device not in candidate.devices:
+        if not candidate.runs_on(device):
             return f"it runs on {' or '.join(candidate.devices)}, the inputs are on {device}"
         if not _takes(candidate, dtype):
             names = ", ".join(str(d).removeprefix("torch.") for d in candidate.dtypes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -56,11 +57,22 @@ def parameter_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
 
 
 def _is_autocast(x: Any) -> bool:
-    return isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
+    return (
+        isinstance(x, Tensor)
+        and x.device.type != "meta"
+        and torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def _is_cast(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in KERNEL_DTYPES
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Inside, the operators of PyTorch compute in the dtypes that they are given."""
+    if x.device.type == "meta":  # which has no autocast
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molex_kernels import _backends, _check
-from molex_kernels._dtypes import accumulate_dtype, parameter_dtypes
+from molex_kernels._dtypes import accumulate_dtype, parameter_dtypes, without_autocast
 
 for _name in ("segment_gates", "noisy_topk_gates", "cv_squared_loss", "propagate_base"):
     _backends.declare(_name, _backends.REFERENCE)
@@ -125,7 +125,7 @@ def noisy_topk_gates(
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """In x's dtype, whatever autocast says: in 16 bits other experts would be chosen."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return torch.matmul(x, weight.to(x.dtype))
 
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from molex_kernels._dtypes import accumulate_dtype
+from molex_kernels._dtypes import accumulate_dtype, without_autocast
 from molex_kernels.ops.routing.types import RoutePlan, Routing
 
 SCORES = ("softmax_topk", "softmax", "sigmoid")
@@ -47,7 +47,7 @@ def router_logits(
     x, gate = x.to(dtype), gate.to(dtype)
     if table is not None and labels is not None:
         x = token_weights(table.to(dtype), labels, mix) * x
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         z = x @ gate.mT
     return z if gate_bias is None else z + gate_bias.to(dtype)
 
