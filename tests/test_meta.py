@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import molex_kernels as mk
 from molex_kernels import _backends
@@ -64,13 +64,7 @@ MODULES = {
 def test_modules_run_without_memory(name: str):
     module = MODULES[name]()
     found = module(torch.empty(2, 5, 8, device="meta", requires_grad=True))
-    tensors = [
-        t
-        for t in torch.utils._pytree.tree_leaves(
-            tuple(found) if isinstance(found, tuple) else found
-        )
-    ]
-    floating = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
+    floating = [t for t in tree_leaves(found) if isinstance(t, Tensor) and t.requires_grad]
     assert floating
     torch.autograd.backward(floating, [torch.empty_like(t) for t in floating])
     assert all(p.grad is None or p.grad.shape == p.shape for p in module.parameters())
