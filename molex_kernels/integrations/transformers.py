@@ -49,8 +49,8 @@ def install_experts() -> str:
     code between two `grouped_gemm`. Routers stay the model's. Dropless, deterministic, without
     waiting for the device; ids of experts on other ranks contribute nothing.
 
-    A model that has no such experts is refused by `set_experts_implementation("molex")`, with a
-    ValueError that names its class: transformers itself would change nothing and not say so.
+    A model that has no such experts is refused by `set_experts_implementation("molex")`, which then
+    names the model's class: transformers alone would change nothing and not say so.
 
     Returns:
         The name, "molex".
