@@ -144,7 +144,9 @@ def _transformed(op: Differentiable, name: str) -> type[Function]:
 def _edge() -> tuple[Tensor, ...]:
     """An empty result, through which a second derivative finds the way to the arguments.
 
-    Compiled graphs go without: PyTorch itself refuses their second derivative.
+    Compiled graphs go without: PyTorch itself refuses their second derivative. It is kept as a
+    result, so hooks of saved tensors that hold what they get keep a graph that never runs backward,
+    as with every `autograd.Function` that keeps a result.
     """
     return () if torch.compiler.is_compiling() else (torch.empty(0),)
 

@@ -17,11 +17,13 @@ from molex_kernels.testing import load_ops
 from molex_kernels.testing.opinfo import OpInfo
 
 OPS = {name: info for name, info in load_ops().items() if info.differentiable}
+# What is refused is refused around the kernels: interpreted, one op of each kind is enough.
+KINDS = ("topk_route", "layer_mix", "momentum_update")
 COMPUTED = [
     (name, impl)
     for name, info in OPS.items()
     for impl in info.implementations
-    if impl != "reference" and runs_here(impl)
+    if impl != "reference" and runs_here(impl) and (name in KINDS or not is_slow(impl))
 ]
 
 
@@ -118,15 +120,8 @@ FURTHER: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "impl", "derivative"),
-    [
-        (*computed, derivative)
-        for computed in COMPUTED
-        # All of them refuse in the same two places: interpreted, one of each is enough.
-        for derivative in (("jvp", "gradient penalty") if is_slow(computed[1]) else FURTHER)
-    ],
-)
+@pytest.mark.parametrize("derivative", FURTHER)
+@pytest.mark.parametrize(("name", "impl"), COMPUTED)
 def test_further_derivatives_are_right_or_refused(generator, name: str, impl: str, derivative: str):
     """Never 0: autograd alone would take a tangent, and a kernel's result, for constants."""
     f = Problem(OPS[name], impl, generator)
@@ -140,7 +135,8 @@ def test_further_derivatives_are_right_or_refused(generator, name: str, impl: st
         else:
             reference = Problem(OPS[name], "reference", generator)
             reference.inputs, reference.values = f.inputs, f.values
-            _assert_close(got, FURTHER[derivative](reference.of(place), value))
+            want = FURTHER[derivative](reference.of(place), value)
+            assert (got - want).norm() <= 1e-3 * want.norm()
     assert refused
 
 

@@ -284,7 +284,7 @@ def test_a_fixed_linear_rule_keeps_nothing(generator):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y, state = mk.momentum_update(x, f, None, mk.HeavyBall(0.7), impl=impl)
         y, _ = mk.momentum_update(y, f, state, mk.Nesterov(0.7), impl=impl)
-    assert not kept
+    assert not any(t.numel() for t in kept)
     assert torch.autograd.grad(y.sum(), (x, f))[1].abs().min() > 0
 
 
