@@ -9,6 +9,7 @@ import inspect as _inspect
 from torch import fx as _fx
 
 from molex_kernels import _flops as _flops_of_operators
+from molex_kernels import _sharding as _sharding_of_operators
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
 from molex_kernels.ops.dispatch.module import MoEMLP
 from molex_kernels.ops.layer_mixing.api import (
@@ -48,6 +49,7 @@ from molex_kernels.ops.rpc_attention.api import rpc_attention, scaled_attention
 from molex_kernels.ops.rpc_attention.module import RPCAttention, ScaledAttention
 
 _flops_of_operators.install()
+_sharding_of_operators.install()
 
 __version__ = "0.1.0"
 

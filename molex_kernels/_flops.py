@@ -7,19 +7,14 @@ the experts; masked and causal attention counts whole.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from molex_kernels import _operators
-
-_COUNTER = "torch.utils.flop_counter"
+from molex_kernels._imports import when_imported
 
 Shape = Sequence[int]
 
@@ -128,31 +123,6 @@ def _of_shapes(operator: Any, formula: Callable[[Any], int]) -> Callable[..., in
     return count
 
 
-class _Registers(MetaPathFinder, Loader):
-    """Registers the formulas when PyTorch's counter is imported, which imports Triton."""
-
-    loader: Any
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if name != _COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None:
-            self.loader, spec.loader = spec.loader, self
-        return spec
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        _register(module)
-
-
 def install() -> None:
-    """Now, or when the counter is imported."""
-    if _COUNTER in sys.modules:
-        _register(sys.modules[_COUNTER])
-    else:
-        sys.meta_path.insert(0, _Registers())
+    """Registers them when PyTorch's counter is imported, which imports Triton."""
+    when_imported("torch.utils.flop_counter", _register)
