@@ -178,8 +178,9 @@ def layer_mix(
     softmax out and mixes with the raw parameters, which need not sum to one: pass them as `coeff`.
     A coefficient is a weight, also one of 0: the NaN of any branch is in y.
 
-    Differentiable in outputs, residual, coeff, logits, weight and bias, once. Deterministic. Never
-    waits for the device.
+    Differentiable in outputs, residual, coeff, logits, weight and bias, once. Under autocast
+    outputs and residual of two dtypes are both taken to fp32, as a sum takes them, and y is fp32;
+    all else may be fp16, bf16 or fp32. Deterministic. Never waits for the device.
 
     Args:
         outputs: [G, ..., D], G >= 1. fp16, bf16, fp32 (fp64: reference only).

@@ -46,7 +46,8 @@ def momentum_update(
 
     Differentiable in x, f, the state, learned mu and gamma, and the norm's weight and bias, once;
     nothing is detached except where the rule says so. For a fixed linear rule without norm the
-    backward pass keeps no tensor at all. Deterministic. Never waits for the device.
+    backward pass keeps no tensor at all. Under autocast nothing is cast to 16 bits: state and norm
+    may be of any 16-bit dtype or fp32. Deterministic. Never waits for the device.
 
     Args:
         x: [..., D], the layer's input, D >= 1. fp16, bf16, fp32 (fp64: reference only).

@@ -43,8 +43,9 @@ def topk_route(
     as the lowest finite number, so indices are always distinct and in range; the weights and logits
     keep the NaN.
 
-    Logits and scores are computed in fp32, also under autocast (fp64 for fp64 input). The published
-    routers select with `sorted=False`, in which the order of the K experts is undefined.
+    Logits and scores are computed in fp32 (fp64 for fp64 input), also under autocast, where each
+    argument may be fp16, bf16 or fp32, whatever the others are. The published routers select with
+    `sorted=False`, in which the order of the K experts is undefined.
 
     Args:
         x: tokens [T, D].
