@@ -61,7 +61,8 @@ def rpc_attention(
     Products take operands in k's dtype and accumulate in fp32; everything else is fp32. Under
     autocast k, v and q are cast, of any dtypes, and T may be 16 bits or fp32. Differentiable in k,
     v, q and a tensor T, once; to k also through mu. At |a| = T the gradient is that of |a| > T, as
-    published. Deterministic for a given seed. Never waits for the device. A head whose norm is below 1e-20 takes that for its norm.
+    published. Deterministic for a given seed. Never waits for the device. A head
+    whose norm is below 1e-20 takes that for its norm.
 
     Args:
         k: [B, H, N, d]. fp16, bf16, fp32 (fp64: reference only). NaN in k or v is NaN in every row
