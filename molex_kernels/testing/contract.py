@@ -7,7 +7,7 @@ dtype under test.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, repeat
 from typing import Any
@@ -37,6 +37,12 @@ def _as_made(tensors: Inputs) -> Inputs:
     return tensors
 
 
+# What opcheck asks of an operator, and what it asks of its kernel alone.
+OPCHECKS = (
+    *("test_schema", "test_autograd_registration"),
+    *("test_faketensor", "test_aot_dispatch_dynamic"),
+)
+OPCHECKS_OF_A_KERNEL = ("test_schema", "test_faketensor")
 COMPOSED = ("reference", "sdpa")  # implementations without an operator of their own
 
 
@@ -278,10 +284,12 @@ def check_opcheck(
     seed: int = 0,
     *,
     namespace: str = "molex",
+    tests: Sequence[str] = OPCHECKS,
 ) -> None:
     """Every operator that a call reaches passes PyTorch's `opcheck`, strided inputs included.
 
-    Arguments as `check_budget`; `namespace` is the one that the operators are registered in.
+    Arguments as `check_budget`; `namespace` is the one that the operators are registered in;
+    `tests` are those of `torch.library.opcheck`.
     """
     for layout in (_as_made, strided):
         sampler = Sampler(info, case, dtype, impl, device, _generator(seed), layout=layout)
@@ -291,7 +299,7 @@ def check_opcheck(
         assert calls or impl in COMPOSED, "no operator was called"
         for operator, args, kwargs in {call[0]: call for call in calls}.values():
             # Autograd stands outside the operators, so they are never given a tensor that wants it.
-            opcheck(operator, tuple(map(_detached, args)), kwargs)
+            opcheck(operator, tuple(map(_detached, args)), kwargs, test_utils=tests)
 
 
 def check_traces(
