@@ -569,3 +569,19 @@ def test_too_many_experts_for_the_kernels():
 def test_module_names_what_is_wrong(arguments, error, message):
     with pytest.raises(error, match=message):
         MoEMLP(**{"d_model": 4, "d_hidden": 4, "num_experts": 2, **arguments})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("columns", "width"), [(0, 17), (5, 0), (0, 0)])
+def test_matrices_without_elements(dtype: torch.dtype, columns: int, width: int):
+    """A copy in fp32 has no memory then; whether there is one is not asked of its size."""
+    x = torch.ones(4, width, dtype=dtype, requires_grad=True)
+    weight = torch.ones(2, columns, width, dtype=dtype, requires_grad=True)
+    offsets = torch.tensor([2, 4], dtype=torch.int32)
+    y = grouped_gemm(x, weight, offsets, impl="cpu")
+    assert y.shape == (4, columns)
+    assert not y.any()
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not x.grad.any()
+    assert weight.grad.shape == weight.shape
