@@ -289,7 +289,7 @@ def check_opcheck(
     """Every operator that a call reaches passes PyTorch's `opcheck`, strided inputs included.
 
     Arguments as `check_budget`; `namespace` is the one that the operators are registered in;
-    `tests` are those of `torch.library.opcheck`.
+    `tests` are those of `opcheck`.
     """
     for layout in (_as_made, strided):
         sampler = Sampler(info, case, dtype, impl, device, _generator(seed), layout=layout)
