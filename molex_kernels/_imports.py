@@ -40,5 +40,9 @@ class _Waits(MetaPathFinder, Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        # The module has its own loader again before its code runs, and is as if nobody had waited.
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         self.work(module)

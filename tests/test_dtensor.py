@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,13 @@ def _check(mesh: Any, function: Any, sizes: Any, given: Any, expected: Any) -> N
 
 
 def _worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=20),  # a rank whose case fails leaves the other one waiting
+    )
     mesh = init_device_mesh("cpu", (2,))
     for name, case in CASES.items():
         try:

@@ -104,6 +104,9 @@ from torch.utils.flop_counter import FlopCounterMode
 with FlopCounterMode(display=False) as counter:
     molex_kernels.topk_route(torch.zeros(5, 4), torch.zeros(3, 4), top_k=2)
 assert counter.get_total_flops() == 2 * 5 * 4 * 3
+counter = sys.modules["torch.utils.flop_counter"]
+assert counter.__loader__ is counter.__spec__.loader
+assert type(counter.__loader__).__name__ == "SourceFileLoader"
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

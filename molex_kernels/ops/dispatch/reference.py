@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molex_kernels._dtypes import accumulate_dtype
+from molex_kernels._masks import selected
 
 
 def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
@@ -23,10 +24,10 @@ def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None
     expert_of_row = (rows >= offsets[:, None]).sum(0)
     experts = torch.arange(weight.shape[0], device=x.device)
     mine = expert_of_row == experts[:, None]  # [E, T]
-    every = torch.matmul(_only(mine, x), _used(mine, weight).mT)  # [E, T, N]
+    every = torch.matmul(selected(x, mine), _used(mine, weight).mT)  # [E, T, N]
     if bias is not None:
         every = every + bias[:, None]
-    return _only(mine, every).sum(0)
+    return selected(every, mine).sum(0)
 
 
 def moe_mlp(
@@ -50,18 +51,13 @@ def moe_mlp(
     chosen = expert_index == experts[:, None, None]  # [E, T, K]
     mine = chosen.any(-1)  # [E, T]
     gates = torch.where(chosen, expert_weight.to(dtype), 0).sum(-1)  # [E, T]
-    hidden = torch.matmul(_only(mine, x), _used(mine, w_up).mT)  # [E, T, I or 2I]
+    hidden = torch.matmul(selected(x, mine), _used(mine, w_up).mT)  # [E, T, I or 2I]
     if b_up is not None:
         hidden = hidden + _used(mine, b_up)[:, None]
     out = torch.matmul(_activate(hidden, activation, layout), _used(mine, w_down).mT)  # [E, T, D]
     if b_down is not None:
         out = out + b_down[:, None]
-    return (gates[..., None] * _only(mine, out).to(dtype)).sum(0).to(x.dtype)
-
-
-def _only(mine: Tensor, rows: Tensor) -> Tensor:
-    """Rows [T, n] or [E, T, n] of the experts' own tokens, 0 in the place of others."""
-    return torch.where(mine[..., None], rows, 0)
+    return (gates[..., None] * selected(out, mine).to(dtype)).sum(0).to(x.dtype)
 
 
 def _used(mine: Tensor, parameter: Tensor) -> Tensor:

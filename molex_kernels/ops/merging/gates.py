@@ -8,6 +8,7 @@ from torch import Tensor
 
 from molex_kernels import _backends, _check
 from molex_kernels._dtypes import accumulate_dtype, parameter_dtypes, without_autocast
+from molex_kernels._masks import selected
 
 for _name in ("segment_gates", "noisy_topk_gates", "cv_squared_loss", "propagate_base"):
     _backends.declare(_name, _backends.REFERENCE)
@@ -103,7 +104,7 @@ def noisy_topk_gates(
         _check.tensor("mask", mask, "S", (x.shape[0],), (torch.bool,), x)
     _backends.select("noisy_topk_gates", impl, x)
     dtype = accumulate_dtype(x.dtype)
-    x = _counted(x.to(dtype), mask)
+    x = selected(x.to(dtype), mask)
     clean = _product(x, w_gate)
     noisy, deviation = clean, None
     if training and w_noise is not None:
@@ -113,14 +114,14 @@ def noisy_topk_gates(
     largest, index = noisy.topk(min(top_k + 1, num_experts), dim=1)
     chosen = torch.softmax(largest[:, :top_k], 1)
     gates = torch.zeros_like(noisy).scatter(1, index[:, :top_k], chosen)
-    gates = _counted(gates, mask)
+    gates = selected(gates, mask)
     if deviation is None or top_k == num_experts:
         return gates, (gates > 0).sum(0).to(dtype)
     # To stay in, a logit must beat the best one outside; to come in, the last one inside.
     outside, inside = largest[:, top_k, None], largest[:, top_k - 1, None]
     threshold = torch.where(noisy > outside, outside, inside)
     chance = torch.special.ndtr((clean - threshold) / deviation)
-    return gates, _counted(chance, mask).sum(0)
+    return gates, selected(chance, mask).sum(0)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ def mean_of_tokens(x: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is None:
         return x.mean(1)
     count = mask.sum(1, keepdim=True).clamp(min=1)
-    total = torch.where(mask[..., None], x, 0).sum(1, dtype=accumulate_dtype(x.dtype))
+    total = selected(x, mask).sum(1, dtype=accumulate_dtype(x.dtype))
     return (total / count).to(x.dtype)
 
 
@@ -215,11 +216,6 @@ def propagate_base(
     _backends.select("propagate_base", impl, base)
     dtype = accumulate_dtype(base.dtype)
     return (base.to(dtype) + gamma * deltas.to(dtype).mean(0)).to(base.dtype)
-
-
-def _counted(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows [S, n] with 0 in the place of those that do not count, whatever stands there."""
-    return rows if mask is None else torch.where(mask[:, None], rows, 0)
 
 
 def _cv_squared(values: Tensor) -> Tensor:

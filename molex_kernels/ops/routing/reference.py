@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from molex_kernels._dtypes import accumulate_dtype, without_autocast
+from molex_kernels._masks import selected
 from molex_kernels.ops.routing.types import RoutePlan, Routing
 
 SCORES = ("softmax_topk", "softmax", "sigmoid")
@@ -220,8 +221,8 @@ def load_balance(
     ids = torch.where(inside, index, experts).flatten().long()
     # Integers, so that their order does not matter.
     counts = ids.new_zeros(experts + 1).scatter_add(0, ids, torch.ones_like(ids))[:experts]
-    z = _counted(logits.to(accumulate_dtype(logits.dtype)), mask) / temperature
-    probability = _counted(z.softmax(1), mask).sum(0)
+    z = selected(logits.to(accumulate_dtype(logits.dtype)), mask) / temperature
+    probability = selected(z.softmax(1), mask).sum(0)
     tokens = _number(logits, mask)
     f = counts.to(probability.dtype) / (tokens * max(top_k, 1))
     p = probability / (tokens * max(top_k, 1) if per_assignment else tokens)
@@ -230,8 +231,8 @@ def load_balance(
 
 def router_z(logits: Tensor, mask: Tensor | None) -> Tensor:
     """The mean over tokens of logsumexp(logits_t)^2."""
-    z = _logsumexp(_counted(logits.to(accumulate_dtype(logits.dtype)), mask))
-    return _counted(z * z, mask).sum() / _number(logits, mask)
+    z = _logsumexp(selected(logits.to(accumulate_dtype(logits.dtype)), mask))
+    return selected(z * z, mask).sum() / _number(logits, mask)
 
 
 def _logsumexp(z: Tensor) -> Tensor:
@@ -239,11 +240,6 @@ def _logsumexp(z: Tensor) -> Tensor:
     largest = z.detach().amax(1, keepdim=True)
     largest = torch.where(largest.isfinite(), largest, 0)
     return (z - largest).exp().sum(1, keepdim=True).log() + largest
-
-
-def _counted(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows [T, n] with 0 in the place of those that do not count, whatever stands there."""
-    return rows if mask is None else torch.where(mask[:, None], rows, 0)
 
 
 def _number(rows: Tensor, mask: Tensor | None) -> int | Tensor:

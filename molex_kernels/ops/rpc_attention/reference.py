@@ -12,6 +12,7 @@ from torch import Tensor
 
 from molex_kernels import _philox
 from molex_kernels._dtypes import accumulate_dtype
+from molex_kernels._masks import selected
 
 # Heads with a smaller norm (all of k is 0) take this one, so that mu is finite.
 SMALLEST_NORM = 1e-20
@@ -113,4 +114,4 @@ def _sees(k: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor | None:
 
 def _only(key_mask: Tensor | None, x: Tensor) -> Tensor:
     """x [B, H, N, d] with 0 in the place of masked tokens, whatever stands there."""
-    return x if key_mask is None else torch.where(key_mask[:, None, :, None], x, 0)
+    return selected(x, None if key_mask is None else key_mask[:, None])
