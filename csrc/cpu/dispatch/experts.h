@@ -57,15 +57,18 @@ class Weights {
         columns_(stack.size(2)),
         strides_{stack.stride(0), stack.stride(1), stack.stride(2)} {}
 
+  // Whether products read fp32 copies, also of a matrix without elements.
+  bool converts() const { return dtype_ != product_dtype(dtype_); }
+
   // The bytes that `of` needs in an arena.
-  int64_t bytes() const { return dtype_ == product_dtype(dtype_) ? 0 : Arena::bytes(rows_ * columns_); }
+  int64_t bytes() const { return converts() ? Arena::bytes(rows_ * columns_) : 0; }
 
   // The expert's matrix as products read it: its own memory, or a copy in `scratch` if it has to be converted
   // to fp32.
   Matrix of(int64_t expert, const Matrix& scratch) const {
     const Matrix own{
         data_ + expert * strides_[0] * size_of(dtype_), dtype_, rows_, columns_, strides_[1], strides_[2]};
-    if (dtype_ == product_dtype(dtype_)) return own;
+    if (!converts()) return own;
     float* to = static_cast<float*>(scratch.data);
     const auto* from = static_cast<const c10::Half*>(own.data);
     for (int64_t row = 0; row < rows_; ++row, from += strides_[1], to += columns_) {
@@ -79,7 +82,7 @@ class Weights {
   }
 
   Matrix scratch(Arena& arena) const {
-    return bytes() ? arena.matrix(rows_, columns_, ScalarType::Float) : Matrix{};
+    return converts() ? arena.matrix(rows_, columns_, ScalarType::Float) : Matrix{};
   }
 
  private:

@@ -20,7 +20,7 @@ using torch::stable::Tensor;
 class Bench {
  public:
   Bench(const molex::Weights& weight, int64_t rows, int64_t in_columns, int64_t out_columns)
-      : arena_(weight.bytes()
+      : arena_(weight.converts()
                    ? weight.bytes() + Arena::bytes(rows * in_columns) + Arena::bytes(rows * out_columns)
                    : 0),
         weight(weight.scratch(arena_)),
@@ -29,7 +29,7 @@ class Bench {
 
  private:
   Matrix make(const molex::Weights& weight, int64_t rows, int64_t columns) {
-    return weight.bytes() ? arena_.matrix(rows, columns, ScalarType::Float) : Matrix{};
+    return weight.converts() ? arena_.matrix(rows, columns, ScalarType::Float) : Matrix{};
   }
   Arena arena_;
 
