@@ -135,6 +135,11 @@ def declare(op: str, *implementations: Implementation) -> None:
     IMPLEMENTATIONS[op] = implementations
 
 
+def check_impl(impl: str | None) -> None:
+    """The name of an implementation, or None: what can be known of `impl` before a call."""
+    _check.choice("impl", impl, (None, *NAMES))
+
+
 def select(
     op: str,
     impl: str | None,
@@ -149,7 +154,7 @@ def select(
     implementations = IMPLEMENTATIONS[op]
     name = impl
     if name is not None:
-        _check.choice("impl", name, NAMES)
+        check_impl(name)
     elif DEFAULT is not None:
         _check.choice("MOLEX_IMPL", DEFAULT, NAMES)
         name = next((i.name for i in implementations if i.name == DEFAULT), None)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from molex_kernels._dtypes import FLOAT_DTYPES, INDEX_DTYPES
 
+_STRIDED = torch.strided
 _MOST = 2**63 - 1
 _LARGEST = sys.float_info.max
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
@@ -32,32 +33,55 @@ def tensor(
 
     `letters` names the sizes for the message: "T, D".
     """
-    # The texts of messages cost more than the checks: a good call makes none.
-    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+    # The texts of messages cost more than the checks, and so do calls: a good call makes neither.
+    if not isinstance(value, Tensor) or value.layout is not _STRIDED or value.dtype not in dtypes:
         _type(name, value, f"[{letters}]", dtypes)
-    shape = value.shape
-    if shape != sizes and not _fits(shape, sizes):
-        raise ValueError(
-            f"{name}: expected shape [{letters}]{_known(letters, sizes)}, got {list(value.shape)}"
-        )
-    if like is not None and value.device != like.device:
+    try:
+        shape = value.shape
+    except RuntimeError:  # a nested tensor has none
+        _type(name, value, f"[{letters}]", dtypes)
+        raise
+    if shape != sizes:
+        if len(shape) != len(sizes):
+            _shape(name, shape, letters, sizes)
+        for got, want in zip(shape, sizes):  # noqa: B905  (the cure takes twice the time)
+            if want is not None and want != got:
+                _shape(name, shape, letters, sizes)
+    # Two flags are read in half the time of two devices.
+    if like is not None and not (value.is_cpu and like.is_cpu) and value.device != like.device:
         device(name, value, like)
 
 
-def _fits(shape: torch.Size, sizes: Sequence[int | None]) -> bool:
-    if len(shape) != len(sizes):
-        return False
-    for got, want in zip(shape, sizes):  # noqa: B905, SIM110  (either cure takes twice the time)
-        if want is not None and want != got:
-            return False
-    return True
+def _shape(name: str, got: torch.Size, letters: str, sizes: Sequence[int | None]) -> NoReturn:
+    raise ValueError(f"{name}: expected shape [{letters}]{_known(letters, sizes)}, got {list(got)}")
+
+
+def trailing(
+    name: str,
+    value: Any,
+    letters: str,
+    least: int = 1,
+    width: int | None = None,
+    dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
+) -> None:
+    """A tensor of `least` dimensions or more, the last one of `width` (`None`: any)."""
+    if not isinstance(value, Tensor) or not _is_dense(value) or value.dtype not in dtypes:
+        _type(name, value, f"[{letters}]", dtypes)
+    shape = value.shape
+    if len(shape) < least or (width is not None and shape[-1] != width):
+        last = "" if width is None else f" with {letters.split(', ')[-1]}={width}"
+        raise ValueError(f"{name}: expected shape [{letters}]{last}, got {list(shape)}")
+
+
+def _is_dense(value: Tensor) -> bool:
+    return value.layout is _STRIDED and not value.is_nested
 
 
 def same_shape(
     name: str, value: Any, dtypes: Sequence[torch.dtype], like: Tensor, like_name: str
 ) -> None:
     """A tensor of the shape and on the device of `like`, one of these dtypes."""
-    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+    if not isinstance(value, Tensor) or not _is_dense(value) or value.dtype not in dtypes:
         _type(name, value, f"of the shape of {like_name}", dtypes)
     if value.shape != like.shape:
         raise ValueError(
@@ -108,6 +132,8 @@ def number(name: str, value: Any, low: float, *, exclusive: bool = False) -> Non
     if not -_LARGEST <= value <= _LARGEST or value < low or (exclusive and value == low):
         bound = "above" if exclusive else "at least"
         raise ValueError(f"{name}: expected a finite number {bound} {low}, got {_short(value)}")
+    if isinstance(value, int) and not -_MOST <= value <= _MOST:
+        raise ValueError(f"{name}: expected a float or an int of 64 bits, got {_short(value)}")
 
 
 def probability(name: str, value: Any) -> None:
@@ -119,13 +145,20 @@ def probability(name: str, value: Any) -> None:
 
 def choice(name: str, value: Any, allowed: Collection[Any]) -> None:
     """One of the allowed values."""
-    if value not in allowed:
+    try:
+        known = value in allowed
+    except (TypeError, ValueError, RuntimeError):  # what has no hash, or compares by element
+        known = False
+    if not known:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def _type(name: str, value: Any, shape: str, dtypes: Sequence[torch.dtype]) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    if not _is_dense(value):
+        layout = "a nested one" if value.is_nested else f"layout {_name(value.layout)}"
+        raise TypeError(f"{name}: expected a dense tensor {shape}, got {layout}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {_names(dtypes)}, got {_name(value.dtype)}")
 
@@ -136,7 +169,7 @@ def _short(value: Any) -> str:
     return f"an int of {value.bit_length()} bits" if huge else f"{value}"
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
 
 

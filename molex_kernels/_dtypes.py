@@ -56,12 +56,16 @@ def parameter_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
     return KERNEL_DTYPES if _is_autocast(x) and _is_cast(x) else (x.dtype,)
 
 
+def f_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
+    """What is subtracted from x may be: of any kernel dtype where x is, else of x's."""
+    return KERNEL_DTYPES if x.dtype in KERNEL_DTYPES else (x.dtype,)
+
+
 def _is_autocast(x: Any) -> bool:
-    return (
-        isinstance(x, Tensor)
-        and x.device.type != "meta"
-        and torch.is_autocast_enabled(x.device.type)
-    )
+    try:
+        return isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
+    except RuntimeError:  # a device without autocast, such as meta
+        return False
 
 
 def _is_cast(value: Any) -> bool:

@@ -12,9 +12,11 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules import module as _nn
+
+from molex_kernels import _check, _dtypes
 
 _Result = TypeVar("_Result")
 _Forward = TypeVar("_Forward", bound=Callable[..., Any])
@@ -36,6 +38,42 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         and module._compiled_call_impl is None
         and not _nn._has_any_global_hook()
     )
+
+
+def check_dtype(x: Tensor, weight: Tensor, name: str = "x") -> None:
+    """An input of the dtype and on the device of the weight that it is multiplied by."""
+    if weight.dtype not in _dtypes.parameter_dtypes(x):
+        wanted, got = (str(t.dtype).removeprefix("torch.") for t in (weight, x))
+        raise TypeError(f"{name}: expected dtype {wanted}, that of the parameters, got {got}")
+    _check.device(name, x, weight)
+
+
+def routing_pair(name: str, routing: Any) -> tuple[Tensor, Tensor]:
+    """The ids and weights [..., K] of a `Routing`, or of a pair: tracing makes a tuple of it."""
+    if not isinstance(routing, tuple | list) or len(routing) < 2:
+        raise TypeError(
+            f"{name}: expected a Routing or a pair (expert_index, expert_weight), "
+            f"got {type(routing).__name__}"
+        )
+    for part, value, dtypes in zip(
+        ("expert_index", "expert_weight"),
+        routing,
+        (_dtypes.INDEX_DTYPES, _dtypes.FLOAT_DTYPES),
+        strict=False,
+    ):
+        _check.trailing(f"{name}.{part}", value, "..., K", dtypes=dtypes)
+        if value.shape[-1] < 1:
+            raise ValueError(f"{name}.{part}: expected shape [..., K] with K at least 1, got K=0")
+    return routing[0], routing[1]
+
+
+def pair_of_tensors(name: str, value: Any) -> tuple[Any, Any]:
+    """Both entries of a pair; two Nones where there is none."""
+    if value is None:
+        return None, None
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{name}: expected a pair of tensors or None, got {type(value).__name__}")
+    return value[0], value[1]
 
 
 class Loan:

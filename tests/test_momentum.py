@@ -263,6 +263,32 @@ def test_state_survives(impl, generator):
     assert torch.equal(m, before)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "rule", [mk.HeavyBall(0.7), mk.Nesterov(0.7), mk.Signum(0.6), mk.Adam()], ids=lambda r: r.kind
+)
+def test_a_state_of_16_bits_gives_fp32_leaves_their_digits(rule, impl, generator):
+    """The norm saw the state before it was rounded, and so does the gradient of its weight."""
+    half = torch.float16  # which the interpreter of Triton computes in, too
+    x, f, up = (normal(generator, 33, 40).to(half) for _ in range(3))
+    state = tuple((normal(generator, 33, 40).square() + 0.5).to(half) for _ in rule.states)
+    weight = normal(generator, 40).float()
+    found = []
+    for dtype in (None, torch.float64):
+        given = [t if dtype is None else t.to(dtype) for t in (x, f, *state)]
+        given = [t.detach().requires_grad_() for t in given]
+        leaf = weight.to(dtype or weight.dtype).requires_grad_()
+        y, _ = mk.momentum_update(
+            *given[:2],
+            tuple(given[2:]),
+            rule,
+            norm=(leaf, None, 1e-5),
+            impl="reference" if dtype else impl,
+        )
+        found.append(torch.autograd.grad(y, leaf, up.to(y.dtype))[0].double())
+    assert (found[0] - found[1]).norm() < 2e-6 * found[1].norm()
+
+
 @pytest.mark.parametrize("impl", [i for i in IMPLS if i != "reference"])
 def test_wide_rows_are_normalised_too(impl, generator):
     x, f = (normal(generator, 2, 4100, dtype=torch.float32).requires_grad_() for _ in range(2))

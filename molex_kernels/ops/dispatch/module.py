@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from molex_kernels import _check, _modules, _published
+from molex_kernels import _backends, _check, _modules, _published
 from molex_kernels.ops.dispatch.api import ACTIVATIONS, GATE_LAYOUTS, moe_mlp
 from molex_kernels.ops.routing.types import RoutePlan
 
@@ -19,6 +19,23 @@ PUBLISHED = {
     "w_down": "h4toh.weight",
     "b_down": "h4toh.bias",
 }
+
+
+def check_experts(
+    d_model: int,
+    d_hidden: int,
+    num_experts: int,
+    activation: str,
+    gate_layout: str,
+    impl: str | None,
+) -> None:
+    """The options of experts, before anything is allocated."""
+    _check.integer("d_model", d_model, 1)
+    _check.integer("d_hidden", d_hidden, 1)
+    _check.integer("num_experts", num_experts, 1)
+    _check.choice("activation", activation, tuple(ACTIVATIONS))
+    _check.choice("gate_layout", gate_layout, GATE_LAYOUTS)
+    _backends.check_impl(impl)
 
 
 class MoEMLP(_modules.Module):
@@ -57,11 +74,7 @@ class MoEMLP(_modules.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check.integer("d_model", d_model, 1)
-        _check.integer("d_hidden", d_hidden, 1)
-        _check.integer("num_experts", num_experts, 1)
-        _check.choice("activation", activation, tuple(ACTIVATIONS))
-        _check.choice("gate_layout", gate_layout, GATE_LAYOUTS)
+        check_experts(d_model, d_hidden, num_experts, activation, gate_layout, impl)
         self.activation = activation
         self.gate_layout = gate_layout
         self.impl = impl
@@ -98,12 +111,16 @@ class MoEMLP(_modules.Module):
         Returns:
             [..., D].
         """
-        expert_index, expert_weight = routing[0], routing[1]
+        expert_index, expert_weight = _modules.routing_pair("routing", routing)
+        w_up = self.w_up
+        width = w_up.shape[2]
+        _check.trailing("x", x, "..., D", width=width)
+        _modules.check_dtype(x, w_up)
         y = moe_mlp(
-            x.reshape(-1, x.shape[-1]),
+            x.reshape(-1, width),
             expert_index.reshape(-1, expert_index.shape[-1]),
             expert_weight.reshape(-1, expert_weight.shape[-1]),
-            self.w_up,
+            w_up,
             self.w_down,
             b_up=self.b_up,
             b_down=self.b_down,

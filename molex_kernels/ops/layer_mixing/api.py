@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -54,9 +55,7 @@ def layer_vote(
         NotImplementedError: the explicit `impl` cannot run.
     """
     _check.choice("mode", mode, MODES)
-    if not isinstance(logits, Tensor) or logits.dim() < 1:
-        _check.floating("logits", logits, "..., L", (None, None))
-    _check.floating("logits", logits, "..., L", (None,) * logits.dim())
+    _check.trailing("logits", logits, "..., L")
     if logits.shape[-1] < 1:
         raise ValueError("logits: expected shape [..., L] with L at least 1, got L=0")
     if mask is not None:
@@ -117,10 +116,7 @@ def layer_linear(
             MOLEX_DEBUG=1 an index outside the layers.
         NotImplementedError: the explicit `impl` cannot run.
     """
-    if not isinstance(x, Tensor) or x.dim() < (1 if shared else 2):
-        letters = "T, D" if shared else "G, T, D"
-        _check.floating("x", x, letters, (None,) * (2 if shared else 3))
-    _check.floating("x", x, "..., D", (None,) * x.dim())
+    _check.trailing("x", x, "..., D" if shared else "G, ..., D", 1 if shared else 2)
     dtypes = _dtypes.parameter_dtypes(x)
     branches = None if shared else x.shape[0]
     weight = _layers("weights", weights, "N, D", (None, x.shape[-1]), x, dtypes)
@@ -202,9 +198,7 @@ def layer_mix(
     """
     outputs, residual = _dtypes.promoted(outputs, residual)
     coeff, logits = _dtypes.kept(outputs, coeff, logits)
-    if not isinstance(outputs, Tensor) or outputs.dim() < 2:
-        _check.floating("outputs", outputs, "G, T, D", (None, None, None))
-    _check.floating("outputs", outputs, "G, ..., D", (None,) * outputs.dim())
+    _check.trailing("outputs", outputs, "G, ..., D", 2)
     branches, features = outputs.shape[0], outputs.shape[-1]
     if branches < 1:
         raise ValueError("outputs: expected shape [G, ..., D] with G at least 1, got G=0")
@@ -233,7 +227,7 @@ def layer_mix(
     mixture = given.to(single)
     if logits is not None:
         mixture = torch.softmax(mixture, 0)
-    flat = outputs.reshape(branches, -1, features) if features else outputs.flatten(1, -2)
+    flat = outputs.reshape(branches, math.prod(outputs.shape[1:-1]), features)
     moved = None if residual is None else residual.reshape(flat.shape)
     if chosen == "reference":
         found = reference.mix(flat, mixture, moved, None if eps is None else (weight, bias, eps))

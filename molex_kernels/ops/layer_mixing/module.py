@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from molex_kernels import _check, _dtypes, _modules
+from molex_kernels import _backends, _check, _dtypes, _modules
 from molex_kernels.ops.layer_mixing import gates, layout
 from molex_kernels.ops.layer_mixing.api import LoRA, layer_linear, layer_mix, layer_vote
 from molex_kernels.ops.layer_mixing.types import MODES
@@ -151,14 +151,15 @@ class LayerExpertStack(_modules.Module):
             ValueError: an unknown kind of model, layers that differ, a wrong option, new adapters
                 beside PEFT's.
         """
+        _backends.check_impl(impl)
         kind, layers = layout.layers_of(model)
         facts = layout.facts_of(kind, layers)
         num_layers = len(layers)
         limit = num_layers if layers_to_use is None else layers_to_use
         _check.integer("layers_to_use", limit, 0, num_layers, " layers")
         _check.choice("vote", vote, MODES)
-        if len(mixing) != 2:
-            raise ValueError(f"mixing: expected two coefficients, got {len(mixing)}")
+        if not isinstance(mixing, Sequence) or len(mixing) != 2:
+            raise ValueError(f"mixing: expected two coefficients, got {mixing!r}")
         for value in mixing:
             _check.number("mixing", value, -float("inf"))
         if cosine_dim is not None:
@@ -229,6 +230,9 @@ class LayerExpertStack(_modules.Module):
             )
         sizes = (None, None, self.d_model)
         _check.tensor("hidden", hidden, "B, N, D", sizes, _dtypes.FLOAT_DTYPES)
+        for gate in self.gates:
+            if _modules.is_plain(gate, type(gate)):
+                _modules.check_dtype(hidden, next(gate.parameters()), "hidden")
         counted, mask = self._masks(hidden, attention_mask)
         return self._lent(lambda held: self._layers(held, hidden, counted, mask))
 
@@ -485,6 +489,8 @@ class LayerExpertStack(_modules.Module):
         """Which tokens vote, and the mask for the attention."""
         if mask is None:
             return None, None
+        if not isinstance(mask, Tensor):
+            _check.tensor("attention_mask", mask, "B, N", (None, None), (torch.bool,))
         batch, length = hidden.shape[:2]
         if mask.dim() == 2:
             _check.tensor("attention_mask", mask, "B, N", (batch, length), (torch.bool,), hidden)

@@ -376,12 +376,14 @@ def _check_factors(
     if not isinstance(curvature, tuple) or len(curvature) != len(fields):
         expected = "a KroneckerCurvature" if len(fields) == 4 else f"a tuple ({', '.join(fields)})"
         raise TypeError(f"{name}: expected {expected}, got {type(curvature).__name__}")
-    rank = curvature[0].shape[0] if isinstance(curvature[0], Tensor) and curvature[0].dim() else 0
+    rank = None
     for field, factor in zip(fields, curvature, strict=True):
         where = f"{name}.{field}"
-        size = factor.shape[-1] if isinstance(factor, Tensor) and factor.dim() else None
+        _check.trailing(where, factor, "r, E, m, m", 4, dtypes=(base.dtype,))
+        rank = factor.shape[0] if rank is None else rank
+        size = factor.shape[-1]
         _check.floating(where, factor, "r, E, m, m", (rank, num_experts, size, size), base)
-    if rank < 1:
+    if not rank:
         raise ValueError(f"{name}: expected a rank of at least 1, got r=0")
     for letter, first, second, size in (
         ("O", 0, 1, base.shape[0]),

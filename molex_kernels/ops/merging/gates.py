@@ -170,9 +170,7 @@ def cv_squared_loss(
         ValueError: an argument of a bad shape, device or value, which the message names.
         NotImplementedError: another `impl`.
     """
-    if not isinstance(gates, Tensor):
-        raise TypeError(f"gates: expected a tensor [..., E], got {type(gates).__name__}")
-    _check.floating("gates", gates, "..., E", (None,) * max(gates.dim(), 1))
+    _check.trailing("gates", gates, "..., E")
     num_experts = gates.shape[-1]
     _backends.select("cv_squared_loss", impl, gates)
     dtype = accumulate_dtype(gates.dtype)
@@ -206,9 +204,7 @@ def propagate_base(
         ValueError: an argument of a bad shape, device or value, which the message names.
         NotImplementedError: another `impl`.
     """
-    if not isinstance(base, Tensor):
-        raise TypeError(f"base: expected a tensor, got {type(base).__name__}")
-    _check.floating("base", base, "...", base.shape)
+    _check.trailing("base", base, "...", 0)
     _check.floating("deltas", deltas, "E, ...", (None, *base.shape), base)
     if deltas.shape[0] < 1:
         raise ValueError("deltas: expected shape [E, ...] with E at least 1, got E=0")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from molex_kernels import _check, _modules, _published
+from molex_kernels import _backends, _check, _modules, _published
 from molex_kernels.ops.merging.api import MASKS, camex_deltas, camex_linear
 from molex_kernels.ops.merging.gates import (
     FIRST,
@@ -120,6 +120,10 @@ class CAMExLinear(_modules.Module):
             _check.integer("top_k", top_k, 1, num_experts, of=" experts")
         if segment is not None:
             _check.integer("segment", segment, 1)
+        _check.probability("expert_dropout", expert_dropout)
+        _check.number("alpha", alpha, -float("inf"))
+        _check.number("loss_coef", loss_coef, -float("inf"))
+        _backends.check_impl(impl)
         self.top_k = num_experts if top_k is None else top_k
         self.mask, self.expert_dropout = mask, expert_dropout
         self.segment, self.first = segment, first
@@ -253,6 +257,7 @@ class CAMExLinear(_modules.Module):
             ValueError: `segment` does not divide L.
         """
         num_segments = self._num_segments(x)
+        _modules.check_dtype(x, self.w_gate)
         length = x.shape[1] // num_segments
         counted, any_counts = None, None
         if token_mask is not None:
@@ -401,6 +406,8 @@ class CAMExMLP(_modules.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        _check.integer("d_model", d_model, 1)
+        _check.integer("d_hidden", d_hidden, 1)
         _check.choice("activation", activation, ACTIVATIONS)
         self.activation = activation
         self.up = CAMExLinear(d_model, d_hidden, num_experts, **options)
@@ -418,7 +425,7 @@ class CAMExMLP(_modules.Module):
         Raises:
             ValueError: there is no base.
         """
-        up, down = (None, None) if bases is None else bases
+        up, down = _modules.pair_of_tensors("bases", bases)
         return _modules.lend(
             (self.up, self.down), lambda one, two: (one.deltas(up), two.deltas(down))
         )
@@ -443,8 +450,8 @@ class CAMExMLP(_modules.Module):
         Raises:
             ValueError: there is no base.
         """
-        base_up, base_down = (None, None) if bases is None else bases
-        up, down = (None, None) if deltas is None else deltas
+        base_up, base_down = _modules.pair_of_tensors("bases", bases)
+        up, down = _modules.pair_of_tensors("deltas", deltas)
         return _modules.lend(
             (self.up, self.down),
             lambda one, two: (
@@ -476,8 +483,8 @@ class CAMExMLP(_modules.Module):
         Raises:
             ValueError: `segment` does not divide L, or there is no base.
         """
-        base_up, base_down = (None, None) if bases is None else bases
-        up, down = (None, None) if deltas is None else deltas
+        base_up, base_down = _modules.pair_of_tensors("bases", bases)
+        up, down = _modules.pair_of_tensors("deltas", deltas)
         hidden, up_loss = self.up(x, base=base_up, deltas=up, token_mask=token_mask)
         y, down_loss = self.down(
             self._activate(hidden), base=base_down, deltas=down, token_mask=token_mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def momentum_update(
     """
     _check_rule(rule)
     _check_x(x)
-    f_dtypes = _f_dtypes(x)
+    f_dtypes = _dtypes.f_dtypes(x)
     _check.same_shape("f", f, f_dtypes, x, "x")
     state = states.checked(state, rule, x, f_dtypes)
     norm = _checked_norm(norm, x)
@@ -152,10 +153,10 @@ def moe_mlp_momentum(
     _check_x(x)
     width = x.shape[-1]
     inner = x if expert_input is None else expert_input
-    _check.same_shape("expert_input", inner, _f_dtypes(x), x, "x")
-    _check_routing("expert_index", expert_index, x)
-    _check_routing("expert_weight", expert_weight, x)
-    state = states.checked(state, rule, x, _f_dtypes(x))
+    _check.same_shape("expert_input", inner, _dtypes.f_dtypes(x), x, "x")
+    _check_routing("expert_index", expert_index, x, _dtypes.INDEX_DTYPES)
+    _check_routing("expert_weight", expert_weight, x, _dtypes.FLOAT_DTYPES)
+    state = states.checked(state, rule, x, _dtypes.f_dtypes(x))
     norm = _checked_norm(norm, x)
     _check_learned(rule, x)
     _philox.check(dropout_p, dropout_seed, x)
@@ -288,23 +289,18 @@ def _check_rule(rule: Any) -> None:
 
 
 def _check_x(x: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor [..., D], got {type(x).__name__}")
-    if x.dim() < 1 or x.shape[-1] < 1:
+    _check.trailing("x", x, "..., D")
+    if x.shape[-1] < 1:
         raise ValueError(f"x: expected shape [..., D] with D at least 1, got {list(x.shape)}")
-    _check.floating("x", x, "..., D", x.shape)
 
 
-def _check_routing(name: str, value: Any, x: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor [..., K], got {type(value).__name__}")
-    if value.dim() != x.dim() or value.shape[:-1] != x.shape[:-1]:
+def _check_routing(name: str, value: Any, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    _check.trailing(name, value, "..., K", dtypes=dtypes)
+    if value.shape[:-1] != x.shape[:-1] or value.shape[-1] < 1:
         leading = ", ".join(map(str, x.shape[:-1]))
-        raise ValueError(f"{name}: expected shape [{leading}, K], got {list(value.shape)}")
-
-
-def _f_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
-    return _dtypes.KERNEL_DTYPES if x.dtype in _dtypes.KERNEL_DTYPES else (x.dtype,)
+        raise ValueError(
+            f"{name}: expected shape [{leading}, K] with K at least 1, got {list(value.shape)}"
+        )
 
 
 def _checked_norm(norm: Any, x: Tensor) -> Norm | None:
@@ -324,4 +320,7 @@ def _checked_norm(norm: Any, x: Tensor) -> Norm | None:
 def _check_learned(rule: Rule, x: Tensor) -> None:
     for name, value in (("mu", rule.learned_mu), ("gamma", rule.learned_gamma)):
         if value is not None:
-            _check.device(f"rule.{name}", value, x)
+            dtypes = (
+                _dtypes.KERNEL_DTYPES if x.dtype in _dtypes.KERNEL_DTYPES else _dtypes.FLOAT_DTYPES
+            )
+            _check.tensor(f"rule.{name}", value, "1", value.shape, dtypes, x)

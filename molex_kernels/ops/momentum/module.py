@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from molex_kernels import _check, _modules, _published
+from molex_kernels import _check, _dtypes, _modules, _published
 from molex_kernels.ops.dispatch.module import PUBLISHED as EXPERTS
-from molex_kernels.ops.dispatch.module import MoEMLP
+from molex_kernels.ops.dispatch.module import MoEMLP, check_experts
+from molex_kernels.ops.momentum import state as states
 from molex_kernels.ops.momentum.api import dropout, moe_mlp_momentum, momentum_update
 from molex_kernels.ops.momentum.state import State
 from molex_kernels.ops.momentum.types import Rule
@@ -34,6 +35,14 @@ class MomentumOutput(NamedTuple):
     y: Tensor
     state: State
     routing: Sequence[Tensor]
+
+
+def _shaped(part: Tensor, x: Tensor) -> Tensor:
+    """[T, K] as [..., K], beside x [..., D]."""
+    tokens, rows = x.numel() // x.shape[-1], part.numel() // part.shape[-1]
+    if rows != tokens:
+        raise ValueError(f"routing: expected T={tokens} rows, as x has tokens, got {rows}")
+    return part.reshape(*x.shape[:-1], part.shape[-1])
 
 
 class MomentumMoE(_modules.Module):
@@ -96,6 +105,8 @@ class MomentumMoE(_modules.Module):
         _check.choice("wiring", wiring, WIRINGS)
         _check.choice("sign", sign, (1, -1))
         _check.probability("dropout", dropout)
+        check_experts(d_model, d_hidden, num_experts, activation, "concat", impl)
+        self.d_model = d_model
         self.rule = rule
         self.wiring = wiring
         self.sign = sign
@@ -152,17 +163,20 @@ class MomentumMoE(_modules.Module):
         Returns:
             (y [..., D], state, routing).
         """
+        _check.trailing("x", x, "..., D", width=self.d_model)
         rule = self.rule
+        state = states.checked(state, rule, x, _dtypes.f_dtypes(x))
+        experts, norm = self.experts, self.norm
+        if _modules.is_plain(experts, MoEMLP):
+            _modules.check_dtype(x, experts.w_up)
         published = self.wiring == "published"
         inner = rule.lookahead(x, state)
         if not published:
             inner = self.norm(inner)
         if routing is None:
             routing = self.router(inner)
-        index = routing[0].view(*x.shape[:-1], -1)
-        weight = routing[1].view(*x.shape[:-1], -1)
+        index, weight = (_shaped(part, x) for part in _modules.routing_pair("routing", routing))
         weight = weight if self.sign == 1 else -weight
-        experts, norm = self.experts, self.norm
         within = None
         if published and _modules.is_plain(norm, nn.LayerNorm):
             within = (norm.weight, norm.bias, norm.eps)

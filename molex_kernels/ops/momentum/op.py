@@ -14,6 +14,7 @@ from torch import Tensor
 
 from molex_kernels import _operators
 from molex_kernels._differentiable import Differentiable
+from molex_kernels._dtypes import HALF_DTYPES
 from molex_kernels.ops.dispatch import op as dispatch
 from molex_kernels.ops.momentum import reference
 from molex_kernels.ops.momentum.types import Coefficients
@@ -68,8 +69,12 @@ class Arguments(NamedTuple):
 
     @property
     def from_state(self) -> bool:
-        """Whether the new state, which lives on anyway, stands in for f in the backward pass."""
-        return self.num_states == 1 and self.gamma is None
+        """Whether the new state, which lives on anyway, stands in for f in the backward pass.
+
+        One of 16 bits has been rounded since the norm saw it, which f as it was given has not.
+        """
+        rounded = self.f is not None and self.s0 is not None and self.s0.dtype in HALF_DTYPES
+        return self.num_states == 1 and self.gamma is None and not (rounded and self.norm_eps)
 
     @property
     def needs_step(self) -> bool:

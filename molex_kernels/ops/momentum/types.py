@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from molex_kernels import _check
-from molex_kernels._dtypes import FLOAT_DTYPES
 
 Number = float | Tensor
 
@@ -405,8 +404,7 @@ def _float(value: Number) -> float:
 
 
 def _check_learned(name: str, value: Tensor) -> None:
-    if value.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name}: expected a floating tensor, got {value.dtype}")
+    _check.trailing(name, value, "1", 0)
     if value.numel() != 1:
         raise ValueError(f"{name}: expected a tensor of one element, got {list(value.shape)}")
 

@@ -15,6 +15,7 @@ from molex_kernels.ops.routing.types import RoutePlan, Routing
 
 for _name in ("topk_route", "ac_weights", "ac_route", "route_plan"):
     _backends.declare(_name, _backends.TRITON, _backends.CPU, _backends.REFERENCE)
+SCORES = reference.SCORES
 _MAX_EXPERTS = 1024  # the Triton router holds a token's logits in one block
 _MAX_TOP_K = 64
 _MAX_ASSIGNMENTS = 2**31 - 1  # the plan's offsets are int32
@@ -70,7 +71,7 @@ def topk_route(
     gate_weight, gate_bias, expert_bias = _dtypes.kept(x, gate_weight, gate_bias, expert_bias)
     _check_router(x, gate_weight, gate_bias, top_k)
     _vector_of_experts("expert_bias", expert_bias, x, gate_weight)
-    _check.choice("score", score, reference.SCORES)
+    _check.choice("score", score, SCORES)
     chosen = _backends.select(
         "topk_route", impl, x, triton=_why_not_router(gate_weight.shape[0], top_k)
     )

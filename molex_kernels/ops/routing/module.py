@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.utils import parametrize
 
-from molex_kernels import _check, _modules, _published
-from molex_kernels.ops.routing.api import ac_route, normalized_gate, topk_route
+from molex_kernels import _backends, _check, _modules, _published
+from molex_kernels.ops.routing import recipes
+from molex_kernels.ops.routing.api import SCORES, ac_route, normalized_gate, topk_route
 from molex_kernels.ops.routing.types import Routing
 
 ROW_NORM = 1.5  # of the published cosine gate's rows
@@ -36,6 +37,7 @@ class _Gate(_modules.Module):
         _check.integer("d_model", d_model, 1)
         _check.integer("num_experts", num_experts, 1)
         _check.integer("top_k", top_k, 1, num_experts, of=" experts")
+        _backends.check_impl(impl)
         self.top_k = top_k
         self.impl = impl
         self.weight = nn.Parameter(torch.empty(num_experts, d_model, device=device, dtype=dtype))
@@ -74,6 +76,13 @@ class _Gate(_modules.Module):
         return f"d_model={d_model}, num_experts={num_experts}, top_k={self.top_k}, bias={has_bias}"
 
 
+def _rows(name: str, x: Tensor, weight: Tensor) -> Tensor:
+    """[..., D] as [T, D], checked against the gate's weight [E, D]."""
+    width = weight.shape[1]
+    _check.trailing(name, x, "..., D", width=width)
+    return x.reshape(-1, width)
+
+
 class TopKRouter(_Gate):
     """A linear gate and `topk_route`.
 
@@ -100,6 +109,7 @@ class TopKRouter(_Gate):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        _check.choice("score", score, SCORES)
         super().__init__(d_model, num_experts, top_k, bias, impl, device, dtype)
         self.score = score
         self.reset_parameters()
@@ -115,9 +125,10 @@ class TopKRouter(_Gate):
         Returns:
             The routing of T tokens.
         """
+        weight = self.weight
         return topk_route(
-            x.flatten(0, -2),
-            self.weight,
+            _rows("x", x, weight),
+            weight,
             top_k=self.top_k,
             gate_bias=self.bias,
             score=self.score,
@@ -176,6 +187,7 @@ class ACRouter(_Gate):
     ) -> None:
         if cosine and bias:
             raise ValueError("bias: expected False with cosine=True, got True")
+        recipes.resolve(recipe, stat, eps, clip, norm, empty)
         super().__init__(d_model, num_experts, top_k, bias, impl, device, dtype)
         self.cosine = cosine
         self.mix = mix
@@ -228,24 +240,25 @@ class ACRouter(_Gate):
             TypeError: a token_mask that is no bool tensor; else as `ac_route`.
             ValueError: a token_mask of another shape or device; else as `ac_route`.
         """
-        tokens = x.flatten(0, -2)
+        weight = self.weight
+        tokens = _rows("x", x, weight)
         if token_mask is not None:
             _check.tensor("token_mask", token_mask, "...", x.shape[:-1], (torch.bool,), x)
         if prev is None:
-            return self._plain(tokens)
-        index = prev[0]  # a plain tuple where it was traced
+            return self._plain(tokens, weight)
+        index, mixture = _modules.routing_pair("prev", prev)
         if token_mask is not None:
             index = torch.where(token_mask.reshape(-1, 1), index, -1)
         return ac_route(
             tokens,
-            self.weight,
+            weight,
             index,
-            prev[1],
+            mixture,
             top_k=self.top_k,
             gate_bias=self.bias,
             cosine=self.cosine,
             mix=self.mix,
-            stats_from=None if stats_from is None else stats_from.flatten(0, -2),
+            stats_from=None if stats_from is None else _rows("stats_from", stats_from, weight),
             recipe=self.recipe,
             stat=self.stat,
             eps=self.eps,
@@ -256,8 +269,8 @@ class ACRouter(_Gate):
             impl=self.impl,
         )
 
-    def _plain(self, tokens: Tensor) -> Routing:
-        gate = normalized_gate(self.weight) if self.cosine else self.weight
+    def _plain(self, tokens: Tensor, weight: Tensor) -> Routing:
+        gate = normalized_gate(weight) if self.cosine else weight
         return topk_route(tokens, gate, top_k=self.top_k, gate_bias=self.bias, impl=self.impl)
 
     def _published_names(self) -> dict[str, str]:

@@ -218,15 +218,21 @@ def _check_scale(scale: Any) -> None:
         _check.number("scale", scale, -math.inf, exclusive=True)
 
 
+def check_bound(lam: Any, mu_width: Any, mu_divisor: Any) -> None:
+    """What T is computed from where it is not given."""
+    _check.number("lam", lam, 0.0)
+    if mu_width is not None:
+        _check.integer("mu_width", mu_width, 1)
+    _check.number("mu_divisor", mu_divisor, 0.0, exclusive=True)
+
+
 def _check_threshold(threshold: Any, lam: Any, mu_width: Any, mu_divisor: Any, k: Tensor) -> bool:
     """Whether `threshold` gives T itself."""
     if isinstance(threshold, str):
         _check.choice("threshold", threshold, THRESHOLDS)
-        _check.number("lam", lam, 0.0)
-        if mu_width is not None:
-            _check.integer("mu_width", mu_width, 1)
-        _check.number("mu_divisor", mu_divisor, 0.0, exclusive=True)
+        check_bound(lam, mu_width, mu_divisor)
         return False
+    check_bound(0.0 if lam is None else lam, mu_width, mu_divisor)  # which are not used
     if not isinstance(threshold, Tensor):
         if threshold != math.inf:
             _check.number("threshold", threshold, 0.0)

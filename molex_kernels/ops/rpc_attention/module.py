@@ -8,8 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molex_kernels import _check, _modules, _published
-from molex_kernels.ops.rpc_attention.api import CAUSAL, THRESHOLDS, rpc_attention, scaled_attention
+from molex_kernels import _backends, _check, _modules, _published
+from molex_kernels.ops.rpc_attention.api import (
+    CAUSAL,
+    THRESHOLDS,
+    check_bound,
+    rpc_attention,
+    scaled_attention,
+)
 
 S_KINDS = ("scalar", "matrix")
 
@@ -35,6 +41,8 @@ class _Attention(_modules.Module):
             raise ValueError(f"dim: expected a multiple of num_heads={num_heads}, got {dim}")
         _check.probability("attn_drop", attn_drop)
         _check.probability("proj_drop", proj_drop)
+        _backends.check_impl(impl)
+        self.dim = dim
         self.num_heads = num_heads
         self.parts = parts
         self.attn_drop = attn_drop
@@ -50,7 +58,11 @@ class _Attention(_modules.Module):
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """[B, N, C] -> [B, H, N, d] for each of q (where there is one), k and v."""
-        batch, tokens, dim = x.shape
+        dim = self.dim
+        _check.floating("x", x, "B, N, C", (None, None, dim))
+        if _modules.is_plain(self.qkv, nn.Linear):
+            _modules.check_dtype(x, self.qkv.weight)
+        batch, tokens = x.shape[:2]
         parts = self.qkv(x).view(batch, tokens, self.parts, self.num_heads, dim // self.num_heads)
         return parts.permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -128,7 +140,7 @@ class RPCAttention(_Attention):
         _check.choice("threshold", threshold, THRESHOLDS)
         _check.choice("causal", causal, CAUSAL)
         _check.integer("num_iters", num_iters, 1)
-        _check.number("lam", lam, 0.0)
+        check_bound(lam, mu_width, mu_divisor)
         where: Any = {"device": device, "dtype": dtype}
         drops = (attn_drop, proj_drop)
         super().__init__(dim, num_heads, len(projection), qkv_bias, *drops, impl, where)
