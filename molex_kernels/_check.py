@@ -153,6 +153,13 @@ def choice(name: str, value: Any, allowed: Collection[Any]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def flags(**values: Any) -> None:
+    """Each is True or False: any other value has a truth, too, but not the one that was meant."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
 def _type(name: str, value: Any, shape: str, dtypes: Sequence[torch.dtype]) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")

@@ -10,6 +10,15 @@ from torch import Tensor, nn
 from molex_kernels import _check
 
 
+def below(prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries whose names start with the prefix."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: expected tensors by name, got {type(state_dict).__name__}")
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix: expected a str, got {type(prefix).__name__}")
+    return {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+
+
 @torch.no_grad()
 def load(
     module: nn.Module,
@@ -21,8 +30,9 @@ def load(
 
     A published name may stand under any prefix; parameters `besides` are not published. Everything
     is checked before anything is copied: ValueError for a missing name, a name under two prefixes,
-    another shape, or a module whose parameters were wrapped.
+    another shape, or a module whose parameters were wrapped, TypeError for what is no such tensor.
     """
+    state_dict = below("", state_dict)
     there = [name for name, _ in module.named_parameters()]
     for own in there:
         if own not in names and own not in besides:

@@ -92,6 +92,7 @@ DOES_NOT_FIT: dict[str, Change] = {
 }
 NUMBERS = (2**70, -(2**70), 10**400, -(10**400), math.nan, math.inf, -math.inf, "x", None, [], 1j)
 NOT_NUMBERS = ("x", [], 1j)
+NOT_FLAGS = (0, 1, "no", None, [])
 
 
 def _cases(info: OpInfo, count: int, seed: int) -> list[Case]:
@@ -160,6 +161,37 @@ def test_sizes_of_zero(name: str, impl: str, seed: int, monkeypatch: pytest.Monk
     assert ran
 
 
+# "sdpa" is PyTorch's.
+OURS_ALONE = [(n, i) for n, i in IMPLEMENTATIONS if i not in ("reference", "sdpa")]
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e5])
+@pytest.mark.parametrize(("name", "impl"), OURS_ALONE)
+def test_large_numbers(name: str, impl: str, factor: float, seed: int) -> None:
+    """What is finite in fp32 with PyTorch's operators is finite here, forward and backward."""
+    info = OPS[name]
+    ran = 0
+    for case in _cases(info, 6, seed):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = info.make(case, torch.float32, DEVICE, generator)
+        for key in info.differentiable:
+            if isinstance(inputs.get(key), Tensor):
+                inputs[key] = inputs[key] * factor
+        if "scale" in inspect.signature(info.function).parameters:
+            inputs["scale"] = 0.1  # no power of two, so that scores are rounded
+        results = calls.run(info, inputs, "reference", None).results
+        upstream = {key: torch.ones_like(r) for key, r in results.items()}
+        want, got = (calls.run(info, inputs, i, upstream) for i in ("reference", impl))
+        expected, found = ({**o.results, **o.gradients} for o in (want, got))
+        # Near the largest number the order of a sum decides.
+        if not all((value.abs() < 1e30).all() for value in expected.values()):
+            continue
+        ran += 1
+        for key in expected:
+            assert found[key].isfinite().all(), f"{case.id}: {key}"
+    assert ran
+
+
 def _arguments(info: OpInfo, inputs: dict[str, Any]) -> set[str]:
     """Every name that an error may begin with."""
     names = {PUBLIC.get(key, key) for key in inputs} | set(inputs)
@@ -184,8 +216,11 @@ def _spoilt(inputs: dict[str, Any]) -> Iterator[tuple[str, str, Any, bool]]:
                     yield key, kind, change(value), True
             for kind, change in DOES_NOT_FIT.items():
                 yield key, kind, change(value), False
-        elif key in NOT_PUBLIC or isinstance(value, bool):
+        elif key in NOT_PUBLIC:
             continue
+        elif isinstance(value, bool):
+            for other in NOT_FLAGS if key != "causal" else ("x", None, [], 3):
+                yield key, "flag", other, True
         elif isinstance(value, int | float):
             for number in NUMBERS:
                 yield key, "number", number, True
@@ -231,7 +266,7 @@ def _faults(
     kind: str, value: Any, results: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]
 ) -> Iterator[str]:
     """Why the result of a call with a spoilt argument may not be one."""
-    if kind in ("option", *NO_SUCH_TENSOR) or (kind == "number" and value in NOT_NUMBERS):
+    if kind in ("option", "flag", *NO_SUCH_TENSOR) or (kind == "number" and value in NOT_NUMBERS):
         yield "no error"
     if kind == "number":
         for key, result in results.items():
@@ -248,46 +283,92 @@ def _short(value: Any) -> str:
     return "" if isinstance(value, Tensor) else repr(value)
 
 
-SIZES: dict[str, dict[str, Any]] = {
-    "TopKRouter": {"d_model": 4, "num_experts": 3, "top_k": 2},
-    "ACRouter": {"d_model": 4, "num_experts": 3, "top_k": 2},
-    "MoEMLP": {"d_model": 4, "d_hidden": 5, "num_experts": 3},
-    "MomentumMoE": {
-        "d_model": 4,
-        "d_hidden": 5,
-        "num_experts": 3,
-        "top_k": 2,
-        "rule": mk.HeavyBall(0.7),
-    },
-    "CAMExLinear": {"in_features": 4, "out_features": 6, "num_experts": 3},
-    "CAMExMLP": {"d_model": 4, "d_hidden": 6, "num_experts": 3},
-    "RPCAttention": {"dim": 4, "num_heads": 2},
-    "ScaledAttention": {"dim": 4, "num_heads": 2, "num_tokens": 5, "kind": "matrix"},
+def _of_linear(**options: Any) -> Any:
+    return mk.CAMExLinear.from_linear(**{"linear": torch.nn.Linear(4, 6), **options})
+
+
+def _of_transformers(**options: Any) -> Any:
+    transformers = pytest.importorskip("transformers", exc_type=ImportError)
+    sizes = {"n_embd": 8, "n_layer": 2, "n_head": 2, "vocab_size": 20}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2Model(config)
+    return mk.LayerExpertStack.from_transformers(**{"model": model, **options})
+
+
+# By name: what makes it, good arguments, and whose options are its own.
+_EXPERTS = {"d_model": 4, "d_hidden": 5, "num_experts": 3}
+_ROUTER = {"d_model": 4, "num_experts": 3, "top_k": 2}
+_CURVED = {"in_features": 4, "out_features": 6, "num_experts": 3}
+CONSTRUCTORS: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[Any, ...]]] = {
+    "TopKRouter": (mk.TopKRouter, _ROUTER, ()),
+    "ACRouter": (mk.ACRouter, _ROUTER, ()),
+    "MoEMLP": (mk.MoEMLP, _EXPERTS, ()),
+    "MomentumMoE": (mk.MomentumMoE, {**_EXPERTS, "top_k": 2, "rule": mk.HeavyBall(0.7)}, ()),
+    "CAMExLinear": (mk.CAMExLinear, _CURVED, ()),
+    "CAMExLinear.from_linear": (
+        _of_linear,
+        {"num_experts": 3},
+        (mk.CAMExLinear.from_linear, mk.CAMExLinear),
+    ),
+    "CAMExMLP": (mk.CAMExMLP, {"d_model": 4, "d_hidden": 6, "num_experts": 3}, (mk.CAMExLinear,)),
+    "LayerExpertStack.from_transformers": (
+        _of_transformers,
+        {"individual_gates": True},
+        (mk.LayerExpertStack.from_transformers,),
+    ),
+    "RPCAttention": (mk.RPCAttention, {"dim": 4, "num_heads": 2}, ()),
+    "ScaledAttention": (
+        mk.ScaledAttention,
+        {"dim": 4, "num_heads": 2, "num_tokens": 5, "kind": "matrix"},
+        (),
+    ),
+    "HeavyBall": (mk.HeavyBall, {"mu": 0.7}, ()),
+    "Nesterov": (mk.Nesterov, {"mu": 0.7}, ()),
+    "Adam": (mk.Adam, {}, ()),
+    "RobustMomentum": (
+        mk.RobustMomentum,
+        {"smoothness": 10.0, "convexity": 0.5, "rho": 0.9},
+        (),
+    ),
+    "AdEMAMix": (mk.AdEMAMix, {}, ()),
+    "Signum": (mk.Signum, {"beta": 0.5}, ()),
+    "Mars": (mk.Mars, {}, ()),
 }
 # torch's own, and what any value is right for.
-OTHERS = {"device", "dtype", "process_group", "options"}
+OTHERS = {"device", "dtype", "process_group", "options", "self", "kwargs", "args"}
+# What whoever hands options on to another constructor has from elsewhere.
+_OF_THE_LAYER = {"in_features", "out_features", "bias"}
 
 
-@pytest.mark.parametrize("name", SIZES)
+def _options(name: str) -> Iterator[tuple[str, str]]:
+    """(option, its annotation) of a constructor."""
+    make, _, more = CONSTRUCTORS[name]
+    for source in more or (make,):
+        for option, parameter in inspect.signature(source).parameters.items():
+            if option not in (OTHERS | (_OF_THE_LAYER if more else set())):
+                yield option, str(parameter.annotation)
+
+
+def _bad(annotation: str) -> tuple[Any, ...]:
+    if annotation == "bool":
+        return (*NOT_FLAGS, object())
+    if "int" in annotation or "float" in annotation or annotation == "Number":
+        huge = (2**70, 10**400) if "int" in annotation else (10**400,)
+        return ("no such", [], {}, math.nan, 1j, *huge)
+    # There may be no names at all.
+    return ("no such", 3, object(), *(() if "Sequence" in annotation else ([], {})))
+
+
+@pytest.mark.parametrize("name", CONSTRUCTORS)
 def test_one_bad_option_of_a_constructor(name: str) -> None:
-    kind = getattr(mk, name)
-    parameters = dict(inspect.signature(kind).parameters)
-    if "options" in parameters:
-        parameters |= inspect.signature(mk.CAMExLinear).parameters
-        parameters = {
-            k: v for k, v in parameters.items() if k not in ("in_features", "out_features")
-        }
+    make, good, _ = CONSTRUCTORS[name]
     wrong = []
-    for option, parameter in parameters.items():
-        if option in OTHERS or str(parameter.annotation) == "bool":
-            continue
-        is_number = "int" in str(parameter.annotation) or "float" in str(parameter.annotation)
-        values = ("no such", [], {}, math.nan) if is_number else ("no such", 3, [], {}, object())
-        for value in (*values, *((2**70, 10**400) if "int" in str(parameter.annotation) else ())):
+    for option, annotation in _options(name):
+        for value in _bad(annotation):
             what = f"{option}={_short(value)}"
             try:
                 with torch.device("meta"):
-                    kind(**{**SIZES[name], option: value})
+                    make(**{**good, option: value})
             except (TypeError, ValueError) as error:
                 if not str(error).startswith(f"{option}: "):
                     wrong.append(f"{what}: {error}")
@@ -296,6 +377,28 @@ def test_one_bad_option_of_a_constructor(name: str) -> None:
             else:
                 wrong.append(f"{what}: no error")
     assert not wrong, "\n".join(wrong)
+
+
+LOADERS = [
+    name for name in modules.MODULES if hasattr(getattr(mk, name.split("-")[0]), "load_published")
+]
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_bad_checkpoint(name: str, seed: int) -> None:
+    module = modules.make(name, seed)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    with pytest.raises(ValueError, match="state_dict: expected one name ending in") as missing:
+        module.load_published({})
+    for bad in (3, None, "x", [], torch.zeros(3)):
+        with pytest.raises(TypeError, match=r"^state_dict: expected tensors by name, got "):
+            module.load_published(bad)
+    (first,) = re.findall("ending in '(.*)',", str(missing.value))
+    prefix = "wi." if name == "CAMExMLP" else ""
+    for value in (3, None, torch.zeros(1, 2, 3, 4, 5), torch.zeros(2, dtype=torch.int8)):
+        with pytest.raises((TypeError, ValueError), match=rf"^({re.escape(first)}|state_dict): "):
+            module.load_published({prefix + first: value})
+    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
 
 
 @pytest.mark.parametrize("name", modules.MODULES)

@@ -194,6 +194,22 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("impl", LOSS_IMPLS)
+@pytest.mark.parametrize("temperature", [0.3, 1e300])
+def test_large_logits_at_any_temperature(generator, impl: str, temperature: float):
+    """Of the largest logit, only one of two equal products may not be rounded."""
+    logits = (_tokens(generator, 64, 8) * 1e9).requires_grad_()
+    index = logits.detach().topk(2).indices
+    found = mk.load_balance_loss(
+        mk.Routing(index, None, logits), temperature=temperature, impl=impl
+    )
+    probability = (logits.detach().double() / temperature).softmax(1).mean(0)
+    share = torch.bincount(index.flatten(), minlength=8) / index.numel()
+    assert found.item() == pytest.approx(8 * (share * probability).sum().item(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(found, logits)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", LOSS_IMPLS)
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("tokens", [7, 1200])
 def test_a_masked_token_is_as_one_taken_out(generator, impl: str, loss, tokens: int):

@@ -58,6 +58,8 @@ def install_rpc_attention(
             f"model: expected one with blocks, as timm's vision transformers have, "
             f"got {type(model).__name__}"
         )
+    if layers is not None and not isinstance(layers, Iterable):
+        raise TypeError(f"layers: expected indices of blocks or None, got {layers!r}")
     chosen = list(range(len(blocks)) if layers is None else layers)
     for index in chosen:
         _check.integer("layers", index, 0, len(blocks) - 1, " (the last block)")

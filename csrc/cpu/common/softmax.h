@@ -48,8 +48,8 @@ struct Exponentials {
   float largest, sum;
 };
 
-// p_i = e^(scale z_i - m), where m is the largest scaled value, then zeros up to whole vectors. Returns {m,
-// sum_i p_i}. p may be z.
+// p_i = e^(scale (z_i - m)), where m is the largest value and scale > 0, then zeros up to whole vectors.
+// Returns {m, sum_i p_i}. p may be z.
 MOLEX_INLINE Exponentials exponentials_of(const float* z, float scale, float* p, int64_t count) {
   const int64_t whole = wide_of(count);
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
@@ -59,10 +59,10 @@ MOLEX_INLINE Exponentials exponentials_of(const float* z, float scale, float* p,
     z = p;
   }
   Wide most = Wide{} + kLowest, sum = {};
-  for (int64_t i = 0; i < whole; i += kWide) most = larger(load(z + i) * scale, most);
+  for (int64_t i = 0; i < whole; i += kWide) most = larger(load(z + i), most);
   const float largest = largest_lane(most);
   for (int64_t i = 0; i < whole; i += kWide) {
-    const Wide made = exp_of(load(z + i) * scale - largest);
+    const Wide made = exp_of((load(z + i) - largest) * scale);
     store(p + i, made);
     sum += made;
   }

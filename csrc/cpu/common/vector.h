@@ -105,6 +105,18 @@ MOLEX_INLINE auto largest_lane(V x) {
   })[0];
 }
 
+// The product x as it is rounded, of one register. GCC fuses a product with the difference that takes it; of
+// two large equal numbers, only one of them rounded, that leaves the rounding.
+template <class V>
+MOLEX_INLINE V rounded(V x) {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // A float's bits, or those of each lane, and back.
 template <class V>
 MOLEX_INLINE auto bits_of(V x) {

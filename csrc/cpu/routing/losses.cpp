@@ -4,6 +4,7 @@
 // the number of threads.
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -57,6 +58,12 @@ class Counted {
   std::optional<Tensor> mask_;
   const bool* counts_ = nullptr;
 };
+
+// 1 / temperature within the normal numbers: 0 and infinity would make NaN of infinite logits and of 0.
+float scale_at(double temperature) {
+  using Limits = std::numeric_limits<float>;
+  return static_cast<float>(std::clamp<double>(1.0 / temperature, Limits::min(), Limits::max()));
+}
 
 // sums += softmax(scale z_t) over those of `count` tokens that count. `sums` and `row` have whole vectors.
 constexpr auto add_probabilities = molex::versions([](auto,
@@ -223,7 +230,7 @@ std::tuple<Tensor, Tensor> load_balance_fwd(const Tensor& logits,
     const int64_t size = (last - first) * experts;
     std::vector<float> row(whole), scratch(from.dtype == ScalarType::Float ? 0 : size);
     const float* z = molex::read(from, first * experts, size, scratch.data());
-    const float scale = static_cast<float>(1.0 / temperature);
+    const float scale = scale_at(temperature);
     add_probabilities(z, counted.from(first), scale, last - first, experts, row.data(), &sums[chunk * whole]);
   });
   float* slope = slopes.mutable_data_ptr<float>();
@@ -243,7 +250,7 @@ Tensor load_balance_bwd(const Tensor& grad,
                         const Tensor& slopes,
                         std::optional<Tensor> mask,
                         double temperature) {
-  const float upstream = molex::scalar_of(grad), scale = static_cast<float>(1.0 / temperature);
+  const float upstream = molex::scalar_of(grad), scale = scale_at(temperature);
   const float* slope = slopes.const_data_ptr<float>();
   const Counted counted(mask);
   return logits_gradient(logits, [&](const float* z, int64_t first, int64_t count, float* row, float* dz) {

@@ -37,7 +37,7 @@ MOLEX_INLINE void find_largest(const Scores& scores, float* by_column, const Vis
     const int32_t seen = scores.seen(r);
     Floats<LANES> row = broadcast<LANES>(-kInfinity);
     for (int v = 0; v < vectors; ++v) {
-      Floats<LANES> z = load<LANES>(scores.z + r * kBlock + v * LANES) * scores.scale;
+      Floats<LANES> z = rounded(load<LANES>(scores.z + r * kBlock + v * LANES) * scores.scale);
       if constexpr (PARTIAL) z = count_from<LANES>(v * LANES) < seen ? z : broadcast<LANES>(-kInfinity);
       row = larger(z, row);
       columns[v] = larger(z, columns[v]);
@@ -84,7 +84,7 @@ MOLEX_INLINE void probabilities(
     const int32_t seen = scores.seen(r);
     Floats<LANES> sum = load<LANES>(rows.lanes + r * kPad);
     for (int v = 0; v < vectors; ++v) {
-      const Floats<LANES> z = load<LANES>(scores.z + r * kBlock + v * LANES) * scores.scale;
+      const Floats<LANES> z = rounded(load<LANES>(scores.z + r * kBlock + v * LANES) * scores.scale);
       Floats<LANES> above = z - shift;
       if constexpr (PARTIAL)
         above = count_from<LANES>(v * LANES) < seen ? above : broadcast<LANES>(-kInfinity);

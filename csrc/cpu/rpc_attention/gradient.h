@@ -63,7 +63,7 @@ MOLEX_INLINE void probabilities(const Scores& scores,
     Floats<LANES> sum = load<LANES>(rows.lanes + r * kPad);
     for (int v = 0; v < vectors; ++v) {
       const int64_t at = r * kBlock + v * LANES;
-      const Floats<LANES> z = load<LANES>(scores.z + at) * scores.scale;
+      const Floats<LANES> z = rounded(load<LANES>(scores.z + at) * scores.scale);
       Floats<LANES> weight = exponential(z - shift) * inverse, upstream = load<LANES>(by_row.upstream + at);
       if constexpr (PARTIAL) {
         const auto sees = count_from<LANES>(v * LANES) < seen;

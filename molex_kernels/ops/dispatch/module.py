@@ -27,6 +27,7 @@ def check_experts(
     num_experts: int,
     activation: str,
     gate_layout: str,
+    bias: bool,
     impl: str | None,
 ) -> None:
     """The options of experts, before anything is allocated."""
@@ -35,6 +36,7 @@ def check_experts(
     _check.integer("num_experts", num_experts, 1)
     _check.choice("activation", activation, tuple(ACTIVATIONS))
     _check.choice("gate_layout", gate_layout, GATE_LAYOUTS)
+    _check.flags(bias=bias)
     _backends.check_impl(impl)
 
 
@@ -74,7 +76,7 @@ class MoEMLP(_modules.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_experts(d_model, d_hidden, num_experts, activation, gate_layout, impl)
+        check_experts(d_model, d_hidden, num_experts, activation, gate_layout, bias, impl)
         self.activation = activation
         self.gate_layout = gate_layout
         self.impl = impl

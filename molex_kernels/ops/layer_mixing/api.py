@@ -116,6 +116,7 @@ def layer_linear(
             MOLEX_DEBUG=1 an index outside the layers.
         NotImplementedError: the explicit `impl` cannot run.
     """
+    _check.flags(shared=shared)
     _check.trailing("x", x, "..., D" if shared else "G, ..., D", 1 if shared else 2)
     dtypes = _dtypes.parameter_dtypes(x)
     branches = None if shared else x.shape[0]

@@ -121,6 +121,8 @@ LAYOUTS = (
 
 def layers_of(model: nn.Module) -> tuple[Layout, list[nn.Module]]:
     """The one list of layers in the model that has a known layout, and that layout."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
     for module in model.modules():
         if not isinstance(module, nn.ModuleList) or not len(module):
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -152,6 +152,15 @@ class LayerExpertStack(_modules.Module):
                 beside PEFT's.
         """
         _backends.check_impl(impl)
+        _check.flags(
+            individual_gates=individual_gates,
+            learn_mixing=learn_mixing,
+            individual_mixing=individual_mixing,
+            forward_only=forward_only,
+            straight_through=straight_through,
+            freeze=freeze,
+            published=published,
+        )
         kind, layers = layout.layers_of(model)
         facts = layout.facts_of(kind, layers)
         num_layers = len(layers)
@@ -169,6 +178,8 @@ class LayerExpertStack(_modules.Module):
         _check.integer("lora_rank", lora_rank, 0)
         _check.number("lora_alpha", lora_alpha, 0.0)
         _check.probability("lora_dropout", lora_dropout)
+        if isinstance(lora_targets, str) or not isinstance(lora_targets, Collection):
+            raise TypeError(f"lora_targets: expected a sequence of names, got {lora_targets!r}")
         for target in lora_targets:
             _check.choice("lora_targets", target, TARGETS)
 

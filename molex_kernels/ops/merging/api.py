@@ -136,6 +136,7 @@ def camex_merge(
     _check_experts(experts, base)
     _check_gates(gates, base, (None, experts.shape[0]))
     _check.number("alpha", alpha, -float("inf"))
+    _check.flags(normalize=normalize)
     _check_election(mask, elect, normalize, density)
     weights = _scaled(gates, 1.0, base.dtype)
     if elect == "unweighted" and not normalize and density == 1.0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,6 +120,7 @@ class CAMExLinear(_modules.Module):
             _check.integer("top_k", top_k, 1, num_experts, of=" experts")
         if segment is not None:
             _check.integer("segment", segment, 1)
+        _check.flags(bias=bias, own_base=own_base)
         _check.probability("expert_dropout", expert_dropout)
         _check.number("alpha", alpha, -float("inf"))
         _check.number("loss_coef", loss_coef, -float("inf"))
@@ -176,8 +177,18 @@ class CAMExLinear(_modules.Module):
 
         Returns:
             The merged layer.
+
+        Raises:
+            TypeError: a linear without a weight, or as the class.
+            ValueError: as the class.
         """
-        weight, bias = linear.weight, linear.bias
+        weight: Any = getattr(linear, "weight", None)
+        bias: Any = getattr(linear, "bias", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            raise TypeError(
+                f"linear: expected a layer with a weight [O, D], got {type(linear).__name__}"
+            )
+        _check.flags(transposed=transposed)
         weight = weight.mT if transposed else weight
         out_features, in_features = weight.shape
         module = cls(
@@ -343,9 +354,8 @@ class CAMExLinear(_modules.Module):
             ValueError: a missing name, a name under two prefixes, or another shape.
         """
         given = {
-            key: value.view(-1) if key.endswith("res_bias") else value
-            for key, value in state_dict.items()
-            if key.startswith(prefix)
+            key: value.view(-1) if key.endswith("res_bias") and isinstance(value, Tensor) else value
+            for key, value in _published.below(prefix, state_dict).items()
         }
         _published.load(self, given, PUBLISHED)
 
@@ -504,8 +514,10 @@ class CAMExMLP(_modules.Module):
             TypeError: a value that is no floating tensor.
             ValueError: as `CAMExLinear.load_published` does.
         """
-        self.up.load_published(state_dict, names[0] + ".")
-        self.down.load_published(state_dict, names[1] + ".")
+        if not isinstance(names, Sequence) or len(names) != 2:
+            raise TypeError(f"names: expected those of the two layers, got {names!r}")
+        self.up.load_published(state_dict, f"{names[0]}.")
+        self.down.load_published(state_dict, f"{names[1]}.")
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

@@ -105,7 +105,7 @@ class MomentumMoE(_modules.Module):
         _check.choice("wiring", wiring, WIRINGS)
         _check.choice("sign", sign, (1, -1))
         _check.probability("dropout", dropout)
-        check_experts(d_model, d_hidden, num_experts, activation, "concat", impl)
+        check_experts(d_model, d_hidden, num_experts, activation, "concat", bias, impl)
         self.d_model = d_model
         self.rule = rule
         self.wiring = wiring

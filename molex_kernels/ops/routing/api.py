@@ -220,6 +220,7 @@ def ac_route(
     """
     gate_weight, gate_bias, stats_from = _dtypes.kept(x, gate_weight, gate_bias, stats_from)
     _check_router(x, gate_weight, gate_bias, top_k)
+    _check.flags(cosine=cosine, mix=mix)
     tokens, dim = x.shape
     experts = gate_weight.shape[0]
     _check.index("prev_index", prev_index, "T, K'", (tokens, None), x)

@@ -37,6 +37,7 @@ class _Gate(_modules.Module):
         _check.integer("d_model", d_model, 1)
         _check.integer("num_experts", num_experts, 1)
         _check.integer("top_k", top_k, 1, num_experts, of=" experts")
+        _check.flags(bias=bias)
         _backends.check_impl(impl)
         self.top_k = top_k
         self.impl = impl
@@ -185,6 +186,7 @@ class ACRouter(_Gate):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        _check.flags(bias=bias, cosine=cosine, mix=mix)
         if cosine and bias:
             raise ValueError("bias: expected False with cosine=True, got True")
         recipes.resolve(recipe, stat, eps, clip, norm, empty)

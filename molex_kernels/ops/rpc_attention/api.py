@@ -107,6 +107,7 @@ def rpc_attention(
         _check.same_shape("q", q, (k.dtype,), k, "k")
     _check.integer("num_iters", num_iters, 1)
     _check.choice("causal", causal, CAUSAL)
+    _check.flags(return_sparse=return_sparse)
     _check_key_mask(key_mask, k)
     _check_scale(scale)
     _philox.check(dropout_p, dropout_seed, k)

@@ -41,6 +41,7 @@ class _Attention(_modules.Module):
             raise ValueError(f"dim: expected a multiple of num_heads={num_heads}, got {dim}")
         _check.probability("attn_drop", attn_drop)
         _check.probability("proj_drop", proj_drop)
+        _check.flags(qkv_bias=qkv_bias)
         _backends.check_impl(impl)
         self.dim = dim
         self.num_heads = num_heads
@@ -141,6 +142,7 @@ class RPCAttention(_Attention):
         _check.choice("causal", causal, CAUSAL)
         _check.integer("num_iters", num_iters, 1)
         check_bound(lam, mu_width, mu_divisor)
+        _check.flags(robust=robust)
         where: Any = {"device": device, "dtype": dtype}
         drops = (attn_drop, proj_drop)
         super().__init__(dim, num_heads, len(projection), qkv_bias, *drops, impl, where)
