@@ -49,6 +49,7 @@ class Heads(NamedTuple):
 
 
 _KINDS: dict[int, Any] = {1: Vec, 2: Mat, 3: Stack, 4: Heads}
+STRIDED = frozenset(_KINDS.values())
 
 
 def strided(x: Tensor | None) -> Any:

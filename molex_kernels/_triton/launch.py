@@ -1,4 +1,4 @@
-"""The one place that starts a kernel."""
+"""Starts a kernel with the configuration for its sizes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from molex_kernels._triton import tuning
+from molex_kernels._triton import direct, tuning
 from molex_kernels._triton.tuning import Config, Options
 
 Blocks = Mapping[str, int]
@@ -35,9 +35,8 @@ def launch(
     """
 
     def start(config: Config) -> None:
-        kernel[tuple(grid(config.blocks))](
-            *_of(args, config.blocks), **constants, **config.launch_options()
-        )
+        blocks = config.blocks
+        direct.start(kernel, tuple(grid(blocks)), _of(args, blocks), constants, config)
 
     config = options[0]
     if tuning.AUTOTUNE:

@@ -6,6 +6,7 @@ and keeps the fastest, for later processes too (see `winners`). Without it nothi
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,10 @@ class Config:
 Options = tuple[Config, tuple[Config, ...]]  # the pinned configuration, and what a sweep tries
 
 
+# For the functions of sizes that give them: a launch asks at every call.
+kept = functools.lru_cache(maxsize=1024)
+
+
 def around(pinned: Config, *, warps: Sequence[int] = (), stages: Sequence[int] = ()) -> Options:
     """The pinned configuration, and the same tile with other warps and stages."""
     other = [replace(pinned, num_warps=n) for n in warps]
@@ -52,12 +57,14 @@ def around(pinned: Config, *, warps: Sequence[int] = (), stages: Sequence[int] =
 
 def aligned(*tensors: Tensor) -> bool:
     """Whether rows move 16 elements at a time: one unit stride, the others multiples of 16."""
-    return all(
-        t.data_ptr() % 16 == 0
-        and sorted(t.stride())[0] <= 1
-        and all(stride % 16 == 0 for stride in t.stride() if stride != 1)
-        for t in tensors
-    )
+    for tensor in tensors:
+        strides = tensor.stride()
+        if tensor.data_ptr() % 16 or min(strides) > 1:
+            return False
+        for stride in strides:
+            if stride % 16 and stride != 1:
+                return False
+    return True
 
 
 _chosen: dict[str, Config] = {}

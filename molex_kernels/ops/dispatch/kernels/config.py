@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from molex_kernels._triton.chips import KIB, Chip
-from molex_kernels._triton.tuning import Config, Options, around
+from molex_kernels._triton.tuning import Config, Options, around, kept
 
 GROUP = 8  # row tiles that share their columns' weights in the L2 cache
 
@@ -74,6 +74,7 @@ def rows_class(num_rows: int, num_experts: int) -> str:
     return "few" if average <= 32 else "some" if average <= 96 else "many"
 
 
+@kept
 def gemm(
     chip: Chip, dtype: torch.dtype, rows: str, aligned: bool, *, gated: bool = False
 ) -> Options:
@@ -88,6 +89,7 @@ def gemm(
     return (_SMALL_HALF if is_small else _HALF)[rows], _HALF_CANDIDATES
 
 
+@kept
 def hidden(chip: Chip, dtype: torch.dtype, rows: str, aligned: bool) -> Options:
     """For the product that goes back through the activation: it holds H beside the product."""
     if not aligned:
@@ -97,6 +99,7 @@ def hidden(chip: Chip, dtype: torch.dtype, rows: str, aligned: bool) -> Options:
     return _HALF_GATED[rows], _HALF_GATED_CANDIDATES
 
 
+@kept
 def wgrad(chip: Chip, dtype: torch.dtype, rows: str, aligned: bool) -> Options:
     """For the weights' gradient; BLOCK_T is the depth of the product here."""
     if not aligned:
@@ -108,6 +111,7 @@ def wgrad(chip: Chip, dtype: torch.dtype, rows: str, aligned: bool) -> Options:
     return _gemm(64, 128, 128, 8, 3), (_gemm(64, 128, 256, 8, 3), _gemm(32, 128, 128, 8, 4))
 
 
+@kept
 def combine(chip: Chip, num_features: int) -> Options:
     """About 8 elements to a thread; wide rows are read in long runs."""
     is_wide = num_features >= 1024
@@ -115,11 +119,13 @@ def combine(chip: Chip, num_features: int) -> Options:
     return around(Config(blocks, 4, 2), warps=(2, 8))
 
 
+@kept
 def bias(chip: Chip) -> Options:
     """For the sums of rows; BLOCK_T of them at a time."""
     return around(Config({"BLOCK_T": 16, "BLOCK_N": 32}, 4, 2), warps=(2, 8))
 
 
+@kept
 def weight(chip: Chip) -> Options:
     """For the gradient of the experts' weights."""
     return around(Config({"BLOCK_T": 16, "BLOCK_D": 128}, 4, 2), warps=(2, 8))

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from molex_kernels._dtypes import dot_precision
 from molex_kernels._triton import chips, tuning
 from molex_kernels._triton.arguments import strided
 from molex_kernels._triton.launch import launch
+from molex_kernels._triton.sizes import cdiv, next_power_of_2
 from molex_kernels.ops.dispatch.kernels import config
 from molex_kernels.ops.dispatch.kernels.combine import _dispatch_bwd_weight, _dispatch_fwd_combine
 from molex_kernels.ops.dispatch.kernels.gemm import _dispatch_fwd_gemm
@@ -46,11 +46,11 @@ class Rows:
     @property
     def block_e(self) -> int:
         """A power of two above the number of experts; one size serves all small numbers."""
-        return max(32, triton.next_power_of_2(self.num_experts + 1))
+        return max(32, next_power_of_2(self.num_experts + 1))
 
     def tiles(self, block: int) -> int:
         """At least as many tiles of `block` rows as all experts' rows need."""
-        return triton.cdiv(self.num_rows, block) + self.num_experts
+        return cdiv(self.num_rows, block) + self.num_experts
 
 
 def gemm(
@@ -74,7 +74,7 @@ def gemm(
     is_aligned = tuning.aligned(x, weight, out)
     launch(
         _dispatch_fwd_gemm,
-        lambda b: (rows.tiles(b["BLOCK_T"]) * triton.cdiv(num_columns, b["BLOCK_N"]),),
+        lambda b: (rows.tiles(b["BLOCK_T"]) * cdiv(num_columns, b["BLOCK_N"]),),
         lambda b: (
             *map(strided, (x, weight, bias, out, hidden)),
             *(rows.offsets, rows.permutation, rows.num_rows, rows.num_experts),
@@ -113,7 +113,7 @@ def hidden(
     partial: Tensor | None = None
 
     def tiles(blocks: Mapping[str, int]) -> tuple[int, int]:
-        return rows.tiles(blocks["BLOCK_T"]), triton.cdiv(num_columns, blocks["BLOCK_N"])
+        return rows.tiles(blocks["BLOCK_T"]), cdiv(num_columns, blocks["BLOCK_N"])
 
     def arguments(blocks: Mapping[str, int]) -> tuple[object, ...]:
         nonlocal partial
@@ -161,8 +161,8 @@ def wgrad(
     is_aligned = tuning.aligned(left, right, out)
 
     def grid(blocks: Mapping[str, int]) -> tuple[int]:
-        tiles = triton.cdiv(num_columns, blocks["BLOCK_N"])
-        return (num_experts * tiles * triton.cdiv(num_features, blocks["BLOCK_D"]),)
+        tiles = cdiv(num_columns, blocks["BLOCK_N"])
+        return (num_experts * tiles * cdiv(num_features, blocks["BLOCK_D"]),)
 
     launch(
         _dispatch_bwd_wgrad,
@@ -188,7 +188,7 @@ def bias(x: Tensor, expert_weight: Tensor | None, out: Tensor, rows: Rows) -> No
     num_columns = out.shape[1]
     launch(
         _dispatch_bwd_bias,
-        lambda b: (rows.num_experts * triton.cdiv(num_columns, b["BLOCK_N"]),),
+        lambda b: (rows.num_experts * cdiv(num_columns, b["BLOCK_N"]),),
         (
             *map(strided, (x, expert_weight, out)),
             *(rows.offsets, rows.permutation, rows.num_rows, num_columns, rows.top_k),
@@ -205,8 +205,8 @@ def combine(packed: Tensor, expert_weight: Tensor | None, out: Tensor, rows: Row
     num_tokens, num_features = out.shape
 
     def grid(blocks: Mapping[str, int]) -> tuple[int]:
-        tiles = triton.cdiv(num_features, blocks["BLOCK_D"])
-        return (triton.cdiv(num_tokens, blocks["BLOCK_T"]) * tiles,)
+        tiles = cdiv(num_features, blocks["BLOCK_D"])
+        return (cdiv(num_tokens, blocks["BLOCK_T"]) * tiles,)
 
     launch(
         _dispatch_fwd_combine,
@@ -226,7 +226,7 @@ def weight(partial: Tensor, dy: Tensor, b_down: Tensor | None, out: Tensor, rows
         return
     launch(
         _dispatch_bwd_weight,
-        lambda b: (triton.cdiv(rows.num_rows, b["BLOCK_T"]),),
+        lambda b: (cdiv(rows.num_rows, b["BLOCK_T"]),),
         (
             *map(strided, (partial, dy, b_down)),
             *(out, rows.offsets, rows.inverse, rows.num_rows, rows.num_experts),

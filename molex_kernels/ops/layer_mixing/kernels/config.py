@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from molex_kernels._triton.chips import Chip
-from molex_kernels._triton.tuning import Config, Options, around
+from molex_kernels._triton.sizes import next_power_of_2
+from molex_kernels._triton.tuning import Config, Options, around, kept
 
 MAX_PROGRAMS = 1024  # of mixing backwards: as many rows of partial sums
 TABLE = (Config({}, 1, 1), ())  # the same few stores on every chip
 VOTE_ELEMENTS = 4096
 
 
+@kept
 def bias(chip: Chip) -> Options:
     """For the gradient of the biases."""
     return around(Config({"BLOCK_T": 32, "BLOCK_N": 64}, 4, 2), warps=(2, 8))
@@ -23,6 +24,7 @@ def _product(rows: int, columns: int, features: int, num_warps: int, num_stages:
     return Config(blocks, num_warps, num_stages)
 
 
+@kept
 def linear(chip: Chip, dtype: torch.dtype, num_tokens: int, aligned: bool, rank: int) -> Options:
     """For a branch's product. An adapter holds x A^T beside it, so its tiles are smaller."""
     if not aligned:
@@ -44,9 +46,10 @@ def linear(chip: Chip, dtype: torch.dtype, num_tokens: int, aligned: bool, rank:
 
 def rank_block(rank: int, aligned: bool) -> int:
     """Ranks that are accumulated beside the product."""
-    return min(max(triton.next_power_of_2(rank), 16), 32 if aligned else 16)
+    return min(max(next_power_of_2(rank), 16), 32 if aligned else 16)
 
 
+@kept
 def wgrad(chip: Chip, dtype: torch.dtype, aligned: bool) -> Options:
     """For the parameters' gradient; BLOCK_T is the depth of the product here."""
     if not aligned:
@@ -56,6 +59,7 @@ def wgrad(chip: Chip, dtype: torch.dtype, aligned: bool) -> Options:
     return _product(64, 128, 64, 8, 3), (_product(64, 128, 128, 8, 3), _product(64, 64, 64, 4, 3))
 
 
+@kept
 def mix(chip: Chip, num_features: int, has_norm: bool, *, backward: bool) -> Options:
     """Whole rows to a program for a norm, else pieces of rows.
 
@@ -64,15 +68,16 @@ def mix(chip: Chip, num_features: int, has_norm: bool, *, backward: bool) -> Opt
     if not has_norm:
         width = 512 if num_features >= 1024 else 128
         return around(Config({"BLOCK_T": 1024 // width, "BLOCK_D": width}, 4, 1), warps=(2, 8))
-    width = max(triton.next_power_of_2(num_features), 128)
+    width = max(next_power_of_2(num_features), 128)
     each = 32 * (4 if backward else 8)
     warps = min(max(width // each, 4), 32)
     pinned = Config({"BLOCK_T": max(each * warps // width, 1), "BLOCK_D": width}, warps, 1)
     return around(pinned, warps=(max(warps // 2, 1), min(2 * warps, 32)))
 
 
+@kept
 def vote(chip: Chip, num_layers: int) -> Options:
     """One program reads everything, in long steps."""
-    block_l = max(triton.next_power_of_2(num_layers), 2)
+    block_l = max(next_power_of_2(num_layers), 2)
     rows = max(VOTE_ELEMENTS // block_l, 1)
     return around(Config({"BLOCK_T": min(rows, 512), "BLOCK_L": block_l}, 8, 2), warps=(4, 16))

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from molex_kernels._dtypes import dot_precision
 from molex_kernels._triton import chips, tuning
 from molex_kernels._triton.arguments import Stack, strided
 from molex_kernels._triton.launch import launch
+from molex_kernels._triton.sizes import cdiv, next_power_of_2
 from molex_kernels.ops.layer_mixing import types
 from molex_kernels.ops.layer_mixing.kernels import config
 from molex_kernels.ops.layer_mixing.kernels.layers import _layer_mixing_fwd_table
@@ -163,7 +163,7 @@ def layer_mix_backward(given: Any) -> tuple[Tensor, ...]:
             _layer_mixing_bwd_mix,
             lambda b: (programs(b),),
             arguments,
-            {"BLOCK_G": triton.next_power_of_2(branches)},
+            {"BLOCK_G": next_power_of_2(branches)},
             config.mix(
                 chips.of(given.outputs.device), features, given.dnormed is not None, backward=True
             ),
@@ -220,8 +220,8 @@ def _wgrad(left: Tensor, right: Tensor, index: Tensor, out: Tensor, scaling: flo
     num_columns, num_features = out.shape[1:]
 
     def grid(blocks: Mapping[str, int]) -> tuple[int]:
-        tiles = triton.cdiv(num_columns, blocks["BLOCK_N"])
-        return (index.shape[0] * tiles * triton.cdiv(num_features, blocks["BLOCK_D"]),)
+        tiles = cdiv(num_columns, blocks["BLOCK_N"])
+        return (index.shape[0] * tiles * cdiv(num_features, blocks["BLOCK_D"]),)
 
     launch(
         _layer_mixing_bwd_wgrad,
@@ -241,7 +241,7 @@ def _bias(dy: Tensor, index: Tensor, out: Tensor) -> None:
         return
     launch(
         _layer_mixing_bwd_bias,
-        lambda b: (index.shape[0] * triton.cdiv(out.shape[1], b["BLOCK_N"]),),
+        lambda b: (index.shape[0] * cdiv(out.shape[1], b["BLOCK_N"]),),
         (*map(strided, (dy, index, out)), out.shape[0], index.shape[0], *dy.shape[1:]),
         {},
         config.bias(chips.of(out.device)),
@@ -260,7 +260,7 @@ def _table(tensors: Sequence[Tensor], dims: int) -> Group | None:
         return None
     if tensors[0].dim() == dims:
         return Group(tensors[0], None, tensors[0].data_ptr() % 16 == 0)
-    count = triton.cdiv(len(tensors), ADDRESSES) * ADDRESSES
+    count = cdiv(len(tensors), ADDRESSES) * ADDRESSES
     table = tensors[0].new_empty(count, dtype=torch.int64)
     padded = [*tensors, *[tensors[0]] * (count - len(tensors))]
     for first in range(0, count, ADDRESSES):
@@ -292,4 +292,4 @@ def _of_layers(group: Group | None) -> tuple[Stack | None, Tensor | None]:
 def _tiles(x: Tensor, blocks: Mapping[str, int], columns: str = "BLOCK_D") -> int:
     """Tiles of a matrix."""
     num_rows, num_columns = x.shape
-    return triton.cdiv(num_rows, blocks["BLOCK_T"]) * triton.cdiv(num_columns, blocks[columns])
+    return cdiv(num_rows, blocks["BLOCK_T"]) * cdiv(num_columns, blocks[columns])

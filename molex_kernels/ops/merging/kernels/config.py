@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from molex_kernels._triton.chips import Chip
-from molex_kernels._triton.tuning import Config, Options, around
+from molex_kernels._triton.tuning import Config, Options, around, kept
 
 MAX_UNROLLED = 8  # experts up to which a tile's merge is one straight run, its loads in flight
 MIN_PROGRAMS = 132  # segments go in pairs where that leaves a program for each SM of a large GPU
 PARTS = 32  # of the sum behind a factor's gradient: with the experts, enough programs for a GPU
 
 
+@kept
 def mask(chip: Chip) -> Options:
     """For what goes element by element."""
     return around(Config({"BLOCK_O": 4, "BLOCK_D": 128}, 4, 2), warps=(2, 8))
@@ -35,6 +36,7 @@ def is_paired(
     return programs >= MIN_PROGRAMS
 
 
+@kept
 def linear(chip: Chip, dtype: torch.dtype, num_tokens: int, aligned: bool, paired: bool) -> Options:
     """For the product with merged weights. A stage holds base and deltas, so it is shallow."""
     if not aligned:
@@ -56,6 +58,7 @@ def linear(chip: Chip, dtype: torch.dtype, num_tokens: int, aligned: bool, paire
     return _linear(128, 64, 32, 4, 3), candidates
 
 
+@kept
 def weights(chip: Chip, dtype: torch.dtype, aligned: bool) -> Options:
     """For the gradient of the weights; BLOCK_T is the depth of the product here.
 
@@ -68,6 +71,7 @@ def weights(chip: Chip, dtype: torch.dtype, aligned: bool) -> Options:
     return _linear(64, 64, 32, 8, 3), (_linear(64, 64, 32, 4, 3), _linear(32, 64, 32, 8, 3))
 
 
+@kept
 def mode(chip: Chip, size: int, inner: int, precision: str) -> Options:
     """For a product along a mode."""
     if precision == "ieee":  # without tensor cores the operands stay in registers
@@ -77,6 +81,7 @@ def mode(chip: Chip, size: int, inner: int, precision: str) -> Options:
     return around(Config(blocks, 4, 3), warps=(8,), stages=(2,))
 
 
+@kept
 def contraction(chip: Chip, size: int, precision: str) -> Options:
     """For a factor's gradient."""
     block = _block(size)

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from molex_kernels._dtypes import dot_precision
 from molex_kernels._triton import chips, tuning
 from molex_kernels._triton.arguments import Mat, strided
 from molex_kernels._triton.launch import launch
+from molex_kernels._triton.sizes import cdiv, next_power_of_2
 from molex_kernels.ops.merging.kernels import config
 from molex_kernels.ops.merging.kernels.linear import _merging_fwd_linear
 from molex_kernels.ops.merging.kernels.mask import _merging_fwd_mask
@@ -37,7 +37,7 @@ def mask(
     num_rows, num_features = base.shape
     launch(
         _merging_fwd_mask,
-        lambda b: (triton.cdiv(num_rows, b["BLOCK_O"]) * triton.cdiv(num_features, b["BLOCK_D"]),),
+        lambda b: (cdiv(num_rows, b["BLOCK_O"]) * cdiv(num_features, b["BLOCK_D"]),),
         (
             *map(strided, (base, experts, source, out, dbase)),
             *(num_rows, num_features, experts.shape[0]),
@@ -65,8 +65,8 @@ def product(
     num_columns = mode.outer * mode.inner
 
     def grid(blocks: Mapping[str, int]) -> tuple[int]:
-        tiles = triton.cdiv(mode.size, blocks["BLOCK_I"])
-        tiles *= triton.cdiv(num_columns, blocks["BLOCK_N"])
+        tiles = cdiv(mode.size, blocks["BLOCK_I"])
+        tiles *= cdiv(num_columns, blocks["BLOCK_N"])
         return (tiles * num_experts * (1 if summed else num_ranks),)
 
     launch(
@@ -90,9 +90,9 @@ def contract(precision: str, left: Tensor, right: Tensor, mode: Mode, out: Tenso
     blocks = options[0].blocks  # of all candidates: they differ in other things
     num_ranks, num_experts = out.shape[:2]
     num_columns = mode.outer * mode.inner
-    num_parts = max(1, min(config.PARTS, triton.cdiv(num_columns, blocks["BLOCK_N"])))
+    num_parts = max(1, min(config.PARTS, cdiv(num_columns, blocks["BLOCK_N"])))
     partial = out.new_empty(num_parts, *out.shape)
-    tiles = triton.cdiv(mode.size, blocks["BLOCK_I"]) ** 2
+    tiles = cdiv(mode.size, blocks["BLOCK_I"]) ** 2
     launch(
         _merging_bwd_mode,
         lambda _: (num_parts * tiles * num_ranks * num_experts,),
@@ -118,12 +118,12 @@ def linear(
     paired = config.is_paired(x.dtype, num_segments, num_tokens, num_columns, is_aligned)
 
     def row_tiles(blocks: Mapping[str, int]) -> int:
-        groups = triton.cdiv(num_segments, 2) if paired else num_segments
-        return triton.cdiv(num_tokens, blocks["BLOCK_T"]) * groups
+        groups = cdiv(num_segments, 2) if paired else num_segments
+        return cdiv(num_tokens, blocks["BLOCK_T"]) * groups
 
     launch(
         _merging_fwd_linear,
-        lambda b: (row_tiles(b) * triton.cdiv(num_columns, b["BLOCK_N"]),),
+        lambda b: (row_tiles(b) * cdiv(num_columns, b["BLOCK_N"]),),
         lambda b: (
             *map(strided, (x, base, deltas, gates, bias, out)),
             *(num_segments, num_tokens, num_columns, x.shape[2], num_experts, row_tiles(b)),
@@ -150,15 +150,13 @@ def weights(
     num_segments, num_tokens, num_columns = dy.shape
     num_features = x.shape[2]
     num_experts = deltas.shape[0]
-    block_e = min(MAX_BLOCK_E, triton.next_power_of_2(num_experts))
+    block_e = min(MAX_BLOCK_E, next_power_of_2(num_experts))
     partial: Tensor | None = None
     if num_columns * num_features == 0:
         return torch.zeros_like(gates) if needs_gates else None
 
     def tiles(blocks: Mapping[str, int]) -> int:
-        return triton.cdiv(num_columns, blocks["BLOCK_N"]) * triton.cdiv(
-            num_features, blocks["BLOCK_D"]
-        )
+        return cdiv(num_columns, blocks["BLOCK_N"]) * cdiv(num_features, blocks["BLOCK_D"])
 
     def arguments(blocks: Mapping[str, int]) -> tuple[Any, ...]:
         nonlocal partial
@@ -171,7 +169,7 @@ def weights(
 
     launch(
         _merging_bwd_weights,
-        lambda b: (tiles(b) * triton.cdiv(num_experts, block_e),),
+        lambda b: (tiles(b) * cdiv(num_experts, block_e),),
         arguments,
         {"PRECISION": dot_precision(x.dtype), "BLOCK_E": block_e},
         config.weights(chips.of(x.device), x.dtype, tuning.aligned(dy, x, deltas)),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import triton
-
 from molex_kernels._triton.chips import Chip
-from molex_kernels._triton.tuning import Config, Options, around
+from molex_kernels._triton.sizes import next_power_of_2
+from molex_kernels._triton.tuning import Config, Options, around, kept
 
 MAX_PROGRAMS = 1024  # of a backward pass with parameters: as many rows of partial sums
 
@@ -16,6 +15,7 @@ _ROWS_FORWARD = {1: 16, 2: 8, 3: 8}
 _ROWS_BACKWARD = {1: 8, 2: 8, 3: 4}
 
 
+@kept
 def update(
     chip: Chip, num_features: int, num_states: int, *, has_norm: bool, backward: bool
 ) -> Options:
@@ -27,7 +27,7 @@ def update(
 
 def _rows(num_features: int, num_states: int, backward: bool) -> Options:
     each = 32 * (_ROWS_BACKWARD if backward else _ROWS_FORWARD)[num_states]
-    width = max(triton.next_power_of_2(num_features), 16)
+    width = max(next_power_of_2(num_features), 16)
     warps = min(max(width // each, 4), 32)
     pinned = Config({"BLOCK_T": max(each * warps // width, 1), "BLOCK_D": width}, warps, 1)
     return around(pinned, warps=(max(warps // 2, 1), min(2 * warps, 32)))

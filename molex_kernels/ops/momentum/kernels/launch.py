@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from molex_kernels import _philox
 from molex_kernels._triton import chips
 from molex_kernels._triton.arguments import strided
 from molex_kernels._triton.launch import launch
+from molex_kernels._triton.sizes import cdiv
 from molex_kernels._triton.tuning import Options
 from molex_kernels.ops.momentum import types
 from molex_kernels.ops.momentum.kernels import config
@@ -144,7 +144,7 @@ def momentum_backward(a: Any) -> tuple[Tensor, ...]:
 
 def _tiles(x: Tensor, blocks: Mapping[str, int]) -> int:
     tokens, width = x.shape
-    return triton.cdiv(tokens, blocks["BLOCK_T"]) * triton.cdiv(width, blocks["BLOCK_D"])
+    return cdiv(tokens, blocks["BLOCK_T"]) * cdiv(width, blocks["BLOCK_D"])
 
 
 def _options(x: Tensor, num_states: int, norm_eps: float | None, *, backward: bool) -> Options:

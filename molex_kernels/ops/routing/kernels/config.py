@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import triton
-
 from molex_kernels._triton.chips import KIB, Chip
-from molex_kernels._triton.tuning import Config, Options, around
+from molex_kernels._triton.sizes import next_power_of_2
+from molex_kernels._triton.tuning import Config, Options, around, kept
 
 PROGRAMS = 264  # of the gate's gradient: about two for each multiprocessor of a large GPU
 _SCAN_TILE = 16384  # counts held in registers by the scan
 
 
+@kept
 def router(chip: Chip, block_e: int, operands: str) -> Options:
     """The accumulator holds all E experts: fewer tokens a block where there are many.
 
@@ -36,24 +36,28 @@ def router(chip: Chip, block_e: int, operands: str) -> Options:
     return Config({"BLOCK_T": rows, "BLOCK_D": depth}, warps, stages), tuple(candidates)
 
 
+@kept
 def logits(chip: Chip, block_e: int) -> Options:
     """For the gradient of the logits."""
     rows = max(1, min(64, 4096 // block_e))
     return around(Config({"BLOCK_T": rows, "BLOCK_E": block_e}), warps=(2, 8))
 
 
+@kept
 def dx(chip: Chip) -> Options:
     """For the gradient of x."""
     candidates = [Config({"BLOCK_T": t, "BLOCK_D": 32, "BLOCK_E": 32}, 4, 2) for t in (32, 64)]
     return Config({"BLOCK_T": 32, "BLOCK_D": 64, "BLOCK_E": 32}, 8, 2), tuple(candidates)
 
 
+@kept
 def dgate(chip: Chip, num_experts: int) -> Options:
     """For the gradient of the gate; BLOCK_T is the depth of the product here."""
-    block_e = min(64, max(16, triton.next_power_of_2(num_experts)))
+    block_e = min(64, max(16, next_power_of_2(num_experts)))
     return around(Config({"BLOCK_T": 32, "BLOCK_D": 64, "BLOCK_E": block_e}, 8, 2), warps=(4,))
 
 
+@kept
 def plan(chip: Chip, total: int) -> Options:
     """Few blocks for the scan, but enough of them to fill the machine."""
     candidates = [Config({"BLOCK_A": a}, num_warps=w) for a, w in ((512, 4), (1024, 4), (2048, 8))]
@@ -63,13 +67,15 @@ def plan(chip: Chip, total: int) -> Options:
     return Config({"BLOCK_A": block}, num_warps=warps), tuple(candidates)
 
 
+@kept
 def scan(chip: Chip, num_blocks: int, block_e: int) -> Config:
     """As many warps as hold a tile at 32 counts a thread."""
-    block_b = min(triton.next_power_of_2(num_blocks), max(1, _SCAN_TILE // block_e))
+    block_b = min(next_power_of_2(num_blocks), max(1, _SCAN_TILE // block_e))
     warps = min(16, max(4, block_b * block_e // 1024))
     return Config({"BLOCK_B": block_b, "BLOCK_E": block_e}, warps)
 
 
+@kept
 def statistics(chip: Chip) -> Options:
     """For the sums over the tokens of a cluster."""
     sizes = ((128, 32), (32, 128), (64, 128))
@@ -77,21 +83,25 @@ def statistics(chip: Chip) -> Options:
     return Config({"BLOCK_T": 64, "BLOCK_D": 64}), tuple(candidates)
 
 
+@kept
 def keys(chip: Chip) -> Options:
     """For the keys by which a cluster's values are sorted."""
     return around(Config({"BLOCK_T": 64, "BLOCK_D": 32}), warps=(2, 8))
 
 
+@kept
 def ranks(chip: Chip) -> Options:
     """For the sums over sorted values."""
     return around(Config({"BLOCK_T": 128, "BLOCK_D": 16}), warps=(2, 8))
 
 
+@kept
 def reduce(chip: Chip) -> Options:
     """For the sum of the tiles of a cluster."""
     return around(Config({"BLOCK_T": 32, "BLOCK_D": 64}), warps=(2, 8))
 
 
+@kept
 def weights(chip: Chip) -> Options:
     """For the feature weights."""
     return around(Config({"BLOCK_D": 64, "BLOCK_C": 32}), warps=(2, 8))
@@ -99,4 +109,4 @@ def weights(chip: Chip) -> Options:
 
 def block_c(clusters: int) -> int:
     """A power of two above the number of clusters: few sizes, so that few kernels are compiled."""
-    return 64 if clusters < 64 else 256 if clusters < 256 else triton.next_power_of_2(clusters + 1)
+    return 64 if clusters < 64 else 256 if clusters < 256 else next_power_of_2(clusters + 1)

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from molex_kernels._dtypes import dot_precision
 from molex_kernels._triton import chips
 from molex_kernels._triton.arguments import strided
 from molex_kernels._triton.launch import launch, shared
+from molex_kernels._triton.sizes import cdiv, next_power_of_2
 from molex_kernels._triton.tuning import Config
 from molex_kernels.ops.routing.kernels import config
 from molex_kernels.ops.routing.kernels.plan import (
@@ -50,11 +50,11 @@ def router_forward(a: Any) -> tuple[Tensor, Tensor, Tensor]:
         return index, weight, logits
     upcast = a.table is not None or a.x.dtype != a.gate.dtype
     operands = "fp32" if a.x.dtype == torch.float32 else "upcast" if upcast else "16-bit"
-    block_e = max(16, triton.next_power_of_2(experts))
+    block_e = max(16, next_power_of_2(experts))
     mixture = (a.table, a.labels, a.mix)
     launch(
         _router_fwd,
-        lambda b: (triton.cdiv(tokens, b["BLOCK_T"]),),
+        lambda b: (cdiv(tokens, b["BLOCK_T"]),),
         (
             *map(strided, (a.x, a.gate, a.gate_bias, a.expert_bias, *mixture)),
             *(index, weight, logits, tokens, dim, experts, a.top_k, *_sizes(mixture)),
@@ -64,7 +64,7 @@ def router_forward(a: Any) -> tuple[Tensor, Tensor, Tensor]:
             "PRECISION": _precision(a.x, upcast),
             "UPCAST": upcast,
             "BLOCK_E": block_e,
-            "BLOCK_K": max(8, triton.next_power_of_2(a.top_k)),
+            "BLOCK_K": max(8, next_power_of_2(a.top_k)),
         },
         config.router(chips.of(a.x.device), block_e, operands),
     )
@@ -107,12 +107,12 @@ def _plan(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tenso
     counts = expert_index.new_empty(num_experts, dtype=torch.int32)
     offsets = expert_index.new_empty(num_experts, dtype=torch.int32)
     # One bin for experts that are not local and one for past the end.
-    block_e = max(64, triton.next_power_of_2(num_experts + 2))
+    block_e = max(64, next_power_of_2(num_experts + 2))
     chip = chips.of(expert_index.device)
     sizes = (total, top_k, num_experts)
 
     def start(chosen: Config) -> None:
-        blocks = triton.cdiv(total, chosen.blocks["BLOCK_A"])
+        blocks = cdiv(total, chosen.blocks["BLOCK_A"])
         histogram = expert_index.new_empty(blocks, block_e, dtype=torch.int32)
         index, shift = strided(expert_index), strided(histogram)
         fixed = (chosen, ())
@@ -168,7 +168,7 @@ def feature_weights_forward(a: Any) -> Tensor:
     has_clip = math.isfinite(a.clip)
     launch(
         _feature_weights_fwd,
-        lambda b: (triton.cdiv(dim, b["BLOCK_D"]),),
+        lambda b: (cdiv(dim, b["BLOCK_D"]),),
         (
             a.deviations,
             a.counts,
@@ -197,10 +197,10 @@ def _logits_gradient(
     sizes = (tokens, experts, index.shape[1])
     launch(
         _router_bwd_logits,
-        lambda b: (triton.cdiv(tokens, b["BLOCK_T"]),),
+        lambda b: (cdiv(tokens, b["BLOCK_T"]),),
         (*map(strided, (dweight, dlogits)), logits, index, weight, dz, *sizes),
         {"SCORE": score},
-        config.logits(chips.of(dz.device), max(16, triton.next_power_of_2(experts))),
+        config.logits(chips.of(dz.device), max(16, next_power_of_2(experts))),
     )
     return dz
 
@@ -209,7 +209,7 @@ def _x_gradient(dz: Tensor, gate: Tensor, mixture: Mixture, dx: Tensor) -> None:
     tokens, dim = dx.shape
     launch(
         _router_bwd_x,
-        lambda b: (triton.cdiv(tokens, b["BLOCK_T"]), triton.cdiv(dim, b["BLOCK_D"])),
+        lambda b: (cdiv(tokens, b["BLOCK_T"]), cdiv(dim, b["BLOCK_D"])),
         (
             *(dz, strided(gate), *map(strided, mixture), dx),
             *(tokens, dim, gate.shape[0], *_sizes(mixture)),
@@ -227,10 +227,10 @@ def _gate_gradient(
     experts = gate.shape[0]
     options = config.dgate(chips.of(x.device), experts)
     blocks = options[0].blocks  # of all candidates: they differ in other things
-    tiles_d, tiles_e = triton.cdiv(dim, blocks["BLOCK_D"]), triton.cdiv(experts, blocks["BLOCK_E"])
-    splits = min(triton.cdiv(config.PROGRAMS, tiles_d * tiles_e), triton.cdiv(tokens, 128))
-    rows = triton.cdiv(triton.cdiv(tokens, splits), blocks["BLOCK_T"]) * blocks["BLOCK_T"]
-    splits = triton.cdiv(tokens, rows)
+    tiles_d, tiles_e = cdiv(dim, blocks["BLOCK_D"]), cdiv(experts, blocks["BLOCK_E"])
+    splits = min(cdiv(config.PROGRAMS, tiles_d * tiles_e), cdiv(tokens, 128))
+    rows = cdiv(cdiv(tokens, splits), blocks["BLOCK_T"]) * blocks["BLOCK_T"]
+    splits = cdiv(tokens, rows)
     parts = dz.new_empty(splits, experts, dim)
     bias_parts = dz.new_empty(splits, experts) if needs_bias else None
     launch(
@@ -278,7 +278,7 @@ def _pairwise(x: Tensor, cluster: Tensor, offsets: Tensor, sums: Tensor, counts:
     keys = x.new_empty(dim, tokens, dtype=torch.int64)
     launch(
         _pairwise_fwd_keys,
-        lambda b: (triton.cdiv(tokens, b["BLOCK_T"]), triton.cdiv(dim, b["BLOCK_D"])),
+        lambda b: (cdiv(tokens, b["BLOCK_T"]), cdiv(dim, b["BLOCK_D"])),
         (strided(x), strided(cluster), keys, tokens, dim, clusters),
         {},
         config.keys(chip),
@@ -312,7 +312,7 @@ def _tiled(
     partial = x.new_empty(0)
 
     def tiles(blocks: Mapping[str, int]) -> int:
-        return triton.cdiv(tokens, blocks["BLOCK_T"]) + clusters
+        return cdiv(tokens, blocks["BLOCK_T"]) + clusters
 
     def arguments(blocks: Mapping[str, int]) -> tuple[Any, ...]:
         nonlocal partial
@@ -321,7 +321,7 @@ def _tiled(
 
     chosen = launch(
         kernel,
-        lambda b: (tiles(b), triton.cdiv(dim, b["BLOCK_D"])),
+        lambda b: (tiles(b), cdiv(dim, b["BLOCK_D"])),
         arguments,
         {**constants, "BLOCK_C": block_c},
         options,
@@ -329,7 +329,7 @@ def _tiled(
     out = partial.new_empty(clusters, dim)
     launch(
         _statistics_fwd_reduce,
-        lambda b: (clusters, triton.cdiv(dim, b["BLOCK_D"])),
+        lambda b: (clusters, cdiv(dim, b["BLOCK_D"])),
         (partial, offsets, pairwise_counts, out, dim, clusters),
         {
             "PAIRWISE": pairwise_counts is not None,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from molex_kernels._triton.chips import Chip
-from molex_kernels._triton.tuning import Config, Options, around
+from molex_kernels._triton.tuning import Config, Options, around, kept
 
 
 def _tiles(rows: int, keys: int, width: int, num_warps: int, num_stages: int) -> Config:
     return Config({"BLOCK_I": rows, "BLOCK_J": keys, "BLOCK_D": width}, num_warps, num_stages)
 
 
+@kept
 def forward(
     chip: Chip, dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool
 ) -> Options:
@@ -20,6 +21,7 @@ def forward(
     return around(pinned, warps=(4, 8), stages=(1, 2, 3))
 
 
+@kept
 def backward(
     chip: Chip, dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool
 ) -> Options:
@@ -54,6 +56,7 @@ def one_role(dtype: torch.dtype, width: int) -> bool:
     return dtype == torch.float32 and width > 64
 
 
+@kept
 def rows(chip: Chip, width: int) -> Options:
     """Rows to a program of the element-wise steps."""
     return around(Config({"BLOCK_I": 1024 // width, "BLOCK_D": width}, 4, 1), warps=(2, 8))

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from molex_kernels import _philox
@@ -15,6 +14,7 @@ from molex_kernels._dtypes import dot_precision
 from molex_kernels._triton import chips
 from molex_kernels._triton.arguments import strided
 from molex_kernels._triton.launch import launch
+from molex_kernels._triton.sizes import cdiv, next_power_of_2
 from molex_kernels.ops.rpc_attention.kernels import config
 from molex_kernels.ops.rpc_attention.kernels.backward import _rpc_bwd_attention, _rpc_bwd_rows
 from molex_kernels.ops.rpc_attention.kernels.forward import _rpc_fwd
@@ -184,7 +184,7 @@ def _scales(scale: float, dropout_p: float) -> tuple[float, float, int, float]:
 
 
 def _padded(width: int) -> int:
-    return max(triton.next_power_of_2(width), 16)
+    return max(next_power_of_2(width), 16)
 
 
 def _aligned(*tensors: Tensor | None) -> bool:
@@ -196,4 +196,4 @@ def _aligned(*tensors: Tensor | None) -> bool:
 def _blocks(k: Tensor, blocks: Mapping[str, int]) -> int:
     """A program for each block of tokens of each head."""
     batch, heads, tokens, _ = k.shape
-    return triton.cdiv(tokens, blocks["BLOCK_I"]) * batch * heads
+    return cdiv(tokens, blocks["BLOCK_I"]) * batch * heads

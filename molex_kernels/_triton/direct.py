@@ -1,0 +1,100 @@
+"""The one place that starts a kernel, and one that is compiled without Triton's own search for it.
+
+That search takes longer than most of these kernels run: it specialises each argument anew. Here the
+arguments themselves are the key, so two launches share a compiled kernel only where Triton could
+see no difference between them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from triton import knobs
+from triton.backends.nvidia.driver import CudaDriver
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from molex_kernels._triton.arguments import STRIDED
+from molex_kernels._triton.tuning import Config
+
+_MOST = 4096  # kept launches of a kernel: sizes that change at every call must not fill the memory
+_RUN = JITFunction.run  # which emulation, recording and the like replace
+_kept: defaultdict[Any, dict[Any, tuple[Any, tuple[Any, ...]]]] = defaultdict(dict)
+
+
+def start(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: Sequence[Any],
+    constants: Mapping[str, Any],
+    config: Config,
+) -> None:
+    """`kernel[grid](*args, **constants, **config.launch_options())`"""
+    active: Any = driver.active if _is_direct(kernel) else None
+    kept = _kept[kernel.fn]  # a kernel's own hash is that of its source
+    key = None
+    if active is not None:
+        device = active.get_current_device()
+        key = _key(device, args, constants, config)
+    found = kept.get(key)
+    if found is None:
+        compiled = kernel[grid](*args, **constants, **config.launch_options())
+        if key is not None and hasattr(compiled, "run"):  # it may be a promise of one
+            if len(kept) >= _MOST:
+                kept.clear()
+            given = {**constants, **config.blocks}
+            kept[key] = compiled, tuple(given[p.name] for p in kernel.params[len(args) :])
+        return
+    compiled, rest = found
+    second, third = (*grid[1:], 1, 1)[:2]
+    compiled.run(
+        grid[0],
+        second,
+        third,
+        active.get_current_stream(device),
+        compiled.function,
+        compiled.packed_metadata,
+        *(None, None, None),  # what hooks get, and the hooks
+        *args,
+        *rest,
+    )
+
+
+def _is_direct(kernel: Any) -> bool:
+    """Whether nothing stands between the kernel and CUDA's driver, as a profiler's hooks would."""
+    return (
+        type(kernel) is JITFunction
+        and JITFunction.run is _RUN
+        and not (kernel.pre_run_hooks or kernel.debug or knobs.runtime.debug)
+        and not knobs.compilation.instrumentation_mode
+        and isinstance(driver.active, CudaDriver)
+        and not _calls(knobs.runtime.launch_enter_hook)
+        and not _calls(knobs.runtime.launch_exit_hook)
+    )
+
+
+def _calls(hook: Any) -> bool:
+    return hook is not None and getattr(hook, "calls", True) != []
+
+
+def _key(
+    device: int, args: Sequence[Any], constants: Mapping[str, Any], config: Config
+) -> tuple[Any, ...]:
+    """All that a launch is specialised on: of a pointer its dtype and its alignment."""
+    key = [device, config, *constants.items()]
+    for arg in args:
+        if type(arg) is int or arg is None:
+            key.append(arg)
+        elif isinstance(arg, Tensor):
+            key += (arg.dtype, arg.data_ptr() % 16 == 0)
+        elif type(arg) in STRIDED:
+            first = arg[0]
+            key += (type(arg), first.dtype, first.data_ptr() % 16 == 0, *arg[1:])
+        elif isinstance(arg, tuple):
+            key.append(_key(device, arg, {}, config))
+        else:  # a float is never a constant
+            key.append(float if type(arg) is float else (type(arg), arg))
+    return tuple(key)
