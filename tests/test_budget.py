@@ -83,6 +83,22 @@ def test_a_draw_of_large_values_does_not_speak_for_all():
         budget.check({"y": off | measured(large, large, large.float() * 1.0001)})
 
 
+def test_a_number_that_is_nearly_0_is_judged_by_the_size_of_the_others():
+    """What cancelled in one draw is no worse for it; what is wrong is."""
+    one, none = (torch.tensor([size], dtype=torch.float64) for size in (1.0, 1e-6))
+    measured = partial(budget.measure, "y", dtype=torch.float32)
+    usual = measured(one + 1e-7, one, one + 1e-7)
+    budget.check({"y": usual | measured(none + 2e-7, none, none + 1e-7)})
+    with pytest.raises(AssertionError, match="y: error"):
+        budget.check({"y": usual | measured(none + 9e-7, none, none + 1e-7)})
+    with pytest.raises(AssertionError, match="y: error"):
+        budget.check({"y": usual | measured(0 * one + 9e-7, 0 * one, 0 * one)})
+    many = torch.full((budget.HANDFUL + 1,), 1.0, dtype=torch.float64)
+    nearly = many * 1e-6
+    with pytest.raises(AssertionError, match="y: error"):
+        budget.check({"y": measured(many, many, many) | measured(nearly + 2e-7, nearly, nearly)})
+
+
 def test_norms_are_over_all_draws_together():
     expected = torch.full((8,), 2.0, dtype=torch.float64)
     draws = [

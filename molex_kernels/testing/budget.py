@@ -3,9 +3,10 @@
 `err(kernel, fp64) <= 2 * (err(reference in the same dtype, fp64) + eps * max|fp64|)`, and finite
 wherever the fp64 result is. The errors are maxima over a tensor's elements and over several draws
 of the inputs together, each divided by its own max|fp64|, so that no draw of large values speaks
-for all. Of a handful of numbers, such as the gradient of a scalar, a few draws leave the
-reference's own error to luck: it is drawn more often. How often depends on the shapes alone, and
-every draw counts.
+for all. A handful of numbers, such as the gradient of a scalar, may be nearly 0 in a draw whose
+terms are not: theirs are divided by the largest of all draws. A few draws leave the reference's own
+error of them to luck, too: it is drawn more often. How often depends on the shapes alone, and every
+draw counts.
 
 A second figure is the norm of the error over that of the fp64 result, over all draws together.
 """
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 SLACK = 2.0
+HANDFUL = 8  # elements
 DRAWS = 3
 SLOW_DRAWS = 2  # of a kernel that is interpreted or emulated
 ENOUGH = 1024  # elements: of a smaller tensor the reference is drawn until it has had as many
@@ -49,6 +51,7 @@ class Errors:
         elements: Elements of the tensor in one draw.
         squares: Sums over all elements of the squared error of ours, of the reference's, and of the
             squared fp64 values.
+        whole: The largest value.
     """
 
     ours: float
@@ -56,6 +59,7 @@ class Errors:
     rounding: float
     elements: int = ENOUGH
     squares: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    whole: float = 1.0
 
     @property
     def allowed(self) -> float:
@@ -78,12 +82,18 @@ class Errors:
 
     def __or__(self, other: Errors) -> Errors:
         """The errors of both draws together."""
+        whole = max(self.whole, other.whole)
+        shares = [1.0, 1.0]
+        if self.elements <= HANDFUL and whole:
+            shares = [(e.whole or 1.0) / whole for e in (self, other)]
+        mine, theirs = shares
         return Errors(
-            max(self.ours, other.ours),
-            max(self.reference, other.reference),
+            max(self.ours * mine, other.ours * theirs),
+            max(self.reference * mine, other.reference * theirs),
             max(self.rounding, other.rounding),
             self.elements,
             tuple(map(sum, zip(self.squares, other.squares, strict=True))),  # type: ignore[arg-type]
+            whole,
         )
 
 
@@ -115,6 +125,7 @@ def measure(
         torch.finfo(dtype).eps if whole else 0.0,
         expected.numel(),
         squares,  # type: ignore[arg-type]
+        whole,
     )
 
 
