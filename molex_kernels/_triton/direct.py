@@ -21,7 +21,7 @@ from molex_kernels._triton.arguments import STRIDED
 from molex_kernels._triton.tuning import Config
 
 _MOST = 4096  # kept launches of a kernel: sizes that change at every call must not fill the memory
-_RUN = JITFunction.run  # which emulation, recording and the like replace
+_NOWHERE = compile("", "", "exec")
 _kept: defaultdict[Any, dict[Any, tuple[Any, tuple[Any, ...]]]] = defaultdict(dict)
 
 
@@ -67,13 +67,18 @@ def _is_direct(kernel: Any) -> bool:
     """Whether nothing stands between the kernel and CUDA's driver, as a profiler's hooks would."""
     return (
         type(kernel) is JITFunction
-        and JITFunction.run is _RUN
+        # Emulation and recording replace `run`, before or after this module is imported.
+        and _file(JITFunction.run) == _file(JITFunction.repr)
         and not (kernel.pre_run_hooks or kernel.debug or knobs.runtime.debug)
         and not knobs.compilation.instrumentation_mode
         and isinstance(driver.active, CudaDriver)
         and not _calls(knobs.runtime.launch_enter_hook)
         and not _calls(knobs.runtime.launch_exit_hook)
     )
+
+
+def _file(function: Any) -> str:
+    return getattr(function, "__code__", _NOWHERE).co_filename
 
 
 def _calls(hook: Any) -> bool:
