@@ -68,10 +68,13 @@ _HALF_GATED_CANDIDATES = (
 _SINGLE_CANDIDATES = (_gemm(32, 64, 32, 4, 2), _gemm(64, 64, 16, 4, 2), _gemm(64, 32, 32, 4, 2))
 
 
+FEW = 32  # rows of an expert
+
+
 def rows_class(num_rows: int, num_experts: int) -> str:
     """How many rows an expert has on average; more is not known without waiting for the device."""
     average = num_rows / num_experts
-    return "few" if average <= 32 else "some" if average <= 96 else "many"
+    return "few" if average <= FEW else "some" if average <= 96 else "many"
 
 
 @kept
@@ -100,15 +103,24 @@ def hidden(chip: Chip, dtype: torch.dtype, rows: str, aligned: bool) -> Options:
 
 
 @kept
-def wgrad(chip: Chip, dtype: torch.dtype, rows: str, aligned: bool) -> Options:
-    """For the weights' gradient; BLOCK_T is the depth of the product here."""
+def wgrad(
+    chip: Chip, dtype: torch.dtype, average: int, num_features: int, aligned: bool
+) -> Options:
+    """For the weights' gradient; BLOCK_T is the depth of the product here.
+
+    average: rows of an expert.
+    """
     if not aligned:
         return around(_gemm(32, 64, 64, 8, 2), warps=(4,))
     if dtype == torch.float32:
         return _gemm(32, 64, 64, 4, 2), (_gemm(16, 64, 64, 4, 2), _gemm(32, 64, 32, 4, 2))
-    if rows == "few":
+    if average <= FEW:
         return _gemm(32, 128, 128, 8, 3), (_gemm(16, 128, 128, 8, 3),)
-    return _gemm(64, 128, 128, 8, 3), (_gemm(64, 128, 256, 8, 3), _gemm(32, 128, 128, 8, 4))
+    usual, wide = _gemm(64, 128, 128, 8, 3), _gemm(64, 128, 256, 8, 3)
+    # A wide tile reads less, and holds a multiprocessor alone: it needs rows enough to be worth it.
+    if average >= 1024 and num_features >= 512 and chip.shared > 99 * KIB:
+        return wide, (usual, _gemm(32, 128, 128, 8, 4))
+    return usual, (wide, _gemm(32, 128, 128, 8, 4))
 
 
 @kept

@@ -17,10 +17,13 @@ def grouped_order(num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def token_of_row(permutation_ptr, offs_t, mask_t, top_k):
-    """The token whose assignment stands at these rows of the expert order; 0 where masked."""
+def token_of_row(permutation_ptr, offs_t, mask_t, TOP_K: tl.constexpr):
+    """The token whose assignment stands at these rows of the expert order; 0 where masked.
+
+    By a number known to the compiler a division is a product and a shift.
+    """
     assignment = tl.load(permutation_ptr + offs_t, mask=mask_t, other=0)
-    return assignment.to(tl.int32) // top_k
+    return assignment.to(tl.int32) // TOP_K
 
 
 @triton.jit

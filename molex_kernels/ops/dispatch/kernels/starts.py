@@ -170,14 +170,21 @@ def wgrad(
         (
             *map(strided, (left, right, out)),
             *(rows.offsets, rows.permutation, rows.num_rows),
-            *(num_columns, num_features, rows.top_k),
+            *(num_columns, num_features),
         ),
         {
             "IS_LEFT_GATHERED": left_gathered,
             "IS_RIGHT_GATHERED": right_gathered,
+            "TOP_K": rows.top_k,
             "PRECISION": dot_precision(left.dtype),
         },
-        config.wgrad(chips.of(out.device), left.dtype, rows.size_class, is_aligned),
+        config.wgrad(
+            chips.of(out.device),
+            left.dtype,
+            cdiv(rows.num_rows, num_experts),
+            num_features,
+            is_aligned,
+        ),
     )
 
 
@@ -191,9 +198,9 @@ def bias(x: Tensor, expert_weight: Tensor | None, out: Tensor, rows: Rows) -> No
         lambda b: (rows.num_experts * cdiv(num_columns, b["BLOCK_N"]),),
         (
             *map(strided, (x, expert_weight, out)),
-            *(rows.offsets, rows.permutation, rows.num_rows, num_columns, rows.top_k),
+            *(rows.offsets, rows.permutation, rows.num_rows, num_columns),
         ),
-        {},
+        {"TOP_K": rows.top_k},
         config.bias(chips.of(out.device)),
     )
 

@@ -25,9 +25,9 @@ def _dispatch_bwd_wgrad(
     num_rows,
     num_columns,
     num_features,
-    top_k,
     IS_LEFT_GATHERED: tl.constexpr,
     IS_RIGHT_GATHERED: tl.constexpr,
+    TOP_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -51,9 +51,9 @@ def _dispatch_bwd_wgrad(
         left_t = offs_t
         right_t = offs_t
         if IS_LEFT_GATHERED:
-            left_t = token_of_row(permutation_ptr, offs_t, mask_t, top_k)
+            left_t = token_of_row(permutation_ptr, offs_t, mask_t, TOP_K)
         if IS_RIGHT_GATHERED:
-            right_t = token_of_row(permutation_ptr, offs_t, mask_t, top_k)
+            right_t = token_of_row(permutation_ptr, offs_t, mask_t, TOP_K)
         left_rows = left.ptr + along(int64(left_t)[None, :], left.row)
         right_rows = right.ptr + along(int64(right_t)[:, None], right.row)
         left_tile = tl.load(
@@ -84,7 +84,7 @@ def _dispatch_bwd_bias(
     permutation_ptr,  # [R] int64
     num_rows,
     num_columns,
-    top_k,
+    TOP_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -101,12 +101,12 @@ def _dispatch_bwd_bias(
         mask_t = offs_t < end
         source = int64(offs_t)
         if expert_weight is not None:
-            source = int64(token_of_row(permutation_ptr, offs_t, mask_t, top_k))
+            source = int64(token_of_row(permutation_ptr, offs_t, mask_t, TOP_K))
         mask = mask_t[:, None] & mask_n[None, :]
         rows = load_fp32(at(x, source[:, None], offs_n[None, :]), mask)
         if expert_weight is not None:
             assignment = tl.load(permutation_ptr + offs_t, mask=mask_t, other=0)
-            choice = assignment - source * top_k
+            choice = assignment - source * TOP_K
             rows *= load_fp32(at(expert_weight, source, choice), mask_t)[:, None]
         total += rows
     store(at(out, expert, offs_n), tl.sum(total, axis=0), mask_n)
