@@ -3,6 +3,7 @@
 
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu/common/memory.h"
 #include "cpu/dispatch/activation.h"
@@ -28,8 +29,8 @@ struct Layer {
   molex::Activation activation;
 };
 
-// The dtype of the products. Without a gradient it is fp32: the library has no product of 16-bit matrices with
-// a result in fp32, and rounding pre-activations and rows that nobody keeps would be for nothing.
+// The dtype of the products. Without a gradient it is fp32: the library has no product of 16-bit matrices
+// with a result in fp32, and rounding pre-activations and rows that nobody keeps would be for nothing.
 ScalarType forward_dtype(const Tensor& x, bool keeps_pre_activation) {
   return keeps_pre_activation ? molex::product_dtype(x.scalar_type()) : ScalarType::Float;
 }
@@ -110,12 +111,13 @@ std::tuple<Tensor, Tensor> moe_experts_fwd(const Tensor& x,
                                            int64_t top_k,
                                            std::string activation,
                                            std::string layout,
+                                           std::vector<double> numbers,
                                            bool keeps_pre_activation) {
   const molex::Assignments plan(offsets, permutation, x.size(0), top_k);
   Tensor kept = kept_of(x, plan.rows, w_up.size(1), keeps_pre_activation);
   Tensor packed = molex::new_result(x, {plan.rows, x.size(1)});
   const Matrix rows = molex::matrix_of(packed.mutable_data_ptr(), x.scalar_type(), plan.rows, x.size(1));
-  run_experts({x, w_up, w_down, b_up, b_down, {activation, layout}},
+  run_experts({x, w_up, w_down, b_up, b_down, {activation, layout, numbers}},
               plan,
               rows,
               keeps_pre_activation ? molex::target_of(kept) : Target{});
@@ -134,12 +136,13 @@ std::tuple<Tensor, Tensor> moe_mlp_fwd(const Tensor& x,
                                        std::optional<Tensor> b_down,
                                        std::string activation,
                                        std::string layout,
+                                       std::vector<double> numbers,
                                        bool keeps_pre_activation) {
   const molex::Assignments plan(offsets, permutation, x.size(0), expert_weight.size(1));
   Tensor kept = kept_of(x, plan.rows, w_up.size(1), keeps_pre_activation);
   Tensor packed = molex::new_result(x, {plan.rows, x.size(1)}, forward_dtype(x, keeps_pre_activation));
   const Matrix rows = molex::matrix_of(packed.mutable_data_ptr(), packed.scalar_type(), plan.rows, x.size(1));
-  run_experts({x, w_up, w_down, b_up, b_down, {activation, layout}},
+  run_experts({x, w_up, w_down, b_up, b_down, {activation, layout, numbers}},
               plan,
               rows,
               keeps_pre_activation ? molex::target_of(kept) : Target{});
