@@ -12,6 +12,7 @@ from molex_kernels import _flops as _flops_of_operators
 from molex_kernels import _sharding as _sharding_of_operators
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
 from molex_kernels.ops.dispatch.module import MoEMLP
+from molex_kernels.ops.dispatch.types import ClampedSwiGLU
 from molex_kernels.ops.layer_mixing.api import (
     check_layer_index,
     layer_linear,
@@ -59,6 +60,7 @@ __all__ = [
     "Adam",
     "CAMExLinear",
     "CAMExMLP",
+    "ClampedSwiGLU",
     "HeavyBall",
     "KroneckerCurvature",
     "LayerExpertOutput",

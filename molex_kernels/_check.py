@@ -136,6 +136,11 @@ def number(name: str, value: Any, low: float, *, exclusive: bool = False) -> Non
         raise ValueError(f"{name}: expected a float or an int of 64 bits, got {_short(value)}")
 
 
+def finite(name: str, value: Any) -> None:
+    """A finite Python number, which a double can hold."""
+    number(name, value, -_LARGEST)
+
+
 def probability(name: str, value: Any) -> None:
     """A number in [0, 1)."""
     number(name, value, 0.0)

@@ -212,6 +212,37 @@ def test_experts_run_the_op_and_compile_whole(transformers, generator, monkeypat
     torch.testing.assert_close(compiled, expected)
 
 
+@pytest.mark.parametrize(
+    ("kind", "activation"),
+    [
+        ("own_gate-interleaved-transposed-bias", mk.ClampedSwiGLU(1.702, 7.0)),
+        ("gelu_tanh", "geglu_tanh"),
+        ("plain-own_activation", "relu_squared"),
+    ],
+    ids=str,
+)
+def test_experts_run_as_one_op(transformers, kind, activation, generator, monkeypatch):
+    from molex_kernels.integrations import transformers as integration
+
+    experts = _experts(transformers, kind, generator, torch.float32)
+    experts.config._experts_implementation = "molex"
+    calls = []
+    monkeypatch.setattr(
+        integration, "moe_mlp", lambda *a, **k: calls.append(k) or mk.moe_mlp(*a, **k)
+    )
+    index, weight = _routing(generator, torch.float32)
+    x = 4 * torch.randn(TOKENS, WIDTH, generator=generator)
+    expected = experts(x, index, weight)
+    assert [call["activation"] for call in calls] == [activation]
+    experts.config._experts_implementation = "eager"
+    torch.testing.assert_close(experts(x, index, weight), expected, atol=1e-3, rtol=1e-4)
+    experts.config._experts_implementation = "molex"
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    compiled = torch.compile(experts, fullgraph=True)(x, index, weight)
+    torch.testing.assert_close(compiled, expected)
+
+
 def test_hooks_of_an_activation_run(transformers, generator):
     experts = _experts(transformers, "silu", generator, torch.float64)
     calls = []

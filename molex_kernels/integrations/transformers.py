@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from molex_kernels import _modules
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
+from molex_kernels.ops.dispatch.types import Activation, ClampedSwiGLU
 from molex_kernels.ops.routing.api import route_plan
 
 # Imported here, once: `torch.compile` traces what stands below, and no import belongs in there.
@@ -31,9 +32,14 @@ else:
     _POINTWISE = {
         "silu": (nn.SiLU, getattr(activations, "SiLUActivation", nn.SiLU)),
         "relu": (nn.ReLU,),
+        "relu_squared": (activations.ReLUSquaredActivation,),
         "gelu": (activations.GELUActivation,),
         "gelu_tanh": (activations.GELUTanh, activations.NewGELUActivation),
     }
+
+_GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
+# The one gate of transformers with clamps and a shift, by where it is defined.
+_GPT_OSS = ("transformers.models.gpt_oss.modeling_gpt_oss", "GptOssExperts._apply_gate")
 
 NAME = "molex"
 # What the experts of releases before 5.24 do not say of themselves, and what held for all of them.
@@ -45,9 +51,9 @@ def install_experts() -> str:
 
     It serves every model whose experts transformers keeps in stacked weights (Mixtral, OLMoE,
     Qwen-MoE, DeepSeek, gpt-oss and others): with or without gate and bias, in either layout. Known
-    activations run as one `moe_mlp`; experts with a gate, activation or norm of their own run that
-    code between two `grouped_gemm`. Routers stay the model's. Dropless, deterministic, without
-    waiting for the device; ids of experts on other ranks contribute nothing.
+    activations, gpt-oss' among them, run as one `moe_mlp`; experts with another gate, activation or
+    norm of their own run that code between two `grouped_gemm`. Routers stay the model's. Dropless,
+    deterministic, without waiting for the device; ids of experts on other ranks contribute nothing.
 
     A model that has no such experts is refused by `set_experts_implementation("molex")`, which then
     names the model's class: transformers alone would change nothing and not say so.
@@ -169,16 +175,21 @@ def _says(experts: Any, name: str) -> bool:
     return getattr(experts, name, _UNSAID[name])
 
 
-def _activation(experts: Any) -> str | None:
-    """The name that `moe_mlp` has for what these experts do; None for code of their own."""
+def _activation(experts: Any) -> Activation | None:
+    """The activation that `moe_mlp` has for what these experts do; None for code of their own."""
     if _says(experts, "has_post_expert_norm"):
         return None
     pointwise = _pointwise(experts.act_fn) if hasattr(experts, "act_fn") else None
     if not _says(experts, "has_gate"):
         return pointwise
-    if type(experts)._apply_gate is not moe._default_apply_gate:
+    gate = type(experts)._apply_gate
+    if "_apply_gate" in experts.__dict__:
+        return None  # somebody put another one there
+    if (gate.__module__, gate.__qualname__) == _GPT_OSS:
+        return ClampedSwiGLU(experts.alpha, experts.limit)
+    if gate is not moe._default_apply_gate:
         return None
-    return {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}.get(pointwise or "")
+    return _GATED.get(pointwise or "")
 
 
 def _pointwise(function: Any) -> str | None:
@@ -187,5 +198,6 @@ def _pointwise(function: Any) -> str | None:
     for name, classes in _POINTWISE.items():
         if type(function) in classes:
             return name
-    exact = isinstance(function, nn.GELU) and function.approximate == "none"
-    return "gelu" if exact else None
+    if isinstance(function, nn.GELU):
+        return "gelu" if function.approximate == "none" else "gelu_tanh"
+    return None

@@ -36,6 +36,13 @@ struct Relu {
   static MOLEX_INLINE Point at(float x) { return {x < 0.0f ? 0.0f : x, x <= 0.0f ? 0.0f : 1.0f}; }
 };
 
+struct ReluSquared {
+  static MOLEX_INLINE Point at(float x) {
+    const float positive = x < 0.0f ? 0.0f : x;
+    return {positive * positive, 2.0f * positive};
+  }
+};
+
 struct Gelu {
   static MOLEX_INLINE Point at(float x) {
     const float below = 0.5f + 0.5f * erf_of(x * 0.707106781f);
@@ -111,6 +118,50 @@ constexpr auto backward_row = versions([](auto,
   }
 });
 
+// The halves of the clamped activation and their slopes. As in PyTorch, a value at a bound passes its
+// gradient and NaN does not.
+MOLEX_INLINE Point clamped_gate(float x, const Clamps& c) {
+  const float gate = x > c.limit ? c.limit : x;
+  const Sigmoids s(c.alpha * gate);
+  return {gate * s.of, s.of + c.alpha * gate * s.of * s.rest};
+}
+
+MOLEX_INLINE Point clamped_up(float x, const Clamps& c) {
+  const float up = x > c.up_limit ? c.up_limit : x < -c.up_limit ? -c.up_limit : x;
+  return {up + c.up_shift, 1.0f};
+}
+
+constexpr auto forward_clamped =
+    versions([](auto, const float* gate, const float* up, Clamps clamps, float* acted, int64_t width)
+                 MOLEX_LAMBDA_INLINE {
+                   MOLEX_INDEPENDENT
+                   for (int64_t i = 0; i < width; ++i) {
+                     acted[i] = clamped_gate(gate[i], clamps).value * clamped_up(up[i], clamps).value;
+                   }
+                 });
+
+constexpr auto backward_clamped = versions([](auto,
+                                              const float* gate,
+                                              const float* up,
+                                              Clamps clamps,
+                                              const float* upstream,
+                                              float scale,
+                                              float* acted,
+                                              float* dgate,
+                                              float* dup,
+                                              int64_t width) MOLEX_LAMBDA_INLINE {
+  MOLEX_INDEPENDENT
+  for (int64_t i = 0; i < width; ++i) {
+    const Point g = clamped_gate(gate[i], clamps), u = clamped_up(up[i], clamps);
+    const float dacted = scale * upstream[i], dg = dacted * u.value * g.slope,
+                du = dacted * g.value * u.slope;
+    acted[i] = g.value * u.value;
+    // As in PyTorch, a value at its bound passes the gradient and NaN does not.
+    dgate[i] = gate[i] <= clamps.limit ? dg : 0.0f;
+    dup[i] = up[i] >= -clamps.up_limit && up[i] <= clamps.up_limit ? du : 0.0f;
+  }
+});
+
 constexpr auto take_apart =
     versions([](auto, const float* pairs, float* even, float* odd, int64_t count) MOLEX_LAMBDA_INLINE {
       MOLEX_INDEPENDENT
@@ -141,21 +192,34 @@ void Activation::with(Pointwise pointwise, const Run& run) {
       return run.template operator()<Gelu>();
     case Pointwise::kGeluTanh:
       return run.template operator()<GeluTanh>();
+    case Pointwise::kReluSquared:
+      return run.template operator()<ReluSquared>();
     case Pointwise::kSilu:
+    case Pointwise::kClamped:  // which has rows of its own
       return run.template operator()<Silu>();
   }
 }
 
-Activation::Activation(const std::string& pointwise, const std::string& layout)
-    : pointwise_(pointwise == "relu"        ? Pointwise::kRelu
-                 : pointwise == "gelu"      ? Pointwise::kGelu
-                 : pointwise == "gelu_tanh" ? Pointwise::kGeluTanh
-                                            : Pointwise::kSilu),
+Activation::Activation(const std::string& pointwise,
+                       const std::string& layout,
+                       const std::vector<double>& numbers)
+    : pointwise_(pointwise == "relu"           ? Pointwise::kRelu
+                 : pointwise == "relu_squared" ? Pointwise::kReluSquared
+                 : pointwise == "gelu"         ? Pointwise::kGelu
+                 : pointwise == "gelu_tanh"    ? Pointwise::kGeluTanh
+                 : pointwise == "silu"         ? Pointwise::kSilu
+                                               : Pointwise::kClamped),
       layout_(layout == "plain"    ? Layout::kPlain
               : layout == "concat" ? Layout::kConcat
                                    : Layout::kInterleaved) {
-  STD_TORCH_CHECK(pointwise_ != Pointwise::kSilu || pointwise == "silu", "activation: unknown ", pointwise);
+  const bool clamps = pointwise_ == Pointwise::kClamped;
+  STD_TORCH_CHECK(!clamps || pointwise == "clamped_swiglu", "activation: unknown ", pointwise);
   STD_TORCH_CHECK(layout_ != Layout::kInterleaved || layout == "interleaved", "layout: unknown ", layout);
+  STD_TORCH_CHECK(numbers.size() == (clamps ? 4 : 0), "numbers: not as many as ", pointwise, " has");
+  if (!clamps) return;
+  STD_TORCH_CHECK(layout_ != Layout::kPlain, "layout: expected a gated one for ", pointwise);
+  const auto number = [&](int i) { return static_cast<float>(numbers[i]); };
+  clamps_ = {number(0), number(1), number(2), number(3)};
 }
 
 void Activation::forward(const float* pre_activation, float* acted, int64_t width, float* scratch) const {
@@ -166,6 +230,7 @@ void Activation::forward(const float* pre_activation, float* acted, int64_t widt
     gate = scratch;
     up = scratch + width;
   }
+  if (pointwise_ == Pointwise::kClamped) return forward_clamped(gate, up, clamps_, acted, width);
   with(pointwise_, [&]<class F>() { forward_row<F>(gate, up, acted, width); });
 }
 
@@ -177,6 +242,9 @@ void Activation::backward(const float* pre_activation,
                           int64_t width,
                           float* scratch) const {
   const auto run = [&](const float* gate, const float* up, float* dgate, float* dup) {
+    if (pointwise_ == Pointwise::kClamped) {
+      return backward_clamped(gate, up, clamps_, upstream, scale, acted, dgate, dup, width);
+    }
     with(pointwise_,
          [&]<class F>() { backward_row<F>(gate, up, upstream, scale, acted, dgate, dup, width); });
   };

@@ -4,14 +4,21 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace molex {
+
+// (up + up_shift) gate sigmoid(alpha gate), of a gate of at most `limit` and an up in [-up_limit, up_limit].
+struct Clamps {
+  float alpha, limit, up_limit, up_shift;
+};
 
 // Computes act(z), or act(gate) * up if the pre-activation z holds the halves gate and up.
 class Activation {
  public:
-  // `pointwise`: relu, gelu, gelu_tanh or silu. `layout`: plain, concat or interleaved.
-  Activation(const std::string& pointwise, const std::string& layout);
+  // `pointwise`: relu, relu_squared, gelu, gelu_tanh, silu or clamped_swiglu, which alone has `numbers`:
+  // those of `Clamps`. `layout`: plain, concat or interleaved.
+  Activation(const std::string& pointwise, const std::string& layout, const std::vector<double>& numbers);
 
   // The number of pre-activation values of a row whose activated width is `width`.
   int64_t pre_activation_width(int64_t width) const { return layout_ == Layout::kPlain ? width : 2 * width; }
@@ -32,10 +39,11 @@ class Activation {
                 float* scratch) const;
 
  private:
-  enum class Pointwise { kRelu, kGelu, kGeluTanh, kSilu } pointwise_;
+  enum class Pointwise { kRelu, kReluSquared, kGelu, kGeluTanh, kSilu, kClamped } pointwise_;
   template <class Run>
   static void with(Pointwise pointwise, const Run& run);
   enum class Layout { kPlain, kConcat, kInterleaved } layout_;
+  Clamps clamps_{};
 };
 
 }  // namespace molex

@@ -50,15 +50,16 @@ inline int64_t longest_of(const std::vector<Piece>& pieces) {
 // One matrix per expert, with any strides.
 class Weights {
  public:
-  explicit Weights(const Tensor& stack)
-      : data_(static_cast<char*>(const_cast<void*>(stack.const_data_ptr()))),
-        dtype_(stack.scalar_type()),
+  // `products` is the dtype in which the matrices are multiplied.
+  Weights(const Tensor& stack, ScalarType products)
+      : source_(stack.const_data_ptr(), stack.scalar_type()),
+        products_(products),
         rows_(stack.size(1)),
         columns_(stack.size(2)),
         strides_{stack.stride(0), stack.stride(1), stack.stride(2)} {}
 
   // Whether products read fp32 copies, also of a matrix without elements.
-  bool converts() const { return dtype_ != product_dtype(dtype_); }
+  bool converts() const { return source_.dtype != products_; }
 
   // The bytes that `of` needs in an arena.
   int64_t bytes() const { return converts() ? Arena::bytes(rows_ * columns_) : 0; }
@@ -66,19 +67,26 @@ class Weights {
   // The expert's matrix as products read it: its own memory, or a copy in `scratch` if it has to be converted
   // to fp32.
   Matrix of(int64_t expert, const Matrix& scratch) const {
-    const Matrix own{
-        data_ + expert * strides_[0] * size_of(dtype_), dtype_, rows_, columns_, strides_[1], strides_[2]};
-    if (!converts()) return own;
+    const int64_t first = expert * strides_[0];
+    if (!converts()) {
+      char* data = static_cast<char*>(const_cast<void*>(source_.data)) + first * size_of(source_.dtype);
+      return {data, source_.dtype, rows_, columns_, strides_[1], strides_[2]};
+    }
+    // A matrix that is stored by columns is copied by columns.
+    const bool by_columns = strides_[1] == 1 && strides_[2] != 1;
+    const int64_t lines = by_columns ? columns_ : rows_, length = by_columns ? rows_ : columns_;
+    const int64_t apart = strides_[by_columns ? 2 : 1], step = strides_[by_columns ? 1 : 2];
     float* to = static_cast<float*>(scratch.data);
-    const auto* from = static_cast<const c10::Half*>(own.data);
-    for (int64_t row = 0; row < rows_; ++row, from += strides_[1], to += columns_) {
-      if (strides_[2] == 1) {
-        widen(from, to, columns_);
+    for (int64_t line = 0; line < lines; ++line, to += length) {
+      const int64_t at = first + line * apart;
+      if (step == 1 || length == 1) {
+        molex::read(source_, at, length, to);
       } else {
-        for (int64_t i = 0; i < columns_; ++i) to[i] = static_cast<float>(from[i * strides_[2]]);
+        for (int64_t i = 0; i < length; ++i) molex::read(source_, at + i * step, 1, to + i);
       }
     }
-    return matrix_of(scratch.data, ScalarType::Float, rows_, columns_);
+    const Matrix copy = matrix_of(scratch.data, ScalarType::Float, lines, length);
+    return by_columns ? copy.transposed() : copy;
   }
 
   Matrix scratch(Arena& arena) const {
@@ -86,8 +94,8 @@ class Weights {
   }
 
  private:
-  char* data_;
-  ScalarType dtype_;
+  Source source_;
+  ScalarType products_;
   int64_t rows_, columns_, strides_[3];
 };
 
@@ -120,9 +128,7 @@ class Rows {
       const char* from = static_cast<const char*>(source_.data) + index * stride_ * size_of(to.dtype);
       std::memcpy(to.data, from, width_ * size_of(to.dtype));
     } else {
-      widen(static_cast<const c10::Half*>(source_.data) + index * stride_,
-            static_cast<float*>(to.data),
-            width_);
+      molex::read(source_, index * stride_, width_, static_cast<float*>(to.data));
     }
   }
 

@@ -5,6 +5,7 @@
 
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu/common/memory.h"
 #include "cpu/dispatch/activation.h"
@@ -66,8 +67,8 @@ class Backward {
         needs_(needs),
         dy_(dy),
         x_(x),
-        up_(w_up),
-        down_(w_down),
+        up_(w_up, molex::product_dtype(x.scalar_type())),
+        down_(w_down, molex::product_dtype(x.scalar_type())),
         pre_activation_(torch::stable::contiguous(pre_activation)),
         bias_(molex::packed(b_down)),
         dtype_(molex::product_dtype(x.scalar_type())),
@@ -246,12 +247,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_bwd(const Ten
                                                                        std::optional<Tensor> b_down,
                                                                        std::string activation,
                                                                        std::string layout,
+                                                                       std::vector<double> numbers,
                                                                        std::vector<bool> wanted) {
   const Needs needs{wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[5]};
   const int64_t experts = w_up.size(0), width = x.size(1), outer = w_up.size(1), inner = w_down.size(2);
   const ScalarType dtype = molex::product_dtype(x.scalar_type());
   const molex::Assignments plan(offsets, permutation, x.size(0), expert_weight.size(1));
-  const molex::Activation act(activation, layout);
+  const molex::Activation act(activation, layout, numbers);
   const Backward backward(dy, x, pre_activation, expert_weight, w_up, w_down, b_down, plan, act, needs);
 
   const auto gradient = [](const Tensor& like, bool need, std::vector<int64_t> sizes) {

@@ -3,6 +3,7 @@
 
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu/common/memory.h"
 #include "cpu/dispatch/activation.h"
@@ -28,6 +29,12 @@ struct Layer {
   molex::Activation activation;
 };
 
+// The dtype of the products. Without a gradient it is fp32: the library has no product of 16-bit matrices
+// with a result in fp32, and rounding pre-activations and rows that nobody keeps would be for nothing.
+ScalarType forward_dtype(const Tensor& x, bool keeps_pre_activation) {
+  return keeps_pre_activation ? molex::product_dtype(x.scalar_type()) : ScalarType::Float;
+}
+
 // Writes the experts' outputs to `packed` [R, D], which has the dtype of products or of x, and the
 // pre-activations to `kept` [R, H], of x's dtype, if it is given.
 void run_experts(const Layer& layer,
@@ -35,10 +42,10 @@ void run_experts(const Layer& layer,
                  const Matrix& packed,
                  const Target& kept) {
   const molex::Rows from(layer.x);
-  const molex::Weights up(layer.w_up), down(layer.w_down);
+  const ScalarType dtype = forward_dtype(layer.x, static_cast<bool>(kept));
+  const molex::Weights up(layer.w_up, dtype), down(layer.w_down, dtype);
   const std::optional<Tensor> biases[] = {molex::packed(layer.b_up), molex::packed(layer.b_down)};
   const Source b_up = molex::source_of(biases[0]), b_down = molex::source_of(biases[1]);
-  const ScalarType dtype = molex::product_dtype(layer.x.scalar_type());
   const int64_t width = layer.x.size(1), outer = layer.w_up.size(1), inner = layer.w_down.size(2);
   const bool keeps_products = kept && kept.dtype == dtype, packs_products = packed.dtype == dtype;
   const std::vector<Piece> pieces = molex::pieces_of(plan.bounds, 0, plan.bounds.size() - 1);
@@ -104,12 +111,13 @@ std::tuple<Tensor, Tensor> moe_experts_fwd(const Tensor& x,
                                            int64_t top_k,
                                            std::string activation,
                                            std::string layout,
+                                           std::vector<double> numbers,
                                            bool keeps_pre_activation) {
   const molex::Assignments plan(offsets, permutation, x.size(0), top_k);
   Tensor kept = kept_of(x, plan.rows, w_up.size(1), keeps_pre_activation);
   Tensor packed = molex::new_result(x, {plan.rows, x.size(1)});
   const Matrix rows = molex::matrix_of(packed.mutable_data_ptr(), x.scalar_type(), plan.rows, x.size(1));
-  run_experts({x, w_up, w_down, b_up, b_down, {activation, layout}},
+  run_experts({x, w_up, w_down, b_up, b_down, {activation, layout, numbers}},
               plan,
               rows,
               keeps_pre_activation ? molex::target_of(kept) : Target{});
@@ -128,12 +136,13 @@ std::tuple<Tensor, Tensor> moe_mlp_fwd(const Tensor& x,
                                        std::optional<Tensor> b_down,
                                        std::string activation,
                                        std::string layout,
+                                       std::vector<double> numbers,
                                        bool keeps_pre_activation) {
   const molex::Assignments plan(offsets, permutation, x.size(0), expert_weight.size(1));
   Tensor kept = kept_of(x, plan.rows, w_up.size(1), keeps_pre_activation);
-  Tensor packed = molex::new_result(x, {plan.rows, x.size(1)}, molex::product_dtype(x.scalar_type()));
+  Tensor packed = molex::new_result(x, {plan.rows, x.size(1)}, forward_dtype(x, keeps_pre_activation));
   const Matrix rows = molex::matrix_of(packed.mutable_data_ptr(), packed.scalar_type(), plan.rows, x.size(1));
-  run_experts({x, w_up, w_down, b_up, b_down, {activation, layout}},
+  run_experts({x, w_up, w_down, b_up, b_down, {activation, layout, numbers}},
               plan,
               rows,
               keeps_pre_activation ? molex::target_of(kept) : Target{});

@@ -63,7 +63,7 @@ Tensor grouped_gemm_fwd(const Tensor& x,
   const std::vector<Piece> pieces = molex::pieces_of(bounds, 0, bounds.size() - 1);
   const int64_t longest = molex::longest_of(pieces);
   const molex::Rows from(x);
-  const molex::Weights weights(weight);
+  const molex::Weights weights(weight, molex::product_dtype(weight.scalar_type()));
   const std::optional<Tensor> packed = molex::packed(bias);
   const Source biases = molex::source_of(packed);
   molex::share(pieces.size(), [&](const auto& next) {
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd(
   const Matrix to_x = molex::matrix_of(dx.mutable_data_ptr(), dtype, needs[0] ? tokens : 0, width);
   const std::vector<int64_t> bounds = molex::bounds_of(offsets, tokens);
   const molex::Rows upstream(dy), from(x);
-  const molex::Weights weights(weight);
+  const molex::Weights weights(weight, molex::product_dtype(weight.scalar_type()));
 
   enum class Kind { kX, kWeight, kBias };
   struct Task {

@@ -10,19 +10,10 @@ from torch import Tensor
 from molex_kernels import _check, _dtypes
 from molex_kernels._backends import CPU, REFERENCE, TRITON, declare, select
 from molex_kernels.ops.dispatch import op, reference
+from molex_kernels.ops.dispatch.types import Activation, activation_of
 from molex_kernels.ops.routing.api import route_plan
 from molex_kernels.ops.routing.types import RoutePlan
 
-# Name -> (pointwise function, whether it acts on a gate that then multiplies the up half).
-ACTIVATIONS = {
-    "relu": ("relu", False),
-    "gelu": ("gelu", False),
-    "gelu_tanh": ("gelu_tanh", False),
-    "silu": ("silu", False),
-    "swiglu": ("silu", True),
-    "geglu": ("gelu", True),
-    "reglu": ("relu", True),
-}
 GATE_LAYOUTS = ("concat", "interleaved")
 MAX_EXPERTS = 1024
 
@@ -89,7 +80,7 @@ def moe_mlp(
     *,
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
-    activation: str = "relu",
+    activation: Activation = "relu",
     gate_layout: str = "concat",
     plan: RoutePlan | None = None,
     impl: str | None = None,
@@ -104,9 +95,11 @@ def moe_mlp(
     assignment uses (an expert that nobody chose, the weight of an id that is not local) may hold
     anything, NaN too: it changes nothing, and its gradient is 0.
 
-    Gated activations (`swiglu`: silu, `geglu`: gelu, `reglu`: relu) split the hidden vector in two:
-    act(gate) * up. `gate_layout="concat"` has rows [gate; up] in w_up and b_up, `"interleaved"`
-    gate_0, up_0, gate_1, up_1, ... `gelu` is the exact one (erf), `gelu_tanh` the approximation.
+    Gated activations (`swiglu`: silu, `geglu`: gelu, `geglu_tanh`: gelu_tanh, `reglu`: relu, and
+    `ClampedSwiGLU`, gpt-oss') split the hidden vector in two: act(gate) * up.
+    `gate_layout="concat"` has rows [gate; up] in w_up and b_up, `"interleaved"` gate_0, up_0,
+    gate_1, up_1, ... `gelu` is the exact one (erf), `gelu_tanh` the approximation; `relu_squared`
+    is relu(x)^2.
 
     With relu and both biases this is the layer of MomentumSMoE (arXiv 2410.14574) and ACMoE
     (arXiv 2502.15315); their published code (FastMoE) waits for the device five times per call.
@@ -122,7 +115,8 @@ def moe_mlp(
         w_down: [E, D, I].
         b_up: [E, I] or [E, 2I], or None.
         b_down: [E, D] or None.
-        activation: relu, gelu, gelu_tanh, silu, swiglu, geglu or reglu.
+        activation: relu, relu_squared, gelu, gelu_tanh, silu, swiglu, geglu, geglu_tanh, reglu or a
+            `ClampedSwiGLU`.
         gate_layout: "concat" or "interleaved".
         plan: `route_plan(expert_index, E)`, to share it with other ops; it must belong to this
             `expert_index`, which is not checked. None makes one.
@@ -130,8 +124,11 @@ def moe_mlp(
             inputs. The reference sends every token to every expert: E / K times the FLOPs.
 
     Returns:
-        [T, D] in x's dtype. Products and the sum over k are accumulated in fp32. Under autocast, x,
-        the weights and the biases are cast first; expert_weight keeps its precision.
+        [T, D] in x's dtype. Products and the sum over k are accumulated in fp32. On a CPU a call
+        without a gradient rounds fp16 and bf16 once, at the end; where a gradient is wanted, the
+        pre-activation is kept in x's dtype, and in bf16 the activation and each expert's output are
+        rounded, too. Under autocast, x, the weights and the biases are cast first; expert_weight
+        keeps its precision.
 
     Raises:
         TypeError: a wrong type or dtype.
@@ -156,7 +153,8 @@ class ExpertsCall(NamedTuple):
     expert_index: Tensor
     expert_weight: Tensor
     weights: tuple[Any, ...]  # w_up, w_down, and b_up, b_down or None
-    activation: tuple[str, str]  # the pointwise function, and "plain" or a gate's layout
+    # The pointwise function, "plain" or a gate's layout, and the function's numbers.
+    activation: tuple[str, str, tuple[float, ...]]
     plan: RoutePlan | None
     too_many: str | None  # why Triton cannot take so many experts
 
@@ -176,15 +174,14 @@ def experts_arguments(
     w_down: Tensor,
     b_up: Tensor | None,
     b_down: Tensor | None,
-    activation: str,
+    activation: Activation,
     gate_layout: str,
     plan: RoutePlan | None,
 ) -> ExpertsCall:
     """Casts the arguments of `moe_mlp` as autocast has it, and checks them."""
     x, w_up, w_down, b_up, b_down = _dtypes.autocast(x, w_up, w_down, b_up, b_down)
-    _check.choice("activation", activation, ACTIVATIONS)
+    pointwise, gated, numbers = activation_of(activation)
     _check.choice("gate_layout", gate_layout, GATE_LAYOUTS)
-    pointwise, gated = ACTIVATIONS[activation]
     num_experts = _num_experts("w_down", w_down, "E, D, I")
     _check.floating("x", x, "T, D", (None, None))
     (expert_weight,) = _dtypes.kept(x, expert_weight)
@@ -210,7 +207,8 @@ def experts_arguments(
         expert_weight = expert_weight.to(_dtypes.accumulate_dtype(x.dtype))
     layout = gate_layout if gated else "plain"
     too_many = _too_many(num_experts)
-    return ExpertsCall(x, expert_index, expert_weight, weights, (pointwise, layout), plan, too_many)
+    acts = (pointwise, layout, numbers)
+    return ExpertsCall(x, expert_index, expert_weight, weights, acts, plan, too_many)
 
 
 def _num_experts(name: str, weight: Tensor, letters: str) -> int:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from molex_kernels import _backends, _check, _modules, _published
-from molex_kernels.ops.dispatch.api import ACTIVATIONS, GATE_LAYOUTS, moe_mlp
+from molex_kernels.ops.dispatch.api import GATE_LAYOUTS, moe_mlp
+from molex_kernels.ops.dispatch.types import Activation, activation_of
 from molex_kernels.ops.routing.types import RoutePlan
 
 # FastMoE's names, with which MomentumSMoE and ACMoE publish their checkpoints.
@@ -25,7 +26,7 @@ def check_experts(
     d_model: int,
     d_hidden: int,
     num_experts: int,
-    activation: str,
+    activation: Activation,
     gate_layout: str,
     bias: bool,
     impl: str | None,
@@ -34,7 +35,7 @@ def check_experts(
     _check.integer("d_model", d_model, 1)
     _check.integer("d_hidden", d_hidden, 1)
     _check.integer("num_experts", num_experts, 1)
-    _check.choice("activation", activation, tuple(ACTIVATIONS))
+    activation_of(activation)
     _check.choice("gate_layout", gate_layout, GATE_LAYOUTS)
     _check.flags(bias=bias)
     _backends.check_impl(impl)
@@ -68,7 +69,7 @@ class MoEMLP(_modules.Module):
         d_hidden: int,
         num_experts: int,
         *,
-        activation: str = "relu",
+        activation: Activation = "relu",
         gate_layout: str = "concat",
         bias: bool = True,
         impl: str | None = None,
@@ -80,7 +81,7 @@ class MoEMLP(_modules.Module):
         self.activation = activation
         self.gate_layout = gate_layout
         self.impl = impl
-        rows = 2 * d_hidden if ACTIVATIONS[activation][1] else d_hidden
+        rows = 2 * d_hidden if activation_of(activation)[1] else d_hidden
 
         def parameter(*sizes: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_experts, *sizes, device=device, dtype=dtype))

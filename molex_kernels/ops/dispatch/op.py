@@ -13,11 +13,11 @@ from molex_kernels.ops.dispatch import reference
 _TRITON = "molex_kernels.ops.dispatch.kernels.launch"
 _PLAN = "Tensor offsets, Tensor permutation, Tensor inverse"
 _WEIGHTS = "Tensor w_up, Tensor w_down, Tensor? b_up, Tensor? b_down"
-_ACTIVATION = "str activation, str layout"
+_ACTIVATION = "str activation, str layout, float[] numbers"
 
 
 def _weights(a: Any) -> tuple[Any, ...]:
-    return a.w_up, a.w_down, a.b_up, a.b_down, a.activation, a.layout
+    return a.w_up, a.w_down, a.b_up, a.b_down, a.activation, a.layout, a.numbers
 
 
 def _expert_of_row(a: Any) -> Tensor:

@@ -10,6 +10,8 @@ numbers and gradients, as in the kernels, and an expert that nobody chose may ho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,11 +42,12 @@ def moe_mlp(
     b_down: Tensor | None,
     activation: str,
     layout: str,
+    numbers: Sequence[float],
 ) -> Tensor:
     """y_t = sum_k expert_weight_tk FFN_{expert_index_tk}(x_t).
 
     FFN_e(x) = w_down_e act(w_up_e x + b_up_e) + b_down_e. `layout` is "plain", or how a gated
-    hidden vector holds its halves: "concat" or "interleaved".
+    hidden vector holds its halves: "concat" or "interleaved". `numbers` belong to the activation.
     """
     dtype = accumulate_dtype(x.dtype)
     experts = torch.arange(w_up.shape[0], device=x.device)
@@ -54,7 +57,8 @@ def moe_mlp(
     hidden = torch.matmul(selected(x, mine), _used(mine, w_up).mT)  # [E, T, I or 2I]
     if b_up is not None:
         hidden = hidden + _used(mine, b_up)[:, None]
-    out = torch.matmul(_activate(hidden, activation, layout), _used(mine, w_down).mT)  # [E, T, D]
+    acted = _activate(hidden, activation, layout, numbers)
+    out = torch.matmul(acted, _used(mine, w_down).mT)  # [E, T, D]
     if b_down is not None:
         out = out + b_down[:, None]
     return (gates[..., None] * selected(out, mine).to(dtype)).sum(0).to(x.dtype)
@@ -66,7 +70,7 @@ def _used(mine: Tensor, parameter: Tensor) -> Tensor:
     return torch.where(used.view(-1, *(1,) * (parameter.dim() - 1)), parameter, 0)
 
 
-def _activate(hidden: Tensor, activation: str, layout: str) -> Tensor:
+def _activate(hidden: Tensor, activation: str, layout: str, numbers: Sequence[float]) -> Tensor:
     """[..., I] or, when gated, [..., 2I] -> [..., I]."""
     if layout == "plain":
         return _pointwise(hidden, activation)
@@ -74,12 +78,18 @@ def _activate(hidden: Tensor, activation: str, layout: str) -> Tensor:
         gate, up = hidden[..., 0::2], hidden[..., 1::2]
     else:
         gate, up = hidden.chunk(2, dim=-1)
+    if activation == "clamped_swiglu":
+        alpha, limit, up_limit, up_shift = numbers
+        gate, up = gate.clamp(max=limit), up.clamp(-up_limit, up_limit)
+        return (up + up_shift) * (gate * torch.sigmoid(alpha * gate))
     return _pointwise(gate, activation) * up
 
 
 def _pointwise(hidden: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         return F.relu(hidden)
+    if activation == "relu_squared":
+        return F.relu(hidden).square()
     if activation == "silu":
         return F.silu(hidden)
     return F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")

@@ -12,6 +12,7 @@ from torch import Tensor
 from molex_kernels import _check, _dtypes, _philox
 from molex_kernels._backends import CPU, REFERENCE, TRITON, declare, select
 from molex_kernels.ops.dispatch.api import experts_arguments, moe_mlp
+from molex_kernels.ops.dispatch.types import Activation
 from molex_kernels.ops.momentum import op, reference
 from molex_kernels.ops.momentum import state as states
 from molex_kernels.ops.momentum.state import State
@@ -96,7 +97,7 @@ def moe_mlp_momentum(
     expert_input: Tensor | None = None,
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
-    activation: str = "relu",
+    activation: Activation = "relu",
     gate_layout: str = "concat",
     plan: RoutePlan | None = None,
     norm: Norm | None = None,
@@ -188,7 +189,7 @@ def moe_mlp_momentum(
     averages = states.averages(state, rule, width)
     w_up, w_down, b_up, b_down = experts.weights
     offsets, permutation, inverse = experts.rows()
-    pointwise, layout = experts.activation
+    pointwise, layout, numbers = experts.activation
     arguments = _arguments(x.reshape(-1, width), None, averages, rule, step, within)._replace(
         dropout_p=float(dropout_p),
         seed=seed,
@@ -203,6 +204,7 @@ def moe_mlp_momentum(
         inverse=inverse,
         activation=pointwise,
         layout=layout,
+        activation_numbers=numbers,
     )
     new = op.update(impl, arguments)
     return _normalised(new[0], apart).view(x.shape), states.after(new[1:], rule, x, None, step)

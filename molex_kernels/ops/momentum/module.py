@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from molex_kernels import _check, _dtypes, _modules, _published
 from molex_kernels.ops.dispatch.module import PUBLISHED as EXPERTS
 from molex_kernels.ops.dispatch.module import MoEMLP, check_experts
+from molex_kernels.ops.dispatch.types import Activation
 from molex_kernels.ops.momentum import state as states
 from molex_kernels.ops.momentum.api import dropout, moe_mlp_momentum, momentum_update
 from molex_kernels.ops.momentum.state import State
@@ -91,7 +92,7 @@ class MomentumMoE(_modules.Module):
         rule: Rule,
         *,
         wiring: str = "published",
-        activation: str = "relu",
+        activation: Activation = "relu",
         bias: bool = True,
         dropout: float = 0.0,
         sign: int = 1,

@@ -56,6 +56,12 @@ class Arguments(NamedTuple):
     inverse: Tensor | None = None
     activation: str = ""
     layout: str = ""
+    activation_numbers: tuple[float, ...] = ()
+
+    @property
+    def acts(self) -> tuple[Any, ...]:
+        """How the experts act, as the operators take it."""
+        return self[-3:]
 
     @property
     def options(self) -> tuple[Any, ...]:
@@ -150,7 +156,7 @@ def _run(a: Arguments, impl: tuple[str, ...], keeps: bool) -> tuple[Tensors, Ten
     if f is None:
         experts = (a.w_up, a.w_down, a.b_up, a.b_down, a.expert_weight.shape[1])
         f, pre_activation = dispatch.moe_experts.forward(
-            *(a.expert_input, a.offsets, a.permutation, *experts, a.activation, a.layout, keeps),
+            *(a.expert_input, a.offsets, a.permutation, *experts, *a.acts, keeps),
             *impl,
         )
     returns_f = keeps and a.f is None and a.needs_step and not a.from_state
@@ -193,12 +199,12 @@ class _Momentum(Differentiable):
         source = a.expert_input if a.f is None else a.f
         dtypes = (a.x.dtype, source.dtype, results[1].dtype)
         constants = ((*a.options, from_state), dtypes, learned, a.passes_x)
-        return results, (*rule, a.seed, *experts), (impl, a.activation, a.layout, constants)
+        return results, (*rule, a.seed, *experts), (impl, a.acts, constants)
 
     def gradients(
         self, upstream: Any, saved: Any, constants: Any, needs: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        impl, activation, layout, rule = constants
+        impl, acts, rule = constants
         named = _arguments(*needs[1:])  # what wants a gradient
         experts = [*named[15:21]]
         found = self._rule(impl, upstream, saved[:9], rule, named, named.f or any(experts))
@@ -206,9 +212,7 @@ class _Momentum(Differentiable):
         gradients[1:10] = found
         if found[1] is not None and any(experts):
             gradients[2] = None
-            inner = dispatch.moe_mlp.backward(
-                found[1], *saved[9:], activation, layout, experts, *impl
-            )
+            inner = dispatch.moe_mlp.backward(found[1], *saved[9:], *acts, experts, *impl)
             gradients[16:22] = [g if n else None for g, n in zip(inner, experts, strict=True)]
         return gradients
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molex_kernels.ops.dispatch.api import ACTIVATIONS
+from molex_kernels.ops.dispatch.types import Activation, activation_of
 
 
 def published_moe_mlp(
@@ -20,7 +20,7 @@ def published_moe_mlp(
     *,
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
-    activation: str = "relu",
+    activation: Activation = "relu",
     gate_layout: str = "concat",
 ) -> Tensor:
     """FastMoE's steps one for one, five waits for the device included. Ids must be in [0, E)."""
@@ -54,7 +54,7 @@ def library_moe_mlp(
     *,
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
-    activation: str = "relu",
+    activation: Activation = "relu",
     gate_layout: str = "concat",
 ) -> Tensor:
     """Permute, `F.grouped_mm`, activation, `F.grouped_mm`, unpermute. Ids must be in [0, E)."""
@@ -85,7 +85,7 @@ def liger_moe_mlp(
     w_up: Tensor,
     w_down: Tensor,
     *,
-    activation: str = "relu",
+    activation: Activation = "relu",
     gate_layout: str = "concat",
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
@@ -170,16 +170,22 @@ def _linear_by_expert(
     return torch.cat(parts)
 
 
-def _activate(hidden: Tensor, activation: str, gate_layout: str) -> Tensor:
-    name, gated = ACTIVATIONS[activation]
+def _activate(hidden: Tensor, activation: Activation, gate_layout: str) -> Tensor:
+    name, gated, numbers = activation_of(activation)
     if gated and gate_layout == "interleaved":
         gate, up = hidden[:, 0::2], hidden[:, 1::2]
     elif gated:
         gate, up = hidden.chunk(2, dim=1)
     else:
         gate, up = hidden, None
-    if name == "relu":
+    if name == "clamped_swiglu" and up is not None:
+        alpha, limit, up_limit, up_shift = numbers
+        gate, up = gate.clamp(max=limit), up.clamp(-up_limit, up_limit) + up_shift
+        acted = gate * torch.sigmoid(alpha * gate)
+    elif name == "relu":
         acted = F.relu(gate)
+    elif name == "relu_squared":
+        acted = F.relu(gate).square()
     elif name == "silu":
         acted = F.silu(gate)
     else:

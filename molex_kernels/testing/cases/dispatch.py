@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from molex_kernels.ops.dispatch.api import ACTIVATIONS, grouped_gemm, moe_mlp
+from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
+from molex_kernels.ops.dispatch.types import Activation, ClampedSwiGLU, activation_of
 from molex_kernels.testing.baselines.dispatch import (
     batched_gemm,
     library_grouped_gemm,
@@ -18,9 +20,16 @@ from molex_kernels.testing.baselines.dispatch import (
 )
 from molex_kernels.testing.opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 
-# Where relu bends, two precisions may differ by a whole slope: tests stay this far away from it.
+# Where a slope jumps, two precisions may differ by the whole jump: tests stay this far away.
 KINK = 1e-4
 SMALL = 64  # rows up to which that is looked after
+# With limits that values at unit scale reach.
+CLAMPED = ClampedSwiGLU(alpha=1.3, limit=0.7, up_limit=0.9, up_shift=0.5)
+
+
+def _activation(case: Case) -> Activation:
+    name: str = case.options.get("activation", "relu")
+    return CLAMPED if name == "clamped_swiglu" else name
 
 
 def _expert_index(case: Case, draw: Draw) -> Tensor:
@@ -50,8 +59,8 @@ def make_moe_mlp(
 ) -> Inputs:
     tokens, width, hidden, num_experts, top_k = (case.sizes[name] for name in "TDIEK")
     options = case.options
-    activation = options.get("activation", "relu")
-    gated = ACTIVATIONS[activation][1]
+    activation = _activation(case)
+    pointwise, gated, _ = activation_of(activation)
     rows = 2 * hidden if gated else hidden
     draw = Draw(dtype, device, generator)
     weights = torch.softmax(draw.normal(tokens, top_k, dtype=torch.float32), dim=1)
@@ -69,18 +78,19 @@ def make_moe_mlp(
         inputs["b_down"] = draw.normal(num_experts, width)
     if gated:
         inputs["gate_layout"] = options.get("gate_layout", "concat")
-    if draw.generator is not None and ACTIVATIONS[activation][0] == "relu" and tokens <= SMALL:
-        _leave_kinks(inputs, draw)
+    kinks = {"relu": (0.0,), "clamped_swiglu": (CLAMPED.limit, 0.9, -0.9)}.get(pointwise, ())
+    if draw.generator is not None and kinks and tokens <= SMALL:
+        _leave_kinks(inputs, draw, kinks)
     return inputs
 
 
-def _leave_kinks(inputs: Inputs, draw: Draw) -> None:
-    """Draws tokens anew until no hidden value that relu sees lies near 0."""
+def _leave_kinks(inputs: Inputs, draw: Draw, kinks: Sequence[float]) -> None:
+    """Draws tokens anew until no hidden value lies where the slope jumps."""
     x, w_up = inputs["x"], inputs["w_up"].double()
     bias = inputs["b_up"].double()[:, None] if "b_up" in inputs else 0.0
     while True:
         hidden = torch.matmul(x.double(), w_up.mT) + bias
-        near = (hidden.abs() < KINK).any(-1).any(0)
+        near = torch.stack([(hidden - kink).abs() < KINK for kink in kinks]).any(0).any(-1).any(0)
         if not near.any():
             return
         x[near] = draw.normal(int(near.sum()), x.shape[1])
@@ -139,7 +149,7 @@ def _left_out_of_grouped_gemm(inputs: Inputs) -> dict[str, Tensor]:
 
 def cost_moe_mlp(case: Case, dtype: torch.dtype, backward: bool) -> Cost:
     tokens, width, hidden, num_experts, top_k = (case.sizes[name] for name in "TDIEK")
-    rows = 2 * hidden if ACTIVATIONS[case.options.get("activation", "relu")][1] else hidden
+    rows = 2 * hidden if activation_of(_activation(case))[1] else hidden
     assignments = tokens * top_k
     weights = min(num_experts, assignments) * (rows + hidden) * width
     flops = 2 * assignments * (rows + hidden) * width
@@ -182,6 +192,8 @@ _MOE_TESTS = (
         17, 44, 17, 5, 2, activation="reglu", gate_layout="interleaved", bias=True, routing="twice"
     ),
     _moe(17, 352, 352, 3, 2, activation="relu"),
+    _moe(7, 6, 5, 3, 2, activation="relu_squared"),
+    _moe(9, 6, 5, 3, 2, activation="clamped_swiglu", gate_layout="interleaved", bias=True),
 )
 # The papers' layers: relu, both biases.
 _PAPER = tuple(_moe(3072, d, d, 16, 2, activation="relu", bias=True) for d in (128, 352, 512))

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from molex_kernels._triton.arguments import Mat, at, int64, load_fp32, nth, store
 from molex_kernels._triton.tiles import segment_of_tile
-from molex_kernels.ops.dispatch.kernels.activation import activate
+from molex_kernels.ops.dispatch.kernels.activation import activate, up_half
 from molex_kernels.ops.dispatch.kernels.product import grouped_order, multiply, token_of_row
 
 
@@ -26,6 +26,7 @@ def _dispatch_fwd_gemm(
     top_k,
     gate_step,  # rows of the weight from one gate to the next
     up_shift,  # rows of the weight from a gate to its up
+    numbers,  # of the activation, or None
     IS_GATHERED: tl.constexpr,
     IS_GATED: tl.constexpr,
     HAS_ZERO_TAIL: tl.constexpr,
@@ -92,7 +93,7 @@ def _dispatch_fwd_gemm(
         if IS_GATED:
             store(hidden_ptrs + up_n * int64(hidden.col), up, mask)
     if ACTIVATION != "none":
-        result = activate(result, ACTIVATION)
+        result = activate(result, numbers, ACTIVATION)
     if IS_GATED:
-        result = result * up
+        result = result * up_half(up, numbers, ACTIVATION)
     store(at(out, rows, offs_n[None, :]), result, mask)

@@ -5,7 +5,12 @@ import triton.language as tl
 
 from molex_kernels._triton.arguments import Mat, at, int64, load_fp32, nth, store
 from molex_kernels._triton.tiles import segment_of_tile
-from molex_kernels.ops.dispatch.kernels.activation import activate_with_slope
+from molex_kernels.ops.dispatch.kernels.activation import (
+    activate_with_slope,
+    through_gate,
+    through_up,
+    up_half,
+)
 from molex_kernels.ops.dispatch.kernels.product import grouped_order, multiply, token_of_row
 
 
@@ -28,6 +33,7 @@ def _dispatch_bwd_hidden(
     top_k,
     gate_step,
     up_shift,
+    numbers,  # of the activation, or None
     IS_GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -68,7 +74,8 @@ def _dispatch_bwd_hidden(
     gate_n = offs_n[None, :] * gate_step
     up_n = int64(up_shift)
     hidden_ptrs = at(hidden, rows[:, None], gate_n)
-    acted, slope = activate_with_slope(load_fp32(hidden_ptrs, mask), ACTIVATION)
+    gate = load_fp32(hidden_ptrs, mask)
+    acted, slope = activate_with_slope(gate, numbers, ACTIVATION)
     if IS_GATED:
         up = load_fp32(hidden_ptrs + up_n * int64(hidden.col), mask)
     assignment = tl.load(permutation_ptr + offs_t, mask=mask_t, other=0)
@@ -79,11 +86,12 @@ def _dispatch_bwd_hidden(
         dhidden_ptrs = at(dhidden, rows[:, None], gate_n)
         scaled = scale * inner
         if IS_GATED:
-            store(dhidden_ptrs + up_n * int64(dhidden.col), scaled * acted, mask)
-            scaled *= up
-        store(dhidden_ptrs, scaled * slope, mask)
+            dup = through_up(scaled * acted, up, numbers, ACTIVATION)
+            store(dhidden_ptrs + up_n * int64(dhidden.col), dup, mask)
+            scaled *= up_half(up, numbers, ACTIVATION)
+        store(dhidden_ptrs, through_gate(scaled * slope, gate, numbers, ACTIVATION), mask)
     if IS_GATED:
-        acted *= up
+        acted *= up_half(up, numbers, ACTIVATION)
     if partial is not None:
         tl.store(at(partial, rows, column), tl.sum(inner * acted, axis=1), mask=mask_t)
     if weighted is not None:

@@ -53,6 +53,7 @@ def _experts(a: Any, rows: Rows, *, zero_tail: bool) -> tuple[Tensor, Tensor]:
         gathered=True,
         activation=a.activation,
         layout=a.layout,
+        numbers=a.numbers,
         hidden=kept if a.keeps_pre_activation else None,
         zero_tail=a.keeps_pre_activation,
     )
@@ -95,6 +96,7 @@ def moe_mlp_backward(a: Any) -> tuple[Tensor, ...]:
             rows,
             a.activation,
             a.layout,
+            a.numbers,
             needs_weight,
         )
 

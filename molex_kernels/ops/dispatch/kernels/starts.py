@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,15 @@ from molex_kernels.ops.dispatch.kernels.combine import _dispatch_bwd_weight, _di
 from molex_kernels.ops.dispatch.kernels.gemm import _dispatch_fwd_gemm
 from molex_kernels.ops.dispatch.kernels.hidden import _dispatch_bwd_hidden
 from molex_kernels.ops.dispatch.kernels.wgrad import _dispatch_bwd_bias, _dispatch_bwd_wgrad
+
+
+class Numbers(NamedTuple):
+    """Those of `ClampedSwiGLU`, for a kernel."""
+
+    alpha: float
+    limit: float
+    up_limit: float
+    up_shift: float
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ def gemm(
     gathered: bool = False,
     activation: str = "none",
     layout: str = "plain",
+    numbers: Sequence[float] = (),
     hidden: Tensor | None = None,
     zero_tail: bool = False,
 ) -> None:
@@ -80,6 +91,7 @@ def gemm(
             *(rows.offsets, rows.permutation, rows.num_rows, rows.num_experts),
             *(num_columns, x.shape[1], rows.tiles(b["BLOCK_T"]), rows.top_k),
             *_halves(layout, num_columns),
+            Numbers(*numbers) if numbers else None,
         ),
         {
             "IS_GATHERED": gathered,
@@ -104,6 +116,7 @@ def hidden(
     rows: Rows,
     activation: str,
     layout: str,
+    numbers: Sequence[float],
     needs_partial: bool,
 ) -> Tensor | None:
     """Fills dhidden and weighted; returns the partial sums of the expert weights' gradient."""
@@ -126,6 +139,7 @@ def hidden(
             *(rows.offsets, rows.permutation, rows.num_rows, rows.num_experts),
             *(num_columns, dy.shape[1], num_row_tiles, rows.top_k),
             *_halves(layout, num_columns),
+            Numbers(*numbers) if numbers else None,
         )
 
     is_aligned = tuning.aligned(dy, w_down, hidden)
