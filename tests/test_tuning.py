@@ -240,7 +240,7 @@ OPTIONS = {
     "dispatch": {
         "gemm": (BF16, "some", True),
         "hidden": (BF16, "some", True),
-        "wgrad": (BF16, "some", True),
+        "wgrad": (BF16, 64, 512, True),
         "combine": (768,),
         "bias": (),
         "weight": (),

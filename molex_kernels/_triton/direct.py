@@ -22,7 +22,8 @@ from molex_kernels._triton.tuning import Config
 
 _MOST = 4096  # kept launches of a kernel: sizes that change at every call must not fill the memory
 _NOWHERE = compile("", "", "exec")
-_kept: defaultdict[Any, dict[Any, tuple[Any, tuple[Any, ...]]]] = defaultdict(dict)
+Kept = dict[Any, tuple[Any, tuple[Any, ...]]]  # a compiled kernel and its constants, by key
+_kept: defaultdict[Any, Kept] = defaultdict(dict)
 
 
 def start(
@@ -34,9 +35,10 @@ def start(
 ) -> None:
     """`kernel[grid](*args, **constants, **config.launch_options())`"""
     active: Any = driver.active if _is_direct(kernel) else None
-    kept = _kept[kernel.fn]  # a kernel's own hash is that of its source
+    kept: Kept = {}
     key = None
     if active is not None:
+        kept = _kept[kernel.fn]  # a kernel's own hash is that of its source
         device = active.get_current_device()
         key = _key(device, args, constants, config)
     found = kept.get(key)

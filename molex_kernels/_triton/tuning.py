@@ -27,18 +27,22 @@ class Config:
     blocks: dict[str, int] = field(hash=False)
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None  # of a thread, so that more blocks fit; not on AMD's chips
 
     def launch_options(self) -> dict[str, int | bool]:
         """Keyword arguments of the kernel launch.
 
         Multiply-adds are fused whatever Triton's default: its releases differ in it.
         """
-        return {
+        options: dict[str, int | bool] = {
             **self.blocks,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,
         }
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 Options = tuple[Config, tuple[Config, ...]]  # the pinned configuration, and what a sweep tries
@@ -109,7 +113,10 @@ def choose(
 
 def _entry(config: Config) -> dict[str, object]:
     """The configuration as it stands in the file."""
-    return {**config.blocks, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    entry = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if config.max_registers is not None:
+        entry["max_registers"] = config.max_registers
+    return {**config.blocks, **entry}
 
 
 def _milliseconds(start: Callable[[Config], None], config: Config) -> float:

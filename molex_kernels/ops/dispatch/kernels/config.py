@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from molex_kernels._triton.chips import KIB, Chip
@@ -43,6 +45,12 @@ _SINGLE_HIDDEN = {
     "few": _gemm(16, 32, 32, 4, 2),
     "some": _gemm(32, 32, 32, 4, 2),
     "many": _gemm(32, 32, 32, 4, 2),
+}
+# The product that goes back through the activation holds H beside it, a slice at a time.
+_HALF_HIDDEN = {
+    "few": (_HALF_GATED["few"], 1),
+    "some": (_HALF_GATED["some"], 4),
+    "many": (replace(_HALF["many"], max_registers=128), 8),
 }
 # Rows that start anywhere move element by element, with an address in registers for each.
 _UNALIGNED = {
@@ -94,12 +102,19 @@ def gemm(
 
 @kept
 def hidden(chip: Chip, dtype: torch.dtype, rows: str, aligned: bool) -> Options:
-    """For the product that goes back through the activation: it holds H beside the product."""
+    """For the product that goes back through the activation, in SLICES of its columns."""
     if not aligned:
-        return around(_UNALIGNED[rows], warps=(2, 8))
+        return around(_sliced(_UNALIGNED[rows], 1), warps=(2, 8))
     if dtype == torch.float32:
-        return _SINGLE_HIDDEN[rows], _SINGLE_CANDIDATES
-    return _HALF_GATED[rows], _HALF_GATED_CANDIDATES
+        return _sliced(_SINGLE_HIDDEN[rows], 1), tuple(_sliced(c, 1) for c in _SINGLE_CANDIDATES)
+    candidates = tuple(_sliced(c, 2) for c in _HALF_GATED_CANDIDATES)
+    if chip.shared <= 99 * KIB:
+        return _sliced(_HALF_GATED[rows], 2), candidates
+    return _sliced(*_HALF_HIDDEN[rows]), candidates
+
+
+def _sliced(product: Config, slices: int) -> Config:
+    return replace(product, blocks={**product.blocks, "SLICES": slices})
 
 
 @kept

@@ -23,7 +23,6 @@ def _dispatch_fwd_gemm(
     num_columns,
     num_features,
     num_row_tiles,
-    top_k,
     gate_step,  # rows of the weight from one gate to the next
     up_shift,  # rows of the weight from a gate to its up
     numbers,  # of the activation, or None
@@ -31,6 +30,7 @@ def _dispatch_fwd_gemm(
     IS_GATED: tl.constexpr,
     HAS_ZERO_TAIL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    TOP_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -63,7 +63,7 @@ def _dispatch_fwd_gemm(
         return
     offs_t = first + tl.arange(0, BLOCK_T)
     mask_t = (offs_t >= 0) & (offs_t < end) & (offs_t < num_rows)
-    source = token_of_row(permutation_ptr, offs_t, mask_t, top_k) if IS_GATHERED else offs_t
+    source = token_of_row(permutation_ptr, offs_t, mask_t, TOP_K) if IS_GATHERED else offs_t
     result, up = multiply(
         x,
         int64(source),

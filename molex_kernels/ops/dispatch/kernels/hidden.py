@@ -30,16 +30,17 @@ def _dispatch_bwd_hidden(
     num_columns,
     num_features,
     num_row_tiles,
-    top_k,
     gate_step,
     up_shift,
     numbers,  # of the activation, or None
     IS_GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    TOP_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SLICES: tl.constexpr,
     BLOCK_E: tl.constexpr,
     GROUP: tl.constexpr,
 ):
@@ -52,7 +53,7 @@ def _dispatch_bwd_hidden(
     mask_n = offs_n < num_columns
     offs_t = first + tl.arange(0, BLOCK_T)
     mask_t = (offs_t >= 0) & (offs_t < end) & (offs_t < num_rows)
-    token = int64(token_of_row(permutation_ptr, offs_t, mask_t, top_k))
+    token = int64(token_of_row(permutation_ptr, offs_t, mask_t, TOP_K))
     inner, _ = multiply(
         dy,
         token,
@@ -69,30 +70,65 @@ def _dispatch_bwd_hidden(
         BLOCK_D,
     )
 
-    mask = mask_t[:, None] & mask_n[None, :]
-    rows = int64(offs_t)
-    gate_n = offs_n[None, :] * gate_step
-    up_n = int64(up_shift)
-    hidden_ptrs = at(hidden, rows[:, None], gate_n)
-    gate = load_fp32(hidden_ptrs, mask)
-    acted, slope = activate_with_slope(gate, numbers, ACTIVATION)
-    if IS_GATED:
-        up = load_fp32(hidden_ptrs + up_n * int64(hidden.col), mask)
     assignment = tl.load(permutation_ptr + offs_t, mask=mask_t, other=0)
-    choice = assignment - token * top_k
+    choice = assignment - token * TOP_K
     scale = load_fp32(at(expert_weight, token, choice), mask_t)[:, None]
-
-    if dhidden is not None:
-        dhidden_ptrs = at(dhidden, rows[:, None], gate_n)
-        scaled = scale * inner
-        if IS_GATED:
-            dup = through_up(scaled * acted, up, numbers, ACTIVATION)
-            store(dhidden_ptrs + up_n * int64(dhidden.col), dup, mask)
-            scaled *= up_half(up, numbers, ACTIVATION)
-        store(dhidden_ptrs, through_gate(scaled * slope, gate, numbers, ACTIVATION), mask)
-    if IS_GATED:
-        acted *= up_half(up, numbers, ACTIVATION)
+    sums = _back(
+        inner, scale, offs_t, mask_t, int64(column) * BLOCK_N, num_columns,
+        hidden, dhidden, weighted, gate_step, up_shift, numbers,
+        IS_GATED, ACTIVATION, BLOCK_T, BLOCK_N, SLICES,
+    )  # fmt: skip
     if partial is not None:
-        tl.store(at(partial, rows, column), tl.sum(inner * acted, axis=1), mask=mask_t)
-    if weighted is not None:
-        store(at(weighted, rows[:, None], offs_n[None, :]), scale * acted, mask)
+        tl.store(at(partial, int64(offs_t), column), sums, mask=mask_t)
+
+
+@triton.jit
+def _back(
+    inner, scale, offs_t, mask_t, first_n, num_columns,
+    hidden, dhidden, weighted, gate_step, up_shift, numbers,
+    IS_GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile of G back through the activation, slice by slice; its rows' <G, A>.
+
+    All of H and of what becomes of it at once would take more registers than the product.
+    """
+    if SLICES > 1:
+        HALF: tl.constexpr = BLOCK_N // 2
+        apart = tl.permute(tl.reshape(inner, (BLOCK_T, 2, HALF)), (0, 2, 1))
+        low, high = tl.split(apart)
+        sums = _back(
+            low, scale, offs_t, mask_t, first_n, num_columns,
+            hidden, dhidden, weighted, gate_step, up_shift, numbers,
+            IS_GATED, ACTIVATION, BLOCK_T, HALF, SLICES // 2,
+        )  # fmt: skip
+        sums += _back(
+            high, scale, offs_t, mask_t, first_n + HALF, num_columns,
+            hidden, dhidden, weighted, gate_step, up_shift, numbers,
+            IS_GATED, ACTIVATION, BLOCK_T, HALF, SLICES // 2,
+        )  # fmt: skip
+    else:
+        rows = int64(offs_t)
+        offs_n = first_n + tl.arange(0, BLOCK_N)
+        mask = mask_t[:, None] & (offs_n < num_columns)[None, :]
+        gate_n = offs_n[None, :] * gate_step
+        up_n = int64(up_shift)
+        hidden_ptrs = at(hidden, rows[:, None], gate_n)
+        gate = load_fp32(hidden_ptrs, mask)
+        acted, slope = activate_with_slope(gate, numbers, ACTIVATION)
+        if IS_GATED:
+            up = load_fp32(hidden_ptrs + up_n * int64(hidden.col), mask)
+        if dhidden is not None:
+            dhidden_ptrs = at(dhidden, rows[:, None], gate_n)
+            scaled = scale * inner
+            if IS_GATED:
+                dup = through_up(scaled * acted, up, numbers, ACTIVATION)
+                store(dhidden_ptrs + up_n * int64(dhidden.col), dup, mask)
+                scaled *= up_half(up, numbers, ACTIVATION)
+            store(dhidden_ptrs, through_gate(scaled * slope, gate, numbers, ACTIVATION), mask)
+        if IS_GATED:
+            acted *= up_half(up, numbers, ACTIVATION)
+        if weighted is not None:
+            store(at(weighted, rows[:, None], offs_n[None, :]), scale * acted, mask)
+        sums = tl.sum(inner * acted, axis=1)
+    return sums

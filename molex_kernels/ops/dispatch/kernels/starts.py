@@ -89,7 +89,7 @@ def gemm(
         lambda b: (
             *map(strided, (x, weight, bias, out, hidden)),
             *(rows.offsets, rows.permutation, rows.num_rows, rows.num_experts),
-            *(num_columns, x.shape[1], rows.tiles(b["BLOCK_T"]), rows.top_k),
+            *(num_columns, x.shape[1], rows.tiles(b["BLOCK_T"])),
             *_halves(layout, num_columns),
             Numbers(*numbers) if numbers else None,
         ),
@@ -98,6 +98,7 @@ def gemm(
             "IS_GATED": gated,
             "HAS_ZERO_TAIL": zero_tail,
             "ACTIVATION": activation,
+            "TOP_K": rows.top_k,
             "PRECISION": dot_precision(x.dtype),
             "BLOCK_E": rows.block_e,
             "GROUP": config.GROUP,
@@ -137,7 +138,7 @@ def hidden(
         return (
             *map(strided, tensors),
             *(rows.offsets, rows.permutation, rows.num_rows, rows.num_experts),
-            *(num_columns, dy.shape[1], num_row_tiles, rows.top_k),
+            *(num_columns, dy.shape[1], num_row_tiles),
             *_halves(layout, num_columns),
             Numbers(*numbers) if numbers else None,
         )
@@ -150,6 +151,7 @@ def hidden(
         {
             "IS_GATED": layout != "plain",
             "ACTIVATION": activation,
+            "TOP_K": rows.top_k,
             "PRECISION": dot_precision(dy.dtype),
             "BLOCK_E": rows.block_e,
             "GROUP": config.GROUP,
