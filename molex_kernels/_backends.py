@@ -137,7 +137,7 @@ def declare(op: str, *implementations: Implementation) -> None:
 
 def check_impl(impl: str | None) -> None:
     """The name of an implementation, or None: what can be known of `impl` before a call."""
-    _check.choice("impl", impl, (None, *NAMES))
+    _check.choice("impl", impl, (*NAMES, None))
 
 
 def select(
