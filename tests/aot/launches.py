@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 # What a grid may be: the second and third dimension are short.
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
-_LENGTHS = ("BLOCK_B", "BLOCK_C", "BLOCK_E", "BLOCK_L")
+_LENGTHS = ("BLOCK_B", "BLOCK_C", "BLOCK_E", "BLOCK_L", "TOP_K")
 _DTYPES = ("bf16", "fp16", "fp32")  # narrow ones first
 Items = tuple[tuple[Any, Any], ...]
 
@@ -85,7 +85,7 @@ class Launch:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Of the tables that a program reads whole, such as one entry for each expert."""
+        """Of the tables that a program reads whole, such as one entry for each expert; and K."""
         return tuple(value for name, value in self.tile if name in _LENGTHS)
 
     @property
