@@ -156,7 +156,6 @@ constexpr auto backward_clamped = versions([](auto,
     const float dacted = scale * upstream[i], dg = dacted * u.value * g.slope,
                 du = dacted * g.value * u.slope;
     acted[i] = g.value * u.value;
-    // As in PyTorch, a value at its bound passes the gradient and NaN does not.
     dgate[i] = gate[i] <= clamps.limit ? dg : 0.0f;
     dup[i] = up[i] >= -clamps.up_limit && up[i] <= clamps.up_limit ? du : 0.0f;
   }
