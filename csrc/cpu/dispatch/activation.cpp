@@ -118,8 +118,8 @@ constexpr auto backward_row = versions([](auto,
   }
 });
 
-// The halves of the clamped activation and their slopes. As in PyTorch, a value at a bound passes its
-// gradient and NaN does not.
+// The halves of the clamped activation and their slopes. A value at a bound passes its gradient and
+// NaN does not.
 MOLEX_INLINE Point clamped_gate(float x, const Clamps& c) {
   const float gate = x > c.limit ? c.limit : x;
   const Sigmoids s(c.alpha * gate);

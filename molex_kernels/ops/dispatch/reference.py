@@ -80,9 +80,14 @@ def _activate(hidden: Tensor, activation: str, layout: str, numbers: Sequence[fl
         gate, up = hidden.chunk(2, dim=-1)
     if activation == "clamped_swiglu":
         alpha, limit, up_limit, up_shift = numbers
-        gate, up = gate.clamp(max=limit), up.clamp(-up_limit, up_limit)
+        gate, up = _clamp(gate, gate <= limit, limit), _clamp(up, up.abs() <= up_limit, up_limit)
         return (up + up_shift) * (gate * torch.sigmoid(alpha * gate))
     return _pointwise(gate, activation) * up
+
+
+def _clamp(value: Tensor, inside: Tensor, limit: float) -> Tensor:
+    """What is inside passes a gradient, the bound too: there releases of PyTorch differ."""
+    return torch.where(inside, value, value.detach().clamp(-limit, limit))
 
 
 def _pointwise(hidden: Tensor, activation: str) -> Tensor:

@@ -14,7 +14,8 @@ class ClampedSwiGLU:
     act(gate, up) = (clamp(up, -up_limit, up_limit) + up_shift) g sigmoid(alpha g),
     g = min(gate, limit).
 
-    As with `torch.clamp`, a value at its bound passes the gradient, one beyond it does not.
+    A value at its bound passes the gradient, one beyond it and NaN do not. (`torch.clamp` agrees up
+    to PyTorch 2.13; from 2.14 its gradient at the bound is 0.)
 
     Args:
         alpha: factor inside the sigmoid.

@@ -75,7 +75,7 @@ def up_half(up, numbers, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def through_gate(gradient, gate, numbers, ACTIVATION: tl.constexpr):
-    """What a clamp lets through: at its bound the gradient, for NaN 0, as in PyTorch."""
+    """What a clamp lets through: at its bound the gradient, for NaN 0."""
     if ACTIVATION == "clamped_swiglu":
         return tl.where(gate <= numbers.limit, gradient, 0.0)
     else:
