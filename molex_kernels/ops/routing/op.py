@@ -12,6 +12,7 @@ from molex_kernels.ops.routing import reference
 
 _TRITON = "molex_kernels.ops.routing.kernels.launch"
 _WEIGHING = "Tensor? table, Tensor? labels, Tensor? mix"
+_CHOICE = "int top_k, str score, int num_groups, int top_groups, bool renormalize, float scaling"
 
 
 def _route_fake(a: Any) -> tuple[Tensor, ...]:
@@ -48,9 +49,9 @@ def _balance_fake(a: Any) -> tuple[Tensor, Tensor]:
 route = _operators.Pass(
     "router",
     "(Tensor x, Tensor gate, Tensor? gate_bias, Tensor? expert_bias, "
-    f"{_WEIGHING}, int top_k, str score) -> (Tensor index, Tensor weight, Tensor logits)",
+    f"{_WEIGHING}, {_CHOICE}) -> (Tensor index, Tensor weight, Tensor logits)",
     "(Tensor? dweight, Tensor? dlogits, Tensor x, Tensor gate, Tensor logits, Tensor index, "
-    f"Tensor weight, {_WEIGHING}, str score, bool[] needs)"
+    f"Tensor weight, {_WEIGHING}, str score, bool renormalize, float scaling, bool[] needs)"
     " -> (Tensor dx, Tensor dgate, Tensor dgate_bias)",
     fake=_route_fake,
     like={"gate_bias": lambda a: a.logits.new_empty(a.gate.shape[0])},
