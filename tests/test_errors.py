@@ -85,6 +85,9 @@ def _scaled(q=HEADS, k=HEADS, v=HEADS, s=BOUND[0, 0], **options):
 
 
 TYPE = [
+    (lambda: mk.route_from_logits(INDEX, top_k=1), "logits: expected dtype"),
+    (lambda: mk.route_from_logits(X, top_k=1, expert_bias=INDEX[0]), "expert_bias: expected dtype"),
+    (lambda: mk.route_from_index(X, X), "expert_index: expected dtype"),
     (lambda: _topk(num_groups=3), "top_groups: expected an int, got NoneType"),
     (lambda: _topk(top_groups=1), "num_groups: expected an int, got NoneType"),
     (lambda: _topk(renormalize=1), "renormalize: expected a bool, got int"),
@@ -170,6 +173,10 @@ TYPE = [
     (lambda: _scaled(s=INDEX[0, 0]), "s: expected dtype"),
 ]
 VALUE = [
+    (lambda: mk.route_from_logits(X, top_k=5), "top_k: expected at least 1 and at most 4 experts"),
+    (lambda: mk.route_from_logits(X[:, :0], top_k=1), "logits: expected shape .* at least 1"),
+    (lambda: mk.route_from_index(X, INDEX[:5]), "expert_index: expected shape"),
+    (lambda: mk.route_from_index(X, INDEX, score="tanh"), "score: expected one of"),
     (lambda: _topk(num_groups=2, top_groups=1), "num_groups: expected a divisor of the 3 .* got 2"),
     (lambda: _topk(num_groups=3, top_groups=4), "top_groups: expected at least 1 and at most 3"),
     (lambda: _topk(num_groups=3, top_groups=1), "top_k: expected at most the 1 experts .* got 2"),

@@ -171,6 +171,50 @@ def test_the_gradient_of_the_fp64_reference(generator, score: str, renormalize: 
     assert torch.autograd.gradcheck(weights_and_logits, (x, gate))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("score", ["softmax_topk", "softmax", "sigmoid", "logits", "sqrtsoftplus"])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_a_replayed_choice_has_the_same_weights(generator, impl: str, score, renormalize: bool):
+    logits, upstream = _tokens(generator, 20, 12).requires_grad_(), _tokens(generator, 20, 3)
+    weighing = {"score": score, "renormalize": renormalize, "scaling": 2.5, "impl": impl}
+    routing = mk.route_from_logits(logits, top_k=3, num_groups=4, top_groups=2, **weighing)
+    replayed = mk.route_from_index(logits, routing.expert_index, **weighing)
+    assert torch.equal(replayed.expert_weight, routing.expert_weight)
+    assert replayed.logits is routing.logits is logits
+    first, second = (
+        torch.autograd.grad(r.expert_weight, logits, upstream)[0] for r in (routing, replayed)
+    )
+    assert torch.equal(second, first)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("score", ["softmax_topk", "softmax", "sigmoid", "logits", "sqrtsoftplus"])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_an_expert_elsewhere_is_as_one_not_given(generator, impl: str, score, renormalize: bool):
+    logits = _tokens(generator, 4, 6).requires_grad_()
+    index = torch.tensor([[1, -1, 4], [6, 2, 0], [-1, 9, 6], [5, 5, -7]])
+    weighing = {"score": score, "renormalize": renormalize, "impl": impl}
+    found = mk.route_from_index(logits, index, **weighing)
+    (gradient,) = torch.autograd.grad(found.expert_weight.square().sum(), logits)
+    for t in range(4):
+        known = index[t][(index[t] >= 0) & (index[t] < 6)]
+        weights = torch.zeros(3)
+        leaf = logits[t : t + 1].detach().requires_grad_()
+        alone = mk.route_from_index(leaf, known[None], **weighing).expert_weight
+        weights[(index[t] >= 0) & (index[t] < 6)] = alone.detach()[0]
+        torch.testing.assert_close(found.expert_weight[t], weights)
+        (want,) = torch.autograd.grad(alone.square().sum(), leaf)
+        torch.testing.assert_close(gradient[t], want[0])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_route_from_logits_is_topk_route_of_its_logits(generator, impl: str):
+    options = {"top_k": 2, "score": "sigmoid", "expert_bias": _tokens(generator, 5), "impl": impl}
+    routing = mk.topk_route(_tokens(generator, 9, 6), _tokens(generator, 5, 6), **options)
+    again = mk.route_from_logits(routing.logits, **options)
+    assert all(map(torch.equal, again, routing))
+
+
 def _dispersion(values: list[float], stat: str) -> float:
     n = len(values)
     mean = sum(values) / n

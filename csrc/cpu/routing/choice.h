@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/common/indices.h"
 #include "cpu/common/rows.h"
 #include "cpu/common/softmax.h"
 

@@ -15,8 +15,6 @@ from molex_kernels.ops.routing.types import RoutePlan, Routing
 
 for _name in ("topk_route", "ac_weights", "ac_route", "route_plan"):
     _backends.declare(_name, _backends.TRITON, _backends.CPU, _backends.REFERENCE)
-_MAX_EXPERTS = 1024  # the Triton router holds a token's logits in one block
-_MAX_TOP_K = 64
 _MAX_ASSIGNMENTS = 2**31 - 1  # the plan's offsets are int32
 
 
@@ -91,7 +89,7 @@ def topk_route(
     _vector_of_experts("expert_bias", expert_bias, x, gate_weight)
     experts = gate_weight.shape[0]
     options = choice.resolve(experts, top_k, score, num_groups, top_groups, renormalize, scaling)
-    chosen = _backends.select("topk_route", impl, x, triton=_why_not_router(experts, top_k))
+    chosen = _backends.select("topk_route", impl, x, triton=choice.why_not_triton(experts, top_k))
     arguments = (x, gate_weight, gate_bias, expert_bias, None, None, None, *options)
     if chosen == "reference":
         return reference.route(*arguments)
@@ -253,7 +251,7 @@ def ac_route(
         _check.tensor("stats_from", stats_from, "T, D", (tokens, dim), _like_or_fp32(x), x)
     settings = resolve(recipe, stat, eps, clip, norm, empty)
     clusters.check_group(process_group, settings.stat)
-    chosen = _backends.select("ac_route", impl, x, triton=_why_not_router(experts, top_k))
+    chosen = _backends.select("ac_route", impl, x, triton=choice.why_not_triton(experts, top_k))
     table = clusters.compute(
         x if stats_from is None else stats_from,
         prev_index[:, 0],
@@ -300,7 +298,7 @@ def route_plan(expert_index: Tensor, num_experts: int, *, impl: str | None = Non
         raise ValueError(
             f"expert_index: expected T * K at most {_MAX_ASSIGNMENTS}, got {expert_index.numel()}"
         )
-    limit = _why_not_experts(num_experts)
+    limit = choice.why_not_experts(num_experts)
     if _backends.select("route_plan", impl, expert_index, triton=limit) == "reference":
         return reference.route_plan(expert_index, num_experts)
     return RoutePlan(*op.plan(impl, expert_index, num_experts))
@@ -333,15 +331,3 @@ def _has_features(name: str, x: Tensor) -> None:
 
 def _like_or_fp32(x: Tensor) -> tuple[torch.dtype, ...]:
     return (x.dtype,) if x.dtype == torch.float32 else (x.dtype, torch.float32)
-
-
-def _why_not_router(experts: int, top_k: int) -> str | None:
-    if top_k > _MAX_TOP_K:
-        return f"it takes top_k up to {_MAX_TOP_K}, got {top_k}"
-    return _why_not_experts(experts)
-
-
-def _why_not_experts(experts: int) -> str | None:
-    if experts > _MAX_EXPERTS:
-        return f"it takes at most {_MAX_EXPERTS} experts, got {experts}"
-    return None

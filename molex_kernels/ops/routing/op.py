@@ -24,6 +24,14 @@ def _route_fake(a: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _choice_fake(a: Any) -> tuple[Tensor, Tensor]:
+    size = (a.logits.shape[0], a.top_k)
+    return (
+        a.logits.new_empty(size, dtype=torch.int64),
+        a.logits.new_empty(size, dtype=torch.float32),
+    )
+
+
 def _plan_fake(a: Any) -> tuple[Tensor, ...]:
     sizes = (a.num_experts, torch.int32), (a.expert_index.numel(), torch.int64)
     return tuple(a.expert_index.new_empty(n, dtype=t) for n, t in sizes for _ in range(2))
@@ -59,6 +67,20 @@ route = _operators.Pass(
     reference=lambda a: reference.route(*a),
     public=3,
     op="topk_route, ac_route",
+)
+
+# `given` experts are weighed as they are; an id outside [0, E) has the index -1 and weight 0.
+choice = _operators.Pass(
+    "choice",
+    f"(Tensor logits, Tensor? expert_bias, Tensor? given, {_CHOICE})"
+    " -> (Tensor index, Tensor weight)",
+    "(Tensor dweight, Tensor logits, Tensor index, Tensor weight, str score, bool renormalize, "
+    "float scaling) -> Tensor dlogits",
+    fake=_choice_fake,
+    triton=_TRITON,
+    reference=lambda a: reference.choose_or_weigh(*a),
+    public=2,
+    op="route_from_logits, route_from_index",
 )
 
 plan = _operators.Pass(

@@ -136,13 +136,38 @@ def elementwise(z: Tensor, score: str) -> Tensor:
     return F.softplus(z, threshold=_SOFTPLUS_LINEAR).clamp(min=least).sqrt()
 
 
-def weights(z: Tensor, index: Tensor, score: str, renormalize: bool, scaling: float) -> Tensor:
-    """The scores of the chosen experts, over their sum if `renormalize`, times `scaling`."""
-    found = _scores(z, index, score, renormalize)
-    return found if scaling == 1 else found * scaling
+def choose_or_weigh(
+    z: Tensor, expert_bias: Tensor | None, given: Tensor | None, top_k: int, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """`choose`, or the given experts, -1 for ids outside [0, E), and their weights."""
+    if given is None:
+        return choose(z, expert_bias, top_k, *options)
+    score, _, _, renormalize, scaling = options
+    known = (given >= 0) & (given < z.shape[1])
+    index = torch.where(known, given, -1).long()
+    return index, weights(z, index.clamp(min=0), score, renormalize, scaling, known)
 
 
-def _scores(z: Tensor, index: Tensor, score: str, renormalize: bool) -> Tensor:
+def weights(
+    z: Tensor,
+    index: Tensor,
+    score: str,
+    renormalize: bool,
+    scaling: float,
+    known: Tensor | None = None,
+) -> Tensor:
+    """The scores of the chosen experts, over their sum if `renormalize`, times `scaling`.
+
+    Where `known` [T, K] is False the weight is 0, and the expert takes no part in any sum.
+    """
+    found = _scores(z, index, score, renormalize, known)
+    found = found if scaling == 1 else found * scaling
+    return found if known is None else torch.where(known, found, 0)
+
+
+def _scores(
+    z: Tensor, index: Tensor, score: str, renormalize: bool, known: Tensor | None
+) -> Tensor:
     """softmax over the K chosen or over all E logits, or one of the elementwise scores.
 
     softmax and sigmoid are divided by their sum as a softmax of their logarithms, which has no 0/0.
@@ -150,12 +175,17 @@ def _scores(z: Tensor, index: Tensor, score: str, renormalize: bool) -> Tensor:
     if score == "softmax" and not renormalize:
         return z.softmax(1).gather(1, index)
     chosen = z.gather(1, index)
-    if score in ("softmax", "softmax_topk"):
+    if score in ("softmax", "softmax_topk") or (score == "sigmoid" and renormalize):
+        chosen = F.logsigmoid(chosen) if score == "sigmoid" else chosen
+        if known is not None:  # a row without known experts has a softmax, too, of no use
+            chosen = torch.where(known, chosen, torch.where(known.any(1, True), -torch.inf, 0.0))
         return chosen.softmax(1)
-    if score == "sigmoid" and renormalize:
-        return F.logsigmoid(chosen).softmax(1)
     found = elementwise(chosen, score)
-    return found / found.sum(1, keepdim=True) if renormalize else found
+    if not renormalize:
+        return found
+    if known is not None:
+        found = torch.where(known, found, torch.where(known.any(1, True), 0.0, 1.0))
+    return found / found.sum(1, keepdim=True)
 
 
 def route_plan(expert_index: Tensor, num_experts: int) -> RoutePlan:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from molex_kernels.ops.routing import reference
 from molex_kernels.ops.routing.api import ac_route, ac_weights, route_plan, topk_route
+from molex_kernels.ops.routing.choice import route_from_index, route_from_logits
 from molex_kernels.ops.routing.losses import load_balance_loss, router_z_loss
 from molex_kernels.ops.routing.recipes import STATS
 from molex_kernels.ops.routing.types import RoutePlan, Routing
@@ -52,9 +53,11 @@ def _clear_groups(key: Tensor, num_groups: int, top_groups: int) -> tuple[Tensor
     return clear, torch.where(allowed, key, key.amin() - 1)
 
 
-def _draw_until_clear(inputs: Inputs, draw: Draw, key: Callable[[Inputs], Tensor]) -> None:
+def _draw_until_clear(
+    inputs: Inputs, draw: Draw, key: Callable[[Inputs], Tensor], drawn: str = "x"
+) -> None:
     """Draws tokens anew until every choice is clear in fp64."""
-    x = inputs["x"]
+    x = inputs[drawn]
     while draw.generator is not None and x.shape[0]:
         doubles = {
             k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
@@ -99,6 +102,36 @@ def _make_topk_route(
 
     _draw_until_clear(inputs, draw, key)
     return inputs
+
+
+def _make_from_logits(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
+) -> Inputs:
+    draw = Draw(dtype, device, generator)
+    tokens, experts, top_k = (case.sizes[name] for name in "TEK")
+    inputs: Inputs = {"logits": draw.normal(tokens, experts), "top_k": top_k}
+    inputs.update((k, v) for k, v in case.options.items() if k in CHOICE)
+    if case.options.get("expert_bias"):
+        inputs["expert_bias"] = draw.normal(experts, scale=0.3)
+    score = case.options.get("score", "softmax_topk")
+
+    def key(doubles: Inputs) -> Tensor:
+        return reference.selection_key(doubles["logits"], doubles.get("expert_bias"), score)
+
+    _draw_until_clear(inputs, draw, key, "logits")
+    return inputs
+
+
+def _make_from_index(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
+) -> Inputs:
+    draw = Draw(dtype, device, generator)
+    tokens, experts, top_k = (case.sizes[name] for name in "TEK")
+    return {
+        "logits": draw.normal(tokens, experts),
+        "expert_index": _labels(draw, tokens, experts, top_k, case.options.get("clusters", "")),
+        **{k: v for k, v in case.options.items() if k in CHOICE},
+    }
 
 
 def _make_ac_weights(
@@ -314,6 +347,36 @@ OPINFOS = (
             Sweep("T", tuple(_route(t, 352, 16, 2) for t in (1024, 2048, 4096, 8192))),
             Sweep("E", tuple(_route(4096, 128, e, 2) for e in (8, 16, 32, 64))),
         ),
+    ),
+    OpInfo(
+        name="route_from_logits",
+        function=route_from_logits,
+        make=_make_from_logits,
+        results=_routing_results,
+        differentiable=("logits",),
+        tests=(
+            _plan(17, 16, 3, score="sigmoid", expert_bias=True, **V3),
+            _plan(0, 5, 2),
+            _plan(37, 5, 2),
+        ),
+        benchmarks=(_plan(32768, 128, 8),),
+        quick=(_plan(6144, 16, 2),),
+        cost=_cost_loss,
+    ),
+    OpInfo(
+        name="route_from_index",
+        function=route_from_index,
+        make=_make_from_index,
+        results=_routing_results,
+        differentiable=("logits",),
+        tests=(
+            _plan(37, 5, 2, clusters="elsewhere"),
+            _plan(0, 5, 2),
+            _plan(17, 16, 3, score="sigmoid", clusters="elsewhere", renormalize=True, scaling=2.5),
+        ),
+        benchmarks=(_plan(32768, 128, 8),),
+        quick=(_plan(6144, 16, 2),),
+        cost=_cost_loss,
     ),
     OpInfo(
         name="ac_route",

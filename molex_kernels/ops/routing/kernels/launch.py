@@ -16,7 +16,7 @@ from molex_kernels._triton.arguments import strided
 from molex_kernels._triton.launch import launch, shared
 from molex_kernels._triton.tuning import Config
 from molex_kernels.ops.routing.kernels import config
-from molex_kernels.ops.routing.kernels.choice import _router_bwd_logits
+from molex_kernels.ops.routing.kernels.choice import _choice_fwd, _router_bwd_logits
 from molex_kernels.ops.routing.kernels.plan import (
     _plan_fwd_count,
     _plan_fwd_scan,
@@ -90,6 +90,33 @@ def router_backward(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     elif needs_bias:
         dbias = dz.sum(0)
     return dx, dgate, dbias
+
+
+def choice_forward(a: Any) -> tuple[Tensor, Tensor]:
+    """expert_index [T, K] and expert_weight [T, K] of logits [T, E]."""
+    tokens, experts = a.logits.shape
+    index = a.logits.new_empty(tokens, a.top_k, dtype=torch.int64)
+    weight = a.logits.new_empty(tokens, a.top_k, dtype=torch.float32)
+    if tokens == 0 or a.top_k == 0:
+        return index, weight
+    launch(
+        _choice_fwd,
+        lambda b: (triton.cdiv(tokens, b["BLOCK_T"]),),
+        (
+            *map(strided, (a.logits, a.expert_bias, a.given)),
+            *(index, weight, _unless_one(a.scaling), tokens, experts, a.top_k),
+        ),
+        _choosing(a),
+        config.logits(chips.of(weight.device), max(16, triton.next_power_of_2(experts))),
+    )
+    return index, weight
+
+
+def choice_backward(a: Any) -> Tensor:
+    """The gradient of the logits."""
+    if a.logits.shape[0] == 0:
+        return a.logits.new_empty(a.logits.shape)
+    return _logits_gradient(a, None)
 
 
 def route_plan_forward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
