@@ -149,7 +149,13 @@ LISTED = {
     "layer_mixing": "scaling",
     "rpc_attention": "key_mask",
 }
-ROOMS = {"api.py": "public", "module.py": "public", "types.py": "public", "layout.py": "public"}
+ROOMS = {
+    "api.py": "public",
+    "choice.py": "public",
+    "module.py": "public",
+    "types.py": "public",
+    "layout.py": "public",
+}
 ROOMS |= {"op.py": "schema", "reference.py": "reference", "kernels": "kernel"}
 
 

@@ -198,10 +198,9 @@ def test_an_expert_elsewhere_is_as_one_not_given(generator, impl: str, score, re
     (gradient,) = torch.autograd.grad(found.expert_weight.square().sum(), logits)
     for t in range(4):
         known = index[t][(index[t] >= 0) & (index[t] < 6)]
-        weights = torch.zeros(3)
         leaf = logits[t : t + 1].detach().requires_grad_()
         alone = mk.route_from_index(leaf, known[None], **weighing).expert_weight
-        weights[(index[t] >= 0) & (index[t] < 6)] = alone.detach()[0]
+        weights = torch.zeros(3).masked_scatter((index[t] >= 0) & (index[t] < 6), alone.detach())
         torch.testing.assert_close(found.expert_weight[t], weights)
         (want,) = torch.autograd.grad(alone.square().sum(), leaf)
         torch.testing.assert_close(gradient[t], want[0])

@@ -173,8 +173,10 @@ def _choose(
     bias = None if expert_bias is None else expert_bias.to(dtype)
     arguments = (logits.to(dtype), bias, given, *options)
     if chosen == "reference":
-        return Routing(*reference.choose_or_weigh(*arguments), logits)
-    return Routing(*op.choice(impl, *arguments), logits)
+        index, weight = reference.choose_or_weigh(*arguments)
+    else:
+        index, weight = op.choice(impl, *arguments)
+    return Routing(index, weight, logits)
 
 
 def why_not_triton(experts: int, top_k: int) -> str | None:
