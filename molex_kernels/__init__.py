@@ -43,6 +43,7 @@ from molex_kernels.ops.momentum.types import (
     Signum,
 )
 from molex_kernels.ops.routing.api import ac_route, ac_weights, route_plan, topk_route
+from molex_kernels.ops.routing.choice import route_from_index, route_from_logits
 from molex_kernels.ops.routing.losses import load_balance_loss, router_z_loss
 from molex_kernels.ops.routing.module import ACRouter, TopKRouter
 from molex_kernels.ops.routing.types import RoutePlan, Routing
@@ -97,6 +98,8 @@ __all__ = [
     "momentum_update",
     "noisy_topk_gates",
     "propagate_base",
+    "route_from_index",
+    "route_from_logits",
     "route_plan",
     "router_z_loss",
     "rpc_attention",

@@ -124,14 +124,15 @@ def integer(name: str, value: Any, low: int, high: int | None = None, of: str = 
         raise ValueError(f"{name}: expected an int of 64 bits, got {_short(value)}")
 
 
-def number(name: str, value: Any, low: float, *, exclusive: bool = False) -> None:
+def number(name: str, value: Any, low: float | None = None, *, exclusive: bool = False) -> None:
     """A finite Python number at least (`exclusive`: above) `low`, which a double can hold."""
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     # Comparisons, unlike `math.isfinite`, can be traced where the number is a symbol.
-    if not -_LARGEST <= value <= _LARGEST or value < low or (exclusive and value == low):
-        bound = "above" if exclusive else "at least"
-        raise ValueError(f"{name}: expected a finite number {bound} {low}, got {_short(value)}")
+    below = low is not None and (value < low or (exclusive and value == low))
+    if not -_LARGEST <= value <= _LARGEST or below:
+        bound = "" if low is None else f" {'above' if exclusive else 'at least'} {low}"
+        raise ValueError(f"{name}: expected a finite number{bound}, got {_short(value)}")
     if isinstance(value, int) and not -_MOST <= value <= _MOST:
         raise ValueError(f"{name}: expected a float or an int of 64 bits, got {_short(value)}")
 

@@ -67,6 +67,8 @@ RULES: dict[str, Rule] = {
         _all("dweight dlogits x logits index weight labels mix"),
         _sums([0, SUM, SUM], a.needs),
     ),
+    "choice_fwd": lambda a: (_all("logits given"), [0, 0]),
+    "choice_bwd": lambda a: (_all("dweight logits index weight"), [0]),
     "momentum_fwd": _momentum,
     "momentum_bwd": _momentum_backward,
     "layer_mix_fwd": lambda a: (

@@ -149,7 +149,13 @@ LISTED = {
     "layer_mixing": "scaling",
     "rpc_attention": "key_mask",
 }
-ROOMS = {"api.py": "public", "module.py": "public", "types.py": "public", "layout.py": "public"}
+ROOMS = {
+    "api.py": "public",
+    "choice.py": "public",
+    "module.py": "public",
+    "types.py": "public",
+    "layout.py": "public",
+}
 ROOMS |= {"op.py": "schema", "reference.py": "reference", "kernels": "kernel"}
 
 
@@ -188,9 +194,10 @@ def _lists(node: ast.AST, argument: str) -> bool:
 
 
 def test_the_operators_are_stated_briefly():
-    lines = [len(p.read_text().splitlines()) for p in PACKAGE.glob("ops/*/op.py")]
-    assert len(lines) == 6
-    assert sum(lines) <= 650
+    texts = [path.read_text() for path in PACKAGE.glob("ops/*/op.py")]
+    assert len(texts) == 6
+    operators = sum(text.count("Pass(") for text in texts)
+    assert sum(len(text.splitlines()) for text in texts) <= 45 * operators
 
 
 def test_importing_the_package_imports_nothing_heavy():

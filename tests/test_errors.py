@@ -85,6 +85,13 @@ def _scaled(q=HEADS, k=HEADS, v=HEADS, s=BOUND[0, 0], **options):
 
 
 TYPE = [
+    (lambda: mk.route_from_logits(INDEX, top_k=1), "logits: expected dtype"),
+    (lambda: mk.route_from_logits(X, top_k=1, expert_bias=INDEX[0]), "expert_bias: expected dtype"),
+    (lambda: mk.route_from_index(X, X), "expert_index: expected dtype"),
+    (lambda: _topk(num_groups=3), "top_groups: expected an int, got NoneType"),
+    (lambda: _topk(top_groups=1), "num_groups: expected an int, got NoneType"),
+    (lambda: _topk(renormalize=1), "renormalize: expected a bool, got int"),
+    (lambda: _topk(scaling="x"), "scaling: expected a number, got str"),
     (lambda: _topk(x=X.long()), "x: expected dtype"),
     (lambda: _topk(x=[1.0]), "x: expected a tensor"),
     (lambda: _topk(gate=GATE.half()), "gate_weight: expected dtype"),
@@ -166,6 +173,14 @@ TYPE = [
     (lambda: _scaled(s=INDEX[0, 0]), "s: expected dtype"),
 ]
 VALUE = [
+    (lambda: mk.route_from_logits(X, top_k=5), "top_k: expected at least 1 and at most 4 experts"),
+    (lambda: mk.route_from_logits(X[:, :0], top_k=1), "logits: expected shape .* at least 1"),
+    (lambda: mk.route_from_index(X, INDEX[:5]), "expert_index: expected shape"),
+    (lambda: mk.route_from_index(X, INDEX, score="tanh"), "score: expected one of"),
+    (lambda: _topk(num_groups=2, top_groups=1), "num_groups: expected a divisor of the 3 .* got 2"),
+    (lambda: _topk(num_groups=3, top_groups=4), "top_groups: expected at least 1 and at most 3"),
+    (lambda: _topk(num_groups=3, top_groups=1), "top_k: expected at most the 1 experts .* got 2"),
+    (lambda: _topk(scaling=math.inf), "scaling: expected a finite number, got inf"),
     (lambda: _topk(x=X[None]), r"x: expected shape \[T, D\], got \[1, 6, 4\]"),
     (lambda: _topk(gate=GATE[:, :3]), "gate_weight: expected shape .* with D=4"),
     (lambda: _topk(gate=GATE[:0]), "gate_weight: expected at least one expert"),
@@ -295,6 +310,7 @@ VALUE = [
     (lambda: mk.CAMExLinear(4, 6, 3)(SEGMENTS[..., :3]), "x: expected shape .* with D=4"),
     (lambda: mk.CAMExMLP(4, 6, 3, activation="mish"), "activation: expected one of"),
     (lambda: mk.TopKRouter(4, 3, 4), "top_k: expected"),
+    (lambda: mk.TopKRouter(4, 6, 2, num_groups=4, top_groups=2), "num_groups: expected a divisor"),
     (lambda: mk.TopKRouter(0, 3, 2), "d_model: expected at least 1"),
     (lambda: mk.ACRouter(4, 3, 2, cosine=True, bias=True), "bias: expected False"),
     (lambda: mk.MoEMLP(4, 0, 3), "d_hidden: expected at least 1"),

@@ -19,6 +19,8 @@ from molex_kernels.testing.opinfo import Case, OpInfo
 
 # What these do is done once for each element.
 WITHOUT_PRODUCTS = {
+    "choice_fwd",
+    "choice_bwd",
     *("route_plan", "cluster_statistics", "feature_weights", "layer_vote"),
     *(f"{name}_{part}" for name in ("load_balance", "router_z", "layer_mix", "momentum")
       for part in ("fwd", "bwd")),

@@ -33,12 +33,15 @@ def _routing(generator):
         table = torch.rand(experts + 1, width, generator=generator)
         labels = torch.stack([cluster[:count], cluster[:count].flip(0)], 1)
         weighing = (table, labels, torch.rand(count, 2, generator=generator))
-        routed = molex.router_fwd(tokens_of, gate, gate[:, 0], None, *weighing, 2, "softmax")
+        plain = (1, 1, False, 1.0)
+        routed = molex.router_fwd(
+            tokens_of, gate, gate[:, 0], None, *weighing, 2, "softmax", *plain
+        )
         index, weight, logits = routed
         yield from routed
         yield from molex.router_bwd(
             upstream[:count], logits, tokens_of, gate, logits, index, weight, *weighing, "softmax",
-            [True] * 3,
+            False, 1.0, [True] * 3,
         )  # fmt: skip
     index, weight, logits = mk.topk_route(x, gate, top_k=2, impl="cpu")
     yield from mk.route_plan(index, experts, impl="cpu")

@@ -74,6 +74,146 @@ def test_expert_bias_changes_the_choice_not_the_weight(generator, impl: str):
     torch.testing.assert_close(pushed.expert_weight[:, 0], plain.logits[:, 3].sigmoid())
 
 
+def _by_groups(key: list[float], num_groups: int, top_groups: int, top_k: int) -> list[int]:
+    """DeepSeek-V3's rule for one token, one group after the other."""
+    size = len(key) // num_groups
+    sums = [sum(sorted(key[g * size : (g + 1) * size])[-2:]) for g in range(num_groups)]
+    groups = sorted(range(num_groups), key=lambda g: -sums[g])[:top_groups]
+    inside = [e for e in range(len(key)) if e // size in groups]
+    return sorted(inside, key=lambda e: -key[e])[:top_k]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("score", ["softmax_topk", "softmax", "sigmoid", "logits", "sqrtsoftplus"])
+@pytest.mark.parametrize(("num_groups", "top_groups"), [(4, 2), (3, 1), (12, 5), (1, 1)])
+def test_groups_one_by_one(generator, impl: str, score: str, num_groups: int, top_groups: int):
+    x, gate, bias = _tokens(generator, 20, 6), _tokens(generator, 12, 6), _tokens(generator, 12)
+    options = {"top_k": 3, "num_groups": num_groups, "top_groups": top_groups, "score": score}
+    for expert_bias in (None, bias):
+        routing = mk.topk_route(x, gate, **options, expert_bias=expert_bias, impl=impl)
+        z = routing.logits
+        scores = {
+            "softmax": z.softmax(1),
+            "sigmoid": z.sigmoid(),
+            "sqrtsoftplus": torch.log1p(z.exp()).sqrt(),
+        }.get(score, z)
+        keys = z if expert_bias is None else scores + bias
+        for t in range(20):
+            want = _by_groups(keys[t].tolist(), num_groups, top_groups, 3)
+            assert routing.expert_index[t].tolist() == want
+        if score != "softmax_topk":
+            weights = scores.gather(1, routing.expert_index)
+            torch.testing.assert_close(routing.expert_weight, weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_equal_groups_and_groups_without_a_number(impl: str):
+    route = {"top_k": 4, "num_groups": 3, "top_groups": 2, "impl": impl}
+    equal = mk.topk_route(torch.ones(1, 1), torch.ones(6, 1), **route)
+    assert equal.expert_index.tolist() == [[0, 1, 2, 3]]
+    # The sums are 3 + 0, 2 + 2 and 4 + (the lowest): the last one is lower than any number's.
+    gate = torch.tensor([[3.0], [0.0], [2.0], [2.0], [4.0], [math.nan]])
+    assert mk.topk_route(torch.ones(1, 1), gate, **route).expert_index.tolist() == [[0, 2, 3, 1]]
+    for value in (math.nan, -math.inf):
+        lost = mk.topk_route(torch.full((1, 1), value), torch.ones(6, 1), **route)
+        assert lost.expert_index.tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("score", ["softmax_topk", "softmax", "sigmoid", "logits", "sqrtsoftplus"])
+def test_renormalized_weights_sum_to_the_scaling(generator, impl: str, score: str):
+    x, gate = _tokens(generator, 20, 6), _tokens(generator, 12, 6)
+    options = {"top_k": 3, "score": score, "impl": impl}
+    plain = mk.topk_route(x, gate, **options)
+    over_sum = mk.topk_route(x, gate, renormalize=True, scaling=-2.5, **options)
+    assert torch.equal(over_sum.expert_index, plain.expert_index)
+    torch.testing.assert_close(over_sum.expert_weight.sum(1), torch.full((20,), -2.5))
+    want = -2.5 * plain.expert_weight / plain.expert_weight.sum(1, keepdim=True)
+    torch.testing.assert_close(over_sum.expert_weight, want, rtol=1e-4, atol=1e-5)
+    scaled = mk.topk_route(x, gate, scaling=-2.5, **options)
+    torch.testing.assert_close(scaled.expert_weight, -2.5 * plain.expert_weight)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus"])
+@pytest.mark.parametrize("scaling", [1.0, 0.0])
+def test_scores_near_zero_have_finite_weights_and_slopes(impl: str, score: str, scaling: float):
+    x = torch.tensor([[-95.0], [-1000.0], [90.0]], requires_grad=True)
+    # All but the last expert are chosen, whose logit takes all of the softmax.
+    gate, push = torch.tensor([[1.0], [1.01], [-1.0]]), torch.tensor([9.0, 9.0, 0.0])
+    routing = mk.topk_route(
+        x,
+        gate,
+        top_k=2,
+        score=score,
+        expert_bias=push,
+        renormalize=True,
+        scaling=scaling,
+        impl=impl,
+    )
+    torch.testing.assert_close(routing.expert_weight.sum(1), torch.full((3,), scaling))
+    (gradient,) = torch.autograd.grad(routing.expert_weight.square().sum(), x)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("score", ["softmax_topk", "softmax", "sigmoid", "logits", "sqrtsoftplus"])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_the_gradient_of_the_fp64_reference(generator, score: str, renormalize: bool):
+    x, gate = (
+        _tokens(generator, *sizes, dtype=torch.float64).requires_grad_()
+        for sizes in ((5, 4), (6, 4))
+    )
+    options = {"score": score, "renormalize": renormalize, "scaling": 1.5, "num_groups": 3}
+
+    def weights_and_logits(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        return mk.topk_route(x, gate, top_k=2, top_groups=2, **options)[1:]
+
+    assert torch.autograd.gradcheck(weights_and_logits, (x, gate))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("score", ["softmax_topk", "softmax", "sigmoid", "logits", "sqrtsoftplus"])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_a_replayed_choice_has_the_same_weights(generator, impl: str, score, renormalize: bool):
+    logits, upstream = _tokens(generator, 20, 12).requires_grad_(), _tokens(generator, 20, 3)
+    weighing = {"score": score, "renormalize": renormalize, "scaling": 2.5, "impl": impl}
+    routing = mk.route_from_logits(logits, top_k=3, num_groups=4, top_groups=2, **weighing)
+    replayed = mk.route_from_index(logits, routing.expert_index, **weighing)
+    assert torch.equal(replayed.expert_weight, routing.expert_weight)
+    assert replayed.logits is routing.logits is logits
+    first, second = (
+        torch.autograd.grad(r.expert_weight, logits, upstream)[0] for r in (routing, replayed)
+    )
+    assert torch.equal(second, first)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("score", ["softmax_topk", "softmax", "sigmoid", "logits", "sqrtsoftplus"])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_an_expert_elsewhere_is_as_one_not_given(generator, impl: str, score, renormalize: bool):
+    logits = _tokens(generator, 4, 6).requires_grad_()
+    index = torch.tensor([[1, -1, 4], [6, 2, 0], [-1, 9, 6], [5, 5, -7]])
+    weighing = {"score": score, "renormalize": renormalize, "impl": impl}
+    found = mk.route_from_index(logits, index, **weighing)
+    (gradient,) = torch.autograd.grad(found.expert_weight.square().sum(), logits)
+    for t in range(4):
+        known = index[t][(index[t] >= 0) & (index[t] < 6)]
+        leaf = logits[t : t + 1].detach().requires_grad_()
+        alone = mk.route_from_index(leaf, known[None], **weighing).expert_weight
+        weights = torch.zeros(3).masked_scatter((index[t] >= 0) & (index[t] < 6), alone.detach())
+        torch.testing.assert_close(found.expert_weight[t], weights)
+        (want,) = torch.autograd.grad(alone.square().sum(), leaf)
+        torch.testing.assert_close(gradient[t], want[0])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_route_from_logits_is_topk_route_of_its_logits(generator, impl: str):
+    options = {"top_k": 2, "score": "sigmoid", "expert_bias": _tokens(generator, 5), "impl": impl}
+    routing = mk.topk_route(_tokens(generator, 9, 6), _tokens(generator, 5, 6), **options)
+    again = mk.route_from_logits(routing.logits, **options)
+    assert all(map(torch.equal, again, routing))
+
+
 def _dispersion(values: list[float], stat: str) -> float:
     n = len(values)
     mean = sum(values) / n

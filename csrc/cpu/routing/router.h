@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "cpu/common/indices.h"
@@ -21,15 +20,6 @@ constexpr int64_t kGrain = 16384;   // elements below which a thread is not wort
 
 // The number of parts of `size`, the last of which may be shorter.
 inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-enum class Score { kSoftmax, kSigmoid, kChosen };
-
-inline Score score_of(const std::string& name) {
-  if (name == "softmax") return Score::kSoftmax;
-  if (name == "sigmoid") return Score::kSigmoid;
-  STD_TORCH_CHECK(name == "softmax_topk", "score: unknown score ", name);
-  return Score::kChosen;
-}
 
 inline constexpr auto multiply =
     versions([](auto, float* to, const float* a, const float* b, int64_t count) MOLEX_LAMBDA_INLINE {

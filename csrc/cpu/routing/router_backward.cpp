@@ -1,47 +1,18 @@
 // The router's backward pass on a CPU. Tokens are read once for both products: the gate's gradient
 // dz^T (w x), and that of x, w (dz gate).
 
+#include <string>
 #include <tuple>
 
 #include "cpu/common/gemm.h"
 #include "cpu/common/matmul.h"
 #include "cpu/common/memory.h"
-#include "cpu/common/softmax.h"
+#include "cpu/routing/choice.h"
 #include "cpu/routing/router.h"
 #include "registration.h"
 
 namespace molex::router {
 namespace {
-
-// What the backward pass reads of the logits [T, E] and of the choice [T, K].
-struct Choice {
-  const float *logits, *weight;
-  const int64_t* index;
-  const float *grad_weight, *grad_logits;  // null where there is none
-  int64_t experts, top_k;
-  Score score;
-};
-
-// Writes the gradient of one token's logits, from the gradients of its weights and of the logits themselves.
-void logits_gradient(const Choice& c, int64_t t, float* dz, float* probability) {
-  if (c.grad_logits) {
-    std::copy_n(c.grad_logits + t * c.experts, c.experts, dz);
-  } else {
-    std::fill_n(dz, c.experts, 0.0f);
-  }
-  if (!c.grad_weight) return;
-  const float *g = c.grad_weight + t * c.top_k, *s = c.weight + t * c.top_k;
-  float dot = 0.0f;
-  for (int64_t k = 0; k < c.top_k; ++k) dot += g[k] * s[k];
-  for (int64_t k = 0; k < c.top_k; ++k) {
-    const float slope = c.score == Score::kSigmoid ? 1.0f - s[k] : 1.0f;
-    dz[c.index[t * c.top_k + k]] += s[k] * (c.score == Score::kChosen ? g[k] - dot : g[k] * slope);
-  }
-  if (c.score == Score::kSoftmax) {
-    softmax_of(c.logits + t * c.experts, probability, c.experts);
-    add_scaled(dz, probability, -dot, c.experts);
-  }
-}
 
 // Sums over tokens go to chunks, which are added in order. Their size depends on the shape alone.
 struct Shape {
@@ -136,6 +107,8 @@ std::tuple<Tensor, Tensor, Tensor> router_bwd(std::optional<Tensor> grad_weight,
                                               std::optional<Tensor> labels,
                                               std::optional<Tensor> mix,
                                               std::string score,
+                                              bool renormalize,
+                                              double scaling,
                                               std::vector<bool> needs) {
   const Shape n{x.size(0), x.size(1), gate.size(0)};
   const Tokens from(x, table, labels, mix);
@@ -151,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> router_bwd(std::optional<Tensor> grad_weight,
                       upstream[1] ? upstream[1]->const_data_ptr<float>() : nullptr,
                       n.experts,
                       index.size(1),
-                      score_of(score)};
+                      {score, renormalize, scaling}};
   const bool needs_x = needs[0], needs_gate = needs[1], needs_bias = needs[2];
   Tensor dx = needs_x ? new_result(x, {n.tokens, n.width}) : new_result(x, {0});
   Tensor dgate = needs_gate ? new_result(gate, {n.experts, n.width}) : new_result(gate, {0});

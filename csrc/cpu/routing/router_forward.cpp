@@ -1,13 +1,12 @@
 // The router's forward pass on a CPU: weighting of features, product with the gate and top-k, piece by piece.
 
-#include <cmath>
-#include <limits>
+#include <string>
 #include <tuple>
 
 #include "cpu/common/gemm.h"
 #include "cpu/common/matmul.h"
 #include "cpu/common/memory.h"
-#include "cpu/common/softmax.h"
+#include "cpu/routing/choice.h"
 #include "cpu/routing/router.h"
 #include "registration.h"
 
@@ -41,64 +40,6 @@ void transpose(const Source& gate, int64_t experts, int64_t width, int64_t padde
   });
 }
 
-// Returns the index of the first largest value and sets that value to -inf, so that the next call finds the
-// next one. The values fill whole vectors, and none is NaN.
-constexpr auto take_largest = versions([](auto, float* key, int64_t whole) MOLEX_LAMBDA_INLINE {
-  const Ints<kWide> lanes = count_from<kWide>(0);
-  Wide most = load(key);
-  Ints<kWide> where = lanes;
-  for (int64_t i = kWide; i < whole; i += kWide) {
-    const Wide values = load(key + i);
-    const Ints<kWide> above = values > most;
-    most = select(above, values, most);
-    where = select(above, lanes + static_cast<int32_t>(i), where);
-  }
-  const float largest = largest_lane(most);
-  int64_t best = whole;
-  for (int lane = 0; lane < kWide; ++lane) {
-    if (most[lane] == largest) best = std::min<int64_t>(best, where[lane]);
-  }
-  key[best] = -std::numeric_limits<float>::infinity();
-  return best;
-});
-
-// Finds the K largest keys of a token, in descending order, and their scores. Of equal keys the lower expert
-// wins; NaN and -inf come last.
-class TopK {
- public:
-  TopK(const std::optional<Tensor>& expert_bias, int64_t experts, int64_t top_k, Score score)
-      : bias_(floats_of(expert_bias)), experts_(experts), top_k_(top_k), score_(score) {}
-
-  // The values behind the logits, up to whole vectors, do not matter. `scratch` has size() floats.
-  void operator()(const float* z, int64_t* chosen, float* scores, float* scratch) const {
-    constexpr float kLowest = std::numeric_limits<float>::lowest();
-    const int64_t whole = wide_of(experts_);
-    float *key = scratch, *probability = key + whole, *picked = probability + whole;
-    const bool softmax = score_ == Score::kSoftmax, sigmoid = score_ == Score::kSigmoid;
-    if (softmax) softmax_of(z, probability, experts_);
-    for (int64_t e = 0; e < experts_; ++e) {
-      float value = z[e];
-      if (!bias_.empty()) value = (softmax ? probability[e] : sigmoid ? sigmoid_of(z[e]) : z[e]) + bias_[e];
-      key[e] = value > kLowest ? value : kLowest;
-    }
-    std::fill(key + experts_, key + whole, -std::numeric_limits<float>::infinity());
-    for (int64_t k = 0; k < top_k_; ++k) {
-      const int64_t best = take_largest(key, whole);
-      chosen[k] = best;
-      picked[k] = softmax ? probability[best] : sigmoid ? sigmoid_of(z[best]) : z[best];
-    }
-    if (score_ == Score::kChosen) softmax_of(picked, picked, top_k_);
-    std::copy_n(picked, top_k_, scores);
-  }
-
-  int64_t size() const { return 2 * wide_of(experts_) + wide_of(top_k_); }
-
- private:
-  std::vector<float> bias_;
-  int64_t experts_, top_k_;
-  Score score_;
-};
-
 // expert_index [T, K], expert_weight [T, K] and logits [T, E].
 std::tuple<Tensor, Tensor, Tensor> router_fwd(const Tensor& x,
                                               const Tensor& gate,
@@ -108,10 +49,14 @@ std::tuple<Tensor, Tensor, Tensor> router_fwd(const Tensor& x,
                                               std::optional<Tensor> labels,
                                               std::optional<Tensor> mix,
                                               int64_t top_k,
-                                              std::string score) {
+                                              std::string score,
+                                              int64_t num_groups,
+                                              int64_t top_groups,
+                                              bool renormalize,
+                                              double scaling) {
   const int64_t tokens = x.size(0), width = x.size(1), experts = gate.size(0), padded = wide_of(experts);
   const Tokens from(x, table, labels, mix);
-  const TopK find_top_k(expert_bias, experts, top_k, score_of(score));
+  const TopK find_top_k(expert_bias, experts, top_k, {num_groups, top_groups}, {score, renormalize, scaling});
   const std::vector<float> bias = floats_of(gate_bias);
   Tensor index = new_result(x, {tokens, top_k}, ScalarType::Long);
   Tensor weight = new_result(x, {tokens, top_k}, ScalarType::Float);

@@ -9,15 +9,12 @@ from torch.distributed import ProcessGroup
 
 from molex_kernels import _backends, _check, _dtypes
 from molex_kernels._dtypes import FLOAT_DTYPES, accumulate_dtype
-from molex_kernels.ops.routing import clusters, op, reference
+from molex_kernels.ops.routing import choice, clusters, op, reference
 from molex_kernels.ops.routing.recipes import resolve
 from molex_kernels.ops.routing.types import RoutePlan, Routing
 
 for _name in ("topk_route", "ac_weights", "ac_route", "route_plan"):
     _backends.declare(_name, _backends.TRITON, _backends.CPU, _backends.REFERENCE)
-SCORES = reference.SCORES
-_MAX_EXPERTS = 1024  # the Triton router holds a token's logits in one block
-_MAX_TOP_K = 64
 _MAX_ASSIGNMENTS = 2**31 - 1  # the plan's offsets are int32
 
 
@@ -29,20 +26,35 @@ def topk_route(
     gate_bias: Tensor | None = None,
     score: str = "softmax_topk",
     expert_bias: Tensor | None = None,
+    num_groups: int | None = None,
+    top_groups: int | None = None,
+    renormalize: bool = False,
+    scaling: float = 1.0,
     impl: str | None = None,
 ) -> Routing:
     """Routes each token to the K experts with the largest logits.
 
         z_te = sum_q x_tq gate_eq + b_e
         i_t1 ... i_tK: the K largest keys, descending; ties to the lower expert
-        key = z, or with expert_bias: z + bias (softmax_topk), score + bias (softmax, sigmoid)
-        weight_tk = softmax over the K chosen logits     score="softmax_topk" (FastMoE, Mixtral)
-                  = softmax over all E logits, at i_tk   score="softmax" (Switch)
-                  = sigmoid(z) at i_tk                   score="sigmoid" (DeepSeek-V3)
+        key = z, or with expert_bias: z + bias (softmax_topk), score + bias (the others)
+        s_tk = softmax over the K chosen logits     score="softmax_topk" (FastMoE, Mixtral)
+             = softmax over all E logits, at i_tk   score="softmax" (Switch)
+             = sigmoid(z) at i_tk                   score="sigmoid" (DeepSeek-V3)
+             = z at i_tk                            score="logits"
+             = sqrt(softplus(z)) at i_tk            score="sqrtsoftplus"
+        weight_tk = scaling s_tk, or with renormalize: scaling s_tk / sum_m s_tm
 
-    The last two are not renormalised; `w / w.sum(1, keepdim=True)` does it. NaN and -inf keys count
-    as the lowest finite number, so indices are always distinct and in range; the weights and logits
-    keep the NaN.
+    With groups (DeepSeek-V3, arXiv 2412.19437) the experts stand in `num_groups` equal, consecutive
+    ones, and only experts of `top_groups` of them may be chosen: of those with the largest sum of
+    their two best keys, ties to the lower group. A group of one expert has that one's key. DeepSeek
+    sets the keys of other groups to 0, so that a negative key may lose to them; here they are out.
+
+    The sum of "logits" is taken as it is: of either sign, and where it is 0 the weights are not
+    finite. Other scores are above 0. Softplus is at least the smallest normal number, whose square
+    root has a finite slope.
+
+    NaN and -inf keys count as the lowest finite number, so indices are always distinct and in
+    range; the weights and logits keep the NaN.
 
     Logits and scores are computed in fp32 (fp64 for fp64 input), also under autocast, where each
     argument may be fp16, bf16 or fp32, whatever the others are. The published routers select with
@@ -51,11 +63,15 @@ def topk_route(
     Args:
         x: tokens [T, D].
         gate_weight: [E, D], of x's dtype or fp32.
-        top_k: K, from 1 to E.
+        top_k: K, from 1 to E; with groups at most E top_groups / num_groups.
         gate_bias: [E], of x's dtype or fp32.
-        score: "softmax_topk" (default), "softmax" or "sigmoid".
+        score: "softmax_topk" (default), "softmax", "sigmoid", "logits" or "sqrtsoftplus".
         expert_bias: [E], of x's dtype or fp32: added to the key alone (balancing without a loss);
             it receives no gradient.
+        num_groups: a divisor of E; None, with top_groups None, is no groups.
+        top_groups: from 1 to num_groups.
+        renormalize: divide the weights by their sum over the chosen experts.
+        scaling: finite; multiplies the weights, after that.
         impl: None (the fastest that runs), "triton" (E <= 1024, K <= 64), "cpu" or "reference".
 
     Returns:
@@ -71,11 +87,10 @@ def topk_route(
     gate_weight, gate_bias, expert_bias = _dtypes.kept(x, gate_weight, gate_bias, expert_bias)
     _check_router(x, gate_weight, gate_bias, top_k)
     _vector_of_experts("expert_bias", expert_bias, x, gate_weight)
-    _check.choice("score", score, SCORES)
-    chosen = _backends.select(
-        "topk_route", impl, x, triton=_why_not_router(gate_weight.shape[0], top_k)
-    )
-    arguments = (x, gate_weight, gate_bias, expert_bias, None, None, None, top_k, score)
+    experts = gate_weight.shape[0]
+    options = choice.resolve(experts, top_k, score, num_groups, top_groups, renormalize, scaling)
+    chosen = _backends.select("topk_route", impl, x, triton=choice.why_not_triton(experts, top_k))
+    arguments = (x, gate_weight, gate_bias, expert_bias, None, None, None, *options)
     if chosen == "reference":
         return reference.route(*arguments)
     return Routing(*op.route(impl, *arguments))
@@ -236,7 +251,7 @@ def ac_route(
         _check.tensor("stats_from", stats_from, "T, D", (tokens, dim), _like_or_fp32(x), x)
     settings = resolve(recipe, stat, eps, clip, norm, empty)
     clusters.check_group(process_group, settings.stat)
-    chosen = _backends.select("ac_route", impl, x, triton=_why_not_router(experts, top_k))
+    chosen = _backends.select("ac_route", impl, x, triton=choice.why_not_triton(experts, top_k))
     table = clusters.compute(
         x if stats_from is None else stats_from,
         prev_index[:, 0],
@@ -248,7 +263,7 @@ def ac_route(
     gate = normalized_gate(gate_weight) if cosine else gate_weight
     labels = prev_index if mix else prev_index[:, :1]
     mixture = prev_weight.detach().to(table.dtype) if mix and prev_weight is not None else None
-    arguments = (x, gate, gate_bias, None, table, labels, mixture, top_k, "softmax_topk")
+    arguments = (x, gate, gate_bias, None, table, labels, mixture, *choice.Choice(top_k))
     if chosen == "reference":
         return reference.route(*arguments)
     return Routing(*op.route(impl, *arguments))
@@ -283,7 +298,7 @@ def route_plan(expert_index: Tensor, num_experts: int, *, impl: str | None = Non
         raise ValueError(
             f"expert_index: expected T * K at most {_MAX_ASSIGNMENTS}, got {expert_index.numel()}"
         )
-    limit = _why_not_experts(num_experts)
+    limit = choice.why_not_experts(num_experts)
     if _backends.select("route_plan", impl, expert_index, triton=limit) == "reference":
         return reference.route_plan(expert_index, num_experts)
     return RoutePlan(*op.plan(impl, expert_index, num_experts))
@@ -316,15 +331,3 @@ def _has_features(name: str, x: Tensor) -> None:
 
 def _like_or_fp32(x: Tensor) -> tuple[torch.dtype, ...]:
     return (x.dtype,) if x.dtype == torch.float32 else (x.dtype, torch.float32)
-
-
-def _why_not_router(experts: int, top_k: int) -> str | None:
-    if top_k > _MAX_TOP_K:
-        return f"it takes top_k up to {_MAX_TOP_K}, got {top_k}"
-    return _why_not_experts(experts)
-
-
-def _why_not_experts(experts: int) -> str | None:
-    if experts > _MAX_EXPERTS:
-        return f"it takes at most {_MAX_EXPERTS} experts, got {experts}"
-    return None

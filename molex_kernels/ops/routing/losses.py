@@ -7,6 +7,7 @@ from torch import Tensor
 
 from molex_kernels import _backends, _check
 from molex_kernels.ops.routing import op, reference
+from molex_kernels.ops.routing.choice import check_logits
 from molex_kernels.ops.routing.types import Routing
 
 for _name in ("load_balance_loss", "router_z_loss"):
@@ -54,7 +55,7 @@ def load_balance_loss(
     if not isinstance(routing, Routing):
         raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}")
     index, _, logits = routing
-    _check_logits("routing.logits", logits)
+    check_logits("routing.logits", logits)
     _check.index("routing.expert_index", index, "T, K", (logits.shape[0], None), logits)
     _check.number("temperature", temperature, 0.0, exclusive=True)
     _check.choice("kind", kind, _KINDS)
@@ -82,17 +83,11 @@ def router_z_loss(logits: Tensor, *, mask: Tensor | None = None, impl: str | Non
         ValueError: an argument of a bad shape, device or value, which the message names.
         NotImplementedError: the explicit `impl` cannot run.
     """
-    _check_logits("logits", logits)
+    check_logits("logits", logits)
     _check_mask(mask, logits)
     if _backends.select("router_z_loss", impl, logits) == "reference":
         return reference.router_z(logits, mask)
     return op.router_z(impl, logits, mask)
-
-
-def _check_logits(name: str, logits: Tensor) -> None:
-    _check.floating(name, logits, "T, E", (None, None))
-    if logits.shape[1] < 1:
-        raise ValueError(f"{name}: expected shape [T, E] with E at least 1, got E=0")
 
 
 def _check_mask(mask: Tensor | None, logits: Tensor) -> None:

@@ -11,8 +11,8 @@ from torch.distributed import ProcessGroup
 from torch.nn.utils import parametrize
 
 from molex_kernels import _backends, _check, _modules, _published
-from molex_kernels.ops.routing import recipes
-from molex_kernels.ops.routing.api import SCORES, ac_route, normalized_gate, topk_route
+from molex_kernels.ops.routing import choice, recipes
+from molex_kernels.ops.routing.api import ac_route, normalized_gate, topk_route
 from molex_kernels.ops.routing.types import Routing
 
 ROW_NORM = 1.5  # of the published cosine gate's rows
@@ -93,6 +93,10 @@ class TopKRouter(_Gate):
         top_k: K.
         bias: whether the gate has a bias (FastMoE's has; default without, as in Mixtral).
         score: as in `topk_route`.
+        num_groups: as in `topk_route`.
+        top_groups: as in `topk_route`.
+        renormalize: as in `topk_route`.
+        scaling: as in `topk_route`.
         impl: passed to `topk_route` at each call.
         device: of the parameters.
         dtype: of the parameters.
@@ -106,13 +110,21 @@ class TopKRouter(_Gate):
         *,
         bias: bool = False,
         score: str = "softmax_topk",
+        num_groups: int | None = None,
+        top_groups: int | None = None,
+        renormalize: bool = False,
+        scaling: float = 1.0,
         impl: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check.choice("score", score, SCORES)
+        _check.integer("num_experts", num_experts, 1)
+        _check.integer("top_k", top_k, 1, num_experts, of=" experts")
+        choice.resolve(num_experts, top_k, score, num_groups, top_groups, renormalize, scaling)
         super().__init__(d_model, num_experts, top_k, bias, impl, device, dtype)
         self.score = score
+        self.num_groups, self.top_groups = num_groups, top_groups
+        self.renormalize, self.scaling = renormalize, scaling
         self.reset_parameters()
 
     @_modules.fx_leaf
@@ -134,6 +146,10 @@ class TopKRouter(_Gate):
             gate_bias=self.bias,
             score=self.score,
             expert_bias=expert_bias,
+            num_groups=self.num_groups,
+            top_groups=self.top_groups,
+            renormalize=self.renormalize,
+            scaling=self.scaling,
             impl=self.impl,
         )
 

@@ -12,6 +12,7 @@ from molex_kernels.ops.routing import reference
 
 _TRITON = "molex_kernels.ops.routing.kernels.launch"
 _WEIGHING = "Tensor? table, Tensor? labels, Tensor? mix"
+_CHOICE = "int top_k, str score, int num_groups, int top_groups, bool renormalize, float scaling"
 
 
 def _route_fake(a: Any) -> tuple[Tensor, ...]:
@@ -20,6 +21,14 @@ def _route_fake(a: Any) -> tuple[Tensor, ...]:
         a.x.new_empty(tokens, a.top_k, dtype=torch.int64),
         a.x.new_empty(tokens, a.top_k, dtype=torch.float32),
         a.x.new_empty(tokens, experts, dtype=torch.float32),
+    )
+
+
+def _choice_fake(a: Any) -> tuple[Tensor, Tensor]:
+    size = (a.logits.shape[0], a.top_k)
+    return (
+        a.logits.new_empty(size, dtype=torch.int64),
+        a.logits.new_empty(size, dtype=torch.float32),
     )
 
 
@@ -48,9 +57,9 @@ def _balance_fake(a: Any) -> tuple[Tensor, Tensor]:
 route = _operators.Pass(
     "router",
     "(Tensor x, Tensor gate, Tensor? gate_bias, Tensor? expert_bias, "
-    f"{_WEIGHING}, int top_k, str score) -> (Tensor index, Tensor weight, Tensor logits)",
+    f"{_WEIGHING}, {_CHOICE}) -> (Tensor index, Tensor weight, Tensor logits)",
     "(Tensor? dweight, Tensor? dlogits, Tensor x, Tensor gate, Tensor logits, Tensor index, "
-    f"Tensor weight, {_WEIGHING}, str score, bool[] needs)"
+    f"Tensor weight, {_WEIGHING}, str score, bool renormalize, float scaling, bool[] needs)"
     " -> (Tensor dx, Tensor dgate, Tensor dgate_bias)",
     fake=_route_fake,
     like={"gate_bias": lambda a: a.logits.new_empty(a.gate.shape[0])},
@@ -58,6 +67,20 @@ route = _operators.Pass(
     reference=lambda a: reference.route(*a),
     public=3,
     op="topk_route, ac_route",
+)
+
+# `given` experts are weighed as they are; an id outside [0, E) has the index -1 and weight 0.
+choice = _operators.Pass(
+    "choice",
+    f"(Tensor logits, Tensor? expert_bias, Tensor? given, {_CHOICE})"
+    " -> (Tensor index, Tensor weight)",
+    "(Tensor dweight, Tensor logits, Tensor index, Tensor weight, str score, bool renormalize, "
+    "float scaling) -> Tensor dlogits",
+    fake=_choice_fake,
+    triton=_TRITON,
+    reference=lambda a: reference.choose_or_weigh(*a),
+    public=2,
+    op="route_from_logits, route_from_index",
 )
 
 plan = _operators.Pass(

@@ -7,15 +7,19 @@ PyTorch's autograd; every shape is known before the data, so Dynamo traces it wh
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from molex_kernels._dtypes import accumulate_dtype, without_autocast
 from molex_kernels._masks import selected
 from molex_kernels.ops.routing.types import RoutePlan, Routing
 
-SCORES = ("softmax_topk", "softmax", "sigmoid")
+SCORES = ("softmax_topk", "softmax", "sigmoid", "logits", "sqrtsoftplus")
+# Beyond it softplus(z) is z, in fp64 as well.
+_SOFTPLUS_LINEAR = 40.0
 
 
 def route(
@@ -26,13 +30,28 @@ def route(
     table: Tensor | None,
     labels: Tensor | None,
     mix: Tensor | None,
+    *choice: Any,
+) -> Routing:
+    """Logits of the (weighted) tokens, and by them the K best experts and their weights."""
+    z = router_logits(x, gate, gate_bias, table, labels, mix)
+    return Routing(*choose(z, expert_bias, *choice), z)
+
+
+def choose(
+    z: Tensor,
+    expert_bias: Tensor | None,
     top_k: int,
     score: str,
-) -> Routing:
-    """Logits of the (weighted) tokens, the K best experts and their scores."""
-    z = router_logits(x, gate, gate_bias, table, labels, mix)
-    index = select(selection_key(z, expert_bias, score), top_k)
-    return Routing(index, scores(z, index, score), z)
+    num_groups: int = 1,
+    top_groups: int = 1,
+    renormalize: bool = False,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The K best experts of each token by its logits, and their weights."""
+    key = selection_key(z, expert_bias, score)
+    allowed = None if top_groups == num_groups else in_groups(key, num_groups, top_groups)
+    index = select(key, top_k, allowed)
+    return index, weights(z, index, score, renormalize, scaling)
 
 
 def router_logits(
@@ -71,15 +90,27 @@ def selection_key(z: Tensor, expert_bias: Tensor | None, score: str) -> Tensor:
     bias = expert_bias.detach().to(z.dtype)
     if score == "softmax":
         return z.softmax(1) + bias
-    if score == "sigmoid":
-        return z.sigmoid() + bias
-    return z + bias
+    return (z if score == "softmax_topk" else elementwise(z, score)) + bias
 
 
-def select(key: Tensor, top_k: int) -> Tensor:
-    """The K largest keys, descending; ties to the lower expert; NaN and -inf are lowest."""
-    lowest = torch.finfo(key.dtype).min
-    left = torch.where(key > lowest, key, lowest)
+def group_keys(key: Tensor, num_groups: int) -> Tensor:
+    """[T, G]: the sum of the two best keys of each group of experts; of one expert, its key."""
+    by_group = _finite(key).unflatten(1, (num_groups, key.shape[1] // num_groups))
+    return by_group.topk(min(2, by_group.shape[2]), dim=2).values.sum(2)
+
+
+def in_groups(key: Tensor, num_groups: int, top_groups: int) -> Tensor:
+    """[T, E] bool: whether an expert is in one of the groups with the largest sums."""
+    best = select(group_keys(key, num_groups), top_groups)
+    chosen = torch.zeros_like(key, dtype=torch.bool)[:, :num_groups].scatter(1, best, True)
+    return chosen.repeat_interleave(key.shape[1] // num_groups, dim=1)
+
+
+def select(key: Tensor, top_k: int, allowed: Tensor | None = None) -> Tensor:
+    """The K largest allowed keys, descending; ties to the lower; NaN and -inf are lowest."""
+    left = _finite(key)
+    if allowed is not None:
+        left = torch.where(allowed, left, -torch.inf)
     best = []
     for _ in range(top_k):
         best.append(left.argmax(1, keepdim=True))  # the first of equal ones
@@ -87,12 +118,74 @@ def select(key: Tensor, top_k: int) -> Tensor:
     return torch.cat(best, 1)
 
 
-def scores(z: Tensor, index: Tensor, score: str) -> Tensor:
-    """softmax over the K chosen logits; softmax over all E, not renormalised; or sigmoid."""
-    if score == "softmax":
+def _finite(key: Tensor) -> Tensor:
+    lowest = torch.finfo(key.dtype).min
+    return torch.where(key > lowest, key, lowest)
+
+
+def elementwise(z: Tensor, score: str) -> Tensor:
+    """sigmoid(z), z itself, or sqrt(softplus(z)), with softplus at least the least normal number.
+
+    The square root has an infinite slope at 0.
+    """
+    if score == "sigmoid":
+        return z.sigmoid()
+    if score == "logits":
+        return z
+    least = torch.finfo(z.dtype).tiny
+    return F.softplus(z, threshold=_SOFTPLUS_LINEAR).clamp(min=least).sqrt()
+
+
+def choose_or_weigh(
+    z: Tensor, expert_bias: Tensor | None, given: Tensor | None, top_k: int, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """`choose`, or the given experts, -1 for ids outside [0, E), and their weights."""
+    if given is None:
+        return choose(z, expert_bias, top_k, *options)
+    score, _, _, renormalize, scaling = options
+    known = (given >= 0) & (given < z.shape[1])
+    index = torch.where(known, given, -1).long()
+    return index, weights(z, index.clamp(min=0), score, renormalize, scaling, known)
+
+
+def weights(
+    z: Tensor,
+    index: Tensor,
+    score: str,
+    renormalize: bool,
+    scaling: float,
+    known: Tensor | None = None,
+) -> Tensor:
+    """The scores of the chosen experts, over their sum if `renormalize`, times `scaling`.
+
+    Where `known` [T, K] is False the weight is 0, and the expert takes no part in any sum.
+    """
+    found = _scores(z, index, score, renormalize, known)
+    found = found if scaling == 1 else found * scaling
+    return found if known is None else torch.where(known, found, 0)
+
+
+def _scores(
+    z: Tensor, index: Tensor, score: str, renormalize: bool, known: Tensor | None
+) -> Tensor:
+    """softmax over the K chosen or over all E logits, or one of the elementwise scores.
+
+    softmax and sigmoid are divided by their sum as a softmax of their logarithms, which has no 0/0.
+    """
+    if score == "softmax" and not renormalize:
         return z.softmax(1).gather(1, index)
     chosen = z.gather(1, index)
-    return chosen.sigmoid() if score == "sigmoid" else chosen.softmax(1)
+    if score in ("softmax", "softmax_topk") or (score == "sigmoid" and renormalize):
+        chosen = F.logsigmoid(chosen) if score == "sigmoid" else chosen
+        if known is not None:  # a row without known experts has a softmax, too, of no use
+            chosen = torch.where(known, chosen, torch.where(known.any(1, True), -torch.inf, 0.0))
+        return chosen.softmax(1)
+    found = elementwise(chosen, score)
+    if not renormalize:
+        return found
+    if known is not None:
+        found = torch.where(known, found, torch.where(known.any(1, True), 0.0, 1.0))
+    return found / found.sum(1, keepdim=True)
 
 
 def route_plan(expert_index: Tensor, num_experts: int) -> RoutePlan:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from molex_kernels.ops.routing import reference
 from molex_kernels.ops.routing.api import ac_route, ac_weights, route_plan, topk_route
+from molex_kernels.ops.routing.choice import route_from_index, route_from_logits
 from molex_kernels.ops.routing.losses import load_balance_loss, router_z_loss
 from molex_kernels.ops.routing.recipes import STATS
 from molex_kernels.ops.routing.types import RoutePlan, Routing
@@ -18,6 +19,7 @@ from molex_kernels.testing.opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 
 # Keys around the choice of a token differ by this share of the largest: no dtype chooses otherwise.
 MARGIN = 1e-3
+CHOICE = ("score", "num_groups", "top_groups", "renormalize", "scaling")
 STATISTICS = ("recipe", "stat", "eps", "clip", "norm", "empty")
 
 
@@ -44,15 +46,29 @@ def _clear_choice(key: Tensor, top_k: int) -> Tensor:
     return gap > MARGIN * key.abs().amax(1)
 
 
-def _draw_until_clear(inputs: Inputs, draw: Draw, key: Callable[[Inputs], Tensor]) -> None:
+def _clear_groups(key: Tensor, num_groups: int, top_groups: int) -> tuple[Tensor, Tensor]:
+    """[T]: whether the choice of groups is clear; the keys with others' below all."""
+    clear = _clear_choice(reference.group_keys(key, num_groups), top_groups)
+    allowed = reference.in_groups(key, num_groups, top_groups)
+    return clear, torch.where(allowed, key, key.amin() - 1)
+
+
+def _draw_until_clear(
+    inputs: Inputs, draw: Draw, key: Callable[[Inputs], Tensor], drawn: str = "x"
+) -> None:
     """Draws tokens anew until every choice is clear in fp64."""
-    x = inputs["x"]
+    x = inputs[drawn]
     while draw.generator is not None and x.shape[0]:
         doubles = {
             k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
             for k, v in inputs.items()
         }
-        unclear = ~_clear_choice(key(doubles), inputs["top_k"])
+        keys = key(doubles)
+        unclear = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
+        if "num_groups" in inputs:
+            clear, keys = _clear_groups(keys, inputs["num_groups"], inputs["top_groups"])
+            unclear = ~clear
+        unclear = unclear | ~_clear_choice(keys, inputs["top_k"])
         if not unclear.any():
             return
         x[unclear] = draw.normal(int(unclear.sum()), x.shape[1])
@@ -75,9 +91,8 @@ def _make_topk_route(
 ) -> Inputs:
     draw = Draw(dtype, device, generator)
     inputs = {"x": draw.normal(case.sizes["T"], case.sizes["D"]), **_gate(case, draw)}
+    inputs.update((k, v) for k, v in case.options.items() if k in CHOICE)
     score = case.options.get("score", "softmax_topk")
-    if score != "softmax_topk":
-        inputs["score"] = score
     if case.options.get("expert_bias"):
         inputs["expert_bias"] = draw.normal(case.sizes["E"], scale=0.3)
 
@@ -87,6 +102,36 @@ def _make_topk_route(
 
     _draw_until_clear(inputs, draw, key)
     return inputs
+
+
+def _make_from_logits(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
+) -> Inputs:
+    draw = Draw(dtype, device, generator)
+    tokens, experts, top_k = (case.sizes[name] for name in "TEK")
+    inputs: Inputs = {"logits": draw.normal(tokens, experts), "top_k": top_k}
+    inputs.update((k, v) for k, v in case.options.items() if k in CHOICE)
+    if case.options.get("expert_bias"):
+        inputs["expert_bias"] = draw.normal(experts, scale=0.3)
+    score = case.options.get("score", "softmax_topk")
+
+    def key(doubles: Inputs) -> Tensor:
+        return reference.selection_key(doubles["logits"], doubles.get("expert_bias"), score)
+
+    _draw_until_clear(inputs, draw, key, "logits")
+    return inputs
+
+
+def _make_from_index(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
+) -> Inputs:
+    draw = Draw(dtype, device, generator)
+    tokens, experts, top_k = (case.sizes[name] for name in "TEK")
+    return {
+        "logits": draw.normal(tokens, experts),
+        "expert_index": _labels(draw, tokens, experts, top_k, case.options.get("clusters", "")),
+        **{k: v for k, v in case.options.items() if k in CHOICE},
+    }
 
 
 def _make_ac_weights(
@@ -251,6 +296,9 @@ def _plan(t: int, e: int, k: int, **options: Any) -> Case:
     return Case({"T": t, "E": e, "K": k}, options)
 
 
+V3: dict[str, Any] = {"num_groups": 4, "top_groups": 2, "renormalize": True, "scaling": 2.5}
+GROUPS_OF_ONE: dict[str, Any] = {"num_groups": 16, "top_groups": 8}
+
 OPINFOS = (
     OpInfo(
         name="topk_route",
@@ -260,12 +308,18 @@ OPINFOS = (
         differentiable=("x", "gate_weight", "gate_bias"),
         tests=(
             _route(37, 44, 5, 2, bias=True),
-            _route(17, 65, 16, 3, score="sigmoid", expert_bias=True, bias=True),
+            _route(17, 65, 16, 3, score="sigmoid", expert_bias=True, bias=True, **V3),
             _route(0, 17, 5, 2, bias=True),
             _route(37, 17, 5, 5, score="softmax", expert_bias=True),
             _route(1, 44, 16, 1, score="softmax", bias=True),
-            _route(37, 65, 33, 2, fp32_gate=True),
+            _route(37, 65, 33, 2, fp32_gate=True, num_groups=11, top_groups=2),
             _route(17, 17, 1, 1),
+            _route(17, 17, 5, 2, score="sigmoid"),
+            _route(17, 17, 5, 2, score="softmax", expert_bias=True, renormalize=True),
+            _route(17, 17, 6, 2, score="sqrtsoftplus", expert_bias=True, scaling=-0.5, bias=True),
+            _route(17, 17, 5, 2, score="sqrtsoftplus", renormalize=True, scaling=1.5),
+            _route(17, 17, 5, 2, score="logits", scaling=2.0),
+            _route(17, 17, 16, 3, score="logits", renormalize=True, **GROUPS_OF_ONE),
         ),
         large=(
             _route(1300, 300, 17, 2, bias=True, score="softmax", expert_bias=True),
@@ -293,6 +347,36 @@ OPINFOS = (
             Sweep("T", tuple(_route(t, 352, 16, 2) for t in (1024, 2048, 4096, 8192))),
             Sweep("E", tuple(_route(4096, 128, e, 2) for e in (8, 16, 32, 64))),
         ),
+    ),
+    OpInfo(
+        name="route_from_logits",
+        function=route_from_logits,
+        make=_make_from_logits,
+        results=_routing_results,
+        differentiable=("logits",),
+        tests=(
+            _plan(17, 16, 3, score="sigmoid", expert_bias=True, **V3),
+            _plan(0, 5, 2),
+            _plan(37, 5, 2),
+        ),
+        benchmarks=(_plan(32768, 128, 8),),
+        quick=(_plan(6144, 16, 2),),
+        cost=_cost_loss,
+    ),
+    OpInfo(
+        name="route_from_index",
+        function=route_from_index,
+        make=_make_from_index,
+        results=_routing_results,
+        differentiable=("logits",),
+        tests=(
+            _plan(37, 5, 2, clusters="elsewhere"),
+            _plan(0, 5, 2),
+            _plan(17, 16, 3, score="sigmoid", clusters="elsewhere", renormalize=True, scaling=2.5),
+        ),
+        benchmarks=(_plan(32768, 128, 8),),
+        quick=(_plan(6144, 16, 2),),
+        cost=_cost_loss,
     ),
     OpInfo(
         name="ac_route",

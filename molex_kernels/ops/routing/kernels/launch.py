@@ -16,6 +16,7 @@ from molex_kernels._triton.launch import launch, shared
 from molex_kernels._triton.sizes import cdiv, next_power_of_2
 from molex_kernels._triton.tuning import Config
 from molex_kernels.ops.routing.kernels import config
+from molex_kernels.ops.routing.kernels.choice import _choice_fwd, _router_bwd_logits
 from molex_kernels.ops.routing.kernels.plan import (
     _plan_fwd_count,
     _plan_fwd_scan,
@@ -24,7 +25,6 @@ from molex_kernels.ops.routing.kernels.plan import (
 from molex_kernels.ops.routing.kernels.router import _router_fwd
 from molex_kernels.ops.routing.kernels.router_backward import (
     _router_bwd_gate,
-    _router_bwd_logits,
     _router_bwd_x,
 )
 from molex_kernels.ops.routing.kernels.statistics import (
@@ -57,14 +57,14 @@ def router_forward(a: Any) -> tuple[Tensor, Tensor, Tensor]:
         lambda b: (cdiv(tokens, b["BLOCK_T"]),),
         (
             *map(strided, (a.x, a.gate, a.gate_bias, a.expert_bias, *mixture)),
-            *(index, weight, logits, tokens, dim, experts, a.top_k, *_sizes(mixture)),
+            *(index, weight, logits, _unless_one(a.scaling)),
+            *(tokens, dim, experts, a.top_k, *_sizes(mixture)),
         ),
         {
-            "SCORE": a.score,
+            **_choosing(a),
             "PRECISION": _precision(a.x, upcast),
             "UPCAST": upcast,
             "BLOCK_E": block_e,
-            "BLOCK_K": max(8, next_power_of_2(a.top_k)),
         },
         config.router(chips.of(a.x.device), block_e, operands),
     )
@@ -80,7 +80,7 @@ def router_backward(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     dbias = a.logits.new_empty(experts if needs_bias else 0)
     if tokens == 0:
         return dx, dgate.zero_(), dbias.zero_()
-    dz = _logits_gradient(a.dweight, a.dlogits, a.logits, a.index, a.weight, a.score)
+    dz = _logits_gradient(a, a.dlogits)
     mixture = (a.table, a.labels, a.mix)
     if needs_x:
         _x_gradient(dz, a.gate, mixture, dx)
@@ -90,6 +90,33 @@ def router_backward(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     elif needs_bias:
         dbias = dz.sum(0)
     return dx, dgate, dbias
+
+
+def choice_forward(a: Any) -> tuple[Tensor, Tensor]:
+    """expert_index [T, K] and expert_weight [T, K] of logits [T, E]."""
+    tokens, experts = a.logits.shape
+    index = a.logits.new_empty(tokens, a.top_k, dtype=torch.int64)
+    weight = a.logits.new_empty(tokens, a.top_k, dtype=torch.float32)
+    if tokens == 0 or a.top_k == 0:
+        return index, weight
+    launch(
+        _choice_fwd,
+        lambda b: (cdiv(tokens, b["BLOCK_T"]),),
+        (
+            *map(strided, (a.logits, a.expert_bias, a.given)),
+            *(index, weight, _unless_one(a.scaling), tokens, experts, a.top_k),
+        ),
+        _choosing(a),
+        config.logits(chips.of(weight.device), max(16, next_power_of_2(experts))),
+    )
+    return index, weight
+
+
+def choice_backward(a: Any) -> Tensor:
+    """The gradient of the logits."""
+    if a.logits.shape[0] == 0:
+        return a.logits.new_empty(a.logits.shape)
+    return _logits_gradient(a, None)
 
 
 def route_plan_forward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -184,22 +211,35 @@ def feature_weights_forward(a: Any) -> Tensor:
     return out
 
 
-def _logits_gradient(
-    dweight: Tensor | None,
-    dlogits: Tensor | None,
-    logits: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    score: str,
-) -> Tensor:
-    tokens, experts = logits.shape
-    dz = torch.empty_like(logits)
-    sizes = (tokens, experts, index.shape[1])
+def _choosing(a: Any) -> dict[str, Any]:
+    """The constants of a choice of experts."""
+    return {
+        "SCORE": a.score,
+        "NUM_GROUPS": a.num_groups,
+        "TOP_GROUPS": a.top_groups,
+        "RENORMALIZE": a.renormalize,
+        "BLOCK_K": max(8, next_power_of_2(a.top_k)),
+    }
+
+
+def _unless_one(scaling: float) -> float | None:
+    return None if scaling == 1 else scaling
+
+
+def _logits_gradient(a: Any, dlogits: Tensor | None) -> Tensor:
+    tokens, experts = a.logits.shape
+    dz = torch.empty_like(a.logits, memory_format=torch.contiguous_format)
+    # A scaling below the normal numbers leaves weights of 0.
+    inverse = 0.0 if abs(a.scaling) < torch.finfo(torch.float32).tiny else 1 / a.scaling
     launch(
         _router_bwd_logits,
         lambda b: (cdiv(tokens, b["BLOCK_T"]),),
-        (*map(strided, (dweight, dlogits)), logits, index, weight, dz, *sizes),
-        {"SCORE": score},
+        (
+            *map(strided, (a.dweight, dlogits)),
+            *(a.logits.contiguous(), a.index, a.weight, dz),
+            *(_unless_one(a.scaling), _unless_one(inverse), tokens, experts, a.index.shape[1]),
+        ),
+        {"SCORE": a.score, "RENORMALIZE": a.renormalize},
         config.logits(chips.of(dz.device), max(16, next_power_of_2(experts))),
     )
     return dz

@@ -1,9 +1,10 @@
-"""Router forward: logits, top-k and scores in one launch, with feature weights inside the GEMM."""
+"""Router forward: logits and choice in one launch, with feature weights inside the GEMM."""
 
 import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import at, int64, load_fp32, places
+from molex_kernels.ops.routing.kernels.choice import choose
 
 
 @triton.jit
@@ -66,11 +67,13 @@ def _router_fwd(
     index_ptr,  # [T, K] int64, contiguous
     weight_ptr,  # [T, K] fp32, contiguous
     logits_ptr,  # [T, E] fp32, contiguous
+    scaling,  # or None
     T, D, E, top_k, num_labels, num_clusters,
-    SCORE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SCORE: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    RENORMALIZE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Logits z of all experts, the top k of z or its score plus the bias, and their weights."""
+    """Logits z of all experts, and the choice by them."""
     offs_t = int64(tl.program_id(0)) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_e = tl.arange(0, BLOCK_E)
     mask_t = offs_t < T
@@ -97,40 +100,7 @@ def _router_fwd(
     mask_te = mask_t[:, None] & mask_e[None, :]
     tl.store(logits_ptr + offs_t[:, None] * E + offs_e[None, :], z, mask=mask_te)
 
-    probability = z
-    if SCORE == "softmax":
-        shifted = tl.where(mask_e[None, :], z, float("-inf"))
-        shifted = tl.exp(shifted - tl.max(shifted, axis=1)[:, None])
-        probability = shifted / tl.sum(shifted, axis=1)[:, None]
-    key = z
-    if expert_bias is not None:
-        if SCORE == "softmax":
-            key = probability
-        if SCORE == "sigmoid":
-            key = tl.sigmoid(z)
-        key += load_fp32(places(expert_bias, offs_e), mask_e)[None, :]
-    # Real experts are at least the lowest finite number, so they come before the padding at -inf.
-    lowest = -3.4028234663852886e38
-    key = tl.where(key > lowest, key, lowest)
-    key = tl.where(mask_e[None, :], key, float("-inf"))
-
-    offs_k = tl.arange(0, BLOCK_K)
-    chosen = tl.full([BLOCK_T, BLOCK_K], float("-inf"), tl.float32)
-    for k in range(top_k):
-        best = tl.max(key, axis=1)
-        expert = tl.min(tl.where(key == best[:, None], offs_e[None, :], BLOCK_E), axis=1)
-        here = offs_e[None, :] == expert[:, None]
-        value = tl.sum(tl.where(here, probability, 0.0), axis=1)
-        chosen = tl.where(offs_k[None, :] == k, value[:, None], chosen)
-        key = tl.where(here, float("-inf"), key)
-        tl.store(index_ptr + offs_t * top_k + k, expert.to(tl.int64), mask=mask_t)
-
-    mask_k = offs_k < top_k
-    if SCORE == "sigmoid":
-        chosen = tl.sigmoid(chosen)
-    if SCORE == "softmax_topk":
-        # The largest by hand: with an expert bias the first is not the largest logit.
-        chosen = tl.exp(chosen - tl.max(chosen, axis=1)[:, None])
-        chosen = chosen / tl.sum(chosen, axis=1)[:, None]
-    mask_tk = mask_t[:, None] & mask_k[None, :]
-    tl.store(weight_ptr + offs_t[:, None] * top_k + offs_k[None, :], chosen, mask=mask_tk)
+    choose(
+        z, expert_bias, None, index_ptr, weight_ptr, scaling, offs_t, offs_e, mask_t, mask_e,
+        E, top_k, SCORE, NUM_GROUPS, TOP_GROUPS, RENORMALIZE, BLOCK_T, BLOCK_E, BLOCK_K,
+    )  # fmt: skip

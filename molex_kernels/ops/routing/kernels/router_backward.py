@@ -1,4 +1,4 @@
-"""Router backward: gradients of the logits, then of x, the gate and its bias.
+"""Router backward: from gradients of the logits, those of x, the gate and its bias.
 
 All products are of fp32 gradients, so that small ones do not vanish in fp16. Sums over tokens are
 cut into a number of parts that depends on the shape alone, and added in order.
@@ -9,52 +9,6 @@ import triton.language as tl
 
 from molex_kernels._triton.arguments import at, int64, load_fp32, store
 from molex_kernels.ops.routing.kernels.router import feature_weights, load_x
-
-
-@triton.jit
-def _router_bwd_logits(
-    dweight,  # [T, K] or None
-    dlogits,  # [T, E] or None
-    logits_ptr, index_ptr, weight_ptr,  # [T, E], [T, K], [T, K], contiguous
-    dz_ptr,  # [T, E] fp32, contiguous
-    T, E, top_k,
-    SCORE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """dz: through the scores of the chosen experts, plus the gradient of the logits themselves."""
-    offs_t = int64(tl.program_id(0)) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_e = tl.arange(0, BLOCK_E)
-    mask_t = offs_t < T
-    mask_e = offs_e < E
-    mask = mask_t[:, None] & mask_e[None, :]
-
-    dz = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-    if dweight is not None:
-        dot = tl.zeros([BLOCK_T], tl.float32)
-        if SCORE != "sigmoid":
-            for k in range(top_k):
-                grad = tl.load(at(dweight, offs_t, k), mask=mask_t, other=0.0)
-                dot += grad * tl.load(weight_ptr + offs_t * top_k + k, mask=mask_t, other=0.0)
-        for k in range(top_k):
-            grad = tl.load(at(dweight, offs_t, k), mask=mask_t, other=0.0)
-            weight = tl.load(weight_ptr + offs_t * top_k + k, mask=mask_t, other=0.0)
-            expert = tl.load(index_ptr + offs_t * top_k + k, mask=mask_t, other=-1)
-            if SCORE == "sigmoid":
-                value = grad * weight * (1.0 - weight)
-            elif SCORE == "softmax":
-                value = grad * weight
-            else:
-                value = weight * (grad - dot)
-            dz += tl.where(offs_e[None, :] == expert[:, None], value[:, None], 0.0)
-        if SCORE == "softmax":
-            z = tl.load(
-                logits_ptr + offs_t[:, None] * E + offs_e[None, :], mask=mask, other=float("-inf")
-            )
-            z = tl.where(mask_t[:, None], z, 0.0)
-            z = tl.exp(z - tl.max(z, axis=1)[:, None])
-            dz -= z / tl.sum(z, axis=1)[:, None] * dot[:, None]
-    if dlogits is not None:
-        dz += tl.load(at(dlogits, offs_t[:, None], offs_e[None, :]), mask=mask, other=0.0)
-    tl.store(dz_ptr + offs_t[:, None] * E + offs_e[None, :], dz, mask=mask)
 
 
 @triton.jit
