@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
+from interpreter import make_faster
 
 from molex_kernels._backends import CUDA
 from molex_kernels._dtypes import KERNEL_DTYPES
@@ -41,6 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
     asked = config.getoption("markexpr")
     if DEVICE.type == "cpu" and asked in NEED_A_GPU:
         raise pytest.UsageError(f"-m {asked}: there is no CUDA device, and every test would skip")
+    if DEVICE.type == "cpu":
+        make_faster()
 
 
 def runs_here(impl: str) -> bool:
