@@ -66,3 +66,17 @@ def keep_mask(seed, position, threshold):
     high = (position >> 32).to(tl.uint32)
     word, _, _, _ = tl.philox(seed, low, high, 0, 0, 7)
     return word.to(tl.int64) >= threshold
+
+
+@triton.jit
+def add_product(total, left, right, PRECISION: tl.constexpr):
+    """total + left right, in fp32.
+
+    fp32 tiles are summed by themselves first: one chain of fused multiply-adds through the whole
+    depth would lose bits that a product in PyTorch keeps.
+    """
+    if left.dtype == tl.float32 and PRECISION == "ieee":
+        # The last argument, which means nothing in fp32, keeps the compiler from making one chain.
+        return total + tl.dot(left, right, input_precision=PRECISION, max_num_imprecise_acc=1)
+    else:
+        return tl.dot(left, right, total, input_precision=PRECISION)

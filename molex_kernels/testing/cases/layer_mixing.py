@@ -232,7 +232,7 @@ OPINFOS = (
         compiled=tuple(
             _product(2, tokens, 128, 256, 3, rank, **options)
             for tokens in (64, 256)
-            for rank in (0, 8, 16)
+            for rank in (0, 8, 40)
             for options in ({}, {"shared": True, "table": True})
         ),
     ),

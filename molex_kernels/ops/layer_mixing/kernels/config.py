@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from molex_kernels._triton.chips import Chip
+from molex_kernels._triton.chips import KIB, Chip
 from molex_kernels._triton.sizes import next_power_of_2
 from molex_kernels._triton.tuning import Config, Options, around, kept
 
 MAX_PROGRAMS = 1024  # of mixing backwards: as many rows of partial sums
 TABLE = (Config({}, 1, 1), ())  # the same few stores on every chip
 VOTE_ELEMENTS = 4096
+_WITH_ADAPTERS = ((128, 128, 8), (128, 64, 8), (64, 64, 4))  # BLOCK_T, BLOCK_N, warps
 
 
 @kept
@@ -25,8 +26,13 @@ def _product(rows: int, columns: int, features: int, num_warps: int, num_stages:
 
 
 @kept
-def linear(chip: Chip, dtype: torch.dtype, num_tokens: int, aligned: bool, rank: int) -> Options:
-    """For a branch's product. An adapter holds x A^T beside it, so its tiles are smaller."""
+def linear(
+    chip: Chip, dtype: torch.dtype, num_tokens: int, num_columns: int, aligned: bool, rank: int
+) -> Options:
+    """For a branch's product; an adapter holds x A^T beside it."""
+    if num_columns <= 32 and not rank:  # an adapter's own product
+        columns = max(next_power_of_2(num_columns), 16)
+        return around(_product(32, columns, 64 if aligned else 32, 4, 3), warps=(2, 8))
     if not aligned:
         return around(_product(32, 32, 16 if rank else 32, 4, 2), warps=(2, 8))
     if dtype == torch.float32:
@@ -36,7 +42,11 @@ def linear(chip: Chip, dtype: torch.dtype, num_tokens: int, aligned: bool, rank:
     if num_tokens <= 64:
         return around(_product(64, 64, 64, 4, 3), warps=(8,), stages=(2, 4))
     if rank:
-        return _product(128, 64, 64, 8, 3), (_product(64, 64, 64, 4, 3),)
+        wide, narrow, small = (_product(t, n, 64, w, 3) for t, n, w in _WITH_ADAPTERS)
+        # Without wgmma the operands take registers, too.
+        if chip.shared < 227 * KIB:
+            return (narrow, (small,)) if rank <= 16 else (small, (narrow,))
+        return wide, (narrow, small)
     return _product(128, 128, 64, 8, 3), (
         _product(128, 256, 64, 8, 3),
         _product(64, 128, 64, 4, 4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -190,11 +191,8 @@ def _linear(
     assert weight is not None
     num_tokens, num_columns = out.shape[1:]
     rank = 0 if a is None else a.tensor.shape[-2]
-    groups = [g for g in (weight, a, b) if g is not None]
-    is_aligned = tuning.aligned(x, out, *(g.tensor for g in groups)) and all(
-        g.is_aligned for g in groups
-    )
-
+    # Adapters are small: what they allow decides how they move, not the tile of the product.
+    is_aligned = tuning.aligned(x, weight.tensor) and weight.is_aligned
     launch(
         _layer_mixing_fwd_linear,
         lambda b: (out.shape[0] * _tiles(out[0], b, "BLOCK_N"),),
@@ -206,10 +204,12 @@ def _linear(
         ),
         {
             "IS_ALIGNED": is_aligned,
+            "ADAPTERS_ALIGNED": all(g is None or g.is_aligned for g in (a, b)),
+            "STEP": _step(rank, *(g.tensor for g in (a, b) if g is not None)),
             "PRECISION": dot_precision(x.dtype),
             "BLOCK_R": config.rank_block(rank, is_aligned),
         },
-        config.linear(chips.of(x.device), x.dtype, num_tokens, is_aligned, rank),
+        config.linear(chips.of(x.device), x.dtype, num_tokens, num_columns, is_aligned, rank),
     )
 
 
@@ -287,6 +287,12 @@ def _of_layers(group: Group | None) -> tuple[Stack | None, Tensor | None]:
     outer, *inner = strides
     row, col = inner if len(inner) == 2 else (0, *inner)
     return Stack(group.tensor, outer, row, col), group.table
+
+
+def _step(rank: int, *adapters: Tensor) -> int:
+    """What divides the rank and all strides that are not 1, up to 16."""
+    strides = (stride for adapter in adapters for stride in adapter.stride() if stride != 1)
+    return math.gcd(16, rank, *strides)
 
 
 def _tiles(x: Tensor, blocks: Mapping[str, int], columns: str = "BLOCK_D") -> int:

@@ -29,6 +29,16 @@ def layer_ptr(layers, table_ptr, layer, IS_ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def along_steps(index, stride, STEP: tl.constexpr):
+    """`along`, for a stride that is 1 or a multiple of STEP."""
+    if isinstance(stride, int):
+        return index
+    else:
+        # The hint would be lost on what another function returns.
+        return int64(index) * tl.multiple_of(tl.cast(stride, tl.int64), STEP)
+
+
+@triton.jit
 def _layer_mixing_fwd_table(
     table_ptr,  # int64, contiguous
     p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15,

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import along, at, int64, load_fp32, nth, store
+from molex_kernels._triton.tiles import add_product
 from molex_kernels.ops.layer_mixing.kernels.layers import chosen_layer
 
 
@@ -67,7 +68,7 @@ def _layer_mixing_bwd_wgrad(
                 mask=mask_t[:, None] & mask_d[None, :],
                 other=0.0,
             )
-            total = tl.dot(left_tile, right_tile, total, input_precision=PRECISION)
+            total = add_product(total, left_tile, right_tile, PRECISION)
     out_ptrs = nth(out, layer) + along(offs_n[:, None], out.row)
     out_ptrs += along(offs_d[None, :], out.col)
     store(out_ptrs, scaling * total, mask_n[:, None] & mask_d[None, :])

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import Vec, at, int64, load_fp32, places, store
+from molex_kernels._triton.tiles import add_product
 
 
 @triton.jit
@@ -79,12 +80,12 @@ def _merging_fwd_linear(
                     other_weight += tl.load(places(other_gate, e)) * delta
                 delta_ptrs += deltas.outer
         x_tile = tl.load(x_ptrs, mask=mask_x, other=0.0)
-        total = tl.dot(weight.to(x_tile.dtype), x_tile, total, input_precision=PRECISION)
+        total = add_product(total, weight.to(x_tile.dtype), x_tile, PRECISION)
         x_ptrs += BLOCK_D * int64(x.col)
         if IS_PAIRED:
             x_tile = tl.load(other_x_ptrs, mask=mask_x, other=0.0)
             other_weight = other_weight.to(x_tile.dtype)
-            other_total = tl.dot(other_weight, x_tile, other_total, input_precision=PRECISION)
+            other_total = add_product(other_total, other_weight, x_tile, PRECISION)
             other_x_ptrs += BLOCK_D * int64(x.col)
         base_ptrs += BLOCK_D * int64(base.col)
         deltas_ptrs += BLOCK_D * int64(deltas.col)

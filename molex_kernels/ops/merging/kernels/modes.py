@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import along, at, int64, load_fp32, store
+from molex_kernels._triton.tiles import add_product
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def _merging_fwd_mode(
             other=0.0,
         )
         factor_tile = factor_tile.to(x_tile.dtype)
-        total = tl.dot(factor_tile, x_tile, total, input_precision=PRECISION)
+        total = add_product(total, factor_tile, x_tile, PRECISION)
     out_ptrs = at(out, expert, rank) + (int64(offs_i[:, None]) * inner + column[None, :])
     mask = mask_i[:, None] & mask_n[None, :]
     if IS_ADDED:
@@ -124,7 +125,7 @@ def _merging_bwd_mode(
         left_tile = tl.load(left_ptrs + column[None, :], mask=mask_left, other=0.0)
         mask_right = mask_n[:, None] & mask_j[None, :]
         right_tile = load_fp32(right_ptrs + column[:, None], mask_right)
-        out = tl.dot(left_tile.to(tl.float32), right_tile, out, input_precision=PRECISION)
+        out = add_product(out, left_tile.to(tl.float32), right_tile, PRECISION)
     start = ((part * num_ranks + rank) * num_experts + expert) * size
     partial_ptrs = partial_ptr + (start + offs_i[:, None]) * size + offs_j[None, :]
     tl.store(partial_ptrs, out, mask=mask_i[:, None] & mask_j[None, :])

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import along, at, int64, nth, store
+from molex_kernels._triton.tiles import add_product
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def _merging_bwd_weights(
         x_ptrs = nth(x, segment) + along(rows[:, None], x.row)
         x_ptrs += along(offs_d[None, :], x.col)
         x_tile = tl.load(x_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0)
-        dweight = tl.dot(dy_tile, x_tile, dweight, input_precision=PRECISION)
+        dweight = add_product(dweight, dy_tile, x_tile, PRECISION)
         if step % steps == steps - 1:
             if dbase is not None:
                 base_sum += dweight
