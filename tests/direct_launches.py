@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks import fake_gpu
 from molex_kernels._triton import direct
-from molex_kernels._triton.arguments import strided
+from molex_kernels._triton.arguments import blocks_of, strided
 from molex_kernels._triton.tuning import Config
 from molex_kernels.testing import Case, OpInfo, calls, load_ops
 
@@ -49,6 +50,8 @@ def described(arg: Any) -> Any:
     """What the driver can tell of an argument; memory that was allocated anew is elsewhere."""
     if isinstance(arg, tuple):
         return tuple(map(described, arg))
+    if isinstance(arg, TensorDescriptor):
+        return "blocks", described(arg.base), arg.shape, arg.strides, arg.block_shape
     if isinstance(arg, Tensor):
         return arg.dtype, arg.shape, arg.stride(), arg.data_ptr() % 16
     return type(arg), arg
@@ -82,25 +85,36 @@ def _call(info: OpInfo, inputs: dict[str, Any]) -> None:
 
 def ops() -> Iterator[str]:
     """After any of its neighbours, each call launches what it would launch alone."""
+    with_blocks = 0
     for info in load_ops().values():
         if "triton" not in info.implementations:
             continue
         made = [
             (f"{info.name} {case.id} {what}", call)
-            for case in info.tests[:: max(len(info.tests) // FEW, 1)]
+            for case in (*info.tests[:: max(len(info.tests) // FEW, 1)], *info.compiled[:FEW])
             for what, call in calls_of(info, case)
         ]
         wanted = [through_triton(call) for _, call in made]
         if not any(wanted):
             yield f"{info.name}: no launch"
+        given = [arg for launches in wanted for _, _, args in launches for arg in args]
+        with_blocks += sum(isinstance(arg, tuple) and arg[0] == "blocks" for arg in given)
         for again in range(2):
             for (what, call), want in zip(made, wanted, strict=True):
                 yield from differences(f"{what} {again}", launches_of(call), want)
+    if not with_blocks:
+        yield "no launch with a descriptor"
 
 
 @triton.jit
 def _toy(
-    table, x_ptr, number, other, IS_ODD: triton.language.constexpr, BLOCK: triton.language.constexpr
+    table,
+    blocks,
+    x_ptr,
+    number,
+    other,
+    IS_ODD: triton.language.constexpr,
+    BLOCK: triton.language.constexpr,
 ):
     pass
 
@@ -116,8 +130,13 @@ TENSORS = (
 
 def values() -> Iterator[str]:
     """One argument after another takes each value, behind a hit of all the others."""
+    all_blocks = [
+        blocks_of(x, (2, 2, 8), (16, 8, 1), block)
+        for x in (TENSORS[0], TENSORS[0][4:], TENSORS[2])
+        for block in ((1, 2, 8), (2, 1, 8), (1, 2, 16))
+    ]
     tables = [strided(t) for t in (TENSORS[0], TENSORS[1], TENSORS[0][::2], TENSORS[0].view(8, 8))]
-    places = (tables, TENSORS, NUMBERS, NUMBERS, (True, False), (16, 32))
+    places = (tables, [*all_blocks, None], TENSORS, NUMBERS, NUMBERS, (True, False), (16, 32))
     good = [values[0] for values in places]
     made = [
         [*good[:place], value, *good[place + 1 :]]
@@ -127,8 +146,8 @@ def values() -> Iterator[str]:
     for (one, args), again in itertools.product(enumerate(made), range(2)):
 
         def call(args: list[Any] = args) -> None:
-            config = Config({"BLOCK": args[5]}, 4, 3)
-            direct.start(_toy, (3, 2), args[:4], {"IS_ODD": args[4]}, config)
+            config = Config({"BLOCK": args[6]}, 4, 3)
+            direct.start(_toy, (3, 2), args[:5], {"IS_ODD": args[5]}, config)
 
         yield from differences(f"toy {one} {again}", launches_of(call), through_triton(call))
 
@@ -144,7 +163,7 @@ def hits() -> Iterator[str]:
         return given(kernel, *args, **options)
 
     def call() -> None:
-        direct.start(_toy, (7,), [None, TENSORS[0], 5, 6], {"IS_ODD": False}, config)
+        direct.start(_toy, (7,), [None, None, TENSORS[0], 5, 6], {"IS_ODD": False}, config)
 
     call()
     binder, _toy.device_caches[0] = _toy.device_caches[0], None

@@ -83,6 +83,20 @@ def test_no_figure_is_worse(compiled: dict[str, Any], recorded: dict[str, Any], 
     assert not problems, "\n".join([advice, *problems])
 
 
+def test_the_wide_grouped_product_is_bound_by_its_tensor_cores(compiled: dict[str, Any]):
+    """One wgmma as wide as there is, fed by copies alone and rarely waiting to be issued."""
+    wide = {
+        key: found
+        for key, found in compiled["figures"].get("sm_90", {}).items()
+        if key.startswith("_dispatch_fwd_gemm bf16 ") and "BLOCK_N=256" in key
+    }
+    assert wide
+    for key, found in wide.items():
+        assert found["product"] == "wgmma 64x256x16", key
+        assert (found["spilled"], found["loads"], found.get("serialized", 0)) == (0, 0, 0), key
+        assert found["issue"] <= 0.3, key
+
+
 def test_no_launch_is_lost(compiled: dict[str, Any], recorded: dict[str, Any]):
     """How many paths and tiles each op's cases reach."""
     assert compiled["counts"] == recorded["counts"]

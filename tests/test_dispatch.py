@@ -189,9 +189,9 @@ def test_one_expert_is_a_dense_mlp(impl, generator):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("tokens", [1, 100, 260])
+@pytest.mark.parametrize("tokens", [1, 12, 50, 100])
 def test_all_tile_shapes_agree_with_fp64(tokens, impl, generator):
-    """100 and 260 tokens for two experts reach the tiles for some and for many rows."""
+    """For two experts these reach the tiles of 16, 32, 64 and 128 rows."""
     inputs = draw(generator, tokens, 32, 16, 2, 2, gated=True)
     upstream = torch.randn(tokens, 32, generator=generator).to(DEVICE)
     y, got = with_gradients(inputs, upstream, activation="swiglu", impl=impl)

@@ -7,11 +7,13 @@ known to be.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Vec(NamedTuple):
@@ -58,6 +60,20 @@ def strided(x: Tensor | None) -> Any:
         return None
     kind = _KINDS[x.dim()]
     return kind(x, *x.stride())
+
+
+def blocks_of(
+    x: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]
+) -> TensorDescriptor | None:
+    """A descriptor of x's memory seen with this shape, of which the chip copies whole blocks.
+
+    None where it cannot: blocks start and rows run in steps of 16 bytes, elements in steps of one.
+    """
+    step = 16 // x.itemsize
+    is_possible = x.data_ptr() % 16 == 0 and strides[-1] == 1 and min(shape) > 0
+    if not is_possible or any(stride % step or stride <= 0 for stride in strides[:-1]):
+        return None
+    return TensorDescriptor(x, list(shape), list(strides), list(block))
 
 
 @triton.jit

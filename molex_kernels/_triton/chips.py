@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,7 @@ class Chip:
     name: str
     shared: int  # bytes of shared memory (AMD: LDS) that one block may have
     is_amd: bool = False
+    copies_blocks: bool = False  # of a tensor that a descriptor describes, by a unit of its own
 
 
 CHIPS = {
@@ -25,16 +26,16 @@ CHIPS = {
         Chip("sm_80", 163 * KIB),
         Chip("sm_86", 99 * KIB),
         Chip("sm_89", 99 * KIB),
-        Chip("sm_90", 227 * KIB),
-        Chip("sm_100", 227 * KIB),
-        Chip("sm_120", 99 * KIB),
+        Chip("sm_90", 227 * KIB, copies_blocks=True),
+        Chip("sm_100", 227 * KIB, copies_blocks=True),
+        Chip("sm_120", 99 * KIB, copies_blocks=True),
         Chip("gfx90a", 64 * KIB, is_amd=True),
         Chip("gfx942", 64 * KIB, is_amd=True),
         Chip("gfx950", 160 * KIB, is_amd=True),
     )
 }
-# Interpreted kernels run as they would on this chip.
-_INTERPRETED = CHIPS["sm_90"]
+# Interpreted kernels run as they would on this chip, but for blocks in bf16.
+_INTERPRETED = replace(CHIPS["sm_90"], copies_blocks=False)
 
 
 @functools.cache

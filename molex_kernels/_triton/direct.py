@@ -16,6 +16,7 @@ from triton import knobs
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from molex_kernels._triton.arguments import STRIDED
 from molex_kernels._triton.tuning import Config
@@ -100,6 +101,8 @@ def _key(
         elif type(arg) in STRIDED:
             first = arg[0]
             key += (type(arg), first.dtype, first.data_ptr() % 16 == 0, *arg[1:])
+        elif type(arg) is TensorDescriptor:  # made for the launch, and specialised on its blocks
+            key += (TensorDescriptor, arg.base.dtype, *arg.block_shape)
         elif isinstance(arg, tuple):
             key.append(_key(device, arg, {}, config))
         else:  # a float is never a constant

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 import torch
 from emulate import left_out
 from emulate.kernels import Launches, add, kernels_of, name_of, not_in_bf16
-from ttsem import harness, sanitize
+from ttsem import harness, ops, sanitize
 
 import molex_kernels
 from molex_kernels._triton import chips
@@ -45,7 +45,17 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     early_config.add_cleanup(opened.close)
     harness.ir_for_launch = _ir_for_launch
     chips.of = lambda device: chips.CHIPS["sm_90"]  # the driver that would say which is not there
+    ops.OPS["tt.descriptor_load"] = partial(_descriptor_load, ops.OPS["tt.descriptor_load"])
     harness.mlir.parse = cache(harness.mlir.parse)  # most of the rest, and a module is only read
+
+
+def _descriptor_load(given: ops.Handler, interp: Any, op: Any, args: list[Any]) -> list[Any]:
+    """The block without its dimensions of 1, where Triton has folded their removal into the load.
+
+    ttsem's own keeps the descriptor's dimensions whatever the result's type.
+    """
+    (block,) = given(interp, op, args)
+    return [block.reshape(op.result_types[0].shape)]
 
 
 def _ir_for_launch(record: harness.LaunchRecord, stage: str, target: Any) -> str:

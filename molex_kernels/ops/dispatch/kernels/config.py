@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from molex_kernels._triton.chips import KIB, Chip
+from molex_kernels._triton.sizes import cdiv
 from molex_kernels._triton.tuning import Config, Options, around, kept
 
 GROUP = 8  # row tiles that share their columns' weights in the L2 cache
@@ -17,56 +19,48 @@ def _gemm(rows: int, columns: int, features: int, num_warps: int, num_stages: in
     return Config(blocks, num_warps, num_stages)
 
 
-# Rows per expert decide the tile: few are bound by streaming the weights, many by the products.
+def _sliced(product: Config, slices: int) -> Config:
+    return replace(product, blocks={**product.blocks, "SLICES": slices})
+
+
+# Rows of an expert decide the tile's: few are bound by streaming the weights, many by the products.
 _HALF = {
-    "few": _gemm(16, 128, 64, 4, 4),
-    "some": _gemm(64, 128, 64, 4, 4),
-    "many": _gemm(128, 128, 64, 8, 3),
+    16: _gemm(16, 128, 128, 4, 3),
+    32: _gemm(32, 128, 128, 4, 3),
+    64: _gemm(64, 128, 64, 4, 4),
+    128: _gemm(128, 128, 64, 8, 3),
 }
-_HALF_GATED = {
-    "few": _gemm(16, 64, 64, 4, 4),
-    "some": _gemm(64, 64, 64, 4, 4),
-    "many": _gemm(128, 64, 64, 8, 3),
-}
+# Reads a fourth less for each product than 128 columns, and holds a multiprocessor alone.
+_WIDE = _sliced(_gemm(128, 256, 64, 8, 4), 4)
 # Where a block has 64 KiB of shared memory, as on gfx942.
-_SMALL_HALF = {**_HALF, "some": _gemm(64, 128, 64, 4, 3)}
-_SMALL_HALF_GATED = {**_HALF_GATED, "some": _gemm(64, 64, 64, 4, 3)}
-_SINGLE = {
-    "few": _gemm(16, 64, 32, 4, 2),
-    "some": _gemm(64, 64, 32, 4, 2),
-    "many": _gemm(64, 64, 32, 4, 2),
+_SMALL_HALF = {
+    16: _gemm(16, 128, 64, 4, 3),
+    32: _gemm(32, 128, 64, 4, 3),
+    64: _gemm(64, 128, 64, 4, 3),
+    128: _gemm(128, 128, 64, 8, 3),
 }
-_SINGLE_GATED = {
-    "few": _gemm(16, 32, 32, 4, 2),
-    "some": _gemm(64, 32, 32, 4, 2),
-    "many": _gemm(64, 32, 32, 4, 2),
-}
-_SINGLE_HIDDEN = {
-    "few": _gemm(16, 32, 32, 4, 2),
-    "some": _gemm(32, 32, 32, 4, 2),
-    "many": _gemm(32, 32, 32, 4, 2),
-}
+_SINGLE = {rows: _gemm(min(rows, 64), 64, 32, 4, 2) for rows in _HALF}
+_SINGLE_HIDDEN = {rows: _gemm(min(rows, 32), 32, 32, 4, 2) for rows in _HALF}
 # The product that goes back through the activation holds H beside it, a slice at a time.
 _HALF_HIDDEN = {
-    "few": (_HALF_GATED["few"], 1),
-    "some": (_HALF_GATED["some"], 4),
-    "many": (replace(_HALF["many"], max_registers=128), 8),
+    16: (_gemm(16, 64, 64, 4, 4), 1),
+    32: (_gemm(32, 64, 64, 4, 4), 2),
+    64: (_gemm(64, 64, 64, 4, 4), 4),
+    128: (replace(_HALF[128], max_registers=128), 8),
+}
+_SMALL_HALF_HIDDEN = {
+    **{rows: (_gemm(rows, 64, 64, 4, 3), 2) for rows in (16, 32, 64)},
+    128: (_gemm(128, 64, 64, 8, 3), 2),
 }
 # Rows that start anywhere move element by element, with an address in registers for each.
-_UNALIGNED = {
-    "few": _gemm(16, 32, 32, 4, 2),
-    "some": _gemm(32, 32, 32, 4, 2),
-    "many": _gemm(32, 32, 32, 4, 2),
-}
+_UNALIGNED = {rows: _gemm(min(rows, 32), 32, 32, 4, 2) for rows in _HALF}
 _HALF_CANDIDATES = (
     _gemm(32, 128, 64, 4, 4),
     _gemm(64, 128, 64, 4, 4),
     _gemm(64, 256, 64, 8, 3),
     _gemm(128, 128, 64, 8, 3),
-    _gemm(128, 256, 64, 8, 3),
 )
-# Two products, or a product and H, fill the registers sooner.
-_HALF_GATED_CANDIDATES = (
+_HALF_HIDDEN_CANDIDATES = (
     _gemm(32, 64, 64, 4, 4),
     _gemm(64, 64, 64, 4, 3),
     _gemm(64, 64, 64, 8, 4),
@@ -76,45 +70,47 @@ _HALF_GATED_CANDIDATES = (
 _SINGLE_CANDIDATES = (_gemm(32, 64, 32, 4, 2), _gemm(64, 64, 16, 4, 2), _gemm(64, 32, 32, 4, 2))
 
 
-FEW = 32  # rows of an expert
-
-
-def rows_class(num_rows: int, num_experts: int) -> str:
-    """How many rows an expert has on average; more is not known without waiting for the device."""
+def rows_class(num_rows: int, num_experts: int) -> int:
+    """Rows of a tile: about twice an expert's average, which is all that is known on the host."""
     average = num_rows / num_experts
-    return "few" if average <= FEW else "some" if average <= 96 else "many"
+    return 16 if average <= 8 else 32 if average <= 16 else 64 if average <= 64 else 128
 
 
 @kept
-def gemm(
-    chip: Chip, dtype: torch.dtype, rows: str, aligned: bool, *, gated: bool = False
-) -> Options:
-    """For a product of each expert's rows with its weight."""
+def gemm(chip: Chip, dtype: torch.dtype, rows: int, num_columns: int, aligned: bool) -> Options:
+    """For a product of each expert's rows with its weight, of num_columns rows."""
     if not aligned:
-        return around(_UNALIGNED[rows], warps=(2, 8))
+        return around(_sliced(_UNALIGNED[rows], 1), warps=(2, 8))
     if dtype == torch.float32:
-        return (_SINGLE_GATED if gated else _SINGLE)[rows], _SINGLE_CANDIDATES
-    is_small = chip.shared <= 64 * KIB
-    if gated:
-        return (_SMALL_HALF_GATED if is_small else _HALF_GATED)[rows], _HALF_GATED_CANDIDATES
-    return (_SMALL_HALF if is_small else _HALF)[rows], _HALF_CANDIDATES
+        return _sliced(_SINGLE[rows], 1), tuple(_sliced(c, 1) for c in _SINGLE_CANDIDATES)
+    candidates = (*(_sliced(c, 1) for c in _HALF_CANDIDATES), _WIDE)
+    if chip.shared <= 64 * KIB:
+        return _sliced(_SMALL_HALF[rows], 1), candidates
+    if rows == 128 and chip.shared >= 227 * KIB and _fills(num_columns, 256):
+        return _WIDE, candidates
+    return _sliced(_HALF[rows], 4 if rows == 128 else 1), candidates
+
+
+def takes_blocks(chip: Chip, dtype: torch.dtype, blocks: Mapping[str, int]) -> bool:
+    """Whether weights come by a descriptor: for few rows, making one would cost more time."""
+    return chip.copies_blocks and dtype.itemsize == 2 and blocks["BLOCK_T"] >= 128
+
+
+def _fills(num_columns: int, block: int) -> bool:
+    """Whether at least 4/5 of the columns of wide tiles exist; more would be lost than won."""
+    return 5 * num_columns >= 4 * block * cdiv(num_columns, block)
 
 
 @kept
-def hidden(chip: Chip, dtype: torch.dtype, rows: str, aligned: bool) -> Options:
+def hidden(chip: Chip, dtype: torch.dtype, rows: int, aligned: bool) -> Options:
     """For the product that goes back through the activation, in SLICES of its columns."""
     if not aligned:
         return around(_sliced(_UNALIGNED[rows], 1), warps=(2, 8))
     if dtype == torch.float32:
         return _sliced(_SINGLE_HIDDEN[rows], 1), tuple(_sliced(c, 1) for c in _SINGLE_CANDIDATES)
-    candidates = tuple(_sliced(c, 2) for c in _HALF_GATED_CANDIDATES)
-    if chip.shared <= 99 * KIB:
-        return _sliced(_HALF_GATED[rows], 2), candidates
-    return _sliced(*_HALF_HIDDEN[rows]), candidates
-
-
-def _sliced(product: Config, slices: int) -> Config:
-    return replace(product, blocks={**product.blocks, "SLICES": slices})
+    candidates = tuple(_sliced(c, 2) for c in _HALF_HIDDEN_CANDIDATES)
+    table = _SMALL_HALF_HIDDEN if chip.shared <= 99 * KIB else _HALF_HIDDEN
+    return _sliced(*table[rows]), candidates
 
 
 @kept
@@ -129,7 +125,7 @@ def wgrad(
         return around(_gemm(32, 64, 64, 8, 2), warps=(4,))
     if dtype == torch.float32:
         return _gemm(32, 64, 64, 4, 2), (_gemm(16, 64, 64, 4, 2), _gemm(32, 64, 32, 4, 2))
-    if average <= FEW:
+    if average <= 32:
         return _gemm(32, 128, 128, 8, 3), (_gemm(16, 128, 128, 8, 3),)
     usual, wide = _gemm(64, 128, 128, 8, 3), _gemm(64, 128, 256, 8, 3)
     # A wide tile reads less, and holds a multiprocessor alone: it needs rows enough to be worth it.

@@ -11,13 +11,14 @@ from molex_kernels.ops.dispatch.kernels.activation import (
     through_up,
     up_half,
 )
-from molex_kernels.ops.dispatch.kernels.product import grouped_order, multiply, token_of_row
+from molex_kernels.ops.dispatch.kernels.product import grouped_order, halves, multiply, token_of_row
 
 
 @triton.jit
 def _dispatch_bwd_hidden(
     dy,  # [T, D]
     weight,  # w_down transposed, [E, I, D]
+    weight_blocks,  # its descriptor, or None
     hidden,  # [R, I]; gated: [R, 2I]
     expert_weight,  # [T, K]
     dhidden,  # as hidden
@@ -33,6 +34,7 @@ def _dispatch_bwd_hidden(
     gate_step,
     up_shift,
     numbers,  # of the activation, or None
+    IS_TRANSPOSED: tl.constexpr,  # so is the weight's descriptor
     IS_GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -54,16 +56,17 @@ def _dispatch_bwd_hidden(
     offs_t = first + tl.arange(0, BLOCK_T)
     mask_t = (offs_t >= 0) & (offs_t < end) & (offs_t < num_rows)
     token = int64(token_of_row(permutation_ptr, offs_t, mask_t, TOP_K))
-    inner, _ = multiply(
+    inner = multiply(
         dy,
         token,
         mask_t,
         Mat(nth(weight, expert), weight.row, weight.col),
         offs_n,
         mask_n,
-        0,
+        weight_blocks,
+        (expert, column * BLOCK_N),
         num_features,
-        False,
+        IS_TRANSPOSED,
         PRECISION,
         BLOCK_T,
         BLOCK_N,
@@ -95,8 +98,7 @@ def _back(
     """
     if SLICES > 1:
         HALF: tl.constexpr = BLOCK_N // 2
-        apart = tl.permute(tl.reshape(inner, (BLOCK_T, 2, HALF)), (0, 2, 1))
-        low, high = tl.split(apart)
+        low, high = halves(inner, BLOCK_T, BLOCK_N)
         sums = _back(
             low, scale, offs_t, mask_t, first_n, num_columns,
             hidden, dhidden, weighted, gate_step, up_shift, numbers,

@@ -27,6 +27,12 @@ def token_of_row(permutation_ptr, offs_t, mask_t, TOP_K: tl.constexpr):
 
 
 @triton.jit
+def halves(tile, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile's columns, without a move between threads."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def multiply(
     x,  # [T, D]
     offs_t,
@@ -34,30 +40,36 @@ def multiply(
     weight,  # [N, D]
     offs_n,
     mask_n,
-    up_shift,  # from a column of the gate half to its column of the up half
+    weight_blocks,  # descriptor of the stack of weights, or None; see below
+    place,  # (matrix, row) of the tile there
     num_features,
-    IS_GATED: tl.constexpr,
+    IS_TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """sum_d x[t, d] weight[n, d] in fp32; when gated, also that of the up half (else zeros)."""
+    """sum_d x[t, d] weight[n, d] in fp32.
+
+    The descriptor is that of [E, 1, N, D], or if IS_TRANSPOSED of [E, D, 1, N]; it has a dimension
+    of 2 where a tile comes from both halves. Past an end the chip fills its blocks with zeros.
+    """
     offs_d = tl.arange(0, BLOCK_D)
     x_ptrs = at(x, offs_t[:, None], offs_d[None, :])
     weight_ptrs = at(weight, offs_n[None, :], offs_d[:, None])
-    to_up = int64(up_shift) * int64(weight.row)
     out = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    up = out
     for d in range(0, num_features, BLOCK_D):
         mask_d = offs_d < num_features - d
         x_tile = tl.load(x_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0)
-        mask = mask_d[:, None] & mask_n[None, :]
-        weight_tile = tl.load(weight_ptrs, mask=mask, other=0.0)
+        if weight_blocks is None:
+            mask = mask_d[:, None] & mask_n[None, :]
+            weight_tile = tl.load(weight_ptrs, mask=mask, other=0.0)
+            weight_ptrs += BLOCK_D * int64(weight.col)
+        elif IS_TRANSPOSED:
+            weight_tile = weight_blocks.load([place[0], d, 0, place[1]]).reshape(BLOCK_D, BLOCK_N)
+        else:
+            weight_tile = weight_blocks.load([place[0], 0, place[1], d])
+            weight_tile = weight_tile.reshape(BLOCK_N, BLOCK_D).T
         out = tl.dot(x_tile, weight_tile, out, input_precision=PRECISION)
-        if IS_GATED:
-            up_tile = tl.load(weight_ptrs + to_up, mask=mask, other=0.0)
-            up = tl.dot(x_tile, up_tile, up, input_precision=PRECISION)
         x_ptrs += BLOCK_D * int64(x.col)
-        weight_ptrs += BLOCK_D * int64(weight.col)
-    return out, up
+    return out

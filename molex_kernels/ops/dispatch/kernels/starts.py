@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from molex_kernels._dtypes import dot_precision
 from molex_kernels._triton import chips, tuning
-from molex_kernels._triton.arguments import strided
+from molex_kernels._triton.arguments import blocks_of, strided
+from molex_kernels._triton.chips import Chip
 from molex_kernels._triton.launch import launch
 from molex_kernels._triton.sizes import cdiv, next_power_of_2
 from molex_kernels.ops.dispatch.kernels import config
@@ -50,7 +51,7 @@ class Rows:
         return self.offsets.shape[0]
 
     @property
-    def size_class(self) -> str:
+    def size_class(self) -> int:
         return config.rows_class(self.num_rows, self.num_experts)
 
     @property
@@ -80,22 +81,24 @@ def gemm(
     """out_r = act(weight_e x_r + bias_e), with the pre-activation in `hidden`."""
     if out.numel() == 0:
         return
-    gated = layout != "plain"
-    num_columns = out.shape[1]
+    num_weight_rows, num_features = weight.shape[1:]
     is_aligned = tuning.aligned(x, weight, out)
+    chip = chips.of(x.device)
     launch(
         _dispatch_fwd_gemm,
-        lambda b: (rows.tiles(b["BLOCK_T"]) * cdiv(num_columns, b["BLOCK_N"]),),
+        lambda b: (rows.tiles(b["BLOCK_T"]) * cdiv(num_weight_rows, b["BLOCK_N"]),),
         lambda b: (
-            *map(strided, (x, weight, bias, out, hidden)),
+            *(strided(x), strided(weight)),
+            _weight_blocks(weight, layout, chip, is_aligned, b),
+            *map(strided, (bias, out, hidden)),
             *(rows.offsets, rows.permutation, rows.num_rows, rows.num_experts),
-            *(num_columns, x.shape[1], rows.tiles(b["BLOCK_T"])),
-            *_halves(layout, num_columns),
+            *(out.shape[1], num_features, rows.tiles(b["BLOCK_T"])),
             Numbers(*numbers) if numbers else None,
         ),
         {
             "IS_GATHERED": gathered,
-            "IS_GATED": gated,
+            "IS_TRANSPOSED": weight.stride(1) == 1,
+            "LAYOUT": layout,
             "HAS_ZERO_TAIL": zero_tail,
             "ACTIVATION": activation,
             "TOP_K": rows.top_k,
@@ -103,8 +106,29 @@ def gemm(
             "BLOCK_E": rows.block_e,
             "GROUP": config.GROUP,
         },
-        config.gemm(chips.of(x.device), x.dtype, rows.size_class, is_aligned, gated=gated),
+        config.gemm(chip, x.dtype, rows.size_class, num_weight_rows, is_aligned),
     )
+
+
+def _weight_blocks(
+    weight: Tensor, layout: str, chip: Chip, aligned: bool, blocks: Mapping[str, int]
+) -> Any:
+    """The descriptor of [E, 1, N, D] or [E, D, 1, N]; of [E, 2, N / 2, D] with gates before ups.
+
+    None where the kernel reads the weights by pointers.
+    """
+    if not (aligned and config.takes_blocks(chip, weight.dtype, blocks)):
+        return None
+    experts, rows, features = weight.shape
+    outer, row, column = weight.stride()
+    halves = 2 if layout == "concat" else 1
+    half, half_block = rows // halves, blocks["BLOCK_N"] // halves
+    if row == 1:
+        to_up = half if halves == 2 else outer
+        shape, strides = (experts, features, halves, half), (outer, column, to_up, 1)
+        return blocks_of(weight, shape, strides, (1, blocks["BLOCK_D"], halves, half_block))
+    shape, strides = (experts, halves, half, features), (outer, half * row, row, 1)
+    return blocks_of(weight, shape, strides, (1, halves, half_block, blocks["BLOCK_D"]))
 
 
 def hidden(
@@ -125,6 +149,9 @@ def hidden(
     if hidden.numel() == 0:
         return dy.new_empty((rows.num_rows, 0), dtype=torch.float32) if needs_partial else None
     partial: Tensor | None = None
+    weight = w_down.mT
+    is_aligned = tuning.aligned(dy, w_down, hidden)
+    chip = chips.of(dy.device)
 
     def tiles(blocks: Mapping[str, int]) -> tuple[int, int]:
         return rows.tiles(blocks["BLOCK_T"]), cdiv(num_columns, blocks["BLOCK_N"])
@@ -134,8 +161,10 @@ def hidden(
         num_row_tiles, num_column_tiles = tiles(blocks)
         if needs_partial:
             partial = dy.new_empty((rows.num_rows, num_column_tiles), dtype=torch.float32)
-        tensors = (dy, w_down.mT, hidden, expert_weight, dhidden, weighted, partial)
+        tensors = (hidden, expert_weight, dhidden, weighted, partial)
         return (
+            *(strided(dy), strided(weight)),
+            _weight_blocks(weight, "plain", chip, is_aligned, blocks),
             *map(strided, tensors),
             *(rows.offsets, rows.permutation, rows.num_rows, rows.num_experts),
             *(num_columns, dy.shape[1], num_row_tiles),
@@ -143,12 +172,12 @@ def hidden(
             Numbers(*numbers) if numbers else None,
         )
 
-    is_aligned = tuning.aligned(dy, w_down, hidden)
     launch(
         _dispatch_bwd_hidden,
         lambda b: (tiles(b)[0] * tiles(b)[1],),
         arguments,
         {
+            "IS_TRANSPOSED": weight.stride(1) == 1,
             "IS_GATED": layout != "plain",
             "ACTIVATION": activation,
             "TOP_K": rows.top_k,
@@ -156,7 +185,7 @@ def hidden(
             "BLOCK_E": rows.block_e,
             "GROUP": config.GROUP,
         },
-        config.hidden(chips.of(dy.device), dy.dtype, rows.size_class, is_aligned),
+        config.hidden(chip, dy.dtype, rows.size_class, is_aligned),
     )
     return partial
 
