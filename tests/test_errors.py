@@ -111,6 +111,12 @@ TYPE = [
     (lambda: mk.router_z_loss(X, mask=INDEX[:, 0]), "mask: expected dtype bool, got int64"),
     (lambda: mk.router_z_loss(X, mask=[True] * 6), r"mask: expected a tensor \[T\], got list"),
     (lambda: mk.load_balance_loss(_topk(), mask=X[:, 0]), "mask: expected dtype bool, got float32"),
+    (
+        lambda: mk.load_balance_loss(_topk(), sequence=X[:, 0]),
+        "sequence: expected dtype int64 or int32, got float32",
+    ),
+    (lambda: mk.load_balance_loss(_topk(), process_group=0), "process_group: expected a torch"),
+    (lambda: mk.router_z_loss(X, process_group="gloo"), "process_group: expected a torch"),
     (lambda: _bias(bias=CLUSTER[:3]), "expert_bias: expected dtype"),
     (lambda: _bias(counts=[1, 2, 3]), r"counts: expected a tensor \[E\], got list"),
     (lambda: _bias(rate="x"), "rate: expected a number, got str"),
@@ -236,6 +242,10 @@ VALUE = [
     ),
     (lambda: mk.router_z_loss(X, mask=X == 0), r"mask: expected shape \[T\] with T=6, got \[6, 4"),
     (lambda: mk.router_z_loss(X[0]), "logits: expected shape"),
+    (
+        lambda: mk.load_balance_loss(_topk(), sequence=CLUSTER[:5]),
+        r"sequence: expected shape \[T\] with T=6, got \[5\]",
+    ),
     (lambda: _bias(counts=CLUSTER[:2]), r"counts: expected shape \[E\] with E=3, got \[2\]"),
     (lambda: _bias(rate=-0.1), "rate: expected a finite number at least 0"),
     (lambda: _mlp(index=INDEX[:5]), "expert_index: expected shape"),

@@ -91,6 +91,43 @@ def test_two_ranks_move_a_bias_as_one(tmp_path: Path):
     assert not torch.equal(_bias(slice(0, 3), None).cpu(), whole), "it takes no group to agree"
 
 
+def _losses(tokens: slice, group: Any, impl: str | None, kind: str) -> Tensor:
+    """Some losses of these tokens, and under each its gradient of the gate."""
+    x, gate, index, _ = _inputs()
+    mask = torch.arange(40, device=DEVICE) % 4 > 0
+    sequence = torch.arange(40, device=DEVICE) // 5  # none is on two ranks
+    weight = gate.requires_grad_()
+    rows = []
+    for given in (None, mask[tokens]):
+        for own in (None, sequence[tokens], "z"):
+            logits = x[tokens] @ weight.T
+            options = {"mask": given, "process_group": group, "impl": impl}
+            if own == "z":
+                loss = mk.router_z_loss(logits, **options)
+            else:
+                routing = mk.Routing(index[tokens], logits.new_zeros(len(logits), K), logits)
+                options |= {"sequence": own, "kind": kind, "temperature": 0.7}
+                loss = mk.load_balance_loss(routing, **options)
+            (gradient,) = torch.autograd.grad(loss, weight)
+            rows.append(torch.cat([loss[None], gradient.flatten()]).detach())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("impl", ["reference", None])
+@pytest.mark.parametrize("kind", ["switch", "published"])
+@pytest.mark.parametrize("split", [15, 0], ids=["uneven", "one rank without tokens"])
+def test_losses_and_gradients_averaged_over_ranks_are_the_whole_batchs(
+    tmp_path: Path, split: int, kind: str, impl: str | None
+):
+    shared = torch.stack(_on_two_ranks(tmp_path, split, _losses, impl=impl, kind=kind)).mean(0)
+    whole = _losses(slice(None), None, "reference", kind).cpu()
+    torch.testing.assert_close(shared, whole, rtol=1e-4, atol=1e-5)
+    if split:
+        parts = [slice(0, split), slice(split, None)]
+        alone = torch.stack([_losses(p, None, "reference", kind).cpu() for p in parts]).mean(0)
+        assert not torch.isclose(alone[:, 0], whole[:, 0], rtol=1e-3).any(), "they shared nothing"
+
+
 def test_pairwise_is_refused(tmp_path: Path):
     x, gate, prev_index, _ = _inputs()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
