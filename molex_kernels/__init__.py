@@ -43,6 +43,7 @@ from molex_kernels.ops.momentum.types import (
     Signum,
 )
 from molex_kernels.ops.routing.api import ac_route, ac_weights, route_plan, topk_route
+from molex_kernels.ops.routing.balance import update_expert_bias
 from molex_kernels.ops.routing.choice import route_from_index, route_from_logits
 from molex_kernels.ops.routing.losses import load_balance_loss, router_z_loss
 from molex_kernels.ops.routing.module import ACRouter, TopKRouter
@@ -106,6 +107,7 @@ __all__ = [
     "scaled_attention",
     "segment_gates",
     "topk_route",
+    "update_expert_bias",
 ]
 
 # `torch.fx.symbolic_trace` records the calls of `molex_kernels.moe_mlp(...)` in a model. (A name

@@ -46,6 +46,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "RPCAttention": (lambda: mk.RPCAttention(D, 2, num_iters=2, lam=0.3, projection="qkv"), ()),
     "ScaledAttention": (lambda: mk.ScaledAttention(D, 2), ()),
     "TopKRouter": (lambda: mk.TopKRouter(D, E, K, bias=True), ()),
+    "TopKRouter-balanced": (lambda: mk.TopKRouter(D, E, K, expert_bias=True), ()),
     "ACRouter": (lambda: mk.ACRouter(D, E, K, bias=True), ("routing",)),
     "ACRouter-cosine": (lambda: mk.ACRouter(D, E, K, cosine=True), ("routing",)),
     "LayerExpertStack": (lambda: _stack(lora_rank=2, learn_mixing=True), ()),

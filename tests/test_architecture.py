@@ -152,6 +152,7 @@ LISTED = {
 ROOMS = {
     "api.py": "public",
     "choice.py": "public",
+    "balance.py": "public",
     "module.py": "public",
     "types.py": "public",
     "layout.py": "public",

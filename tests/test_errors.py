@@ -31,6 +31,10 @@ def _ac(x=X, gate=GATE, index=INDEX, weight=None, **options):
     return mk.ac_route(x, gate, index, weight, **{"top_k": 2, **options})
 
 
+def _bias(bias=X[0, :3], counts=CLUSTER[:3], **options):
+    return mk.update_expert_bias(bias, counts, **{"rate": 0.1, **options})
+
+
 def _mlp(x=X, index=INDEX, weight=WEIGHT, up=UP, down=DOWN, **options):
     return mk.moe_mlp(x, index, weight, up, down, **options)
 
@@ -89,7 +93,6 @@ TYPE = [
     (lambda: mk.route_from_logits(X, top_k=1, expert_bias=INDEX[0]), "expert_bias: expected dtype"),
     (lambda: mk.route_from_index(X, X), "expert_index: expected dtype"),
     (lambda: _topk(num_groups=3), "top_groups: expected an int, got NoneType"),
-    (lambda: _topk(top_groups=1), "num_groups: expected an int, got NoneType"),
     (lambda: _topk(renormalize=1), "renormalize: expected a bool, got int"),
     (lambda: _topk(scaling="x"), "scaling: expected a number, got str"),
     (lambda: _topk(x=X.long()), "x: expected dtype"),
@@ -108,6 +111,16 @@ TYPE = [
     (lambda: mk.router_z_loss(X, mask=INDEX[:, 0]), "mask: expected dtype bool, got int64"),
     (lambda: mk.router_z_loss(X, mask=[True] * 6), r"mask: expected a tensor \[T\], got list"),
     (lambda: mk.load_balance_loss(_topk(), mask=X[:, 0]), "mask: expected dtype bool, got float32"),
+    (
+        lambda: mk.load_balance_loss(_topk(), sequence=X[:, 0]),
+        "sequence: expected dtype int64 or int32, got float32",
+    ),
+    (lambda: mk.load_balance_loss(_topk(), process_group=0), "process_group: expected a torch"),
+    (lambda: mk.router_z_loss(X, process_group="gloo"), "process_group: expected a torch"),
+    (lambda: _bias(bias=CLUSTER[:3]), "expert_bias: expected dtype"),
+    (lambda: _bias(counts=[1, 2, 3]), r"counts: expected a tensor \[E\], got list"),
+    (lambda: _bias(rate="x"), "rate: expected a number, got str"),
+    (lambda: _bias(process_group=3), "process_group: expected a torch.distributed.ProcessGroup"),
     (lambda: _mlp(index=INDEX.float()), "expert_index: expected dtype"),
     (lambda: _mlp(weight=WEIGHT.half()), "expert_weight: expected dtype"),
     (lambda: _mlp(up=UP.half()), "w_up: expected dtype"),
@@ -178,6 +191,7 @@ VALUE = [
     (lambda: mk.route_from_index(X, INDEX[:5]), "expert_index: expected shape"),
     (lambda: mk.route_from_index(X, INDEX, score="tanh"), "score: expected one of"),
     (lambda: _topk(num_groups=2, top_groups=1), "num_groups: expected a divisor of the 3 .* got 2"),
+    (lambda: _topk(top_groups=1), "top_groups: expected None without num_groups, got 1"),
     (lambda: _topk(num_groups=3, top_groups=4), "top_groups: expected at least 1 and at most 3"),
     (lambda: _topk(num_groups=3, top_groups=1), "top_k: expected at most the 1 experts .* got 2"),
     (lambda: _topk(scaling=math.inf), "scaling: expected a finite number, got inf"),
@@ -228,6 +242,12 @@ VALUE = [
     ),
     (lambda: mk.router_z_loss(X, mask=X == 0), r"mask: expected shape \[T\] with T=6, got \[6, 4"),
     (lambda: mk.router_z_loss(X[0]), "logits: expected shape"),
+    (
+        lambda: mk.load_balance_loss(_topk(), sequence=CLUSTER[:5]),
+        r"sequence: expected shape \[T\] with T=6, got \[5\]",
+    ),
+    (lambda: _bias(counts=CLUSTER[:2]), r"counts: expected shape \[E\] with E=3, got \[2\]"),
+    (lambda: _bias(rate=-0.1), "rate: expected a finite number at least 0"),
     (lambda: _mlp(index=INDEX[:5]), "expert_index: expected shape"),
     (lambda: _mlp(weight=WEIGHT[:, :1]), "expert_weight: expected shape"),
     (lambda: _mlp(up=UP[:, :, :3]), "w_up: expected shape"),

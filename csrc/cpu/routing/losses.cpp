@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
-#include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #include "cpu/common/indices.h"
@@ -48,10 +48,9 @@ class Counted {
   // Of the tokens from `first` on; null where all count.
   const bool* from(int64_t first) const { return counts_ ? counts_ + first : nullptr; }
 
-  // How many of the tokens count, at least 1.
+  // How many of the tokens count.
   int64_t number(int64_t tokens) const {
-    const int64_t number = counts_ ? std::count(counts_, counts_ + tokens, true) : tokens;
-    return std::max<int64_t>(number, 1);
+    return counts_ ? std::count(counts_, counts_ + tokens, true) : tokens;
   }
 
  private:
@@ -65,22 +64,102 @@ float scale_at(double temperature) {
   return static_cast<float>(std::clamp<double>(1.0 / temperature, Limits::min(), Limits::max()));
 }
 
-// sums += softmax(scale z_t) over those of `count` tokens that count. `sums` and `row` have whole vectors.
-constexpr auto add_probabilities = molex::versions([](auto,
-                                                      const float* z,
-                                                      const bool* counted,
-                                                      float scale,
-                                                      int64_t count,
-                                                      int64_t experts,
-                                                      float* row,
-                                                      float* sums) MOLEX_LAMBDA_INLINE {
-  for (int64_t t = 0; t < count; ++t) {
-    if (counted && !counted[t]) continue;
-    const float inverse = 1.0f / molex::exponentials_of(z + t * experts, scale, row, experts).sum;
-    for (int64_t e = 0; e < experts; e += molex::kWide) {
-      molex::store(sums + e, molex::load(sums + e) + inverse * molex::load(row + e));
+// What a probability of each expert adds to the loss, by the sequence of its token.
+struct Balance {
+  Balance(const Tensor& index,
+          const Counted& counted,
+          const std::optional<Tensor>& sequence,
+          const std::optional<Tensor>& totals,
+          int64_t experts,
+          bool per_assignment,
+          int64_t ranks);
+
+  // Of the tokens from `first` on; null if all are of one sequence.
+  const int64_t* from(int64_t first) const { return places.empty() ? nullptr : places.data() + first; }
+
+  std::vector<int64_t> places;  // the number of each token's sequence; empty if all are of one
+  std::vector<float> slopes;    // [sequences, experts in whole vectors]
+};
+
+// Numbers the sequences in the order in which they come; returns how many there are.
+int64_t number_sequences(const Tensor& sequence, std::vector<int64_t>& places) {
+  const Tensor kept = torch::stable::contiguous(sequence);
+  const bool is_long = kept.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(is_long || kept.scalar_type() == ScalarType::Int, "sequence: expected int64 or int32");
+  std::unordered_map<int64_t, int64_t> numbers;
+  places.resize(kept.numel());
+  int64_t last = 0;
+  for (size_t t = 0; t < places.size(); ++t) {
+    const int64_t id = is_long ? kept.const_data_ptr<int64_t>()[t] : kept.const_data_ptr<int32_t>()[t];
+    // Tokens of one sequence mostly stand together.
+    places[t] = t > 0 && id == last ? places[t - 1] : numbers.try_emplace(id, numbers.size()).first->second;
+    last = id;
+  }
+  return numbers.size();
+}
+
+Balance::Balance(const Tensor& index,
+                 const Counted& counted,
+                 const std::optional<Tensor>& sequence,
+                 const std::optional<Tensor>& totals,
+                 int64_t experts,
+                 bool per_assignment,
+                 int64_t ranks) {
+  const int64_t tokens = index.size(0), top_k = index.size(1), whole = molex::wide_of(experts);
+  const int64_t sequences = sequence ? number_sequences(*sequence, places) : 1;
+  std::vector<int64_t> lengths(sequences, 0), counts(sequences * (experts + 1), 0);
+  const std::vector<int64_t> labels = molex::labels_of(index, experts);
+  const bool* here = counted.from(0);
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (here && !here[t]) continue;
+    const int64_t place = places.empty() ? 0 : places[t];
+    ++lengths[place];
+    for (int64_t k = 0; k < top_k; ++k) ++counts[place * (experts + 1) + labels[t * top_k + k]];
+  }
+  int64_t number = sequences - std::count(lengths.begin(), lengths.end(), 0);
+  if (totals) {  // of all ranks: the assignments and the tokens, or the number of sequences
+    const Tensor kept = torch::stable::contiguous(*totals);
+    const int64_t* values = kept.const_data_ptr<int64_t>();
+    STD_TORCH_CHECK(kept.numel() == (sequence ? 1 : experts + 1), "totals: expected other sums");
+    number = sequence ? values[0] : values[experts];
+    if (!sequence) std::copy_n(values, experts, counts.begin());
+    if (!sequence) lengths[0] = number;
+  }
+  if (!sequence) number = 1;
+  slopes.assign(std::max<int64_t>(sequences, 1) * whole, 0.0f);
+  for (int64_t s = 0; s < sequences; ++s) {
+    const double length = static_cast<double>(std::max<int64_t>(lengths[s], 1));
+    const double assignments = length * static_cast<double>(std::max<int64_t>(top_k, 1));
+    const double parts =
+        (per_assignment ? assignments : length) * static_cast<double>(std::max<int64_t>(number, 1));
+    for (int64_t e = 0; e < experts; ++e) {
+      const double factor = static_cast<double>(ranks) * static_cast<double>(experts);
+      slopes[s * whole + e] = static_cast<float>(factor * static_cast<double>(counts[s * (experts + 1) + e]) /
+                                                 assignments / parts);
     }
   }
+}
+
+// The sum over `count` tokens that count of <slope, softmax(scale z_t)>, with the slope of the token's place.
+// `row` and each slope have `whole` floats, whole vectors.
+constexpr auto sum_of_balance = molex::versions([](auto,
+                                                   const float* z,
+                                                   const bool* counted,
+                                                   const int64_t* places,
+                                                   const float* slopes,
+                                                   float scale,
+                                                   int64_t count,
+                                                   int64_t experts,
+                                                   int64_t whole,
+                                                   float* row) MOLEX_LAMBDA_INLINE {
+  double total = 0.0;
+  for (int64_t t = 0; t < count; ++t) {
+    if (counted && !counted[t]) continue;
+    const float* slope = slopes + (places ? places[t] * whole : 0);
+    const float inverse = 1.0f / molex::exponentials_of(z + t * experts, scale, row, experts).sum;
+    total += inverse * molex::dot_of(row, slope, whole);
+  }
+  return total;
 });
 
 // dz = factor * row. `row` has whole vectors, dz only `experts` floats.
@@ -92,15 +171,17 @@ MOLEX_INLINE void scale_row(const float* row, float factor, int64_t experts, flo
   for (; e < experts; ++e) dz[e] = factor * row[e];
 }
 
-// dz_t = grad p_t (slopes - <slopes, p_t>), p_t = softmax(scale z_t); 0 for a token that does not count.
+// dz_t = factor p_t (slope - <slope, p_t>), p_t = softmax(scale z_t); 0 for a token that does not count.
 constexpr auto balance_backward = molex::versions([](auto,
                                                      const float* z,
                                                      const bool* counted,
-                                                     float scale,
-                                                     float grad,
+                                                     const int64_t* places,
                                                      const float* slopes,
+                                                     float scale,
+                                                     float factor,
                                                      int64_t count,
                                                      int64_t experts,
+                                                     int64_t whole,
                                                      float* row,
                                                      float* dz) MOLEX_LAMBDA_INLINE {
   for (int64_t t = 0; t < count; ++t) {
@@ -108,14 +189,13 @@ constexpr auto balance_backward = molex::versions([](auto,
       std::fill_n(dz + t * experts, experts, 0.0f);
       continue;
     }
+    const float* slope = slopes + (places ? places[t] * whole : 0);
     const float inverse = 1.0f / molex::exponentials_of(z + t * experts, scale, row, experts).sum;
-    molex::Wide dot = {};
-    for (int64_t e = 0; e < experts; e += molex::kWide) dot += molex::load(row + e) * molex::load(slopes + e);
-    const float mean = inverse * molex::sum_of_lanes(dot);
+    const float mean = inverse * molex::dot_of(row, slope, whole);
     for (int64_t e = 0; e < experts; e += molex::kWide) {
-      molex::store(row + e, molex::load(row + e) * (molex::load(slopes + e) - mean));
+      molex::store(row + e, molex::load(row + e) * (molex::load(slope + e) - mean));
     }
-    scale_row(row, grad * inverse, experts, dz + t * experts);
+    scale_row(row, factor * inverse, experts, dz + t * experts);
   }
 });
 
@@ -182,6 +262,24 @@ Tensor scalar_like(const Tensor& like, double value) {
   return result;
 }
 
+// The sum of run(z, first, count, row) over the chunks, in their order, where `first` is a token.
+template <class Run>
+double sum_over_tokens(const Tensor& logits, const Run& run) {
+  const int64_t tokens = logits.size(0), experts = logits.size(1);
+  const Tensor packed = torch::stable::contiguous(logits);
+  const Source from = molex::source_of(packed);
+  std::vector<double> sums(chunks_of(tokens), 0.0);
+  for_chunks(tokens, std::max<int64_t>(experts, 1), [&](int64_t first, int64_t last, int64_t chunk) {
+    const int64_t size = (last - first) * experts;
+    std::vector<float> row(molex::wide_of(experts)), scratch(from.dtype == ScalarType::Float ? 0 : size);
+    sums[chunk] =
+        run(molex::read(from, first * experts, size, scratch.data()), first, last - first, row.data());
+  });
+  double total = 0.0;
+  for (double sum : sums) total += sum;
+  return total;
+}
+
 // The gradient of the logits, chunk by chunk: run(z, first, count, row, dz), where `first` is a token.
 template <class Run>
 Tensor logits_gradient(const Tensor& logits, const Run& run) {
@@ -202,83 +300,74 @@ Tensor logits_gradient(const Tensor& logits, const Run& run) {
   return result;
 }
 
-// The loss, and slopes [E], its gradient with respect to sum_t p_t with the softmax's scale: E f_e / (T
-// temperature), divided by K as well if each assignment counts. T is the number of tokens that count.
-std::tuple<Tensor, Tensor> load_balance_fwd(const Tensor& logits,
-                                            const Tensor& index,
-                                            std::optional<Tensor> mask,
-                                            double temperature,
-                                            bool per_assignment) {
-  const int64_t tokens = logits.size(0), experts = logits.size(1), whole = molex::wide_of(experts);
+Tensor load_balance_fwd(const Tensor& logits,
+                        const Tensor& index,
+                        std::optional<Tensor> mask,
+                        std::optional<Tensor> sequence,
+                        std::optional<Tensor> totals,
+                        double temperature,
+                        bool per_assignment,
+                        int64_t ranks) {
+  const int64_t experts = logits.size(1), whole = molex::wide_of(experts);
+  if (experts == 0) return scalar_like(logits, 0.0);
   const Counted counted(mask);
-  const int64_t number = counted.number(tokens), top_k = index.size(1);
-  const int64_t assignments = std::max<int64_t>(number * top_k, 1);
-  const double parts = static_cast<double>(per_assignment ? assignments : number);
-  Tensor slopes = torch::stable::new_zeros(logits, {whole}, ScalarType::Float);
-  if (experts == 0) return {scalar_like(logits, 0.0), slopes};
-  std::vector<int64_t> counts(experts + 1, 0);
-  const std::vector<int64_t> labels = molex::labels_of(index, experts);
-  const bool* counts_here = counted.from(0);
-  for (int64_t t = 0; t < tokens; ++t) {
-    if (counts_here && !counts_here[t]) continue;
-    for (int64_t k = 0; k < top_k; ++k) ++counts[labels[t * top_k + k]];
-  }
-  const Tensor packed = torch::stable::contiguous(logits);
-  const Source from = molex::source_of(packed);
-  std::vector<float> sums(chunks_of(tokens) * whole, 0.0f);
-  for_chunks(tokens, experts, [&](int64_t first, int64_t last, int64_t chunk) {
-    const int64_t size = (last - first) * experts;
-    std::vector<float> row(whole), scratch(from.dtype == ScalarType::Float ? 0 : size);
-    const float* z = molex::read(from, first * experts, size, scratch.data());
-    const float scale = scale_at(temperature);
-    add_probabilities(z, counted.from(first), scale, last - first, experts, row.data(), &sums[chunk * whole]);
+  const Balance balance(index, counted, sequence, totals, experts, per_assignment, ranks);
+  const float scale = scale_at(temperature);
+  const double loss = sum_over_tokens(logits, [&](const float* z, int64_t first, int64_t count, float* row) {
+    const float* slopes = balance.slopes.data();
+    const int64_t* places = balance.from(first);
+    return sum_of_balance(z, counted.from(first), places, slopes, scale, count, experts, whole, row);
   });
-  float* slope = slopes.mutable_data_ptr<float>();
-  double loss = 0.0;
-  for (int64_t e = 0; e < experts; ++e) {
-    double probability = 0.0;
-    for (int64_t chunk = 0; chunk < chunks_of(tokens); ++chunk) probability += sums[chunk * whole + e];
-    const double weight = static_cast<double>(experts) * counts[e] / assignments / parts;
-    loss += weight * probability;
-    slope[e] = static_cast<float>(weight / temperature);
-  }
-  return {scalar_like(logits, loss), slopes};
+  return scalar_like(logits, loss);
 }
 
 Tensor load_balance_bwd(const Tensor& grad,
                         const Tensor& logits,
-                        const Tensor& slopes,
+                        const Tensor& index,
                         std::optional<Tensor> mask,
-                        double temperature) {
-  const float upstream = molex::scalar_of(grad), scale = scale_at(temperature);
-  const float* slope = slopes.const_data_ptr<float>();
+                        std::optional<Tensor> sequence,
+                        std::optional<Tensor> totals,
+                        double temperature,
+                        bool per_assignment,
+                        int64_t ranks) {
+  const int64_t experts = logits.size(1), whole = molex::wide_of(experts);
   const Counted counted(mask);
+  const Balance balance(index, counted, sequence, totals, experts, per_assignment, ranks);
+  const float scale = scale_at(temperature), factor = scale * molex::scalar_of(grad);
   return logits_gradient(logits, [&](const float* z, int64_t first, int64_t count, float* row, float* dz) {
-    balance_backward(z, counted.from(first), scale, upstream, slope, count, logits.size(1), row, dz);
+    const bool* here = counted.from(first);
+    const int64_t* places = balance.from(first);
+    const float* slopes = balance.slopes.data();
+    balance_backward(z, here, places, slopes, scale, factor, count, experts, whole, row, dz);
   });
 }
 
-Tensor router_z_fwd(const Tensor& logits, std::optional<Tensor> mask) {
-  const int64_t tokens = logits.size(0), experts = logits.size(1);
-  const Tensor packed = torch::stable::contiguous(logits);
-  const Source from = molex::source_of(packed);
-  const Counted counted(mask);
-  std::vector<double> sums(chunks_of(tokens), 0.0);
-  for_chunks(tokens, std::max<int64_t>(experts, 1), [&](int64_t first, int64_t last, int64_t chunk) {
-    const int64_t size = (last - first) * experts;
-    std::vector<float> row(molex::wide_of(experts)), scratch(from.dtype == ScalarType::Float ? 0 : size);
-    const float* z = molex::read(from, first * experts, size, scratch.data());
-    sums[chunk] = sum_of_squares(z, counted.from(first), last - first, experts, row.data());
-  });
-  double total = 0.0;
-  for (double sum : sums) total += sum;
-  return scalar_like(logits, total / static_cast<double>(counted.number(tokens)));
+// 1 / the number of tokens of all ranks that count, times the number of ranks.
+double share_of(const Counted& counted, int64_t tokens, const std::optional<Tensor>& total, int64_t ranks) {
+  const int64_t number = total ? *total->const_data_ptr<int64_t>() : counted.number(tokens);
+  return static_cast<double>(ranks) / static_cast<double>(std::max<int64_t>(number, 1));
 }
 
-Tensor router_z_bwd(const Tensor& grad, const Tensor& logits, std::optional<Tensor> mask) {
+Tensor router_z_fwd(const Tensor& logits,
+                    std::optional<Tensor> mask,
+                    std::optional<Tensor> total,
+                    int64_t ranks) {
+  const int64_t experts = logits.size(1);
   const Counted counted(mask);
-  const double number = static_cast<double>(counted.number(logits.size(0)));
-  const float upstream = static_cast<float>(2.0 * molex::scalar_of(grad) / number);
+  const double sum = sum_over_tokens(logits, [&](const float* z, int64_t first, int64_t count, float* row) {
+    return sum_of_squares(z, counted.from(first), count, experts, row);
+  });
+  return scalar_like(logits, sum * share_of(counted, logits.size(0), total, ranks));
+}
+
+Tensor router_z_bwd(const Tensor& grad,
+                    const Tensor& logits,
+                    std::optional<Tensor> mask,
+                    std::optional<Tensor> total,
+                    int64_t ranks) {
+  const Counted counted(mask);
+  const double share = share_of(counted, logits.size(0), total, ranks);
+  const float upstream = static_cast<float>(2.0 * molex::scalar_of(grad) * share);
   return logits_gradient(logits, [&](const float* z, int64_t first, int64_t count, float* row, float* dz) {
     z_backward(z, counted.from(first), upstream, count, logits.size(1), row, dz);
   });

@@ -42,14 +42,15 @@ def resolve(
     weighing = resolve_weighing(score, renormalize, scaling)
     if num_groups is None and top_groups is None:
         return Choice(top_k, **weighing)
+    if num_groups is None:
+        raise ValueError(f"top_groups: expected None without num_groups, got {top_groups!r}")
     _check.integer("num_groups", num_groups, 1, experts, of=" experts")
-    assert num_groups is not None  # for the type checker alone
     if experts % num_groups:
         raise ValueError(
             f"num_groups: expected a divisor of the {experts} experts, got {num_groups}"
         )
     _check.integer("top_groups", top_groups, 1, num_groups, of=" groups")
-    assert top_groups is not None
+    assert top_groups is not None  # for the type checker alone
     eligible = top_groups * (experts // num_groups)
     if top_k > eligible:
         raise ValueError(

@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from molex_kernels.ops.routing import op, reference
+from molex_kernels.ops.routing import groups, op, reference
 from molex_kernels.ops.routing.recipes import Recipe
 
 MAX_CLUSTERS = 1024  # of the Triton kernels
@@ -22,16 +22,10 @@ def why_not_triton(num_clusters: int) -> str | None:
     return f"it takes at most {MAX_CLUSTERS} clusters, got {num_clusters}"
 
 
-def check_group(group: dist.ProcessGroup | None, stat: str) -> None:
+def check_group(group: ProcessGroup | None, stat: str) -> None:
     """The group is one of torch.distributed, and the statistic can be summed over it."""
-    if group is None:
-        return
-    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            "process_group: expected a torch.distributed.ProcessGroup or None, got "
-            f"{type(group).__name__}"
-        )
-    if stat == "pairwise":
+    groups.check_group(group)
+    if group is not None and stat == "pairwise":
         raise NotImplementedError(
             "process_group: stat='pairwise' needs every rank's tokens, not sums of them; "
             "take stat='mad' or 'variance', or gather the tokens and pass them as stats_from"
@@ -44,7 +38,7 @@ def compute(
     cluster: Tensor,
     num_clusters: int,
     recipe: Recipe,
-    group: dist.ProcessGroup | None,
+    group: ProcessGroup | None,
     impl: str | None,
 ) -> Tensor:
     """W [C, D]; over a group, the weights of the union of the ranks' tokens."""
@@ -55,15 +49,8 @@ def compute(
     given = (x.detach(), cluster)
     sums: Any = (None, None)
     if group is not None:  # the means have to be known first, in a pass of their own
-        sums = _over(group, *statistics(*given, *sums, num_clusters, "sum"))
+        sums = groups.summed(group, *statistics(*given, *sums, num_clusters, "sum"))
     deviations, counts = statistics(*given, *sums, num_clusters, recipe.stat)
     if group is not None:
-        deviations, counts = _over(group, deviations)[0], sums[1]
+        deviations, counts = groups.summed(group, deviations)[0], sums[1]
     return weights(deviations, counts, recipe.eps, recipe.clip, recipe.norm, recipe.mask)
-
-
-def _over(group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The sums over the ranks of the group."""
-    for tensor in tensors:
-        dist.all_reduce(tensor, group=group)
-    return tensors

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,21 @@ from torch.distributed import ProcessGroup
 from torch.nn.utils import parametrize
 
 from molex_kernels import _backends, _check, _modules, _published
+from molex_kernels._dtypes import HALF_DTYPES
 from molex_kernels.ops.routing import choice, recipes
 from molex_kernels.ops.routing.api import ac_route, normalized_gate, topk_route
+from molex_kernels.ops.routing.balance import update_expert_bias
 from molex_kernels.ops.routing.types import Routing
 
 ROW_NORM = 1.5  # of the published cosine gate's rows
+# Options of the choice, which a router names where it has others.
+_USUAL = {
+    "score": "softmax_topk",
+    "num_groups": None,
+    "top_groups": None,
+    "renormalize": False,
+    "scaling": 1.0,
+}
 
 
 class _Gate(_modules.Module):
@@ -84,8 +95,20 @@ def _rows(name: str, x: Tensor, weight: Tensor) -> Tensor:
     return x.reshape(-1, width)
 
 
+def _check_token_mask(mask: Tensor | None, x: Tensor) -> None:
+    if mask is not None:
+        _check.tensor("token_mask", mask, "...", x.shape[:-1], (torch.bool,), x)
+
+
 class TopKRouter(_Gate):
     """A linear gate and `topk_route`.
+
+    With `expert_bias` the module balances its experts without a loss, as DeepSeek-V3 does. It has a
+    buffer `expert_bias` [E], 0 at first, which stays in fp32 where the module is moved to 16 bits,
+    and a buffer `expert_counts` [E] int64, not part of the state dict. In training each forward
+    pass adds its assignments to the counts; `update_expert_bias`, called after each optimiser step,
+    moves the bias by them and sets them to 0. A forward pass that is run again for the backward
+    pass (activation checkpointing) counts twice, as all do then, which changes no sign.
 
     Args:
         d_model: D.
@@ -97,10 +120,14 @@ class TopKRouter(_Gate):
         top_groups: as in `topk_route`.
         renormalize: as in `topk_route`.
         scaling: as in `topk_route`.
+        expert_bias: whether the module has a bias for the choice, and counts for it.
         impl: passed to `topk_route` at each call.
         device: of the parameters.
         dtype: of the parameters.
     """
+
+    expert_bias: Tensor | None
+    expert_counts: Tensor | None
 
     def __init__(
         self,
@@ -114,6 +141,7 @@ class TopKRouter(_Gate):
         top_groups: int | None = None,
         renormalize: bool = False,
         scaling: float = 1.0,
+        expert_bias: bool = False,
         impl: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -121,27 +149,89 @@ class TopKRouter(_Gate):
         _check.integer("num_experts", num_experts, 1)
         _check.integer("top_k", top_k, 1, num_experts, of=" experts")
         choice.resolve(num_experts, top_k, score, num_groups, top_groups, renormalize, scaling)
+        _check.flags(expert_bias=expert_bias)
         super().__init__(d_model, num_experts, top_k, bias, impl, device, dtype)
         self.score = score
         self.num_groups, self.top_groups = num_groups, top_groups
         self.renormalize, self.scaling = renormalize, scaling
+        kinds = {"expert_bias": torch.float32, "expert_counts": torch.int64}
+        for name, kind in kinds.items():
+            buffer = torch.empty(num_experts, device=device, dtype=kind) if expert_bias else None
+            self.register_buffer(name, buffer, persistent=name == "expert_bias")
         self.reset_parameters()
 
+    def reset_parameters(self) -> None:
+        """Draws the gate as `nn.Linear` does: uniform in +-1/sqrt(D); bias and counts are 0."""
+        super().reset_parameters()
+        for buffer in (self.expert_bias, self.expert_counts):
+            if buffer is not None:
+                buffer.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = self.expert_bias
+        super()._apply(fn, recurse)
+        after = self.expert_bias
+        if before is not None and after is not None and after.dtype in HALF_DTYPES:
+            self.expert_bias = before.to(after.device)
+        return self
+
+    def update_expert_bias(self, *, rate: float, process_group: ProcessGroup | None = None) -> None:
+        """Moves the bias by the assignments since the last call: `update_expert_bias` of the ops.
+
+        Args:
+            rate: as there; DeepSeek-V3's is 0.001.
+            process_group: as there.
+
+        Raises:
+            TypeError: a bad type, which the message names.
+            ValueError: a rate below 0; a router without `expert_bias`.
+        """
+        if self.expert_bias is None or self.expert_counts is None:
+            raise ValueError(
+                "update_expert_bias: expected a router with expert_bias=True, got one without"
+            )
+        counts = self.expert_counts
+        update_expert_bias(self.expert_bias, counts, rate=rate, process_group=process_group)
+        counts.zero_()
+
     @_modules.fx_leaf
-    def forward(self, x: Tensor, *, expert_bias: Tensor | None = None) -> Routing:
-        """Routes each token, by itself: padding is masked in the losses.
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        expert_bias: Tensor | None = None,
+        token_mask: Tensor | None = None,
+    ) -> Routing:
+        """Routes each token, by itself: padding is masked in the losses, and in the counts here.
 
         Args:
             x: [..., D], flattened to T tokens.
-            expert_bias: as in `topk_route`.
+            expert_bias: as in `topk_route`; None is the module's own, if it has one.
+            token_mask: [...] bool, True for tokens that count in `expert_counts`; None counts all.
 
         Returns:
             The routing of T tokens.
+
+        Raises:
+            TypeError: a token_mask that is no bool tensor; else as `topk_route`.
+            ValueError: a token_mask of another shape or device; else as `topk_route`.
         """
-        weight = self.weight
+        tokens = _rows("x", x, self.weight)
+        _check_token_mask(token_mask, x)
+        bias = self.expert_bias if expert_bias is None else expert_bias
+        routing = self._route(tokens, bias)
+        if self.expert_counts is not None and self.training:
+            index = routing.expert_index
+            counted = torch.ones_like(index)
+            if token_mask is not None:
+                counted = counted * token_mask.reshape(-1, 1)
+            self.expert_counts.scatter_add_(0, index.flatten(), counted.flatten())
+        return routing
+
+    def _route(self, tokens: Tensor, expert_bias: Tensor | None) -> Routing:
         return topk_route(
-            _rows("x", x, weight),
-            weight,
+            tokens,
+            self.weight,
             top_k=self.top_k,
             gate_bias=self.bias,
             score=self.score,
@@ -152,6 +242,16 @@ class TopKRouter(_Gate):
             scaling=self.scaling,
             impl=self.impl,
         )
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr()]
+        for name, usual in _USUAL.items():
+            value = getattr(self, name)
+            if value != usual:
+                parts.append(f"{name}={value!r}")
+        if self.expert_bias is not None:
+            parts.append("expert_bias=True")
+        return ", ".join(parts)
 
 
 class ACRouter(_Gate):
@@ -260,8 +360,7 @@ class ACRouter(_Gate):
         """
         weight = self.weight
         tokens = _rows("x", x, weight)
-        if token_mask is not None:
-            _check.tensor("token_mask", token_mask, "...", x.shape[:-1], (torch.bool,), x)
+        _check_token_mask(token_mask, x)
         if prev is None:
             return self._plain(tokens, weight)
         index, mixture = _modules.routing_pair("prev", prev)

@@ -13,6 +13,7 @@ from molex_kernels.ops.routing import reference
 _TRITON = "molex_kernels.ops.routing.kernels.launch"
 _WEIGHING = "Tensor? table, Tensor? labels, Tensor? mix"
 _CHOICE = "int top_k, str score, int num_groups, int top_groups, bool renormalize, float scaling"
+_BALANCE = "Tensor? sequence, Tensor? totals, float temperature, bool per_assignment, int ranks"
 
 
 def _route_fake(a: Any) -> tuple[Tensor, ...]:
@@ -46,11 +47,6 @@ def _statistics_fake(a: Any) -> tuple[Tensor, Tensor]:
 
 def _scalar(a: Any) -> Tensor:
     return a.logits.new_empty((), dtype=torch.float32)
-
-
-def _balance_fake(a: Any) -> tuple[Tensor, Tensor]:
-    padded = -(-a.logits.shape[1] // 16) * 16  # whole vectors, kWide of csrc/cpu/common/vector.h
-    return _scalar(a), a.logits.new_empty(padded, dtype=torch.float32)
 
 
 # The gradients are of x, the gate and its bias, from both of the float results.
@@ -111,21 +107,20 @@ weights = _operators.Pass(
     reference=lambda a: reference.feature_weights(*a),
 )
 
+# Totals are sums over that many ranks, for a loss whose mean over the ranks is that of all tokens.
 load_balance = _operators.Pass(
     "load_balance",
-    "(Tensor logits, Tensor index, Tensor? mask, float temperature, bool per_assignment)"
-    " -> (Tensor loss, Tensor slopes)",
-    "(Tensor dloss, Tensor logits, Tensor slopes, Tensor? mask, float temperature)"
-    " -> Tensor dlogits",
-    fake=_balance_fake,
+    f"(Tensor logits, Tensor index, Tensor? mask, {_BALANCE}) -> Tensor loss",
+    f"(Tensor dloss, Tensor logits, Tensor index, Tensor? mask, {_BALANCE}) -> Tensor dlogits",
+    fake=_scalar,
     reference=lambda a: reference.load_balance(*a),
     op="load_balance_loss",
 )
 
 router_z = _operators.Pass(
     "router_z",
-    "(Tensor logits, Tensor? mask) -> Tensor loss",
-    "(Tensor dloss, Tensor logits, Tensor? mask) -> Tensor dlogits",
+    "(Tensor logits, Tensor? mask, Tensor? total, int ranks) -> Tensor loss",
+    "(Tensor dloss, Tensor logits, Tensor? mask, Tensor? total, int ranks) -> Tensor dlogits",
     fake=_scalar,
     reference=lambda a: reference.router_z(*a),
     op="router_z_loss",

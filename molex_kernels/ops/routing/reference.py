@@ -304,28 +304,83 @@ def _pairwise(x: Tensor, bucket: Tensor, mean: Tensor, counts: Tensor) -> Tensor
 
 
 def load_balance(
-    logits: Tensor, index: Tensor, mask: Tensor | None, temperature: float, per_assignment: bool
+    logits: Tensor,
+    index: Tensor,
+    mask: Tensor | None,
+    sequence: Tensor | None,
+    totals: Tensor | None,
+    temperature: float,
+    per_assignment: bool,
+    ranks: int,
 ) -> Tensor:
-    """E sum_e f_e P_e: the shares of the assignments, the mean probabilities (or those / K)."""
-    top_k, experts = index.shape[1], logits.shape[1]
+    """E sum_e f_e P_e: the shares of the assignments, the mean probabilities (or those / K).
+
+    With sequences the mean of each one's; `totals` are those of all `ranks`, `balance_totals`.
+    """
+    experts, top_k = logits.shape[1], max(index.shape[1], 1)
+    z = selected(logits.to(accumulate_dtype(logits.dtype)), mask) / temperature
+    probability = selected(z.softmax(1), mask)
+    if sequence is None:
+        totals = balance_totals(index, experts, mask, None) if totals is None else totals
+        counts, tokens = totals[:-1], totals[-1]
+        sequences, probability = torch.ones_like(tokens), probability.sum(0)
+    else:
+        place, by_sequence, length = _by_sequence(index, experts, mask, sequence)
+        counts, tokens = by_sequence[place], length[place, None]
+        sequences = ((length > 0).sum() if totals is None else totals[0]).clamp(min=1)
+    tokens = tokens.clamp(min=1)
+    f = counts.to(probability.dtype) / (tokens * top_k)
+    p = probability / (tokens * top_k if per_assignment else tokens)
+    return ranks * experts * (f * p).sum() / sequences
+
+
+def balance_totals(
+    index: Tensor, experts: int, mask: Tensor | None, sequence: Tensor | None
+) -> Tensor:
+    """What ranks add up: assignments by expert and the tokens, or the number of sequences."""
+    if sequence is None:
+        ids = _counted_ids(index, experts, mask).flatten()
+        # Integers, so that their order does not matter.
+        counts = ids.new_zeros(experts + 1).scatter_add(0, ids, torch.ones_like(ids))
+        return torch.cat([counts[:-1], token_number(index, mask)[None]])
+    _, _, length = _by_sequence(index, experts, mask, sequence)
+    return (length > 0).sum()[None]
+
+
+def _by_sequence(
+    index: Tensor, experts: int, mask: Tensor | None, sequence: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token's sequence as a number below T; assignments [T, E] and lengths [T] of those."""
+    sequence = sequence.contiguous()
+    place = torch.searchsorted(sequence.sort().values, sequence)  # the first of equal ones
+    ones = torch.ones_like(place)
+    length = torch.zeros_like(place).scatter_add(0, place, ones if mask is None else mask.long())
+    ids = _counted_ids(index, experts, mask) + place[:, None] * (experts + 1)
+    flat = ids.new_zeros(place.shape[0] * (experts + 1))
+    counts = flat.scatter_add(0, ids.flatten(), torch.ones_like(ids).flatten())
+    return place, counts.view(-1, experts + 1)[:, :experts], length
+
+
+def _counted_ids(index: Tensor, experts: int, mask: Tensor | None) -> Tensor:
+    """The ids; E for one outside [0, E), and of a token that does not count."""
     inside = (index >= 0) & (index < experts)
     if mask is not None:
         inside = inside & mask[:, None]
-    ids = torch.where(inside, index, experts).flatten().long()
-    # Integers, so that their order does not matter.
-    counts = ids.new_zeros(experts + 1).scatter_add(0, ids, torch.ones_like(ids))[:experts]
-    z = selected(logits.to(accumulate_dtype(logits.dtype)), mask) / temperature
-    probability = selected(z.softmax(1), mask).sum(0)
-    tokens = _number(logits, mask)
-    f = counts.to(probability.dtype) / (tokens * max(top_k, 1))
-    p = probability / (tokens * max(top_k, 1) if per_assignment else tokens)
-    return experts * (f * p).sum()
+    return torch.where(inside, index, experts).long()
 
 
-def router_z(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean over tokens of logsumexp(logits_t)^2."""
+def token_number(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """How many rows count, int64 []."""
+    if mask is not None:
+        return mask.sum()
+    return torch.full((), rows.shape[0], dtype=torch.int64, device=rows.device)
+
+
+def router_z(logits: Tensor, mask: Tensor | None, total: Tensor | None, ranks: int) -> Tensor:
+    """The mean over tokens of logsumexp(logits_t)^2; `total` is their number on all ranks."""
     z = _logsumexp(selected(logits.to(accumulate_dtype(logits.dtype)), mask))
-    return selected(z * z, mask).sum() / _number(logits, mask)
+    number = token_number(logits, mask) if total is None else total
+    return ranks * selected(z * z, mask).sum() / number.clamp(min=1)
 
 
 def _logsumexp(z: Tensor) -> Tensor:
@@ -333,8 +388,3 @@ def _logsumexp(z: Tensor) -> Tensor:
     largest = z.detach().amax(1, keepdim=True)
     largest = torch.where(largest.isfinite(), largest, 0)
     return (z - largest).exp().sum(1, keepdim=True).log() + largest
-
-
-def _number(rows: Tensor, mask: Tensor | None) -> int | Tensor:
-    """How many rows count, at least 1."""
-    return max(rows.shape[0], 1) if mask is None else mask.sum().clamp(min=1)

@@ -182,8 +182,9 @@ def _left_out_of_ac_route(inputs: Inputs) -> dict[str, Tensor]:
 
 def _left_out_of_loss(inputs: Inputs) -> dict[str, Tensor]:
     """Tokens that the mask does not count."""
-    masked = ~inputs["mask"][:, None]
-    return {name: masked for name in ("logits", "expert_index") if name in inputs}
+    masked = ~inputs["mask"]
+    left = {"logits": masked[:, None], "expert_index": masked[:, None], "sequence": masked}
+    return {name: mask for name, mask in left.items() if name in inputs}
 
 
 def _make_route_plan(
@@ -209,6 +210,7 @@ def _make_load_balance(
         "logits": draw.normal(tokens, experts),
         **{k: v for k, v in case.options.items() if k in ("temperature", "kind")},
         **_mask(case, draw),
+        **_sequence(case, draw),
     }
 
 
@@ -226,6 +228,15 @@ def _mask(case: Case, draw: Draw) -> Inputs:
     counted = draw.normal(case.sizes["T"], dtype=torch.float32) < 0.4
     counted[:1] = False
     return {"mask": counted & (case.options["mask"] != "none")}
+
+
+def _sequence(case: Case, draw: Draw) -> Inputs:
+    """Four sequences with ids of any size: in order as packed ones are, or mixed."""
+    if "sequence" not in case.options:
+        return {}
+    own = draw.integers(4, case.sizes["T"])
+    ids = torch.tensor([7, -1, 2**40, 0], device=draw.device)
+    return {"sequence": ids[own.sort().values if case.options["sequence"] == "packed" else own]}
 
 
 def _load_balance(
@@ -514,13 +525,18 @@ OPINFOS = (
             _plan(0, 5, 2),
             _plan(37, 5, 2, mask="some", temperature=0.5, kind="published"),
             _plan(17, 16, 3, mask="none"),
+            _plan(37, 5, 2, mask="some", sequence="mixed", clusters="elsewhere"),
+            _plan(17, 16, 3, sequence="packed", temperature=0.5, kind="published"),
         ),
-        large=(_plan(1300, 17, 2, mask="some"),),
+        large=(_plan(1300, 17, 2, mask="some"), _plan(1300, 17, 2, sequence="mixed")),
         benchmarks=(_plan(6144, 16, 2), _plan(32768, 128, 8)),
         quick=(_plan(6144, 16, 2),),
         cost=_cost_loss,
         left_out=_left_out_of_loss,
-        masked=tuple(_plan(9, 5, 2, mask=mask) for mask in ("some", "none")),
+        masked=(
+            *(_plan(9, 5, 2, mask=mask) for mask in ("some", "none")),
+            _plan(9, 5, 2, mask="some", sequence="mixed"),
+        ),
         baselines={"published": baselines.published_load_balance},
     ),
     OpInfo(
