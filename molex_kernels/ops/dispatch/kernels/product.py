@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import at, int64
+from molex_kernels._triton.tiles import add_product
 
 
 @triton.jit
@@ -70,6 +71,6 @@ def multiply(
         else:
             weight_tile = weight_blocks.load([place[0], 0, place[1], d])
             weight_tile = weight_tile.reshape(BLOCK_N, BLOCK_D).T
-        out = tl.dot(x_tile, weight_tile, out, input_precision=PRECISION)
+        out = add_product(out, x_tile, weight_tile, PRECISION)
         x_ptrs += BLOCK_D * int64(x.col)
     return out

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import Mat, along, at, int64, load_fp32, nth, store
+from molex_kernels._triton.tiles import add_product
 from molex_kernels.ops.dispatch.kernels.product import token_of_row
 
 
@@ -66,7 +67,7 @@ def _dispatch_bwd_wgrad(
             mask=mask_t[:, None] & mask_d[None, :],
             other=0.0,
         )
-        total = tl.dot(left_tile, right_tile, total, input_precision=PRECISION)
+        total = add_product(total, left_tile, right_tile, PRECISION)
     out_e = Mat(nth(out, expert), out.row, out.col)
     store(
         at(out_e, offs_n[:, None], offs_d[None, :]),

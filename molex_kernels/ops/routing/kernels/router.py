@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import at, int64, load_fp32, places
+from molex_kernels._triton.tiles import add_product
 from molex_kernels.ops.routing.kernels.choice import choose
 
 
@@ -94,7 +95,7 @@ def _router_fwd(
         )
         if UPCAST:
             gate_tile = gate_tile.to(tl.float32)
-        z = tl.dot(x_tile, gate_tile, z, input_precision=PRECISION)
+        z = add_product(z, x_tile, gate_tile, PRECISION)
     if gate_bias is not None:
         z += load_fp32(places(gate_bias, offs_e), mask_e)[None, :]
     mask_te = mask_t[:, None] & mask_e[None, :]

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import at, int64, load_fp32, store
+from molex_kernels._triton.tiles import add_product
 from molex_kernels.ops.routing.kernels.router import feature_weights, load_x
 
 
@@ -39,7 +40,7 @@ def _router_bwd_x(
         )
         gate_ptrs = at(gate, int64(offs_e)[:, None], offs_d[None, :])
         gate_tile = load_fp32(gate_ptrs, mask_e[:, None] & mask_d[None, :])
-        dx = tl.dot(dz, gate_tile, dx, input_precision=PRECISION)
+        dx = add_product(dx, dz, gate_tile, PRECISION)
     if table is not None:
         dx *= feature_weights(
             table, labels, mix, offs_t, offs_d, mask_t, mask_d,
@@ -85,7 +86,7 @@ def _router_bwd_gate(
             x, table, labels, mix, offs_t, offs_d, mask_t, mask_d,
             num_labels, num_clusters, True, BLOCK_T, BLOCK_D,
         )  # fmt: skip
-        dgate = tl.dot(dz, x_tile, dgate, input_precision=PRECISION)
+        dgate = add_product(dgate, dz, x_tile, PRECISION)
         dbias += tl.sum(dz, axis=1)
     pointers = dgate_ptr + (split * E + offs_e[:, None]) * D + offs_d[None, :]
     tl.store(pointers, dgate, mask=mask_e[:, None] & mask_d[None, :])
