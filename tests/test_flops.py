@@ -21,7 +21,7 @@ from molex_kernels.testing.opinfo import Case, OpInfo
 WITHOUT_PRODUCTS = {
     "choice_fwd",
     "choice_bwd",
-    *("route_plan", "cluster_statistics", "feature_weights", "layer_vote"),
+    *("route_plan", "cluster_statistics", "feature_weights", "cluster_weights", "layer_vote"),
     *(f"{name}_{part}" for name in ("load_balance", "router_z", "layer_mix", "momentum")
       for part in ("fwd", "bwd")),
 }  # fmt: skip

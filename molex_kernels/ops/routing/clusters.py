@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from molex_kernels import _extension
 from molex_kernels.ops.routing import groups, op, reference
 from molex_kernels.ops.routing.recipes import Recipe
 
@@ -42,15 +43,30 @@ def compute(
     impl: str | None,
 ) -> Tensor:
     """W [C, D]; over a group, the weights of the union of the ranks' tokens."""
-    statistics: Any = reference.cluster_statistics
-    weights: Any = reference.feature_weights
-    if impl != "reference":
-        statistics, weights = partial(op.statistics, impl), partial(op.weights, impl)
-    given = (x.detach(), cluster)
-    sums: Any = (None, None)
-    if group is not None:  # the means have to be known first, in a pass of their own
-        sums = groups.summed(group, *statistics(*given, *sums, num_clusters, "sum"))
-    deviations, counts = statistics(*given, *sums, num_clusters, recipe.stat)
-    if group is not None:
-        deviations, counts = groups.summed(group, deviations)[0], sums[1]
-    return weights(deviations, counts, recipe.eps, recipe.clip, recipe.norm, recipe.mask)
+    by_reference = impl == "reference"
+    x = x.detach()
+    options = (recipe.eps, recipe.clip, recipe.norm, recipe.mask)
+    if group is None:
+        whole: Any = (
+            reference.cluster_weights if by_reference else partial(op.cluster_weights, impl)
+        )
+        return whole(x, cluster, num_clusters, recipe.stat, *options)
+    statistics, weights = _two(impl)
+    # The means have to be known first, in a pass of their own.
+    sums, counts = groups.summed(group, *statistics(x, cluster, None, None, num_clusters, "sum"))
+    deviations, _ = statistics(x, cluster, sums, counts, num_clusters, recipe.stat)
+    return weights(*groups.summed(group, deviations), counts, *options)
+
+
+def cluster_weights_forward(a: Any) -> Tensor:
+    """The operator on a CPU, where the sums are in one part anyway."""
+    statistics, weights = _two("cpu" if _extension.why_not() is None else "reference")
+    deviations, counts = statistics(a.x, a.cluster, None, None, a.num_clusters, a.stat)
+    return weights(deviations, counts, a.eps, a.clip, a.norm, a.mask)
+
+
+def _two(impl: str | None) -> tuple[Any, Any]:
+    """What computes the statistics, and the weights from them."""
+    if impl == "reference":
+        return reference.cluster_statistics, reference.feature_weights
+    return partial(op.statistics, impl), partial(op.weights, impl)

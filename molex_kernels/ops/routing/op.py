@@ -107,6 +107,19 @@ weights = _operators.Pass(
     reference=lambda a: reference.feature_weights(*a),
 )
 
+# Both for the clusters of these tokens alone, where the parts of the sums need not be put together.
+cluster_weights = _operators.Pass(
+    "cluster_weights",
+    "(Tensor x, Tensor cluster, int num_clusters, str stat, float eps, float clip, str norm, "
+    "bool mask) -> Tensor",
+    fake=lambda a: _statistics_fake(a)[0],
+    triton=_TRITON,
+    cpu="molex_kernels.ops.routing.clusters",
+    native=(),
+    reference=lambda a: reference.cluster_weights(*a),
+    op="ac_weights, ac_route",
+)
+
 # Totals are sums over that many ranks, for a loss whose mean over the ranks is that of all tokens.
 load_balance = _operators.Pass(
     "load_balance",

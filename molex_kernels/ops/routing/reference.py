@@ -269,6 +269,14 @@ def feature_weights(
     return torch.where(present, w, 1.0)
 
 
+def cluster_weights(
+    x: Tensor, cluster: Tensor, num_clusters: int, stat: str, *recipe: Any
+) -> Tensor:
+    """`feature_weights` of the clusters of these tokens."""
+    deviations, counts = cluster_statistics(x, cluster, None, None, num_clusters, stat)
+    return feature_weights(deviations, counts, *recipe)
+
+
 def _bucket(cluster: Tensor, num_clusters: int) -> Tensor:
     """The cluster of each token; C, one past the last, for an id outside [0, C)."""
     return torch.where((cluster >= 0) & (cluster < num_clusters), cluster, num_clusters).long()

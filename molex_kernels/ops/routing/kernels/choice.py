@@ -67,8 +67,62 @@ def keep_groups(
 
 
 @triton.jit
+def _larger_first(a, b):
+    swapped = b > a
+    return tl.where(swapped, b, a), tl.where(swapped, a, b)
+
+
+@triton.jit
+def _four_ranks(number, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
+    """[BLOCK_T, BLOCK_E] -> four quarters, of which each column descends from one to the next."""
+    quarters = tl.reshape(number, [BLOCK_T, 2, 2, BLOCK_E // 4])
+    even, odd = tl.split(tl.permute(quarters, (0, 3, 1, 2)))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    a, b = _larger_first(a, b)
+    c, d = _larger_first(c, d)
+    a, c = _larger_first(a, c)
+    b, d = _larger_first(b, d)
+    b, c = _larger_first(b, c)
+    return a, b, c, d
+
+
+@triton.jit
+def _largest(key, top_k, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_T, BLOCK_K] int32: the experts with the largest keys, descending; ties to the lower.
+
+    A key, which is no NaN, and its expert are one integer, so one maximum finds both. Of many
+    experts four share a column that is in order: the maximum is of the first ones alone.
+    """
+    bits = (key + 0.0).to(tl.int32, bitcast=True)  # -0 equals 0
+    # Negative floats grow downwards as integers.
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    behind = BLOCK_E - 1 - tl.arange(0, BLOCK_E)
+    first = (ordered.to(tl.int64) << 32) | behind.to(tl.int64)[None, :]
+    if BLOCK_E >= 64:
+        first, second, third, fourth = _four_ranks(first, BLOCK_T, BLOCK_E)
+    lowest = -(2**63)
+    offs_k = tl.arange(0, BLOCK_K)
+    chosen = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
+    for k in range(top_k):
+        best = tl.max(first, axis=1)
+        here = first == best[:, None]
+        if BLOCK_E >= 64:
+            first = tl.where(here, second, first)
+            second = tl.where(here, third, second)
+            third = tl.where(here, fourth, third)
+            fourth = tl.where(here, lowest, fourth)
+        else:
+            first = tl.where(here, lowest, first)
+        expert = BLOCK_E - 1 - (best & 0xFFFFFFFF).to(tl.int32)
+        chosen = tl.where(offs_k[None, :] == k, expert[:, None], chosen)
+    return chosen
+
+
+@triton.jit
 def choose(
     z,  # [BLOCK_T, BLOCK_E] fp32
+    logits,  # [T, E] fp32: the same in memory
     expert_bias,  # [E] or None
     given,  # [T, K] or None
     index_ptr,  # [T, K] int64, contiguous
@@ -83,59 +137,49 @@ def choose(
 
     The index of a given expert outside [0, E) is -1.
     """
-    probability = z
     if SCORE == "softmax":
         shifted = tl.where(mask_e[None, :], z, float("-inf"))
-        shifted = tl.exp(shifted - tl.max(shifted, axis=1)[:, None])
-        probability = shifted / tl.sum(shifted, axis=1)[:, None]
-    key = z
-    if expert_bias is not None:
-        key = probability if SCORE == "softmax" else elementwise(z, SCORE)
-        key += load_fp32(places(expert_bias, offs_e), mask_e)[None, :]
-    # Real experts are at least the lowest finite number, so they come before the padding at -inf.
-    lowest = -3.4028234663852886e38
-    key = tl.where(key > lowest, key, lowest)
-    key = tl.where(mask_e[None, :], key, float("-inf"))
-    if TOP_GROUPS < NUM_GROUPS:
-        key = keep_groups(key, offs_e, E, NUM_GROUPS, TOP_GROUPS, BLOCK_T, BLOCK_E)
-
-    # Over their sum, softmax and sigmoid are a softmax of their logarithms, which has no 0/0.
-    source = z if RENORMALIZE else probability
+        largest = tl.max(shifted, axis=1)[:, None]
+        shifted = tl.exp(shifted - largest)
+        total = tl.sum(shifted, axis=1)[:, None]
     offs_k = tl.arange(0, BLOCK_K)
-    chosen = tl.full([BLOCK_T, BLOCK_K], float("-inf"), tl.float32)
-    for k in range(top_k):
-        if given is None:
-            best = tl.max(key, axis=1)
-            expert = tl.min(tl.where(key == best[:, None], offs_e[None, :], BLOCK_E), axis=1)
-        else:
-            expert = int64(tl.load(at(given, offs_t, k), mask=mask_t, other=-1))
-            expert = tl.where((expert >= 0) & (expert < E), expert, -1)
-        here = offs_e[None, :] == expert[:, None]
-        value = tl.sum(tl.where(here, source, 0.0), axis=1)
-        if given is not None:
-            value = tl.where(expert >= 0, value, float("-inf"))
-        chosen = tl.where(offs_k[None, :] == k, value[:, None], chosen)
-        if given is None:
-            key = tl.where(here, float("-inf"), key)
-        tl.store(index_ptr + offs_t * top_k + k, expert.to(tl.int64), mask=mask_t)
-
     mask_k = offs_k < top_k
     mask_tk = mask_t[:, None] & mask_k[None, :]
-    known = mask_k[None, :]
-    if given is not None:
-        ids = int64(tl.load(at(given, offs_t[:, None], offs_k[None, :]), mask=mask_tk, other=-1))
-        known = (ids >= 0) & (ids < E)
+    if given is None:
+        key = z
+        if expert_bias is not None:
+            key = shifted / total if SCORE == "softmax" else elementwise(z, SCORE)
+            key += load_fp32(places(expert_bias, offs_e), mask_e)[None, :]
+        # Real experts are at least the lowest finite number: they come before the padding at -inf.
+        lowest = -3.4028234663852886e38
+        key = tl.where(key > lowest, key, lowest)
+        key = tl.where(mask_e[None, :], key, float("-inf"))
+        if TOP_GROUPS < NUM_GROUPS:
+            key = keep_groups(key, offs_e, E, NUM_GROUPS, TOP_GROUPS, BLOCK_T, BLOCK_E)
+        expert = _largest(key, top_k, BLOCK_T, BLOCK_E, BLOCK_K).to(tl.int64)
+        known = mask_k[None, :]
+    else:
+        expert = int64(tl.load(at(given, offs_t[:, None], offs_k[None, :]), mask=mask_tk, other=-1))
+        known = (expert >= 0) & (expert < E)
+        expert = tl.where(known, expert, -1)
+    tl.store(index_ptr + offs_t[:, None] * top_k + offs_k[None, :], expert, mask=mask_tk)
+
+    chosen = tl.load(at(logits, offs_t[:, None], expert), mask=mask_tk & known, other=0.0)
+    if SCORE == "softmax" and not RENORMALIZE:
+        chosen = tl.exp(chosen - largest) / total
     if SCORE == "sigmoid" and RENORMALIZE:
         chosen = -softplus(-chosen)
     elif SCORE != "softmax" and SCORE != "softmax_topk":
         chosen = elementwise(chosen, SCORE)
     if SCORE == "softmax_topk" or (RENORMALIZE and (SCORE == "softmax" or SCORE == "sigmoid")):
+        # Over their sum, softmax and sigmoid are a softmax of their logarithms, which has no 0/0.
         # The largest by hand: with an expert bias the first is not the largest logit.
+        chosen = tl.where(known, chosen, float("-inf"))
         chosen = tl.exp(chosen - tl.max(chosen, axis=1)[:, None])
         chosen = chosen / tl.sum(chosen, axis=1)[:, None]
     elif RENORMALIZE:
-        total = tl.sum(tl.where(known, chosen, 0.0), axis=1)
-        chosen = chosen / tl.where(mask_t, total, 1.0)[:, None]
+        over = tl.sum(tl.where(known, chosen, 0.0), axis=1)
+        chosen = chosen / tl.where(mask_t, over, 1.0)[:, None]
     if scaling is not None:
         chosen *= scaling
     if given is not None:
@@ -163,8 +207,9 @@ def _choice_fwd(
     mask_e = offs_e < E
     z = load_fp32(at(logits, offs_t[:, None], offs_e[None, :]), mask_t[:, None] & mask_e[None, :])
     choose(
-        z, expert_bias, given, index_ptr, weight_ptr, scaling, offs_t, offs_e, mask_t, mask_e,
-        E, top_k, SCORE, NUM_GROUPS, TOP_GROUPS, RENORMALIZE, BLOCK_T, BLOCK_E, BLOCK_K,
+        z, logits, expert_bias, given, index_ptr, weight_ptr, scaling,
+        offs_t, offs_e, mask_t, mask_e, E, top_k,
+        SCORE, NUM_GROUPS, TOP_GROUPS, RENORMALIZE, BLOCK_T, BLOCK_E, BLOCK_K,
     )  # fmt: skip
 
 

@@ -6,7 +6,9 @@ from molex_kernels._triton.chips import KIB, Chip
 from molex_kernels._triton.sizes import next_power_of_2
 from molex_kernels._triton.tuning import Config, Options, around, kept
 
-PROGRAMS = 264  # of the gate's gradient: about two for each multiprocessor of a large GPU
+PROGRAMS = 264  # that share the tokens: about two for each multiprocessor of a large GPU
+# Numbers that every program of the feature weights may add up by itself, 1 MiB of them.
+MAX_PARTS = 2**18
 _SCAN_TILE = 16384  # counts held in registers by the scan
 
 
@@ -76,11 +78,11 @@ def scan(chip: Chip, num_blocks: int, block_e: int) -> Config:
 
 
 @kept
-def statistics(chip: Chip) -> Options:
-    """For the sums over the tokens of a cluster."""
-    sizes = ((128, 32), (32, 128), (64, 128))
-    candidates = [Config({"BLOCK_T": t, "BLOCK_D": d}) for t, d in sizes]
-    return Config({"BLOCK_T": 64, "BLOCK_D": 64}), tuple(candidates)
+def statistics(chip: Chip, clusters: int, is_fp32: bool) -> Options:
+    """For the sums over the tokens of a cluster; BLOCK_T is the depth of the product here."""
+    block_c = min(64, max(16, next_power_of_2(clusters)))
+    block_t = 32 if is_fp32 or block_c == 64 else 64
+    return around(Config({"BLOCK_T": block_t, "BLOCK_D": 64, "BLOCK_C": block_c}), warps=(8,))
 
 
 @kept
@@ -102,9 +104,10 @@ def reduce(chip: Chip) -> Options:
 
 
 @kept
-def weights(chip: Chip) -> Options:
-    """For the feature weights."""
-    return around(Config({"BLOCK_D": 64, "BLOCK_C": 32}), warps=(2, 8))
+def weights(chip: Chip, clusters: int) -> Options:
+    """For the feature weights: a program adds up all of them, so its loads have to be many."""
+    block_c = min(32, next_power_of_2(clusters))
+    return around(Config({"BLOCK_D": 128, "BLOCK_C": block_c}, 8), warps=(4,))
 
 
 def block_c(clusters: int) -> int:

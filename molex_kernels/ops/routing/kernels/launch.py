@@ -30,9 +30,9 @@ from molex_kernels.ops.routing.kernels.router_backward import (
 from molex_kernels.ops.routing.kernels.statistics import (
     _feature_weights_fwd,
     _pairwise_fwd_keys,
+    _pairwise_fwd_reduce,
     _pairwise_fwd_tile,
-    _statistics_fwd_reduce,
-    _statistics_fwd_tile,
+    _statistics_fwd_part,
 )
 
 # Feature weights as table [C, D], labels [T, M] and mix [T, M]; None where absent.
@@ -176,37 +176,37 @@ def cluster_statistics_forward(a: Any) -> tuple[Tensor, Tensor]:
     "sum": their sum. Else sums of |x - mean| or (x - mean)^2, with mean = sums / counts, of these
     tokens where `sums` is None; "pairwise": sum_{i != j} |x_i - x_j| / (n - 1).
     """
-    sums = a.sums
-    counts = a.counts
-    sizes, offsets, permutation, _ = _plan(a.cluster[:, None], a.num_clusters)
-    if sums is None or counts is None:
-        sums, counts = _segmented(a.x, permutation, offsets, None, None, "sum"), sizes
-    if a.stat == "sum":
-        return sums, sizes
-    if a.stat == "pairwise":
-        return _pairwise(a.x, a.cluster, offsets, sums, counts), sizes
-    return _segmented(a.x, permutation, offsets, sums, counts, a.stat), sizes
+    given = None if a.sums is None or a.counts is None else (a.sums[None], a.counts[None])
+    return _added(*_statistics(a.x, a.cluster, given, a.num_clusters, a.stat))
 
 
 def feature_weights_forward(a: Any) -> Tensor:
     """Feature weights W [C, D] fp32."""
-    clusters, dim = a.deviations.shape
-    out = a.deviations.new_empty(clusters, dim)
+    return _feature_weights(a, a.deviations[None], a.counts[None])
+
+
+def cluster_weights_forward(a: Any) -> Tensor:
+    """Feature weights W [C, D] fp32 of the clusters of these tokens."""
+    deviations, counts = _statistics(a.x, a.cluster, None, a.num_clusters, a.stat)
+    if deviations.shape[0] > 1 and deviations.numel() > config.MAX_PARTS:
+        deviations, counts = (parts[None] for parts in _added(deviations, counts))
+    return _feature_weights(a, deviations, counts)
+
+
+def _feature_weights(a: Any, deviations: Tensor, counts: Tensor) -> Tensor:
+    """By the parts [S, C, D] and [S, C] of deviations and counts."""
+    parts, clusters, dim = deviations.shape
+    out = deviations.new_empty(clusters, dim)
     has_clip = math.isfinite(a.clip)
     launch(
         _feature_weights_fwd,
         lambda b: (cdiv(dim, b["BLOCK_D"]),),
         (
-            a.deviations,
-            a.counts,
-            out,
-            dim,
-            clusters,
-            a.eps,
-            a.clip if has_clip else 0.0,
+            *(deviations, counts, out, dim, clusters, parts),
+            *(a.eps, a.clip if has_clip else 0.0),
         ),
         {"NORM": a.norm, "HAS_CLIP": has_clip, "MASKED": a.mask},
-        config.weights(chips.of(out.device)),
+        config.weights(chips.of(out.device), clusters),
     )
     return out
 
@@ -268,9 +268,7 @@ def _gate_gradient(
     options = config.dgate(chips.of(x.device), experts)
     blocks = options[0].blocks  # of all candidates: they differ in other things
     tiles_d, tiles_e = cdiv(dim, blocks["BLOCK_D"]), cdiv(experts, blocks["BLOCK_E"])
-    splits = min(cdiv(config.PROGRAMS, tiles_d * tiles_e), cdiv(tokens, 128))
-    rows = cdiv(cdiv(tokens, splits), blocks["BLOCK_T"]) * blocks["BLOCK_T"]
-    splits = cdiv(tokens, rows)
+    splits, rows = _split(tokens, tiles_d * tiles_e, 128, blocks["BLOCK_T"])
     parts = dz.new_empty(splits, experts, dim)
     bias_parts = dz.new_empty(splits, experts) if needs_bias else None
     launch(
@@ -287,34 +285,78 @@ def _gate_gradient(
     return dgate.to(gate.dtype), bias_parts
 
 
-def _segmented(
+def _split(tokens: int, tiles: int, least: int, block: int) -> tuple[int, int]:
+    """Parts of the tokens, of about `least` or more, and the rows of each, in whole blocks."""
+    splits = min(cdiv(config.PROGRAMS, tiles), cdiv(tokens, least))
+    rows = cdiv(cdiv(tokens, splits), block) * block
+    return cdiv(tokens, rows), rows
+
+
+def _added(*parts: Tensor) -> tuple[Tensor, ...]:
+    """The sums over the parts, in a fixed order; no launch where there is one."""
+    return tuple(p.sum(0, dtype=p.dtype) if p.shape[0] > 1 else p.squeeze(0) for p in parts)
+
+
+def _statistics(
+    x: Tensor, cluster: Tensor, means: tuple[Tensor, Tensor] | None, clusters: int, stat: str
+) -> tuple[Tensor, Tensor]:
+    """Parts of the sums or deviations, [S, C, D] fp32, and of the counts, [S, C] int32.
+
+    means: parts of the sums and counts of the tokens from whose means the deviations are.
+    """
+    if means is not None and stat != "pairwise":
+        return _parts(x, cluster, means, clusters, stat, True)
+    sums, counts = _parts(x, cluster, None, clusters, "sum", True)
+    if stat == "sum":
+        return sums, counts
+    if stat == "pairwise":
+        total, size = _added(sums, counts)
+        return _pairwise(x, cluster, total, size)[None], size[None]
+    return _parts(x, cluster, (sums, counts), clusters, stat, False)[0], counts
+
+
+def _parts(
     x: Tensor,
-    permutation: Tensor,
-    offsets: Tensor,
-    sums: Tensor | None,
-    counts: Tensor | None,
+    cluster: Tensor,
+    means: tuple[Tensor, Tensor] | None,
+    clusters: int,
     stat: str,
-) -> Tensor:
-    if x.shape[0] == 0:
-        return x.new_zeros(offsets.shape[0], x.shape[1], dtype=torch.float32)
-    return _tiled(
-        _statistics_fwd_tile,
-        (strided(x), permutation, offsets, sums, counts),
-        (x.shape[1], offsets.shape[0]),
-        {"STAT": stat},
-        config.statistics(chips.of(x.device)),
-        x,
-        offsets,
-        None,
-    )
-
-
-def _pairwise(x: Tensor, cluster: Tensor, offsets: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+    needs_counts: bool,
+) -> tuple[Tensor, Tensor]:
+    """One launch of `_statistics`; without `needs_counts` the second result is empty."""
     tokens, dim = x.shape
-    clusters = offsets.shape[0]
-    if tokens == 0 or dim == 0:
-        return x.new_zeros(clusters, dim, dtype=torch.float32)
+    if tokens == 0:
+        zeros = x.new_zeros(1, clusters, dim, dtype=torch.float32)
+        return zeros, x.new_zeros(1, clusters, dtype=torch.int32)
+    options = config.statistics(chips.of(x.device), clusters, x.dtype == torch.float32)
+    blocks = options[0].blocks  # of all candidates: they differ in other things
+    tiles_d, tiles_c = cdiv(dim, blocks["BLOCK_D"]), cdiv(clusters, blocks["BLOCK_C"])
+    splits, rows = _split(tokens, tiles_d * tiles_c, 512, blocks["BLOCK_T"])
+    partial = x.new_empty(splits, clusters, dim, dtype=torch.float32)
+    counts = x.new_empty(splits if needs_counts else 0, clusters, dtype=torch.int32)
+    launch(
+        _statistics_fwd_part,
+        lambda _: (tiles_d, tiles_c, splits),
+        (
+            *(strided(x), strided(cluster), *(means or (None, None))),
+            *(partial, counts if needs_counts else None),
+            *(tokens, dim, clusters, rows, means[0].shape[0] if means else 0),
+        ),
+        # These are sums, whatever is allowed of products.
+        {"STAT": stat, "PRECISION": _precise(x)},
+        options,
+    )
+    return partial, counts
+
+
+def _pairwise(x: Tensor, cluster: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+    tokens, dim = x.shape
+    clusters = counts.shape[0]
+    out = x.new_empty(clusters, dim, dtype=torch.float32)
+    if tokens == 0:
+        return out.zero_()
     chip = chips.of(x.device)
+    offsets = counts.cumsum(0, dtype=torch.int32)
     keys = x.new_empty(dim, tokens, dtype=torch.int64)
     launch(
         _pairwise_fwd_keys,
@@ -324,68 +366,42 @@ def _pairwise(x: Tensor, cluster: Tensor, offsets: Tensor, sums: Tensor, counts:
         config.keys(chip),
     )
     keys = torch.sort(keys, dim=1).values
-    return _tiled(
-        _pairwise_fwd_tile,
-        (keys, offsets, sums, counts),
-        (tokens, dim, clusters),
-        {},
-        config.ranks(chip),
-        x,
-        offsets,
-        counts,
-    )
-
-
-def _tiled(
-    kernel: Any,
-    tensors: tuple[Any, ...],
-    sizes: tuple[int, ...],
-    constants: dict[str, Any],
-    options: Any,
-    x: Tensor,
-    offsets: Tensor,
-    pairwise_counts: Tensor | None,
-) -> Tensor:
-    """A partial sum for each tile of a cluster's rows, and then their sums [C, D]."""
-    (tokens, dim), clusters = x.shape, offsets.shape[0]
-    block_c = config.block_c(clusters)
-    partial = x.new_empty(0)
+    # A partial sum for each tile of a cluster's ranks, and then their sums.
+    block_c = {"BLOCK_C": config.block_c(clusters)}
+    partial = out
 
     def tiles(blocks: Mapping[str, int]) -> int:
         return cdiv(tokens, blocks["BLOCK_T"]) + clusters
 
     def arguments(blocks: Mapping[str, int]) -> tuple[Any, ...]:
         nonlocal partial
-        partial = x.new_empty(tiles(blocks), dim, dtype=torch.float32)
-        return *tensors, partial, *sizes
+        partial = out.new_empty(tiles(blocks), dim)
+        return keys, offsets, sums, counts, partial, tokens, dim, clusters
 
     chosen = launch(
-        kernel,
+        _pairwise_fwd_tile,
         lambda b: (tiles(b), cdiv(dim, b["BLOCK_D"])),
         arguments,
-        {**constants, "BLOCK_C": block_c},
-        options,
+        block_c,
+        config.ranks(chip),
     )
-    out = partial.new_empty(clusters, dim)
     launch(
-        _statistics_fwd_reduce,
+        _pairwise_fwd_reduce,
         lambda b: (clusters, cdiv(dim, b["BLOCK_D"])),
-        (partial, offsets, pairwise_counts, out, dim, clusters),
-        {
-            "PAIRWISE": pairwise_counts is not None,
-            "ROWS": chosen.blocks["BLOCK_T"],
-            "BLOCK_C": block_c,
-        },
-        config.reduce(chips.of(x.device)),
+        (partial, offsets, counts, out, dim, clusters),
+        {"ROWS": chosen.blocks["BLOCK_T"], **block_c},
+        config.reduce(chip),
     )
     return out
 
 
 def _precision(x: Tensor, upcast: bool) -> str:
     """How `tl.dot` multiplies fp32: as three tf32 products where the inputs were 16-bit."""
-    if upcast and x.dtype != torch.float32:
-        return "ieee" if chips.of(x.device).is_amd else "tf32x3"
-    return dot_precision(x.dtype)
+    return _precise(x) if upcast and x.dtype != torch.float32 else dot_precision(x.dtype)
+
+
+def _precise(x: Tensor) -> str:
+    return "ieee" if chips.of(x.device).is_amd else "tf32x3"
 
 
 def _sizes(mixture: Mixture) -> tuple[int, int]:

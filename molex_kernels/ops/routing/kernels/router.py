@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import at, int64, load_fp32, places
+from molex_kernels._triton.arguments import Mat, at, int64, load_fp32, places
 from molex_kernels._triton.tiles import add_product
 from molex_kernels.ops.routing.kernels.choice import choose
 
@@ -100,8 +100,10 @@ def _router_fwd(
         z += load_fp32(places(gate_bias, offs_e), mask_e)[None, :]
     mask_te = mask_t[:, None] & mask_e[None, :]
     tl.store(logits_ptr + offs_t[:, None] * E + offs_e[None, :], z, mask=mask_te)
+    tl.debug_barrier()  # the logits of the chosen experts are read from memory
 
     choose(
-        z, expert_bias, None, index_ptr, weight_ptr, scaling, offs_t, offs_e, mask_t, mask_e,
-        E, top_k, SCORE, NUM_GROUPS, TOP_GROUPS, RENORMALIZE, BLOCK_T, BLOCK_E, BLOCK_K,
+        z, Mat(logits_ptr, E, 1), expert_bias, None, index_ptr, weight_ptr, scaling,
+        offs_t, offs_e, mask_t, mask_e, E, top_k,
+        SCORE, NUM_GROUPS, TOP_GROUPS, RENORMALIZE, BLOCK_T, BLOCK_E, BLOCK_K,
     )  # fmt: skip
