@@ -238,8 +238,8 @@ BF16 = torch.bfloat16
 # Arguments behind the chip of every function that makes options, by op.
 OPTIONS = {
     "dispatch": {
-        "gemm": (BF16, "some", True),
-        "hidden": (BF16, "some", True),
+        "gemm": (BF16, 128, 768, True),
+        "hidden": (BF16, 128, True),
         "wgrad": (BF16, 64, 512, True),
         "combine": (768,),
         "bias": (),
@@ -247,7 +247,7 @@ OPTIONS = {
     },
     "layer_mixing": {
         "bias": (),
-        "linear": (BF16, 1024, True, 8),
+        "linear": (BF16, 1024, 768, True, 8),
         "wgrad": (BF16, True),
         "mix": (768, True),
         "vote": (12,),
@@ -266,7 +266,7 @@ OPTIONS = {
         "dx": (),
         "dgate": (64,),
         "plan": (65536,),
-        "statistics": (),
+        "statistics": (16, False),
         "keys": (),
         "ranks": (),
         "reduce": (),

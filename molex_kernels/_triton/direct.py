@@ -7,6 +7,7 @@ see no difference between them.
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +23,10 @@ from molex_kernels._triton.arguments import STRIDED
 from molex_kernels._triton.tuning import Config
 
 _MOST = 4096  # kept launches of a kernel: sizes that change at every call must not fill the memory
-_NOWHERE = compile("", "", "exec")
+# Emulation and recording replace it, after this module is imported or before: then none is direct.
+_RUN = JITFunction.run if inspect.isfunction(JITFunction.run) else None
+if _RUN is not None and _RUN.__code__.co_filename != inspect.getfile(JITFunction):
+    _RUN = None
 Kept = dict[Any, tuple[Any, tuple[Any, ...]]]  # a compiled kernel and its constants, by key
 _kept: defaultdict[Any, Kept] = defaultdict(dict)
 
@@ -70,18 +74,13 @@ def _is_direct(kernel: Any) -> bool:
     """Whether nothing stands between the kernel and CUDA's driver, as a profiler's hooks would."""
     return (
         type(kernel) is JITFunction
-        # Emulation and recording replace `run`, before or after this module is imported.
-        and _file(JITFunction.run) == _file(JITFunction.repr)
+        and JITFunction.run is _RUN
         and not (kernel.pre_run_hooks or kernel.debug or knobs.runtime.debug)
         and not knobs.compilation.instrumentation_mode
         and isinstance(driver.active, CudaDriver)
         and not _calls(knobs.runtime.launch_enter_hook)
         and not _calls(knobs.runtime.launch_exit_hook)
     )
-
-
-def _file(function: Any) -> str:
-    return getattr(function, "__code__", _NOWHERE).co_filename
 
 
 def _calls(hook: Any) -> bool:

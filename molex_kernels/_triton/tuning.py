@@ -61,14 +61,12 @@ def around(pinned: Config, *, warps: Sequence[int] = (), stages: Sequence[int] =
 
 def aligned(*tensors: Tensor) -> bool:
     """Whether rows move 16 elements at a time: one unit stride, the others multiples of 16."""
-    for tensor in tensors:
-        strides = tensor.stride()
-        if tensor.data_ptr() % 16 or min(strides) > 1:
-            return False
-        for stride in strides:
-            if stride % 16 and stride != 1:
-                return False
-    return True
+    return all(t.data_ptr() % 16 == 0 and _moves(t.stride()) for t in tensors)
+
+
+@kept
+def _moves(strides: tuple[int, ...]) -> bool:
+    return min(strides) <= 1 and all(stride == 1 or stride % 16 == 0 for stride in strides)
 
 
 _chosen: dict[str, Config] = {}
