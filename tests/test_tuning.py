@@ -270,7 +270,7 @@ OPTIONS = {
         "keys": (),
         "ranks": (),
         "reduce": (),
-        "weights": (),
+        "weights": (16,),
     },
     "rpc_attention": {
         "forward": (BF16, 64, True, False),
