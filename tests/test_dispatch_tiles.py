@@ -10,6 +10,7 @@ from dispatch import draw, with_gradients
 pytest.importorskip("triton")
 
 from molex_kernels._triton import chips
+from molex_kernels.ops.dispatch.api import grouped_gemm
 from molex_kernels.ops.dispatch.kernels import config, starts
 
 # What interprets kernels has no arithmetic in bf16.
@@ -117,3 +118,75 @@ def test_wide_tiles_where_most_of_their_columns_exist():
     assert [width(1024, chip) for chip in ("sm_80", "sm_100", "gfx942")] == [128, 256, 128]
     assert width(1024, rows=64) == 128
     assert width(1024, dtype=torch.float32) == 64
+
+
+# Rows by expert; cut at multiples of 32, but for an expert's first.
+ROUTINGS = {
+    "one": [0, 0, 150],
+    "last rows are nobody's": [40, 0, 75],
+    "just whole": [0, 64, 32, 54],
+    "just cut": [1, 64, 0, 65],
+    "on a cut": [32, 65, 31],
+    "a row at the end": [97, 32],
+}
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("impl", ["triton"])
+def test_long_experts_in_pieces(impl, aligned, routing, generator, monkeypatch):
+    """The weights' gradient against fp64 and twice the same; rows behind the last may be there."""
+    counts = torch.tensor(ROUTINGS[routing])
+    width = 48 if aligned else 45
+    x = torch.randn(150, width, generator=generator).to(DEVICE)
+    weight = torch.randn(len(counts), 16, width, generator=generator).to(DEVICE)
+    offsets = counts.cumsum(0).int().to(DEVICE)
+    dy = torch.randn(150, 16, generator=generator).to(DEVICE)
+
+    def gradient():
+        leaf = weight.detach().requires_grad_()
+        y = grouped_gemm(x, leaf, offsets, impl=impl)
+        return torch.autograd.grad(y, leaf, dy)[0]
+
+    whole = gradient()
+    monkeypatch.setattr(config, "chunk", lambda *sizes: 32)
+    launched = watched(monkeypatch, "launch")
+    got = gradient()
+    assert len(launched) == 3  # the product, the gradient's pieces, their sums
+    assert torch.equal(got, gradient())
+    ends = counts.cumsum(0).tolist()
+    bounds = list(zip([0, *ends], ends, strict=False))
+    want = torch.stack([dy[a:b].double().mT @ x[a:b].double() for a, b in bounds])
+    torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=1e-5)
+    is_cut = torch.tensor([b > (a // 32 + 2) * 32 for a, b in bounds])
+    assert is_cut.any() == (routing != "just whole")
+    assert torch.equal(got[~is_cut], whole[~is_cut])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, *DTYPES), ids=str)
+@pytest.mark.parametrize("impl", ["triton"])
+def test_pieces_of_gathered_rows(impl, dtype, generator, monkeypatch):
+    """Both weights' gradients of a layer whose first expert has most rows."""
+    monkeypatch.setattr(config, "chunk", lambda *sizes: 16)
+    launched = watched(monkeypatch, "launch")
+    inputs = draw(generator, 40, 20, 12, 4, 2, gated=True, dtype=dtype)
+    inputs["expert_index"][:30, 0] = 0
+    inputs["expert_index"][:, 1] = torch.arange(40) % 2 * 2 + 1
+    upstream = torch.randn(40, 20, generator=generator).to(DEVICE, dtype)
+    options = {"activation": "swiglu", "wanted": ("w_up", "w_down")}
+    _, got = with_gradients(inputs, upstream, **options, impl=impl)
+    assert len(launched) == 3 + 1 + 4  # forward; the hidden rows; product and sums, twice
+    doubles = {n: v.double() if v.is_floating_point() else v for n, v in inputs.items()}
+    _, want = with_gradients(doubles, upstream.double(), **options, impl="reference")
+    for name, gradient in want.items():
+        error = (got[name].double() - gradient).norm()
+        assert error <= 4 * torch.finfo(dtype).eps * gradient.norm(), name
+
+
+def test_experts_are_cut_where_one_of_them_would_be_a_tail():
+    """Few tiles, many rows, and partial sums of at most 256 MiB."""
+    assert config.chunk(40960 * 8, 128, 768, 256) == 3200
+    assert config.chunk(65536, 2, 768, 256) == 2048
+    assert config.chunk(32767, 2, 768, 256) == 0
+    assert config.chunk(32768 * 8, 128, 2048, 768) == 0
+    assert config.chunk(32768 * 8, 64, 4096, 1024) == 0

@@ -134,6 +134,34 @@ def wgrad(
     return usual, (wide, _gemm(32, 128, 128, 8, 4))
 
 
+_CHUNK = 2048  # rows of a piece, at least
+_SLOTS = 264  # blocks of an H100, two to a multiprocessor
+_MOST_PARTIAL = 256 * 1024 * KIB  # bytes of partial sums
+
+
+@kept
+def chunk(num_rows: int, num_experts: int, num_columns: int, num_features: int) -> int:
+    """Rows between the cuts of long experts in the weights' gradient; 0: none is cut.
+
+    One long expert is a tail where its tiles fill no chip. Its pieces are a part of what each
+    multiprocessor has to do, and longer than an expert's average, so that even loads stay whole.
+    """
+    tiles = cdiv(num_columns, 128) * cdiv(num_features, 128)
+    if tiles >= _SLOTS or num_rows < 16 * _CHUNK:  # the launch that adds them up would cost more
+        return 0
+    share = num_rows * tiles // _SLOTS
+    average = cdiv(num_rows, num_experts)
+    rows = max(_CHUNK, cdiv(min(share // 2, 5 * average // 4), 128) * 128)
+    partial = num_rows // rows * num_columns * num_features * 4
+    return rows if partial <= _MOST_PARTIAL else 0
+
+
+@kept
+def pieces(chip: Chip) -> Options:
+    """For the sums of partial gradients."""
+    return around(Config({"BLOCK_N": 16, "BLOCK_D": 128}, 4, 2), warps=(2, 8))
+
+
 @kept
 def combine(chip: Chip, num_features: int) -> Options:
     """About 8 elements to a thread; wide rows are read in long runs."""

@@ -19,7 +19,11 @@ from molex_kernels.ops.dispatch.kernels import config
 from molex_kernels.ops.dispatch.kernels.combine import _dispatch_bwd_weight, _dispatch_fwd_combine
 from molex_kernels.ops.dispatch.kernels.gemm import _dispatch_fwd_gemm
 from molex_kernels.ops.dispatch.kernels.hidden import _dispatch_bwd_hidden
-from molex_kernels.ops.dispatch.kernels.wgrad import _dispatch_bwd_bias, _dispatch_bwd_wgrad
+from molex_kernels.ops.dispatch.kernels.wgrad import (
+    _dispatch_bwd_bias,
+    _dispatch_bwd_pieces,
+    _dispatch_bwd_wgrad,
+)
 
 
 class Numbers(NamedTuple):
@@ -204,24 +208,27 @@ def wgrad(
         return
     num_experts, num_columns, num_features = out.shape
     is_aligned = tuning.aligned(left, right, out)
+    chunk = config.chunk(rows.num_rows, num_experts, num_columns, num_features)
+    cuts = (rows.num_rows - 1) // chunk if chunk else 0
+    partial = out.new_empty((cuts, *out.shape[1:]), dtype=torch.float32) if cuts else None
 
-    def grid(blocks: Mapping[str, int]) -> tuple[int]:
-        tiles = cdiv(num_columns, blocks["BLOCK_N"])
-        return (num_experts * tiles * cdiv(num_features, blocks["BLOCK_D"]),)
+    def tiles(blocks: Mapping[str, int]) -> int:
+        return cdiv(num_columns, blocks["BLOCK_N"]) * cdiv(num_features, blocks["BLOCK_D"])
 
     launch(
         _dispatch_bwd_wgrad,
-        grid,
+        lambda b: ((num_experts + cuts) * tiles(b),),
         (
-            *map(strided, (left, right, out)),
-            *(rows.offsets, rows.permutation, rows.num_rows),
-            *(num_columns, num_features),
+            *map(strided, (left, right, out, partial)),
+            *(rows.offsets, rows.permutation, rows.num_rows, num_experts),
+            *(num_columns, num_features, chunk),
         ),
         {
             "IS_LEFT_GATHERED": left_gathered,
             "IS_RIGHT_GATHERED": right_gathered,
             "TOP_K": rows.top_k,
             "PRECISION": dot_precision(left.dtype),
+            "BLOCK_E": rows.block_e if cuts else 1,
         },
         config.wgrad(
             chips.of(out.device),
@@ -231,6 +238,17 @@ def wgrad(
             is_aligned,
         ),
     )
+    if partial is not None:
+        launch(
+            _dispatch_bwd_pieces,
+            lambda b: (num_experts * tiles(b),),
+            (
+                *map(strided, (partial, out)),
+                *(rows.offsets, rows.num_rows, num_columns, num_features, chunk),
+            ),
+            {},
+            config.pieces(chips.of(out.device)),
+        )
 
 
 def bias(x: Tensor, expert_weight: Tensor | None, out: Tensor, rows: Rows) -> None:

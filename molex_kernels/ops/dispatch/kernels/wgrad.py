@@ -17,19 +17,55 @@ def _rows_of_expert(offsets_ptr, expert, num_rows):
 
 
 @triton.jit
+def _first_cut(start, chunk):
+    """The number of the first multiple of `chunk` behind an expert's first row."""
+    return start // chunk + 1
+
+
+@triton.jit
+def _piece(offsets_ptr, number, num_rows, num_experts, chunk, BLOCK_E: tl.constexpr):
+    """(expert, first row, end, cut, whether it is all of the expert) of a piece; none: no expert.
+
+    An expert's rows are cut at the multiples of `chunk` inside them, except at the first, so that
+    experts of like lengths stay whole. First pieces are numbered by their experts, later ones by
+    num_experts + cut - 1; none has more than 2 chunks. `cut` numbers a piece's partial sum.
+    """
+    is_head = number < num_experts
+    expert = number
+    if not is_head:
+        offs_e = tl.arange(0, BLOCK_E)
+        mask_e = offs_e < num_experts
+        ends = tl.load(offsets_ptr + offs_e, mask=mask_e, other=0)
+        row = (number - num_experts + 1) * chunk
+        expert = tl.sum((mask_e & (ends <= row)).to(tl.int32), axis=0)
+    start, end = _rows_of_expert(offsets_ptr, tl.minimum(expert, num_experts - 1), num_rows)
+    first_cut = _first_cut(start, chunk)
+    is_whole = end <= (first_cut + 1) * chunk
+    cut = tl.where(is_head, first_cut, number - num_experts + 1)
+    is_there = is_head | ((expert < num_experts) & (cut > first_cut))
+    first = tl.where(is_head, start, cut * chunk)
+    end = tl.minimum(end, (cut + 1) * chunk)
+    return tl.where(is_there, expert, num_experts), first, end, cut, is_whole
+
+
+@triton.jit
 def _dispatch_bwd_wgrad(
     left,  # [T, N] gathered, else [R, N]
     right,  # [T, D] gathered, else [R, D]
     out,  # [E, N, D]
+    partial,  # [cuts, N, D] fp32; None: no expert is cut
     offsets_ptr,  # [E] int32
     permutation_ptr,  # [R] int64
     num_rows,
+    num_experts,
     num_columns,
     num_features,
+    chunk,  # rows between cuts
     IS_LEFT_GATHERED: tl.constexpr,
     IS_RIGHT_GATHERED: tl.constexpr,
     TOP_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -44,7 +80,16 @@ def _dispatch_bwd_wgrad(
     offs_d = int64(tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_n = offs_n < num_columns
     mask_d = offs_d < num_features
-    start, end = _rows_of_expert(offsets_ptr, expert, num_rows)
+    cut = 0
+    is_whole = True
+    if partial is None:
+        start, end = _rows_of_expert(offsets_ptr, expert, num_rows)
+    else:
+        expert, start, end, cut, is_whole = _piece(
+            offsets_ptr, expert, num_rows, num_experts, chunk, BLOCK_E
+        )
+        if expert >= num_experts:
+            return
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for row in range(start, end, BLOCK_T):
         offs_t = row + tl.arange(0, BLOCK_T)
@@ -68,12 +113,46 @@ def _dispatch_bwd_wgrad(
             other=0.0,
         )
         total = add_product(total, left_tile, right_tile, PRECISION)
+    mask = mask_n[:, None] & mask_d[None, :]
+    if is_whole:
+        out_e = Mat(nth(out, expert), out.row, out.col)
+        store(at(out_e, offs_n[:, None], offs_d[None, :]), total, mask)
+    elif partial is not None:
+        of_cut = Mat(nth(partial, cut - 1), partial.row, partial.col)
+        store(at(of_cut, offs_n[:, None], offs_d[None, :]), total, mask)
+
+
+@triton.jit
+def _dispatch_bwd_pieces(
+    partial,  # [cuts, N, D] fp32
+    out,  # [E, N, D]
+    offsets_ptr,  # [E] int32
+    num_rows,
+    num_columns,
+    num_features,
+    chunk,  # rows between cuts
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out_e of the experts that were cut: the sum of their pieces, in the order of the rows."""
+    pid = tl.program_id(0)
+    tiles_d = tl.cdiv(num_features, BLOCK_D)
+    tiles = tl.cdiv(num_columns, BLOCK_N) * tiles_d
+    expert = pid // tiles
+    tile = pid % tiles
+    start, end = _rows_of_expert(offsets_ptr, expert, num_rows)
+    first = _first_cut(start, chunk)
+    if end <= (first + 1) * chunk:
+        return
+    offs_n = int64(tile // tiles_d) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = int64(tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = (offs_n < num_columns)[:, None] & (offs_d < num_features)[None, :]
+    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for cut in range(first, tl.cdiv(end, chunk)):
+        of_cut = Mat(nth(partial, cut - 1), partial.row, partial.col)
+        total += load_fp32(at(of_cut, offs_n[:, None], offs_d[None, :]), mask)
     out_e = Mat(nth(out, expert), out.row, out.col)
-    store(
-        at(out_e, offs_n[:, None], offs_d[None, :]),
-        total,
-        mask_n[:, None] & mask_d[None, :],
-    )
+    store(at(out_e, offs_n[:, None], offs_d[None, :]), total, mask)
 
 
 @triton.jit
