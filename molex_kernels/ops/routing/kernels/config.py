@@ -46,16 +46,24 @@ def logits(chip: Chip, block_e: int) -> Options:
 
 
 @kept
-def dx(chip: Chip) -> Options:
-    """For the gradient of x."""
+def dx(chip: Chip, num_experts: int, in_parts: bool) -> Options:
+    """For the gradient of x; `in_parts` where that of the logits is multiplied by 16 bits."""
+    if in_parts:
+        sizes = {"BLOCK_D": 128, "BLOCK_E": min(32, max(16, next_power_of_2(num_experts)))}
+        candidates = [Config({"BLOCK_T": 128, **sizes}, 8, 2), Config({"BLOCK_T": 64, **sizes}, 4)]
+        return Config({"BLOCK_T": 64, **sizes}, 4, 2), tuple(candidates)
     candidates = [Config({"BLOCK_T": t, "BLOCK_D": 32, "BLOCK_E": 32}, 4, 2) for t in (32, 64)]
     return Config({"BLOCK_T": 32, "BLOCK_D": 64, "BLOCK_E": 32}, 8, 2), tuple(candidates)
 
 
 @kept
-def dgate(chip: Chip, num_experts: int) -> Options:
-    """For the gradient of the gate; BLOCK_T is the depth of the product here."""
+def dgate(chip: Chip, num_experts: int, in_parts: bool) -> Options:
+    """For the gradient of the gate, as `dx`; BLOCK_T is the depth of the product here."""
     block_e = min(64, max(16, next_power_of_2(num_experts)))
+    if in_parts:
+        depth, width = (32, 128) if block_e == 64 else (64, 64)
+        sizes = {"BLOCK_T": depth, "BLOCK_D": width, "BLOCK_E": block_e}
+        return around(Config(sizes, 4, 2), warps=(8,), stages=(3,))
     return around(Config({"BLOCK_T": 32, "BLOCK_D": 64, "BLOCK_E": block_e}, 8, 2), warps=(4,))
 
 

@@ -255,7 +255,7 @@ def _x_gradient(dz: Tensor, gate: Tensor, mixture: Mixture, dx: Tensor) -> None:
             *(tokens, dim, gate.shape[0], *_sizes(mixture)),
         ),
         {"PRECISION": _precision(dx, True)},
-        config.dx(chips.of(dx.device)),
+        config.dx(chips.of(dx.device), gate.shape[0], _in_parts(gate)),
     )
 
 
@@ -265,7 +265,8 @@ def _gate_gradient(
     """The gate's gradient, and where it is needed the bias's in parts that are yet to be summed."""
     tokens, dim = x.shape
     experts = gate.shape[0]
-    options = config.dgate(chips.of(x.device), experts)
+    in_parts = mixture[0] is None and _in_parts(x)
+    options = config.dgate(chips.of(x.device), experts, in_parts)
     blocks = options[0].blocks  # of all candidates: they differ in other things
     tiles_d, tiles_e = cdiv(dim, blocks["BLOCK_D"]), cdiv(experts, blocks["BLOCK_E"])
     splits, rows = _split(tokens, tiles_d * tiles_e, 128, blocks["BLOCK_T"])
@@ -398,6 +399,11 @@ def _pairwise(x: Tensor, cluster: Tensor, sums: Tensor, counts: Tensor) -> Tenso
 def _precision(x: Tensor, upcast: bool) -> str:
     """How `tl.dot` multiplies fp32: as three tf32 products where the inputs were 16-bit."""
     return _precise(x) if upcast and x.dtype != torch.float32 else dot_precision(x.dtype)
+
+
+def _in_parts(x: Tensor) -> bool:
+    """Whether `dot_parts` multiplies the parts of fp32 by this tensor."""
+    return x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and _precise(x) == "tf32x3")
 
 
 def _precise(x: Tensor) -> str:

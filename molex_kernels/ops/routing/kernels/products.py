@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from molex_kernels._triton.tiles import add_product
+
 
 @triton.jit
 def leading_bits(a, DROPPED: tl.constexpr):
@@ -36,5 +38,5 @@ def dot_parts(a, b, acc, PRECISION: tl.constexpr, WHOLE: tl.constexpr):
         acc = tl.dot(rest, b, acc, input_precision="tf32")
         acc = tl.dot(high, b, acc, input_precision="tf32")
     else:
-        acc = tl.dot(a, b.to(tl.float32), acc, input_precision=PRECISION)
+        acc = add_product(acc, a, b.to(tl.float32), PRECISION)
     return acc

@@ -1,14 +1,15 @@
 """Router backward: from gradients of the logits, those of x, the gate and its bias.
 
-All products are of fp32 gradients, so that small ones do not vanish in fp16. Sums over tokens are
-cut into a number of parts that depends on the shape alone, and added in order.
+All products are of fp32 gradients, so that small ones do not vanish in fp16; with a factor of 16
+bits they are of the gradients' parts. Sums over tokens are cut into a number of parts that depends
+on the shape alone, and added in order.
 """
 
 import triton
 import triton.language as tl
 
-from molex_kernels._triton.arguments import at, int64, load_fp32, store
-from molex_kernels._triton.tiles import add_product
+from molex_kernels._triton.arguments import at, int64, store
+from molex_kernels.ops.routing.kernels.products import dot_parts
 from molex_kernels.ops.routing.kernels.router import feature_weights, load_x
 
 
@@ -39,8 +40,8 @@ def _router_bwd_x(
             other=0.0,
         )
         gate_ptrs = at(gate, int64(offs_e)[:, None], offs_d[None, :])
-        gate_tile = load_fp32(gate_ptrs, mask_e[:, None] & mask_d[None, :])
-        dx = add_product(dx, dz, gate_tile, PRECISION)
+        gate_tile = tl.load(gate_ptrs, mask=mask_e[:, None] & mask_d[None, :], other=0.0)
+        dx = dot_parts(dz, gate_tile, dx, PRECISION, False)
     if table is not None:
         dx *= feature_weights(
             table, labels, mix, offs_t, offs_d, mask_t, mask_d,
@@ -78,16 +79,17 @@ def _router_bwd_gate(
         offs_t = first + start + tl.arange(0, BLOCK_T)
         mask_t = offs_t < end
         dz = tl.load(
-            dz_ptr + offs_t[None, :] * E + offs_e[:, None],
-            mask=mask_t[None, :] & mask_e[:, None],
+            dz_ptr + offs_t[:, None] * E + offs_e[None, :],
+            mask=mask_t[:, None] & mask_e[None, :],
             other=0.0,
         )
         x_tile = load_x(
             x, table, labels, mix, offs_t, offs_d, mask_t, mask_d,
-            num_labels, num_clusters, True, BLOCK_T, BLOCK_D,
+            num_labels, num_clusters, table is not None, BLOCK_T, BLOCK_D,
         )  # fmt: skip
-        dgate = add_product(dgate, dz, x_tile, PRECISION)
-        dbias += tl.sum(dz, axis=1)
+        # Loaded as it lies and turned in registers: else the products would wait for one another.
+        dgate = dot_parts(tl.trans(dz), x_tile, dgate, PRECISION, False)
+        dbias += tl.sum(dz, axis=0)
     pointers = dgate_ptr + (split * E + offs_e[:, None]) * D + offs_d[None, :]
     tl.store(pointers, dgate, mask=mask_e[:, None] & mask_d[None, :])
     # Two ifs: the first one is decided at compile time.
