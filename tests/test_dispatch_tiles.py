@@ -163,7 +163,7 @@ def test_long_experts_in_pieces(impl, aligned, routing, generator, monkeypatch):
     assert torch.equal(got[~is_cut], whole[~is_cut])
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, *DTYPES), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
 @pytest.mark.parametrize("impl", ["triton"])
 def test_pieces_of_gathered_rows(impl, dtype, generator, monkeypatch):
     """Both weights' gradients of a layer whose first expert has most rows."""
