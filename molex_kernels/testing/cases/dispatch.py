@@ -32,7 +32,7 @@ def _activation(case: Case) -> Activation:
     return CLAMPED if name == "clamped_swiglu" else name
 
 
-def _expert_index(case: Case, draw: Draw) -> Tensor:
+def expert_index(case: Case, draw: Draw) -> Tensor:
     tokens, num_experts, top_k = (case.sizes[name] for name in "TEK")
     routing = case.options.get("routing", "uniform")
     scores = draw.normal(tokens, num_experts, dtype=torch.float32)
@@ -67,7 +67,7 @@ def make_moe_mlp(
     own = options.get("own_dtype", False) or dtype == torch.float64
     inputs: Inputs = {
         "x": draw.normal(tokens, width),
-        "expert_index": _expert_index(case, draw),
+        "expert_index": expert_index(case, draw),
         "expert_weight": weights.to(dtype) if own else weights,
         "w_up": draw.normal(num_experts, rows, width, scale=width**-0.5),
         "w_down": draw.normal(num_experts, width, hidden, scale=hidden**-0.5),
