@@ -78,6 +78,13 @@ def plan(chip: Chip, total: int) -> Options:
 
 
 @kept
+def whole(chip: Chip, total: int) -> Options | None:
+    """For a plan of one block; None for more assignments than one sorts as fast as many."""
+    block = max(128, next_power_of_2(total))
+    return None if block > 1024 else around(Config({"BLOCK_A": block}, max(4, block // 128)))
+
+
+@kept
 def scan(chip: Chip, num_blocks: int, block_e: int) -> Config:
     """As many warps as hold a tile at 32 counts a thread."""
     block_b = min(next_power_of_2(num_blocks), max(1, _SCAN_TILE // block_e))

@@ -21,6 +21,7 @@ from molex_kernels.ops.routing.kernels.plan import (
     _plan_fwd_count,
     _plan_fwd_scan,
     _plan_fwd_scatter,
+    _plan_fwd_whole,
 )
 from molex_kernels.ops.routing.kernels.router import _router_fwd
 from molex_kernels.ops.routing.kernels.router_backward import (
@@ -137,6 +138,16 @@ def _plan(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tenso
     block_e = max(64, next_power_of_2(num_experts + 2))
     chip = chips.of(expert_index.device)
     sizes = (total, top_k, num_experts)
+    whole = config.whole(chip, total)
+    if whole is not None:
+        launch(
+            _plan_fwd_whole,
+            lambda _: (1,),
+            (strided(expert_index), counts, offsets, permutation, inverse, *sizes),
+            {"BLOCK_E": block_e},
+            whole,
+        )
+        return counts, offsets, permutation, inverse
 
     def start(chosen: Config) -> None:
         blocks = cdiv(total, chosen.blocks["BLOCK_A"])

@@ -1,8 +1,8 @@
 """Stable counting sort of assignments by expert, in three launches and without a host read.
 
 Blocks of assignments are counted, one program turns the counts into row numbers, and the blocks
-scatter. Integer arithmetic only, each row written once: the result does not depend on the order in
-which the programs run.
+scatter; where there is one block, a single launch does it all. Integer arithmetic only, each row
+written once: the result does not depend on the order in which the programs run.
 """
 
 import triton
@@ -71,6 +71,14 @@ def _plan_fwd_scan(
 
 
 @triton.jit
+def _sorted(bucket, place, mask, num_experts, BLOCK_A: tl.constexpr):
+    """A block's buckets in order, and the place from which each has come."""
+    # Keys are distinct and carry the place, so any sort is stable; past the end sorts last.
+    key = tl.sort(tl.where(mask, bucket, num_experts + 1) * BLOCK_A + place)
+    return key // BLOCK_A, key % BLOCK_A
+
+
+@triton.jit
 def _plan_fwd_scatter(
     index,  # [T, K] int32 or int64
     shift,  # [blocks, BLOCK_E] int32
@@ -82,12 +90,31 @@ def _plan_fwd_scatter(
     place = tl.arange(0, BLOCK_A)
     offs_a = block * BLOCK_A + place
     bucket = _load_buckets(index, total, top_k, num_experts, offs_a)
-    # Keys are distinct and carry the place, so any sort is stable; past the end sorts last.
-    key = tl.where(offs_a < total, bucket, num_experts + 1) * BLOCK_A + place
-    key = tl.sort(key)
-    bucket = key // BLOCK_A
-    assignment = block * BLOCK_A + key % BLOCK_A
+    bucket, source = _sorted(bucket, place, offs_a < total, num_experts, BLOCK_A)
+    assignment = block * BLOCK_A + source
     mask = bucket <= num_experts
     row = place + tl.load(at(shift, block, bucket), mask=mask, other=0)
     tl.store(permutation_ptr + row, assignment, mask=mask)
     tl.store(inverse_ptr + assignment, row.to(tl.int64), mask=mask)
+
+
+@triton.jit
+def _plan_fwd_whole(
+    index,  # [T, K] int32 or int64
+    counts_ptr, offsets_ptr,  # [E] int32, contiguous
+    permutation_ptr, inverse_ptr,  # [T * K] int64, contiguous
+    total, top_k, num_experts,
+    BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """All of them in one block, whose sorted places are the rows."""
+    place = tl.arange(0, BLOCK_A)
+    mask = place < total
+    bucket = _load_buckets(index, total, top_k, num_experts, place)
+    offs_e = tl.arange(0, BLOCK_E)
+    is_expert = offs_e < num_experts
+    counts = tl.histogram(tl.where(mask, bucket, BLOCK_E - 1), BLOCK_E)
+    tl.store(counts_ptr + offs_e, counts, mask=is_expert)
+    tl.store(offsets_ptr + offs_e, tl.cumsum(counts, axis=0), mask=is_expert)
+    _, assignment = _sorted(bucket, place, mask, num_experts, BLOCK_A)
+    tl.store(permutation_ptr + place, assignment.to(tl.int64), mask=mask)
+    tl.store(inverse_ptr + assignment, place.to(tl.int64), mask=mask)
