@@ -243,6 +243,7 @@ OPTIONS = {
         "wgrad": (BF16, 64, 512, True),
         "combine": (768,),
         "bias": (),
+        "pieces": (),
         "weight": (),
     },
     "layer_mixing": {
@@ -263,8 +264,8 @@ OPTIONS = {
     "routing": {
         "router": (64, "16-bit"),
         "logits": (64,),
-        "dx": (),
-        "dgate": (64,),
+        "dx": (64, True),
+        "dgate": (64, True),
         "plan": (65536,),
         "statistics": (16, False),
         "keys": (),
