@@ -109,7 +109,7 @@ def pieces(counts: Sequence[int], chunk: int) -> list[int | None]:
         heads.append(min(end, (first_cut + 1) * chunk) - start)
         for cut in range(first_cut + 1, cdiv(end, chunk)):
             behind[cut - 1] = min(end, (cut + 1) * chunk) - cut * chunk
-    return heads + behind
+    return behind + heads
 
 
 def _slots(rows: int, columns: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,3 +73,12 @@ def test_programs_are_those_that_are_launched(chunk, monkeypatch):
     starts.wgrad(x, acted, w_down, rows)
     products = list(makespan.products(COUNTS, DIM, HIDDEN))
     assert [len(product.costs) for product in products] == grids
+
+
+def test_skewed_routing_is_within_the_goal_and_as_the_docs_have_it(capsys):
+    makespan.main()
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) > 2
+    assert max(float(row.split("|")[-2]) for row in rows[2:]) <= 1.05
+    docs = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
+    assert "\n".join(rows) in docs

@@ -27,21 +27,23 @@ def _piece(offsets_ptr, number, num_rows, num_experts, chunk, BLOCK_E: tl.conste
     """(expert, first row, end, cut, whether it is all of the expert) of a piece; none: no expert.
 
     An expert's rows are cut at the multiples of `chunk` inside them, except at the first, so that
-    experts of like lengths stay whole. First pieces are numbered by their experts, later ones by
-    num_experts + cut - 1; none has more than 2 chunks. `cut` numbers a piece's partial sum.
+    experts of like lengths stay whole; none has more than 2 chunks. First come those behind a cut,
+    which are long, then each expert's first: short ones fill up the end. `cut` numbers a partial
+    sum.
     """
-    is_head = number < num_experts
-    expert = number
+    num_cuts = (num_rows - 1) // chunk
+    is_head = number >= num_cuts
+    expert = number - num_cuts
     if not is_head:
         offs_e = tl.arange(0, BLOCK_E)
         mask_e = offs_e < num_experts
         ends = tl.load(offsets_ptr + offs_e, mask=mask_e, other=0)
-        row = (number - num_experts + 1) * chunk
+        row = (number + 1) * chunk
         expert = tl.sum((mask_e & (ends <= row)).to(tl.int32), axis=0)
     start, end = _rows_of_expert(offsets_ptr, tl.minimum(expert, num_experts - 1), num_rows)
     first_cut = _first_cut(start, chunk)
     is_whole = end <= (first_cut + 1) * chunk
-    cut = tl.where(is_head, first_cut, number - num_experts + 1)
+    cut = tl.where(is_head, first_cut, number + 1)
     is_there = is_head | ((expert < num_experts) & (cut > first_cut))
     first = tl.where(is_head, start, cut * chunk)
     end = tl.minimum(end, (cut + 1) * chunk)
