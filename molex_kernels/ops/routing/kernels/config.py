@@ -95,7 +95,7 @@ def scan(chip: Chip, num_blocks: int, block_e: int) -> Config:
 @kept
 def statistics(chip: Chip, clusters: int, is_fp32: bool) -> Options:
     """For the sums over the tokens of a cluster; BLOCK_T is the depth of the product here."""
-    block_c = min(64, max(16, next_power_of_2(clusters)))
+    block_c = min(32 if is_fp32 else 64, max(16, next_power_of_2(clusters)))
     block_t = 32 if is_fp32 or block_c == 64 else 64
     return around(Config({"BLOCK_T": block_t, "BLOCK_D": 64, "BLOCK_C": block_c}), warps=(8,))
 

@@ -290,7 +290,7 @@ def _gate_gradient(
             *(dz, strided(x), *map(strided, mixture), parts, bias_parts),
             *(tokens, dim, experts, rows, *_sizes(mixture)),
         ),
-        {"PRECISION": _precision(x, True)},
+        {"PRECISION": _precision(x, True), "IN_PARTS": in_parts},
         options,
     )
     dgate = parts.sum(0) if splits > 1 else parts[0].clone()

@@ -61,7 +61,7 @@ def _router_bwd_gate(
     dgate_ptr,  # [S, E, D] fp32, contiguous
     dbias_ptr,  # [S, E] fp32, contiguous, or None
     T, D, E, rows, num_labels, num_clusters,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, IN_PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Tokens [s * rows, (s + 1) * rows) of part s."""
@@ -78,18 +78,20 @@ def _router_bwd_gate(
     for start in range(0, rows, BLOCK_T):
         offs_t = first + start + tl.arange(0, BLOCK_T)
         mask_t = offs_t < end
-        dz = tl.load(
-            dz_ptr + offs_t[:, None] * E + offs_e[None, :],
-            mask=mask_t[:, None] & mask_e[None, :],
-            other=0.0,
-        )
+        # By 16 bits it is loaded as it lies and turned in registers, or wgmmas would wait in turn.
+        if IN_PARTS:
+            mask = mask_t[:, None] & mask_e[None, :]
+            dz = tl.load(dz_ptr + offs_t[:, None] * E + offs_e[None, :], mask=mask, other=0.0)
+            dz = tl.trans(dz)
+        else:
+            mask = mask_t[None, :] & mask_e[:, None]
+            dz = tl.load(dz_ptr + offs_t[None, :] * E + offs_e[:, None], mask=mask, other=0.0)
         x_tile = load_x(
             x, table, labels, mix, offs_t, offs_d, mask_t, mask_d,
             num_labels, num_clusters, table is not None, BLOCK_T, BLOCK_D,
         )  # fmt: skip
-        # Loaded as it lies and turned in registers: else the products would wait for one another.
-        dgate = dot_parts(tl.trans(dz), x_tile, dgate, PRECISION, False)
-        dbias += tl.sum(dz, axis=0)
+        dgate = dot_parts(dz, x_tile, dgate, PRECISION, False)
+        dbias += tl.sum(dz, axis=1)
     pointers = dgate_ptr + (split * E + offs_e[:, None]) * D + offs_d[None, :]
     tl.store(pointers, dgate, mask=mask_e[:, None] & mask_d[None, :])
     # Two ifs: the first one is decided at compile time.
