@@ -12,6 +12,7 @@ from molex_kernels import _flops as _flops_of_operators
 from molex_kernels import _sharding as _sharding_of_operators
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
 from molex_kernels.ops.dispatch.module import MoEMLP
+from molex_kernels.ops.dispatch.permute import permute, unpermute
 from molex_kernels.ops.dispatch.types import ClampedSwiGLU
 from molex_kernels.ops.layer_mixing.api import (
     check_layer_index,
@@ -98,6 +99,7 @@ __all__ = [
     "moe_mlp_momentum",
     "momentum_update",
     "noisy_topk_gates",
+    "permute",
     "propagate_base",
     "route_from_index",
     "route_from_logits",
@@ -107,6 +109,7 @@ __all__ = [
     "scaled_attention",
     "segment_gates",
     "topk_route",
+    "unpermute",
     "update_expert_bias",
 ]
 

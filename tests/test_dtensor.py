@@ -54,6 +54,22 @@ def _rows(x: Tensor, weight: Tensor) -> Tensor:
     return mk.grouped_gemm(x, weight, _beside(x, torch.tensor([2, 4, 7], dtype=torch.int32)))
 
 
+def _permuted(x: Tensor) -> Tensor:
+    return mk.permute(x, mk.route_plan(_beside(x, torch.arange(14).view(7, 2) % 4), 3))
+
+
+def _unpermuted(rows: Tensor, weight: Tensor) -> Tensor:
+    plan = mk.route_plan(_beside(rows, torch.arange(14).view(7, 2) % 4), 3)
+    return mk.unpermute(rows, plan, weight)
+
+
+def _chosen(logits: Tensor, bias: Tensor) -> Tensor:
+    options = {"score": "sigmoid", "renormalize": True}
+    routing = mk.route_from_logits(logits, top_k=2, expert_bias=bias, **options)
+    again = mk.route_from_index(logits, routing.expert_index, score="softmax")
+    return routing.expert_weight * again.expert_weight
+
+
 def _layers(x: Tensor, weights: Tensor) -> Tensor:
     return mk.layer_linear(x, weights, _beside(x, torch.tensor([0, 2])))
 
@@ -71,6 +87,7 @@ def _update(rule: mk.Rule) -> Callable[..., Tensor]:
 CASES: dict[str, tuple[Any, ...]] = {
     "topk_route": (_routed, [(7, 4), (3, 4)], [0, None], [0, 0, "sum"]),
     "ac_route": (_mixed, [(7, 4), (3, 4), (7, 2)], [0, None, 0], [0, 0, "sum", 0]),
+    "route_from_logits": (_chosen, [(7, 5), (5,)], [0, None], [0, 0, None]),
     "momentum_update": (
         _update(mk.HeavyBall(0.7)),
         [(7, 4), (7, 4), (7, 4), (4,)],
@@ -99,6 +116,8 @@ CASES: dict[str, tuple[Any, ...]] = {
     # What all ranks have to have whole is brought there.
     "grouped_gemm": (_rows, [(7, 5), (3, 4, 5)], [0, 0], [None] * 3),
     "moe_mlp": (_experts, [(7, 4), (7, 2), (3, 6, 4), (3, 4, 6)], [0, 0, None, None], [None] * 5),
+    "permute": (_permuted, [(7, 5)], [0], [None] * 2),
+    "unpermute": (_unpermuted, [(14, 5), (7, 2)], [0, 0], [None] * 3),
     "router_z_loss": (mk.router_z_loss, [(7, 5)], [0], [None] * 2),
     "layer_linear": (_layers, [(2, 7, 5), (3, 6, 5)], [1, None], [None] * 3),
 }

@@ -19,11 +19,9 @@ from molex_kernels.testing.opinfo import Case, OpInfo
 
 # What these do is done once for each element.
 WITHOUT_PRODUCTS = {
-    "choice_fwd",
-    "choice_bwd",
     *("route_plan", "cluster_statistics", "feature_weights", "cluster_weights", "layer_vote"),
-    *(f"{name}_{part}" for name in ("load_balance", "router_z", "layer_mix", "momentum")
-      for part in ("fwd", "bwd")),
+    *(f"{name}_{part}" for part in ("fwd", "bwd") for name in
+      ("choice", "load_balance", "router_z", "layer_mix", "momentum", "permute", "unpermute")),
 }  # fmt: skip
 COUNTED = ("topk_route", "grouped_gemm", "moe_mlp", "camex_deltas", "layer_linear", "rpc_attention")
 CASES = [

@@ -201,7 +201,7 @@ def experts_arguments(
     if b_down is not None:
         _check.floating("b_down", b_down, "E, D", (num_experts, width), x)
     if plan is not None:
-        _check_plan(plan, num_experts, tokens * top_k, x)
+        check_plan(plan, num_experts, tokens * top_k, x)
     weights = (w_up, w_down, b_up, b_down)
     if expert_weight.dtype != x.dtype:
         expert_weight = expert_weight.to(_dtypes.accumulate_dtype(x.dtype))
@@ -218,11 +218,15 @@ def _num_experts(name: str, weight: Tensor, letters: str) -> int:
     return weight.shape[0]
 
 
-def _check_plan(plan: RoutePlan, num_experts: int, num_rows: int, x: Tensor) -> None:
+def check_plan(plan: Any, num_experts: int | None, num_rows: int | None, x: Tensor) -> None:
+    """A plan of so many experts and rows (`None`: any), on the device of x."""
     if not isinstance(plan, RoutePlan):
         raise TypeError(f"plan: expected a RoutePlan, got {type(plan).__name__}")
     _check.tensor("plan.offsets", plan.offsets, "E", (num_experts,), (torch.int32,), x)
+    if plan.offsets.shape[0] < 1:
+        raise ValueError("plan.offsets: expected shape [E] with E at least 1, got E=0")
     _check.tensor("plan.permutation", plan.permutation, "T * K", (num_rows,), (torch.int64,), x)
+    num_rows = plan.permutation.shape[0]
     _check.tensor("plan.inverse", plan.inverse, "T * K", (num_rows,), (torch.int64,), x)
 
 

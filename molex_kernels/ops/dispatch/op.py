@@ -12,6 +12,7 @@ from molex_kernels.ops.dispatch import reference
 
 _TRITON = "molex_kernels.ops.dispatch.kernels.launch"
 _PLAN = "Tensor offsets, Tensor permutation, Tensor inverse"
+_TRITON_PERMUTE = "molex_kernels.ops.dispatch.kernels.permute"
 _WEIGHTS = "Tensor w_up, Tensor w_down, Tensor? b_up, Tensor? b_down"
 _ACTIVATION = "str activation, str layout, float[] numbers"
 
@@ -76,4 +77,26 @@ moe_experts = _operators.Pass(
     fake=lambda a: (a.x.new_empty(a.permutation.shape[0], a.x.shape[1]), _pre_activation(a)),
     triton=_TRITON,
     reference=_moe_experts,
+)
+
+permute = _operators.Pass(
+    "permute",
+    f"(Tensor x, {_PLAN}, int top_k) -> Tensor rows",
+    f"(Tensor drows, {_PLAN}, int top_k) -> (Tensor dx)",
+    fake=lambda a: a.x.new_empty(a.permutation.shape[0], a.x.shape[1]),
+    like={"x": lambda a: a.drows.new_empty(a.drows.shape[0] // a.top_k, a.drows.shape[1])},
+    triton=_TRITON_PERMUTE,
+    reference=lambda a: reference.permute(*a),
+)
+
+# `kept` is the rows again where their products with dy are wanted, which are the weights' gradient.
+unpermute = _operators.Pass(
+    "unpermute",
+    f"(Tensor rows, Tensor? kept, Tensor? expert_weight, {_PLAN}, int top_k) -> Tensor y",
+    f"(Tensor dy, Tensor? kept, Tensor? expert_weight, {_PLAN}, int top_k, bool[] needs)"
+    " -> (Tensor drows, Tensor dexpert_weight)",
+    fake=lambda a: a.rows.new_empty(a.rows.shape[0] // a.top_k, a.rows.shape[1]),
+    like={"rows": lambda a: a.dy.new_empty(a.permutation.shape[0], a.dy.shape[1])},
+    triton=_TRITON_PERMUTE,
+    reference=lambda a: reference.unpermute(a.rows, *a[2:]),
 )

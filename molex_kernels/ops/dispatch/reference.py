@@ -64,6 +64,30 @@ def moe_mlp(
     return (gates[..., None] * selected(out, mine).to(dtype)).sum(0).to(x.dtype)
 
 
+def permute(x: Tensor, offsets: Tensor, permutation: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    """rows_r = x_t of the row's token t; 0 past the last offset."""
+    local = torch.arange(permutation.shape[0], device=x.device) < offsets[-1]
+    return selected(x.to(accumulate_dtype(x.dtype))[permutation // top_k], local).to(x.dtype)
+
+
+def unpermute(
+    rows: Tensor,
+    expert_weight: Tensor | None,
+    offsets: Tensor,
+    permutation: Tensor,
+    inverse: Tensor,
+    top_k: int,
+) -> Tensor:
+    """y_t = sum_k w_tk rows_{inverse_tk} over the rows before the last offset."""
+    dtype = accumulate_dtype(rows.dtype)
+    place = inverse.unflatten(0, (inverse.shape[0] // top_k, top_k))
+    local = place < offsets[-1]
+    picked = selected(rows.to(dtype)[place], local)  # [T, K, D]
+    if expert_weight is not None:
+        picked = torch.where(local, expert_weight.to(dtype), 0)[..., None] * picked
+    return picked.sum(1).to(rows.dtype)
+
+
 def _used(mine: Tensor, parameter: Tensor) -> Tensor:
     """A parameter [E, ...], with 0 in the place of what no token uses."""
     used = mine.any(1)

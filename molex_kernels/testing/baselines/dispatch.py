@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from molex_kernels.ops.dispatch.types import Activation, activation_of
+from molex_kernels.ops.routing.types import RoutePlan
 
 
 def published_moe_mlp(
@@ -121,6 +123,52 @@ def _tune_liger_for(tokens: int, kernels: ModuleType) -> None:
             kernel.configs = three or kernel.configs
             kernel.cache.clear()
     _liger_tuned_for = tokens
+
+
+def published_permute(x: Tensor, plan: RoutePlan, *, top_k: int) -> Tensor:
+    """FastMoE's scatter of the tokens. Every id must be an expert's."""
+    return x.index_select(0, plan.permutation // top_k)
+
+
+def library_permute(x: Tensor, plan: RoutePlan, *, top_k: int) -> Tensor:
+    """Each token K times, then one permutation, whose gradient needs no atomics."""
+    return _Reordered.apply(x.repeat_interleave(top_k, 0), plan.permutation, plan.inverse)
+
+
+def published_unpermute(
+    rows: Tensor, plan: RoutePlan, expert_weight: Tensor | None = None, *, top_k: int
+) -> Tensor:
+    """FastMoE's gather, then its product with the weights. Every id must be an expert's."""
+    outputs = torch.zeros_like(rows).index_copy(0, plan.permutation, rows)
+    return _weighed(outputs, expert_weight, top_k)
+
+
+def library_unpermute(
+    rows: Tensor, plan: RoutePlan, expert_weight: Tensor | None = None, *, top_k: int
+) -> Tensor:
+    """One permutation, whose gradient needs no atomics, then a product with the weights."""
+    return _weighed(_Reordered.apply(rows, plan.inverse, plan.permutation), expert_weight, top_k)
+
+
+def _weighed(outputs: Tensor, expert_weight: Tensor | None, top_k: int) -> Tensor:
+    outputs = outputs.view(outputs.shape[0] // top_k, top_k, outputs.shape[1])
+    if expert_weight is None:
+        return outputs.sum(1)
+    return torch.bmm(expert_weight[:, None].to(outputs.dtype), outputs).squeeze(1)
+
+
+class _Reordered(torch.autograd.Function):
+    """rows[order], whose gradient is that of dy by the inverse order."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows[order]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return upstream[0][inverse], None, None
 
 
 def batched_gemm(

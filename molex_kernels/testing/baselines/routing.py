@@ -26,6 +26,17 @@ def library_topk_route(
     return Routing(index, values.softmax(1), logits)
 
 
+def library_route_from_logits(logits: Tensor, *, top_k: int) -> Routing:
+    """`torch.topk` and softmax."""
+    values, index = torch.topk(logits.float(), top_k, dim=1)
+    return Routing(index, values.softmax(1), logits)
+
+
+def library_route_from_index(logits: Tensor, expert_index: Tensor) -> Routing:
+    """A gather and softmax. Every id must be an expert's."""
+    return Routing(expert_index, logits.float().gather(1, expert_index).softmax(1), logits)
+
+
 def published_route_plan(expert_index: Tensor, num_experts: int) -> RoutePlan:
     """FastMoE's preparation, with its five waits for the device. Every id must be an expert's."""
     ids = expert_index.flatten()

@@ -9,14 +9,20 @@ import torch
 from torch import Tensor
 
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
+from molex_kernels.ops.dispatch.permute import permute, unpermute
 from molex_kernels.ops.dispatch.types import Activation, ClampedSwiGLU, activation_of
+from molex_kernels.ops.routing.api import route_plan
 from molex_kernels.testing.baselines.dispatch import (
     batched_gemm,
     library_grouped_gemm,
     library_moe_mlp,
+    library_permute,
+    library_unpermute,
     liger_moe_mlp,
     published_grouped_gemm,
     published_moe_mlp,
+    published_permute,
+    published_unpermute,
 )
 from molex_kernels.testing.opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 
@@ -33,7 +39,8 @@ def _activation(case: Case) -> Activation:
 
 
 def expert_index(case: Case, draw: Draw) -> Tensor:
-    tokens, num_experts, top_k = (case.sizes[name] for name in "TEK")
+    num_experts, top_k = case.sizes["E"], case.sizes["K"]
+    tokens = case.sizes["T"] if "T" in case.sizes else case.sizes["R"] // top_k
     routing = case.options.get("routing", "uniform")
     scores = draw.normal(tokens, num_experts, dtype=torch.float32)
     if routing == "zipf":
@@ -125,6 +132,48 @@ def _make_grouped_gemm(
     return inputs
 
 
+def _make_permute(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
+) -> Inputs:
+    draw = Draw(dtype, device, generator)
+    index = expert_index(case, draw)
+    inputs: Inputs = {
+        "x": draw.normal(index.shape[0], case.sizes["D"]),
+        "plan": route_plan(index, case.sizes["E"]),
+        "top_k": index.shape[1],
+    }
+    return inputs
+
+
+def _make_unpermute(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
+) -> Inputs:
+    draw = Draw(dtype, device, generator)
+    index = expert_index(case, draw)
+    inputs: Inputs = {
+        "rows": draw.normal(index.numel(), case.sizes["D"]),
+        "plan": route_plan(index, case.sizes["E"]),
+        "top_k": index.shape[1],
+    }
+    if case.options.get("weighted"):
+        weights = torch.softmax(draw.normal(*index.shape, dtype=torch.float32), dim=1)
+        own = case.options.get("own_dtype", False) or dtype == torch.float64
+        inputs["expert_weight"] = weights.to(dtype) if own else weights
+    return inputs
+
+
+def _left_out_of_permute(inputs: Inputs) -> dict[str, Tensor]:
+    """Rows of no expert, their weights, and tokens that have no other rows."""
+    plan, top_k = inputs["plan"], inputs["top_k"]
+    local = plan.offsets[-1]
+    rows = torch.arange(plan.inverse.shape[0], device=local.device)
+    elsewhere = plan.inverse.view(-1, top_k) >= local
+    alone = elsewhere.all(1, keepdim=True)
+    left = {"expert_weight": elsewhere, "x": alone, "y": alone, "rows": (rows >= local)[:, None]}
+    given = {"x", "rows"} if "x" in inputs else {"rows", "y", *inputs}
+    return {name: mask for name, mask in left.items() if name in given}
+
+
 def left_out_of_moe_mlp(inputs: Inputs) -> dict[str, Tensor]:
     """Experts that nobody chose; assignments to no expert, and tokens that have no others."""
     index, num_experts = inputs["expert_index"], inputs["w_up"].shape[0]
@@ -171,12 +220,32 @@ def _cost_grouped_gemm(case: Case, dtype: torch.dtype, backward: bool) -> Cost:
     return Cost(elements * dtype.itemsize + 4 * num_experts, passes * 2 * tokens * width * columns)
 
 
+def _cost_permute(case: Case, dtype: torch.dtype, backward: bool) -> Cost:
+    rows, width, top_k = (case.sizes[name] for name in "RDK")
+    one_way = (rows + rows // top_k) * width * dtype.itemsize + 8 * rows
+    return Cost(2 * one_way if backward else one_way, 0)
+
+
+def _cost_unpermute(case: Case, dtype: torch.dtype, backward: bool) -> Cost:
+    one_way = _cost_permute(case, dtype, False)
+    rows, width = case.sizes["R"], case.sizes["D"]
+    weights = 4 * rows if case.options.get("weighted") else 0
+    size = one_way.bytes + weights
+    if backward:  # the rows are read again where weights have a gradient, which is written
+        size += one_way.bytes + (2 * weights + rows * width * dtype.itemsize if weights else 0)
+    return Cost(size, 0)
+
+
 def _moe(t: int, d: int, i: int, e: int, k: int, note: str = "", **options: Any) -> Case:
     return Case({"T": t, "D": d, "I": i, "E": e, "K": k}, options, note)
 
 
 def _gemm(t: int, d: int, n: int, e: int, **options: Any) -> Case:
     return Case({"T": t, "D": d, "N": n, "E": e}, options)
+
+
+def _rows(r: int, d: int, e: int, k: int, note: str = "", **options: Any) -> Case:
+    return Case({"R": r, "D": d, "E": e, "K": k}, options, note)
 
 
 _MOE_TESTS = (
@@ -232,7 +301,63 @@ _MOE_COMPILED = (
     _moe(512, 44, 44, 4, 2, activation="geglu", bias=True),
 )
 
+# The widths at which tiles change, on both sides.
+_PERMUTE_COMPILED = tuple(_rows(64, d, 4, 2, weighted=True) for d in (128, 1024, 1000))
+_PERMUTE_BENCHMARKS = (
+    (12288, 352, 16, 2),
+    (262144, 2048, 128, 8, "qwen3"),
+    (262144, 4096, 128, 8),
+)
+
 OPINFOS = (
+    OpInfo(
+        name="permute",
+        function=permute,
+        make=_make_permute,
+        results=lambda rows: {"rows": rows},
+        differentiable=("x",),
+        tests=(
+            _rows(74, 44, 5, 2),
+            _rows(51, 17, 8, 3, routing="elsewhere"),
+            _rows(0, 17, 3, 2),
+            _rows(37, 130, 3, 1, routing="one"),
+            _rows(34, 1030, 5, 2, routing="twice"),
+        ),
+        large=(_rows(3000, 300, 17, 3, routing="elsewhere"),),
+        benchmarks=tuple(_rows(*sizes) for sizes in _PERMUTE_BENCHMARKS),
+        quick=(_rows(12288, 352, 16, 2),),
+        cost=_cost_permute,
+        baselines={"published": published_permute, "library": library_permute},
+        left_out=_left_out_of_permute,
+        masked=(_rows(28, 6, 4, 2, routing="elsewhere"),),
+        compiled=_PERMUTE_COMPILED,
+    ),
+    OpInfo(
+        name="unpermute",
+        function=unpermute,
+        make=_make_unpermute,
+        results=lambda y: {"y": y},
+        differentiable=("rows", "expert_weight"),
+        tests=(
+            _rows(74, 44, 5, 2, weighted=True),
+            _rows(51, 17, 8, 3, routing="elsewhere", weighted=True, own_dtype=True),
+            _rows(0, 17, 3, 2, weighted=True),
+            _rows(51, 17, 8, 3, routing="elsewhere"),
+            _rows(37, 130, 3, 1, routing="one", weighted=True),
+            _rows(34, 1030, 5, 2, routing="twice", weighted=True),
+        ),
+        large=(_rows(3000, 300, 17, 3, routing="elsewhere", weighted=True),),
+        benchmarks=tuple(_rows(*sizes, weighted=True) for sizes in _PERMUTE_BENCHMARKS),
+        quick=(_rows(12288, 352, 16, 2, weighted=True),),
+        cost=_cost_unpermute,
+        baselines={"published": published_unpermute, "library": library_unpermute},
+        left_out=_left_out_of_permute,
+        masked=(
+            _rows(28, 6, 4, 2, routing="elsewhere", weighted=True),
+            _rows(28, 6, 4, 2, routing="elsewhere"),
+        ),
+        compiled=_PERMUTE_COMPILED,
+    ),
     OpInfo(
         name="grouped_gemm",
         function=grouped_gemm,

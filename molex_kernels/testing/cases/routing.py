@@ -373,6 +373,7 @@ OPINFOS = (
         benchmarks=(_plan(32768, 128, 8),),
         quick=(_plan(6144, 16, 2),),
         cost=_cost_loss,
+        baselines={"library": baselines.library_route_from_logits},
     ),
     OpInfo(
         name="route_from_index",
@@ -388,6 +389,7 @@ OPINFOS = (
         benchmarks=(_plan(32768, 128, 8),),
         quick=(_plan(6144, 16, 2),),
         cost=_cost_loss,
+        baselines={"library": baselines.library_route_from_index},
     ),
     OpInfo(
         name="ac_route",
