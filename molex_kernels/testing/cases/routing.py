@@ -491,6 +491,7 @@ OPINFOS = (
             _plan(17, 16, 3, clusters="elsewhere", int32=True),
             _plan(0, 5, 2),
             _plan(37, 5, 1, clusters="one"),
+            _plan(150, 7, 4, clusters="empty"),
             _plan(515, 7, 2, clusters="empty"),
         ),
         benchmarks=(
