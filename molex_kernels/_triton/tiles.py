@@ -22,12 +22,19 @@ def segment_of_tile(
     starts = tl.load(offsets_ptr + offs_e - 1, mask=mask_e & (offs_e > 0), other=0)
     tiles = tl.where(mask_e, (ends - starts + BLOCK_ROWS - 1) // BLOCK_ROWS, 0)
     tile_ends = tl.cumsum(tiles, axis=0)
-    segment = tl.sum((mask_e & (tile_ends <= tile)).to(tl.int32), axis=0)
-    here = offs_e == segment
-    start = tl.sum(tl.where(here, starts, 0), axis=0)
-    end = tl.sum(tl.where(here, ends, 0), axis=0)
-    first_tile = tl.sum(tl.where(here, tile_ends - tiles, 0), axis=0)
+    is_before = mask_e & (tile_ends <= tile)
+    before = tl.where(is_before, 1, 0), tl.where(is_before, tile_ends, 0)
+    segment, first_tile = tl.reduce(before, 0, _sum_and_max)
+    # What is behind it was just loaded, and is nearer than one more reduction.
+    is_there = segment < num_segments
+    start = tl.load(offsets_ptr + segment - 1, mask=is_there & (segment > 0), other=0)
+    end = tl.load(offsets_ptr + segment, mask=is_there, other=0)
     return segment, start + (tile - first_tile) * BLOCK_ROWS, end
+
+
+@triton.jit
+def _sum_and_max(sum_a, max_a, sum_b, max_b):
+    return sum_a + sum_b, tl.maximum(max_a, max_b)
 
 
 @triton.jit
