@@ -267,7 +267,7 @@ OPTIONS = {
         "dx": (64, True),
         "dgate": (64, True),
         "plan": (65536,),
-        "statistics": (16, False),
+        "statistics": (16, False, True),
         "keys": (),
         "ranks": (),
         "reduce": (),

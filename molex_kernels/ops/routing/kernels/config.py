@@ -47,7 +47,7 @@ def logits(chip: Chip, block_e: int) -> Options:
 
 @kept
 def dx(chip: Chip, num_experts: int, in_parts: bool) -> Options:
-    """For the gradient of x; `in_parts` where that of the logits is multiplied by 16 bits."""
+    """For the gradient of x; `in_parts` where that of the logits meets aligned 16 bits."""
     if in_parts:
         sizes = {"BLOCK_D": 128, "BLOCK_E": min(32, max(16, next_power_of_2(num_experts)))}
         candidates = [Config({"BLOCK_T": 128, **sizes}, 8, 2), Config({"BLOCK_T": 64, **sizes}, 4)]
@@ -93,11 +93,14 @@ def scan(chip: Chip, num_blocks: int, block_e: int) -> Config:
 
 
 @kept
-def statistics(chip: Chip, clusters: int, is_fp32: bool) -> Options:
+def statistics(chip: Chip, clusters: int, is_fp32: bool, aligned: bool) -> Options:
     """For the sums over the tokens of a cluster; BLOCK_T is the depth of the product here."""
-    block_c = min(32 if is_fp32 else 64, max(16, next_power_of_2(clusters)))
-    block_t = 32 if is_fp32 or block_c == 64 else 64
-    return around(Config({"BLOCK_T": block_t, "BLOCK_D": 64, "BLOCK_C": block_c}), warps=(8,))
+    # An element that starts anywhere has an address in registers.
+    most, block_d = (32 if is_fp32 else 64, 64) if aligned else (16 if is_fp32 else 32, 32)
+    block_c = min(most, max(16, next_power_of_2(clusters)))
+    block_t = 32 if is_fp32 or block_c == 64 or not aligned else 64
+    sizes = {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_C": block_c}
+    return around(Config(sizes), warps=(8,))
 
 
 @kept

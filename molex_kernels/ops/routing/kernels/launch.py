@@ -14,7 +14,7 @@ from molex_kernels._triton import chips
 from molex_kernels._triton.arguments import strided
 from molex_kernels._triton.launch import launch, shared
 from molex_kernels._triton.sizes import cdiv, next_power_of_2
-from molex_kernels._triton.tuning import Config
+from molex_kernels._triton.tuning import Config, aligned
 from molex_kernels.ops.routing.kernels import config
 from molex_kernels.ops.routing.kernels.choice import _choice_fwd, _router_bwd_logits
 from molex_kernels.ops.routing.kernels.plan import (
@@ -266,7 +266,7 @@ def _x_gradient(dz: Tensor, gate: Tensor, mixture: Mixture, dx: Tensor) -> None:
             *(tokens, dim, gate.shape[0], *_sizes(mixture)),
         ),
         {"PRECISION": _precision(dx, True)},
-        config.dx(chips.of(dx.device), gate.shape[0], _in_parts(gate)),
+        config.dx(chips.of(dx.device), gate.shape[0], _in_parts(gate) and aligned(gate)),
     )
 
 
@@ -340,7 +340,8 @@ def _parts(
     if tokens == 0:
         zeros = x.new_zeros(1, clusters, dim, dtype=torch.float32)
         return zeros, x.new_zeros(1, clusters, dtype=torch.int32)
-    options = config.statistics(chips.of(x.device), clusters, x.dtype == torch.float32)
+    is_fp32 = x.dtype == torch.float32
+    options = config.statistics(chips.of(x.device), clusters, is_fp32, aligned(x))
     blocks = options[0].blocks  # of all candidates: they differ in other things
     tiles_d, tiles_c = cdiv(dim, blocks["BLOCK_D"]), cdiv(clusters, blocks["BLOCK_C"])
     splits, rows = _split(tokens, tiles_d * tiles_c, 512, blocks["BLOCK_T"])

@@ -121,7 +121,7 @@ def _statistics_fwd_part(
     )  # fmt: skip
     # Times 0 what is not finite is NaN, also in the sums of other clusters: there it is left out.
     finite = (tl.abs(total) < float("inf")).to(tl.int32)
-    if tl.sum(tl.sum(finite, axis=1), axis=0) < BLOCK_D * BLOCK_C:
+    if tl.sum(finite) < BLOCK_D * BLOCK_C:
         total, left_out = _add_tokens(
             x, cluster, out_ptr + first_c * D, D, offs_d, mask_d, first_c, num_here, first, end,
             STAT, True, PRECISION, BLOCK_T, BLOCK_D, BLOCK_C,
