@@ -60,9 +60,12 @@ def compute(
 
 def cluster_weights_forward(a: Any) -> Tensor:
     """The operator on a CPU, where the sums are in one part anyway."""
-    statistics, weights = _two("cpu" if _extension.why_not() is None else "reference")
-    deviations, counts = statistics(a.x, a.cluster, None, None, a.num_clusters, a.stat)
-    return weights(deviations, counts, a.eps, a.clip, a.norm, a.mask)
+    impl = "cpu" if _extension.why_not() is None else "reference"
+    # The operators themselves: derivatives were looked after on the way here.
+    tokens = (a.x, a.cluster, None, None, a.num_clusters, a.stat)
+    deviations, counts = op.statistics.forward(*tokens, impl)
+    options = (a.eps, a.clip, a.norm, a.mask)
+    return op.weights.forward(deviations, counts, *options, impl)
 
 
 def _two(impl: str | None) -> tuple[Any, Any]:
