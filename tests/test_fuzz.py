@@ -223,7 +223,8 @@ def _spoilt(inputs: dict[str, Any]) -> Iterator[tuple[str, str, Any, bool]]:
                 yield key, "flag", other, True
         elif isinstance(value, int | float):
             for number in NUMBERS:
-                yield key, "number", number, True
+                # Without this one, another may be too much.
+                yield key, "number", number, number is not None
         elif isinstance(value, str):
             # A threshold may be a number, too.
             for other in ("no such", [], {}, *(() if key == "threshold" else (3,))):

@@ -116,7 +116,9 @@ def _make_from_logits(
     score = case.options.get("score", "softmax_topk")
 
     def key(doubles: Inputs) -> Tensor:
-        return reference.selection_key(doubles["logits"], doubles.get("expert_bias"), score)
+        # Refuses more experts than there are, whose choice would never be clear.
+        logits = route_from_logits(**doubles, impl="reference").logits
+        return reference.selection_key(logits, doubles.get("expert_bias"), score)
 
     _draw_until_clear(inputs, draw, key, "logits")
     return inputs
