@@ -38,6 +38,18 @@ CHOOSE: dict[str, tuple[str, Any, tuple[Case, ...]]] = {
             Case({"T": 12, "D": 3, "E": 5, "K": 2}, {"cosine": True, "stat": "pairwise"}),
         ),
     ),
+    "route_from_logits": (
+        "expert_index",
+        lambda given: given["logits"].shape[1],
+        tuple(
+            Case({"T": 12, "E": 6, "K": k}, options)
+            for k, options in (
+                (2, {}),
+                (6, {"score": "logits", "renormalize": True}),
+                (3, {"score": "sigmoid", "expert_bias": True, "num_groups": 3, "top_groups": 2}),
+            )
+        ),
+    ),
     "layer_vote": ("j", lambda given: given["logits"].shape[1], OPS["layer_vote"].masked),
 }
 
@@ -99,13 +111,15 @@ def test_an_infinite_weight_of_a_mixture_meets_no_padding():
 
 
 def test_these_are_the_ops_that_choose(generator):
-    """By numbers: a plan, which sorts given ids, chooses nothing."""
+    """By numbers: a plan, which sorts given ids, chooses nothing, nor does who hands ids back."""
     found = set()
     for info in OPS.values():
         inputs = info.make(info.tests[0], torch.float32, DEVICE, generator)
-        given = [t for t in inputs.values() if isinstance(t, Tensor) and t.is_floating_point()]
-        results = info.results(info.function(**inputs, impl="reference"))
-        if given and any(not t.is_floating_point() for t in results.values()):
+        given = [t for t in inputs.values() if isinstance(t, Tensor)]
+        results = info.results(info.function(**inputs, impl="reference")).values()
+        made = [t for t in results if all(t is not other for other in given)]
+        numbers = any(t.is_floating_point() for t in given)
+        if numbers and not all(t.is_floating_point() for t in made):
             found.add(info.name)
     assert found == CHOOSE.keys()
 

@@ -192,15 +192,15 @@ def test_a_replayed_choice_has_the_same_weights(generator, impl: str, score, ren
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_an_expert_elsewhere_is_as_one_not_given(generator, impl: str, score, renormalize: bool):
     logits = _tokens(generator, 4, 6).requires_grad_()
-    index = torch.tensor([[1, -1, 4], [6, 2, 0], [-1, 9, 6], [5, 5, -7]])
+    index = torch.tensor([[1, -1, 4], [6, 2, 0], [-1, 9, 6], [5, 5, -7]], device=DEVICE)
     weighing = {"score": score, "renormalize": renormalize, "impl": impl}
     found = mk.route_from_index(logits, index, **weighing)
     (gradient,) = torch.autograd.grad(found.expert_weight.square().sum(), logits)
     for t in range(4):
-        known = index[t][(index[t] >= 0) & (index[t] < 6)]
+        here = (index[t] >= 0) & (index[t] < 6)
         leaf = logits[t : t + 1].detach().requires_grad_()
-        alone = mk.route_from_index(leaf, known[None], **weighing).expert_weight
-        weights = torch.zeros(3).masked_scatter((index[t] >= 0) & (index[t] < 6), alone.detach())
+        alone = mk.route_from_index(leaf, index[t][here][None], **weighing).expert_weight
+        weights = torch.zeros(3, device=DEVICE).masked_scatter(here, alone.detach())
         torch.testing.assert_close(found.expert_weight[t], weights)
         (want,) = torch.autograd.grad(alone.square().sum(), leaf)
         torch.testing.assert_close(gradient[t], want[0])
