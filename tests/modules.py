@@ -34,11 +34,19 @@ def _learned(*shape: int) -> nn.Parameter:
 # By name: what makes the module, and the inputs behind x [2, 6, D].
 MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "MoEMLP": (lambda: mk.MoEMLP(D, 6, E, activation="swiglu"), ("routing",)),
+    "MoEMLP-shared": (
+        lambda: mk.MoEMLP(D, 6, E, activation="swiglu", shared_width=5, shared_gate=True),
+        ("routing",),
+    ),
     "MomentumMoE": (lambda: mk.MomentumMoE(D, 6, E, K, mk.HeavyBall(0.7), dropout=0.25), ("m",)),
     "MomentumMoE-pre_ln-learned": (
         lambda: mk.MomentumMoE(
             D, 6, E, K, mk.Nesterov(_learned(1), _learned(1)), wiring="pre_ln", bias=False
         ),
+        ("m",),
+    ),
+    "MomentumMoE-shared": (
+        lambda: mk.MomentumMoE(D, 6, E, K, mk.HeavyBall(0.7), shared_width=5, sign=-1),
         ("m",),
     ),
     "CAMExLinear": (lambda: mk.CAMExLinear(D, 6, E, mask=None, bias=True, segment=2), ()),

@@ -47,9 +47,9 @@ BEFORE: dict[str, Callable[[], nn.Module]] = {
 class Routed(nn.Module):
     """A router, and experts on its choice."""
 
-    def __init__(self, router: nn.Module) -> None:
+    def __init__(self, router: nn.Module, **options: Any) -> None:
         super().__init__()
-        self.router, self.experts = router, mk.MoEMLP(WIDTH, 24, 4)
+        self.router, self.experts = router, mk.MoEMLP(WIDTH, 24, 4, **options)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         tokens = x.flatten(0, 1)
@@ -82,6 +82,9 @@ RULES = (mk.HeavyBall(0.7), mk.Adam(), mk.RobustMomentum(4.0, 1.0, 0.8), mk.AdEM
 SMALL = {"vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": WIDTH}
 OURS: dict[str, Callable[[], nn.Module]] = {
     "TopKRouter": lambda: Routed(mk.TopKRouter(WIDTH, 4, 2, bias=True)),
+    "shared expert": lambda: Routed(
+        mk.TopKRouter(WIDTH, 4, 2, expert_bias=True), shared_width=8, shared_gate=True
+    ),
     "ACRouter": lambda: Routed(mk.ACRouter(WIDTH, 4, 2)),
     "ACRouter mixed": lambda: Routed(mk.ACRouter(WIDTH, 4, 2, mix=True, cosine=True)),
     "CAMExLinear": lambda: mk.CAMExLinear(WIDTH, WIDTH, 3, bias=True),

@@ -134,6 +134,10 @@ BLOCKS = {
     "RPCAttention": [mk.RPCAttention(32, 4, num_iters=2, lam=lam) for lam in (4.0, 2.0)],
     "CAMExLinear": [mk.CAMExLinear(32, 8, 3, alpha=alpha) for alpha in (1.0, 0.5)],
     "MomentumMoE": [mk.MomentumMoE(32, 24, 4, 2, mk.HeavyBall(mu)) for mu in (0.7, 0.5)],
+    "MomentumMoE-shared": [
+        mk.MomentumMoE(32, 24, 4, 2, mk.HeavyBall(0.7), shared_width=w, shared_gate=True)
+        for w in (16, 8)
+    ],
     "Adam": [mk.MomentumMoE(32, 24, 4, 2, mk.Adam(b)) for b in (0.7, 0.5)],
     "ACRouter": [mk.ACRouter(32, 4, 2, eps=eps) for eps in (0.1, 0.2)],
 }

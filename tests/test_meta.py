@@ -53,6 +53,9 @@ MODULES = {
     "TopKRouter": lambda: mk.TopKRouter(8, 4, 2, bias=True, device="meta"),
     "ACRouter": lambda: mk.ACRouter(8, 4, 2, device="meta"),
     "MomentumMoE": lambda: mk.MomentumMoE(8, 6, 4, 2, mk.HeavyBall(0.7), device="meta"),
+    "MomentumMoE-shared": lambda: mk.MomentumMoE(
+        8, 6, 4, 2, mk.HeavyBall(0.7), shared_width=5, shared_gate=True, device="meta"
+    ),
     "CAMExLinear": lambda: mk.CAMExLinear(8, 6, 3, bias=True, device="meta"),
     "CAMExMLP": lambda: mk.CAMExMLP(8, 6, 3, device="meta"),
     "RPCAttention": lambda: mk.RPCAttention(8, 2, num_iters=2, device="meta"),

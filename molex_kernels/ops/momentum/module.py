@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from molex_kernels import _check, _dtypes, _modules, _published
 from molex_kernels.ops.dispatch.module import PUBLISHED as EXPERTS
-from molex_kernels.ops.dispatch.module import MoEMLP, check_experts
+from molex_kernels.ops.dispatch.module import SHARED, MoEMLP, check_experts
 from molex_kernels.ops.dispatch.types import Activation
 from molex_kernels.ops.momentum import state as states
 from molex_kernels.ops.momentum.api import dropout, moe_mlp_momentum, momentum_update
@@ -49,7 +49,8 @@ def _shaped(part: Tensor, x: Tensor) -> Tensor:
 class MomentumMoE(_modules.Module):
     """Router, experts, momentum and norms: the feed-forward half of a MomentumSMoE block.
 
-    With SMoE(h) = moe_mlp(h, router(h)) and step by the rule:
+    With SMoE(h) = moe_mlp(h, router(h)), plus the shared expert's output if there is one, and step
+    by the rule:
 
     wiring="published" (post-LN, arXiv 2410.14574 and its code), for h = LN1(x + Attention(x)):
         s = norm(h - step(dropout(SMoE(h))));   y = norm_out(h + s)
@@ -60,8 +61,9 @@ class MomentumMoE(_modules.Module):
     before returned. `RobustMomentum` evaluates router and experts at its look-ahead point.
 
     Experts, step and norm are one op as long as `experts` and `norm` are the modules made here,
-    without hooks. One that is hooked, wrapped (PEFT), parametrized, sharded (FSDP), offloaded or
-    replaced is called by itself, between ops that do the rest: the same layer, not the same speed.
+    without hooks and without a shared expert. Experts that have one, and a child that is hooked,
+    wrapped (PEFT), parametrized, sharded (FSDP), offloaded or replaced are called by themselves,
+    between ops that do the rest: the same layer, not the same speed.
 
     Args:
         d_model: D.
@@ -74,6 +76,8 @@ class MomentumMoE(_modules.Module):
         wiring: "published" or "pre_ln".
         activation: as in `moe_mlp`; relu is the published one.
         bias: whether gate and experts have biases, as FastMoE's have.
+        shared_width: as in `MoEMLP`. Momentum, dropout and sign are of the whole layer's output.
+        shared_gate: as in `MoEMLP`.
         dropout: probability, in training, on the experts' summed output. The published code has a
             second dropout inside the experts, after the activation, which is left out here.
         sign: 1 subtracts the step, as published. -1 adds it, which is what weights expect that were
@@ -94,6 +98,8 @@ class MomentumMoE(_modules.Module):
         wiring: str = "published",
         activation: Activation = "relu",
         bias: bool = True,
+        shared_width: int = 0,
+        shared_gate: bool = False,
         dropout: float = 0.0,
         sign: int = 1,
         impl: str | None = None,
@@ -106,7 +112,8 @@ class MomentumMoE(_modules.Module):
         _check.choice("wiring", wiring, WIRINGS)
         _check.choice("sign", sign, (1, -1))
         _check.probability("dropout", dropout)
-        check_experts(d_model, d_hidden, num_experts, activation, "concat", bias, impl)
+        shared = (shared_width, shared_gate)
+        check_experts(d_model, d_hidden, num_experts, activation, "concat", bias, *shared, impl)
         self.d_model = d_model
         self.rule = rule
         self.wiring = wiring
@@ -116,7 +123,15 @@ class MomentumMoE(_modules.Module):
         where: Any = {"device": device, "dtype": dtype}
         self.router = TopKRouter(d_model, num_experts, top_k, bias=bias, impl=impl, **where)
         self.experts = MoEMLP(
-            d_model, d_hidden, num_experts, activation=activation, bias=bias, impl=impl, **where
+            d_model,
+            d_hidden,
+            num_experts,
+            activation=activation,
+            bias=bias,
+            shared_width=shared_width,
+            shared_gate=shared_gate,
+            impl=impl,
+            **where,
         )
         self.norm = nn.LayerNorm(d_model, **where)
         if wiring == "published":
@@ -177,16 +192,15 @@ class MomentumMoE(_modules.Module):
         if routing is None:
             routing = self.router(inner)
         index, weight = (_shaped(part, x) for part in _modules.routing_pair("routing", routing))
-        weight = weight if self.sign == 1 else -weight
         within = None
         if published and _modules.is_plain(norm, nn.LayerNorm):
             within = (norm.weight, norm.bias, norm.eps)
         dropout_p = self.dropout if self.training else 0.0
-        if _modules.is_plain(experts, MoEMLP):
+        if _modules.is_plain(experts, MoEMLP) and experts.shared is None:
             y, state = moe_mlp_momentum(
                 x,
                 index,
-                weight,
+                weight if self.sign == 1 else -weight,
                 experts.w_up,
                 experts.w_down,
                 state,
@@ -201,7 +215,8 @@ class MomentumMoE(_modules.Module):
                 impl=self.impl,
             )
         else:
-            f = dropout(experts(inner, (index, weight)), dropout_p)
+            f = experts(inner, (index, weight))
+            f = dropout(f if self.sign == 1 else -f, dropout_p)
             y, state = momentum_update(x, f, state, rule, norm=within, impl=self.impl)
         if published:
             if within is None:
@@ -213,7 +228,8 @@ class MomentumMoE(_modules.Module):
         """Copies one layer from the names of MomentumSMoE's code, alone or under any prefix.
 
         `gate.gate.*`, `experts.htoh4.*`, `experts.h4toh.*` (all FastMoE's), `layer_norm.*` and, in
-        the published wiring, `norm2.*`. Its attention and first norm are not part of this module.
+        the published wiring, `norm2.*`. Its attention and first norm are not part of this module; a
+        shared expert, which it has none of, stays as it is.
 
         Args:
             state_dict: of the checkpoint.
@@ -227,7 +243,8 @@ class MomentumMoE(_modules.Module):
             names[f"router.{part}"] = f"gate.gate.{part}"
             names[f"norm.{part}"] = f"layer_norm.{part}"
             names[f"norm_out.{part}"] = f"norm2.{part}"
-        _published.load(self, state_dict, names, besides=LEARNED)
+        besides = (*LEARNED, *(f"experts.{name}" for name in SHARED))
+        _published.load(self, state_dict, names, besides=besides)
 
     def extra_repr(self) -> str:
         return f"rule={self.rule}, wiring={self.wiring!r}, dropout={self.dropout}, sign={self.sign}"
