@@ -273,7 +273,7 @@ OPTIONS = {
         "weights": (),
     },
     "rpc_attention": {
-        "forward": (BF16, 64, True, False),
+        "forward": (BF16, 64, True, False, True),
         "backward": (BF16, 64, True, False),
         "rows": (64,),
     },
