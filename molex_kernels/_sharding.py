@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from molex_kernels import _operators
 from molex_kernels._imports import when_imported
 
@@ -41,19 +43,26 @@ def _momentum_backward(a: Any) -> Any:
     return _all("like dy g0 g1 g2 x f s0 s1 s2"), [*wanted, *sums]
 
 
+def _is_half(x: Any) -> bool:
+    return x.tensor_meta.dtype != torch.float32
+
+
 def _attention(a: Any) -> Any:
     if a.seed is not None:
         return None
     kept = 1 if a.keeps_state else None
     sparse = 0 if a.returns_sparse else None
+    rest = 0 if a.keeps_state and _is_half(a.k) else None
     stats = 2 if a.keeps_state else None
-    return _all("k v q threshold key_mask"), [0, sparse, kept, stats]
+    return _all("k v q threshold key_mask"), [0, sparse, rest, kept, stats]
 
 
 def _attention_backward(a: Any) -> Any:
     if a.seed is not None:
         return None
     inputs = _all("dout dsparse k v q threshold key_mask out")
+    if _is_half(a.k):
+        inputs["out_rest"] = 0
     return {**inputs, "low_ranks": 1, "stats": 2}, [0 if need else None for need in a.needs]
 
 

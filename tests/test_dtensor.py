@@ -113,6 +113,12 @@ CASES: dict[str, tuple[Any, ...]] = {
         [0, 0],
         [0, 0, 0],
     ),
+    "rpc_attention in 16 bits": (
+        lambda k, v: mk.rpc_attention(k.bfloat16(), v.bfloat16(), num_iters=2, threshold=0.5),
+        [(4, 2, 6, 8), (4, 2, 6, 8)],
+        [0, 0],
+        [0, 0, 0],
+    ),
     # What all ranks have to have whole is brought there.
     "grouped_gemm": (_rows, [(7, 5), (3, 4, 5)], [0, 0], [None] * 3),
     "moe_mlp": (_experts, [(7, 4), (7, 2), (3, 6, 4), (3, 4, 6)], [0, 0, None, None], [None] * 5),

@@ -274,7 +274,7 @@ OPTIONS = {
         "weights": (16,),
     },
     "rpc_attention": {
-        "forward": (BF16, 64, True, False),
+        "forward": (BF16, 64, True, False, True),
         "backward": (BF16, 64, True, False),
         "rows": (64,),
     },

@@ -206,6 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_bwd(const Tensor& dout,
                                                              Optional key_mask,
                                                              Optional seed,
                                                              const Tensor& out,
+                                                             const Tensor&,  // out_rest
                                                              const Tensor& low_ranks,
                                                              const Tensor& stats,
                                                              int64_t num_iters,

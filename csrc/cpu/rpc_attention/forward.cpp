@@ -257,18 +257,18 @@ class Attention {
   Rows rows_;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_fwd(const Tensor& k,
-                                                             const Tensor& v,
-                                                             Optional q,
-                                                             const Tensor& threshold,
-                                                             Optional key_mask,
-                                                             Optional seed,
-                                                             int64_t num_iters,
-                                                             double scale,
-                                                             bool is_causal,
-                                                             double dropout_p,
-                                                             bool keeps_state,
-                                                             bool returns_sparse) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rpc_attention_fwd(const Tensor& k,
+                                                                     const Tensor& v,
+                                                                     Optional q,
+                                                                     const Tensor& threshold,
+                                                                     Optional key_mask,
+                                                                     Optional seed,
+                                                                     int64_t num_iters,
+                                                                     double scale,
+                                                                     bool is_causal,
+                                                                     double dropout_p,
+                                                                     bool keeps_state,
+                                                                     bool returns_sparse) {
   const Problem p(k, v, q, threshold, key_mask, seed, num_iters, scale, is_causal, dropout_p);
   const int64_t b = p.batch, h = p.heads, n = p.length, d = p.width;
   const auto floats = [&](bool wanted, std::initializer_list<int64_t> sizes) {
@@ -277,6 +277,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_fwd(const Tensor& k,
   };
   Tensor out = molex::new_result(k, {b, h, n, d});
   Tensor sparse = floats(returns_sparse, {b, h, n, d});
+  // The backward pass sums D anew: it needs nothing of what rounding takes from L.
+  Tensor out_rest = keeps_state && k.scalar_type() != ScalarType::Float ? molex::new_result(k, k.sizes())
+                                                                        : molex::new_result(k, {0});
+  torch::stable::fill_(out_rest, 0.0);
   Tensor low_ranks = floats(keeps_state, {num_iters - 1, b, h, n, d});
   Tensor stats = floats(keeps_state, {num_iters, 2, b, h, n});
   const Target to = target_of(out), to_sparse = target_of(sparse);
@@ -313,7 +317,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_fwd(const Tensor& k,
       if (returns_sparse) tokens.write_rows(to_sparse, last_sparse);
     }
   });
-  return {out, sparse, low_ranks, stats};
+  return {out, sparse, out_rest, low_ranks, stats};
 }
 
 }  // namespace

@@ -23,6 +23,7 @@ def _rpc_bwd_rows(
     dout,  # [B, H, N, d], for the last iteration
     dsparse,  # [B, H, N, d] fp32, behind the last iteration, else None
     out_ptr,  # [B, H, N, d] contiguous
+    out_rest_ptr,  # like it: what its rounding took; or None
     lows_ptr,  # [iterations - 1, B, H, N, d] fp32 contiguous
     dclean_ptr,  # [B, H, N, d] fp32 contiguous: of the iteration behind
     dk_ptr,  # [B, H, N, d] fp32 contiguous, so far
@@ -84,6 +85,9 @@ def _rpc_bwd_rows(
                 Mat(out_ptr + own, num_features, 1), offs_i, mask_i, offs_d, num_features
             )
             low = low.to(tl.float32)
+            if out_rest_ptr is not None:
+                own_rest = Mat(out_rest_ptr + own, num_features, 1)
+                low += load_rows(own_rest, offs_i, mask_i, offs_d, num_features)
         else:
             low = load_rows(Mat(lows_ptr, num_features, 1), offs_i, mask_i, offs_d, num_features)
             u = u + key - sparse - low
@@ -132,6 +136,23 @@ def _rpc_bwd_rows(
 
 
 @triton.jit
+def _row_sums(shift_ptr, total_ptr, offs, inside, IS_SINGLE: tl.constexpr):
+    """What makes weights of rows' scores, see `_weights`; none where there is no row."""
+    shift = tl.load(shift_ptr + offs, mask=inside, other=0.0 if IS_SINGLE else float("inf"))
+    return shift, tl.load(total_ptr + offs, mask=inside, other=float("inf"))
+
+
+@triton.jit
+def _weights(scores, shift, total, score_scale, IS_SINGLE: tl.constexpr):
+    """The forward pass's softmax: in fp32 by its largest score and sum, else by one number."""
+    if IS_SINGLE:
+        weights = tl.exp2((scores - shift) * score_scale) / total
+    else:
+        weights = tl.exp2(scores * score_scale - shift)
+    return weights
+
+
+@triton.jit
 def _rpc_bwd_attention(
     clean_ptr,  # [B, H, N, d] contiguous
     v,  # [B, H, N, d]
@@ -176,8 +197,9 @@ def _rpc_bwd_attention(
     dlow_ptr += own
     own_v = Mat(of_head(v, head, num_heads), v.row, v.col)
     inner_ptr += head * num_tokens
-    top_ptr = stats_ptr + head * num_tokens
-    total_ptr = top_ptr + num_all_heads * num_tokens
+    shift_ptr = stats_ptr + head * num_tokens
+    total_ptr = shift_ptr + num_all_heads * num_tokens
+    IS_SINGLE: tl.constexpr = v.ptr.dtype.element_ty == tl.float32
     offs_i = block * BLOCK_I + tl.arange(0, BLOCK_I)
     offs_d = tl.arange(0, BLOCK_D)
     inside = offs_i < num_tokens
@@ -191,8 +213,7 @@ def _rpc_bwd_attention(
         own_i = load_rows(Mat(clean_ptr, num_features, 1), offs_i, mask_i, offs_d, num_features)
     if AS_ROWS:
         dlow_i = load_rows(Mat(dlow_ptr, num_features, 1), offs_i, mask_i, offs_d, num_features)
-        top_i = tl.load(top_ptr + offs_i, mask=inside, other=0.0)
-        total_i = tl.load(total_ptr + offs_i, mask=inside, other=float("inf"))
+        shift_i, total_i = _row_sums(shift_ptr, total_ptr, offs_i, inside, IS_SINGLE)
         inner_i = tl.load(inner_ptr + offs_i, mask=inside, other=0.0)
         amiss = tl.zeros((BLOCK_I,), tl.float32)  # what inner_i lacks
     if seed_ptr is not None:
@@ -213,7 +234,7 @@ def _rpc_bwd_attention(
         dscores = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
         if AS_ROWS:  # [i, j] is row i on key j
             v_j = load_rows(own_v, offs_j, mask_j, offs_d, num_features)
-            weights = tl.exp2((scores - top_i[:, None]) * score_scale) / total_i[:, None]
+            weights = _weights(scores, shift_i[:, None], total_i[:, None], score_scale, IS_SINGLE)
             seen = mask_j[None, :]
             if IS_CAUSAL:
                 seen = seen & (offs_j[None, :] <= offs_i[:, None])
@@ -228,14 +249,11 @@ def _rpc_bwd_attention(
                 amiss += tl.sum(dscores, axis=1)
         if AS_KEYS:  # [i, j] is row j on key i
             dlow_j = load_rows(Mat(dlow_ptr, num_features, 1), offs_j, mask_j, offs_d, num_features)
-            top_j = tl.load(top_ptr + offs_j, mask=inside_j, other=0.0)
-            total_j = tl.load(total_ptr + offs_j, mask=inside_j, other=float("inf"))
+            shift_j, total_j = _row_sums(shift_ptr, total_ptr, offs_j, inside_j, IS_SINGLE)
             inner_j = tl.load(inner_ptr + offs_j, mask=inside_j, other=0.0)
-            weights = tl.exp2((scores - top_j[None, :]) * score_scale) / total_j[None, :]
-            seen = mask_i[:, None]
+            weights = _weights(scores, shift_j[None, :], total_j[None, :], score_scale, IS_SINGLE)
             if IS_CAUSAL:
-                seen = seen & (offs_i[:, None] <= offs_j[None, :])
-            weights = tl.where(seen, weights, 0.0)
+                weights = tl.where(offs_i[:, None] <= offs_j[None, :], weights, 0.0)
             dweights = tl.dot(v_i, tl.trans(dlow_j), input_precision=PRECISION)
             passed = weights
             if seed_ptr is not None:
@@ -248,11 +266,13 @@ def _rpc_bwd_attention(
         if not IS_SUM:
             down = tl.dot(dscores.to(other_j.dtype), other_j, down, input_precision=PRECISION)
 
-    down *= scale
+    # A key that is not there has weights all the same: its own rows alone are made of them.
+    down = tl.where(mask_i[:, None], down * scale, 0.0)
     if IS_SUM:
         tl.store(inner_ptr + offs_i, inner_i + amiss, mask=inside)
     elif AS_KEYS:
         store_rows(dclean_ptr + own, down, offs_i, inside, offs_d, num_features)
+        dv = tl.where(mask_i[:, None], dv, 0.0)
         if not IS_LAST:
             dv += load_rows(
                 Mat(dv_ptr + own, num_features, 1), offs_i, inside, offs_d, num_features

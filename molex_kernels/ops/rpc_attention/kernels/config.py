@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from molex_kernels._triton.chips import Chip
+from molex_kernels._triton.chips import KIB, Chip
 from molex_kernels._triton.tuning import Config, Options, around, kept
 
 
@@ -12,12 +14,18 @@ def _tiles(rows: int, keys: int, width: int, num_warps: int, num_stages: int) ->
     return Config({"BLOCK_I": rows, "BLOCK_J": keys, "BLOCK_D": width}, num_warps, num_stages)
 
 
+def are_many(tokens: int) -> bool:
+    """Whether the tokens fill tiles of 128 as well as they fill tiles of 64."""
+    return tokens > 512 or -tokens % 128 < 64
+
+
 @kept
 def forward(
-    chip: Chip, dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool
+    chip: Chip, dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool, many: bool
 ) -> Options:
-    """Rows that attend, and keys that they pass over at a time."""
-    pinned = _forward(dtype, width, aligned, has_dropout)
+    """Rows that attend, keys that they pass over at a time, slices of columns at the end."""
+    tile = _forward(chip, dtype, width, aligned, has_dropout, many)
+    pinned = replace(tile, blocks={**tile.blocks, "SLICES": width // 16})
     return around(pinned, warps=(4, 8), stages=(1, 2, 3))
 
 
@@ -26,21 +34,31 @@ def backward(
     chip: Chip, dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool
 ) -> Options:
     """Tokens that are rows and keys at once, and tokens that they pass over at a time."""
-    pinned = _backward(dtype, width, aligned, has_dropout)
+    pinned = _backward(chip, dtype, width, aligned, has_dropout)
     return around(pinned, warps=(4, 8), stages=(1, 2))
 
 
-def _forward(dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool) -> Config:
+def _forward(
+    chip: Chip, dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool, many: bool
+) -> Config:
     if dtype == torch.float32:
         return _tiles(16 if width > 64 else 32, 16, width, 4 if width <= 32 else 8, 2)
     if not aligned:
         return _tiles(32, 32, width, 4 if width <= 32 else 8, 2)
+    if _is_small(chip) and width > 64:
+        return _tiles(64, 32, width, 8, 1)
     # A mask of dropout takes as many registers as the scores.
-    keys = 32 if has_dropout or width > 64 else 64
-    return _tiles(64, keys, width, 4, 2) if width <= 64 else _tiles(64, keys, width, 8, 1)
+    if has_dropout:
+        return _tiles(64, 32, width, 4, 2)
+    if _is_small(chip) or not many:
+        return _tiles(64, 64, width, 4, 2)
+    # Two warp groups share the tiles of keys and values.
+    return _tiles(128, 64, width, 8, 3 if width <= 64 else 2)
 
 
-def _backward(dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool) -> Config:
+def _backward(
+    chip: Chip, dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool
+) -> Config:
     if dtype == torch.float32:
         if width > 32:
             return _tiles(16, 16, width, 8, 1)
@@ -48,7 +66,15 @@ def _backward(dtype: torch.dtype, width: int, aligned: bool, has_dropout: bool) 
     if not aligned or has_dropout:
         keys = 16 if has_dropout and width > 64 else 32
         return _tiles(32, keys, width, 4 if width <= 32 else 8, 1)
-    return _tiles(64, 32, width, 4 if width == 16 else 8, 1 if width > 64 else 2)
+    if _is_small(chip) and width > 64:
+        return _tiles(64, 32, width, 8, 1)
+    # A warp group for 64 rows: two would halve the products' columns.
+    return _tiles(64, 32, width, 4, 2)
+
+
+def _is_small(chip: Chip) -> bool:
+    """Whether a block has too little memory for wide tiles that are fetched ahead."""
+    return chip.is_amd or chip.shared < 128 * KIB
 
 
 def one_role(dtype: torch.dtype, width: int) -> bool:

@@ -15,7 +15,8 @@ def sign(a):
 @triton.jit
 def soft(a, bound):
     """sign(a) max(|a| - T, 0); NaN where either is."""
-    return tl.where(tl.abs(a) < bound, 0.0, a - sign(a) * bound)
+    # Of a = 0 there is no sign, and no need of one: T is 0 then, too.
+    return tl.where(tl.abs(a) < bound, 0.0, a - tl.where(a > 0, bound, -bound))
 
 
 @triton.jit
@@ -38,8 +39,13 @@ def of_head(x, head, num_heads):
 
 @triton.jit
 def load_rows(x, offs_n, mask_n, offs_d, num_features):
-    """Rows of one head, a Mat, 0 where there is no token: [N, D] in their own dtype."""
-    mask = mask_n[:, None] & (offs_d < num_features)[None, :]
+    """Rows of one head, a Mat, 0 where there is no token: [N, D] in their own dtype.
+
+    mask_n: which tokens there are; None where all of them are there.
+    """
+    mask = (offs_d < num_features)[None, :]
+    if mask_n is not None:
+        mask = mask_n[:, None] & mask
     return tl.load(at(x, int64(offs_n)[:, None], offs_d[None, :]), mask=mask, other=0.0)
 
 
@@ -55,8 +61,11 @@ def store_rows(ptr, values, offs_n, mask_n, offs_d, num_features):
 def load_bound(bound_ptr, head, offs_n, mask_n, num_tokens, IS_PER_TOKEN: tl.constexpr):
     """T of the rows, to be broadcast over the features: [N, 1] or a scalar."""
     if IS_PER_TOKEN:
-        bound = tl.load(bound_ptr + head * num_tokens + offs_n, mask=mask_n, other=0.0)
-        bound = bound[:, None]
+        bound_ptr += head * num_tokens
+        if mask_n is None:
+            bound = tl.load(bound_ptr + offs_n)[:, None]
+        else:
+            bound = tl.load(bound_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
     else:
         bound = tl.load(bound_ptr + head)
     return bound

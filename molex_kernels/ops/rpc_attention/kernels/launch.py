@@ -22,22 +22,27 @@ from molex_kernels.ops.rpc_attention.kernels.forward import _rpc_fwd
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
-def rpc_attention_forward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """L, S of the last iteration, L of all others, and the rows' extreme scores and sums.
+def rpc_attention_forward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """L, S of the last iteration, what L's rounding took, L of all others, the rows' statistics.
 
-    The extreme score is the one that is largest when scaled.
+    These are of the scores s in fp32 the one that is largest when scaled and the sum over
+    exp(scale (s - that)), in 16 bits the logarithm to base 2 of the sum over exp(scale s).
     """
     fp32: Any = {"dtype": torch.float32}
     out = a.k.new_empty(a.k.shape)
     sparse = a.k.new_empty(a.k.shape if a.returns_sparse else (0,), **fp32)
+    keeps_rest = a.keeps_state and a.k.dtype != torch.float32
+    out_rest = a.k.new_empty(a.k.shape if keeps_rest else (0,))
     low_ranks = a.k.new_empty((a.num_iters - 1, *a.k.shape) if a.keeps_state else (0,), **fp32)
     stats = a.k.new_empty((a.num_iters, 2, *a.k.shape[:3]) if a.keeps_state else (0,), **fp32)
     if a.k.numel() == 0:
-        return out, sparse, low_ranks, stats
+        return out, sparse, out_rest, low_ranks, stats
     heads, tokens, width = a.k.shape[1:]
     cleans = [a.k.new_empty(a.k.shape) for _ in range(min(a.num_iters - 1, 2))]
     rest = a.k.new_empty(a.k.shape, **fp32) if a.num_iters > 1 else None
     chip, is_aligned = chips.of(a.k.device), _aligned(a.k, a.v, a.q)
+    many = config.are_many(tokens)
+    _, steep, *dropout = _scales(a.scale, a.dropout_p)
     for t in range(a.num_iters):
         last = t == a.num_iters - 1
         drops = last and a.seed is not None
@@ -51,24 +56,26 @@ def rpc_attention_forward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 rest,
                 low_ranks[t] if a.keeps_state and not last else None,
                 out,
+                out_rest if keeps_rest and last else None,
                 sparse if a.returns_sparse and t >= a.num_iters - 2 else None,
                 stats[t] if a.keeps_state else None,
                 a.threshold.contiguous(),
                 None if a.key_mask is None else a.key_mask.contiguous(),
                 a.seed if drops else None,
-                *(heads, tokens, width, *_scales(a.scale, a.dropout_p)[1:]),
+                *(heads, tokens, width, abs(steep), *dropout),
             ),
             {
                 "IS_FIRST": t == 0,
                 "IS_LAST": last,
                 "IS_CAUSAL": a.is_causal,
                 "IS_PER_TOKEN": a.threshold.dim() == 3,
+                "IS_NEGATIVE": steep < 0,
                 "PRECISION": dot_precision(a.k.dtype),
             },
-            config.forward(chip, a.k.dtype, _padded(width), is_aligned, drops),
+            config.forward(chip, a.k.dtype, _padded(width), is_aligned, drops, many),
             updates=(rest,),
         )
-    return out, sparse, low_ranks, stats
+    return out, sparse, out_rest, low_ranks, stats
 
 
 def rpc_attention_backward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -104,7 +111,9 @@ def rpc_attention_backward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                         a.dsparse if iteration == a.num_iters - 1 else None,
                     ),
                 ),
-                *(a.out, a.low_ranks, dclean, dk_sum, du, dbound),
+                a.out,
+                None if a.k.dtype == torch.float32 else a.out_rest,
+                *(a.low_ranks, dclean, dk_sum, du, dbound),
                 *(clean, dlow, inner, dk, bound, mask, iteration, *sizes),
             ),
             {
