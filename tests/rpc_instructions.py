@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import re
 import subprocess
 import sys
 import tempfile
@@ -49,7 +50,10 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             files = subprocess.run(
-                ["git", "archive", commit, "csrc", "tests"], cwd=ROOT, check=True, capture_output=True
+                ["git", "archive", commit, "csrc", "tests"],
+                cwd=ROOT,
+                check=True,
+                capture_output=True,
             ).stdout
             subprocess.run(["tar", "-x", "-C", folder], input=files, check=True)
             again(Path(folder))
@@ -91,8 +95,8 @@ def count(tree: Path, options: argparse.Namespace) -> None:
                 for index in range(launch.threads // 32):
                     grid = (launch.threads, launch.blocks)
                     counts += warp.run(bytes(launch.params), grid, block, index)
-            name = name.split("(")[0].removeprefix("void molex::rpc::")
-            forward = name.split("<")[0] in FORWARD
+            name = name.split(">(")[0].removeprefix("void molex::rpc::") + ">"
+            forward = re.match(r"rpc_forward|on_chip|prepare|step", name)
             totals["forward" if forward else "backward"] += counts.total()
             print(
                 f"  {name:45} {launch.blocks:4} x {launch.threads // 32} warps"
@@ -101,9 +105,6 @@ def count(tree: Path, options: argparse.Namespace) -> None:
             )
         for name, total in totals.items():
             print(f"  {name}: {total:,} instructions a head")
-
-
-FORWARD = ("on_chip", "prepare", "step")
 
 
 def recorder(tree: Path, folder: Path) -> Path:
@@ -143,12 +144,11 @@ def compiled(tree: Path, folder: Path, kernels: set[str]) -> dict[str, str]:
     """SASS of these kernels, by name."""
     import triton
 
-    passes = [f'#include "cuda/rpc_attention/{name}.cuh"' for name in ("backward", "forward")]
     instances = [
-        f"template __global__ {k[:-1].replace('(', '(MOLEX_PARAMS ', 1)});" for k in sorted(kernels)
+        f"template __global__ {k.replace('>(', '>(MOLEX_PARAMS ', 1)};" for k in sorted(kernels)
     ]
     source = folder / "kernels.cu"
-    source.write_text("\n".join([*passes, "using namespace molex::rpc;", *instances, ""]))
+    source.write_text("\n".join(['#include "cuda/rpc_attention/launch.cuh"', *instances, ""]))
     cubin = folder / "kernels.cubin"
     command = ["nvcc", "-std=c++20", "-O3", f"-I{tree / 'csrc'}", "-arch=sm_90", "-cubin"]
     subprocess.run([*command, source, "-o", cubin], check=True)

@@ -28,8 +28,8 @@ COMPARE = {
 JOIN = {"AND": lambda a, b: a and b, "OR": lambda a, b: a or b, "XOR": lambda a, b: a != b}
 # Without a result that control flow could depend on, or with one that is 0 here.
 SILENT = set(
-    "BSSY BSYNC BAR NOP WARPSYNC LDGSTS LDGDEPBAR DEPBAR STS STG ST HMMA LDSM F2F F2FP UCGABAR_ARV "
-    "UCGABAR_WAIT MEMBAR ERRBAR CGAERRBAR CCTL YIELD BREAK LDS STAS".split()
+    """BAR BREAK BSSY BSYNC CCTL CGAERRBAR DEPBAR ERRBAR F2F F2FP HMMA LDGDEPBAR LDGSTS LDS LDSM
+    MEMBAR NOP ST STAS STG STS UCGABAR_ARV UCGABAR_WAIT WARPSYNC YIELD""".split()  # noqa: SIM905
 )
 
 
@@ -119,7 +119,7 @@ class Warp:
         return bits(float(text))
 
     def integer(self, text: str) -> int:
-        """An operand with its sign: two's complement is not cut, so that a carry is the hardware's."""
+        """An operand with its sign, in two's complement that is not cut: so carries come out."""
         negative = text.startswith("-") and not re.match(r"-0x", text)
         x = self.value(text)
         return (1 << 32) - x if negative else x

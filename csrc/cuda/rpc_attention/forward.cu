@@ -44,9 +44,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& k,
   f.sparse = returns_sparse ? sparse.mutable_data_ptr<float>() : nullptr;
   f.low_ranks = keeps_state ? low_ranks.mutable_data_ptr<float>() : nullptr;
   f.stats = keeps_state ? stats.mutable_data_ptr<float>() : nullptr;
-  Tensor scratch = scratch_of(k, forward_scratch(f.problem));
+  const Form form = forward_form(f.problem);
+  Tensor scratch = scratch_of(k, forward_scratch(f.problem, form));
   f.scratch = scratch.mutable_data_ptr();
-  check_launch(run_forward(f, current_stream(device)));
+  check_launch(run_forward(f, form, current_stream(device)));
   return {out, sparse, low_ranks, stats};
 }
 
