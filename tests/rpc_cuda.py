@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, Structure, byref, c_bool, c_float, c_int32, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +53,10 @@ class _Problem(Structure):
 class _Forward(Structure):
     _fields_ = [
         ("problem", _Problem),
-        *((name, c_void_p) for name in ("out", "sparse", "low_ranks", "stats", "scratch")),
+        *(
+            (name, c_void_p)
+            for name in ("out", "sparse", "out_rest", "low_ranks", "stats", "scratch")
+        ),
     ]
 
 
@@ -63,7 +68,16 @@ class _Backward(Structure):
         *(
             (name, c_void_p)
             for name in (
-                *("out", "low_ranks", "stats", "grad_k", "grad_v", "grad_q", "grad_threshold"),
+                *(
+                    "out",
+                    "out_rest",
+                    "low_ranks",
+                    "stats",
+                    "grad_k",
+                    "grad_v",
+                    "grad_q",
+                    "grad_threshold",
+                ),
                 "scratch",
             )
         ),
@@ -90,6 +104,7 @@ class Call:
 class Result:
     out: Tensor
     sparse: Tensor
+    out_rest: Tensor
     low_ranks: Tensor
     stats: Tensor
 
@@ -101,18 +116,35 @@ class Library:
         self._c = ctypes.CDLL(str(path))
         self._c.forward_scratch.restype = self._c.backward_scratch.restype = c_int64
         self._c.runs_on_chip.restype = c_bool
-        self._c.set_options.argtypes = (ctypes.c_uint64, c_int32)
+        self._c.set_options.argtypes = (ctypes.c_uint64, c_int32, c_int32)
         for name in ("runs_on_chip", "forward_scratch", "backward_scratch"):
             getattr(self._c, name).argtypes = (POINTER(_Problem),)
 
-    def schedule(self, seed: int, left_out_barrier: int = -1) -> None:
-        self._c.set_options(seed, left_out_barrier)
+    def schedule(self, seed: int, left_out: tuple[int, int] = (-1, -1)) -> None:
+        self._c.set_options(seed, *left_out)
 
-    def most_barriers(self) -> int:
-        return self._c.most_barriers()
+    @contextmanager
+    def without_clusters(self) -> Iterator[None]:
+        """A device whose clusters have no room."""
+        self._c.set_clusters(c_bool(False))
+        try:
+            yield
+        finally:
+            self._c.set_clusters(c_bool(True))
+
+    def barriers(self) -> list[tuple[int, int]]:
+        """Those that a thread has met since `schedule`, by kind and number."""
+        kinds = range(self._c.barrier_kinds())
+        return [(kind, i) for kind in kinds for i in range(self._c.most_barriers(kind))]
 
     def runs_on_chip(self, call: Call, **limits: int) -> bool:
         return self._c.runs_on_chip(byref(_problem(call, **limits)))
+
+    def on_chip(self, call: Call) -> tuple[int, int]:
+        """Threads and bytes of shared memory of a block of the cluster that holds a head."""
+        threads, shared = c_int32(), c_int32()
+        self._c.on_chip_block(byref(_problem(call)), byref(threads), byref(shared))
+        return threads.value, shared.value
 
     def shared_bytes(self, call: Call) -> dict[str, int]:
         """What the kernels of fixed tiles ask for."""
@@ -128,12 +160,13 @@ class Library:
         result = Result(
             _unwritten(shape, call.k.dtype),
             _unwritten(shape, torch.float32),
+            _unwritten((0,) if call.k.dtype == torch.float32 else shape, call.k.dtype),
             _unwritten((n - 1, *shape), torch.float32),
             _unwritten((n, 2, *shape[:3]), torch.float32),
         )
         scratch = _scratch(self._c.forward_scratch(byref(problem)))
-        fields = (result.out, result.sparse, result.low_ranks, result.stats, scratch)
-        parameters = _Forward(problem, *(t.data_ptr() for t in fields))
+        fields = (*vars(result).values(), scratch)
+        parameters = _Forward(problem, *(t.data_ptr() or None for t in fields))
         assert self._c.forward(byref(parameters)) == 0
         _unharmed(scratch)
         return result
@@ -149,7 +182,7 @@ class Library:
         gradients["threshold"] = _unwritten(call.threshold.shape, torch.float32)
         scratch = _scratch(self._c.backward_scratch(byref(problem)))
         pointers = [
-            *(t.data_ptr() for t in (result.out, result.low_ranks, result.stats)),
+            *(t.data_ptr() or None for n, t in vars(result).items() if n != "sparse"),
             *(gradients[n].data_ptr() if n in gradients else None for n in "kvq"),
             gradients["threshold"].data_ptr(),
             scratch.data_ptr(),

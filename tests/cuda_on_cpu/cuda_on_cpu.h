@@ -45,16 +45,20 @@ constexpr Status kSuccess = 0;
 
 int thread();
 int threads();
-int64_t block();
+int block();
 char* shared();
 
 void sync();
 void sync_warp();
 void arrive_cluster();
 void wait_cluster();
-void store_remote(void* mine, int rank, uint4 value);
+inline void arrive_cluster_relaxed() { arrive_cluster(); }
+using Remote = char*;
+Remote remote(void* mine, int rank);
+void store_remote(Remote to, int bytes, uint4 value);
 
-void copy_async(void* to, const void* from);
+void copy_async_or_zero(void* to, const void* from, bool reads);
+inline void copy_async(void* to, const void* from) { copy_async_or_zero(to, from, true); }
 void commit_copies();
 void wait_copies_but(int pending);
 template <int Pending>
@@ -124,6 +128,12 @@ inline float multiply(float x, float y) {
   asm("" : "+m"(product));  // or the compiler adds to it before it rounds
   return product;
 }
+inline float multiply_add(float x, float y, float z) { return std::fma(x, y, z); }
+inline float absolute(float x) { return std::fabs(x); }
+inline float larger(float x, float y) { return std::fmax(x, y); }
+inline float with_sign(float x, float y) {
+  return as_float(std::bit_cast<uint32_t>(x) | (std::bit_cast<uint32_t>(y) & 0x80000000u));
+}
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
 
 struct Grid {
@@ -135,12 +145,19 @@ struct Grid {
 
 Status run(void (*kernel)(const void*), const void* params, const Grid& grid);
 
-template <class Params>
-Status launch(void (*kernel)(const Params), const Grid& grid, const Params& params, Stream) {
+// Whether there is room for the grid's clusters, which a test may deny.
+bool has_clusters();
+template <auto Kernel>
+bool clusters_fit(const Grid& grid) {
+  return grid.cluster == 1 || has_clusters();
+}
+
+template <auto Kernel, class Params>
+Status launch(const Grid& grid, const Params& params, Stream) {
   struct Call {
     void (*kernel)(const Params);
     const Params& params;
-  } call{kernel, params};
+  } call{Kernel, params};
   return run(
       [](const void* pointer) {
         const Call& c = *static_cast<const Call*>(pointer);

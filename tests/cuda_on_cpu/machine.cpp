@@ -31,7 +31,7 @@ constexpr int kSharedLimit = 228 * 1024;
 
 struct Copy {
   void* to;
-  const void* from;
+  const void* from;  // null for zeros
 };
 
 struct Block;
@@ -49,7 +49,7 @@ struct Fiber {
   Warp* warp = nullptr;
   int lane = 0;
   bool done = false;
-  int barriers = 0;       // passed so far, for leaving one out
+  int barriers[kKinds];   // passed so far, for leaving one out
   bool left_out = false;  // whether this half of a cluster barrier's is
   int awaited = 0;        // phase of the cluster barrier that it has arrived at
   std::vector<std::vector<Copy>> groups;
@@ -89,7 +89,8 @@ struct Machine {
   jmp_buf scheduler;
   void (*kernel)(const void*) = nullptr;
   const void* params = nullptr;
-  int most_barriers = 0;
+  int most_barriers[kKinds] = {};
+  bool clusters = true;
 
   uint32_t draw(uint32_t below) {
     random ^= random << 13;
@@ -117,10 +118,10 @@ void block_until_woken() {
 void wake(Fiber& fiber) { fiber.warp->ready |= 1u << fiber.lane; }
 
 // Whether this barrier is the one that a test leaves out.
-bool leaves_out() {
-  const int number = self().barriers++;
-  if (self().barriers > machine.most_barriers) machine.most_barriers = self().barriers;
-  return number == machine.options.left_out_barrier;
+bool leaves_out(Kind kind) {
+  const int number = self().barriers[kind]++;
+  machine.most_barriers[kind] = std::max(machine.most_barriers[kind], number + 1);
+  return kind == machine.options.left_out_kind && number == machine.options.left_out_barrier;
 }
 
 // The last of the 32 lanes computes for all of them.
@@ -178,7 +179,8 @@ void set_up(Block& block, int64_t index, int rank, const Grid& grid) {
     fiber.warp = &warp;
     fiber.lane = i % kLanes;
     fiber.done = fiber.left_out = false;
-    fiber.barriers = fiber.awaited = 0;
+    fiber.awaited = 0;
+    std::fill_n(fiber.barriers, int{kKinds}, 0);
     fiber.groups.clear();
     fiber.open.clear();
     if (!fiber.stack) fiber.stack = std::make_unique<char[]>(kStack);
@@ -321,8 +323,12 @@ void read_matrices(Rows** lanes) {
   }
 }
 
-void perform(const std::vector<Copy>& group) {
-  for (const Copy& copy : group) std::memcpy(copy.to, copy.from, 16);
+void perform(const Copy& copy) {
+  if (copy.from) {
+    std::memcpy(copy.to, copy.from, 16);
+  } else {
+    std::memset(copy.to, 0, 16);
+  }
 }
 
 }  // namespace
@@ -330,17 +336,19 @@ void perform(const std::vector<Copy>& group) {
 void set_options(const Options& options) {
   machine.options = options;
   machine.random = options.seed * 0x9E3779B97F4A7C15u + 1;
-  machine.most_barriers = 0;
+  std::fill_n(machine.most_barriers, int{kKinds}, 0);
 }
-int most_barriers() { return machine.most_barriers; }
+void set_clusters(bool fit) { machine.clusters = fit; }
+bool has_clusters() { return machine.clusters; }
+int most_barriers(int kind) { return machine.most_barriers[kind]; }
 
 int thread() { return self().warp->index * kLanes + self().lane; }
 int threads() { return self().warp->block->threads; }
-int64_t block() { return self().warp->block->index; }
+int block() { return static_cast<int>(self().warp->block->index); }
 char* shared() { return self().warp->block->shared; }
 
 void sync() {
-  if (leaves_out()) return;
+  if (leaves_out(kBlock)) return;
   Block& block = *self().warp->block;
   if (++block.waiting < block.threads) {
     const int now = block.phase;
@@ -353,7 +361,7 @@ void sync() {
 }
 
 void sync_warp() {
-  if (leaves_out()) return;
+  if (leaves_out(kWarpLanes)) return;
   struct Nothing {
   } nothing;
   together(nothing, [](Nothing**) {});
@@ -361,7 +369,7 @@ void sync_warp() {
 
 void arrive_cluster() {
   Fiber& fiber = self();
-  fiber.left_out = leaves_out();
+  fiber.left_out = leaves_out(kBlock);
   if (fiber.left_out) return;
   fiber.awaited = machine.cluster_phase + 1;
   if (++machine.cluster_arrived < machine.cluster_threads) return;
@@ -381,28 +389,35 @@ void wait_cluster() {
   while (machine.cluster_phase < fiber.awaited) block_until_woken();
 }
 
-void store_remote(void* mine, int rank, uint4 value) {
+Remote remote(void* mine, int rank) {
   if (rank < 0 || rank >= static_cast<int>(machine.blocks.size())) fail("no such block in the cluster");
-  const Block& block = machine.blocks[rank];
+  return machine.blocks[rank].shared + (static_cast<char*>(mine) - shared());
+}
+
+void store_remote(Remote to, int bytes, uint4 value) {
+  to += bytes;
+  const Block& block = *std::find_if(machine.blocks.begin(), machine.blocks.end(), [&](const Block& b) {
+    return to >= b.shared && to < b.shared + b.shared_bytes;
+  });
   if (block.started &&
       std::all_of(block.fibers.begin(), block.fibers.end(), [](const Fiber& f) { return f.done; })) {
     if (machine.options.left_out_barrier >= 0) return;
     fail("a store to the shared memory of a block that has ended");
   }
-  char* other = block.shared + (static_cast<char*>(mine) - shared());
-  if (reinterpret_cast<uintptr_t>(other) % 16) fail("a remote store is not aligned to 16 bytes");
-  std::memcpy(other, &value, sizeof value);
+  if (reinterpret_cast<uintptr_t>(to) % 16) fail("a remote store is not aligned to 16 bytes");
+  std::memcpy(to, &value, sizeof value);
 }
 
-void copy_async(void* to, const void* from) {
+void copy_async_or_zero(void* to, const void* from, bool reads) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) {
     fail("cp.async: not aligned to 16 bytes");
   }
+  const Copy copy{to, reads ? from : nullptr};
   // The hardware may be quick or slow.
   if (machine.draw(2)) {
-    std::memcpy(to, from, 16);
+    perform(copy);
   } else {
-    self().open.push_back({to, from});
+    self().open.push_back(copy);
   }
 }
 
@@ -412,10 +427,10 @@ void commit_copies() {
 }
 
 void wait_copies_but(int pending) {
-  if (leaves_out()) return;
+  if (leaves_out(kCopies)) return;
   auto& groups = self().groups;
   while (static_cast<int>(groups.size()) > pending) {
-    perform(groups.front());
+    for (const Copy& copy : groups.front()) perform(copy);
     groups.erase(groups.begin());
   }
 }

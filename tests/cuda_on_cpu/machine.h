@@ -6,14 +6,22 @@
 
 namespace molex::device {
 
+// Barriers are numbered as a thread meets them, those of a kind for themselves: some warps do not take part
+// in what others synchronise among their lanes.
+enum Kind { kBlock, kWarpLanes, kCopies, kKinds };
+
 struct Options {
-  uint64_t seed = 1;          // of the order in which fibers run
-  int left_out_barrier = -1;  // every thread passes its barrier of this number without waiting
+  uint64_t seed = 1;  // of the order in which fibers run
+  // Every thread passes its barrier of this kind and number without waiting.
+  int left_out_kind = -1, left_out_barrier = -1;
 };
+
+// Whether clusters of blocks have room, from now on.
+void set_clusters(bool fit);
 
 void set_options(const Options& options);
 
-// The largest number of barriers that a thread has met since the options were set.
-int most_barriers();
+// The largest number of barriers of a kind that a thread has met since the options were set.
+int most_barriers(int kind);
 
 }  // namespace molex::device

@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout,
                                                     Optional key_mask,
                                                     Optional seed,
                                                     const Tensor& out,
-                                                    const Tensor&,  // out_rest
+                                                    const Tensor& out_rest,
                                                     const Tensor& low_ranks,
                                                     const Tensor& stats,
                                                     int64_t num_iters,
@@ -47,10 +47,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout,
   }
 
   const Tensor upstream = dense(dout), state = torch::stable::contiguous(out);
+  const Tensor rest = torch::stable::contiguous(out_rest);
   const Optional upstream_sparse = dense(dsparse);
   b.grad_out = view(upstream);
   b.grad_sparse = view(upstream_sparse);
   b.out = state.const_data_ptr();
+  b.out_rest = rest.const_data_ptr();
   b.low_ranks = low_ranks.const_data_ptr<float>();
   b.stats = stats.const_data_ptr<float>();
   b.grad_k = needs[0] ? dk.mutable_data_ptr() : nullptr;

@@ -4,7 +4,9 @@
 
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 #ifndef __CUDACC__
 #include <cuda_on_cpu.h>
@@ -34,7 +36,7 @@ constexpr Status kSuccess = cudaSuccess;
 
 MOLEX_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 MOLEX_DEVICE int threads() { return static_cast<int>(blockDim.x); }
-MOLEX_DEVICE int64_t block() { return blockIdx.x; }
+MOLEX_DEVICE int block() { return static_cast<int>(blockIdx.x); }
 
 MOLEX_DEVICE void sync() { __syncthreads(); }
 MOLEX_DEVICE void sync_warp() { __syncwarp(); }
@@ -78,6 +80,15 @@ MOLEX_DEVICE float exp2(float x) {
   return y;
 }
 
+MOLEX_DEVICE float absolute(float x) { return fabsf(x); }
+// The larger; of NaN and a number the number.
+MOLEX_DEVICE float larger(float x, float y) { return fmaxf(x, y); }
+// x y + z, rounded once.
+MOLEX_DEVICE float multiply_add(float x, float y, float z) { return __fmaf_rn(x, y, z); }
+// x, at least 0, with the sign of y.
+MOLEX_DEVICE float with_sign(float x, float y) {
+  return __uint_as_float(__float_as_uint(x) | (__float_as_uint(y) & 0x80000000u));
+}
 // x * y, rounded before anything is added to it.
 MOLEX_DEVICE float multiply(float x, float y) { return __fmul_rn(x, y); }
 
@@ -152,6 +163,13 @@ MOLEX_DEVICE float as_float(uint32_t word) { return __uint_as_float(word); }
 MOLEX_DEVICE void copy_async(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
+// The same, or 16 bytes of 0 and nothing is read.
+MOLEX_DEVICE void copy_async_or_zero(void* to, const void* from, bool reads) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+               "l"(from),
+               "r"(reads ? 16 : 0)
+               : "memory");
+}
 MOLEX_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int Pending>
 MOLEX_DEVICE void wait_copies() {
@@ -172,12 +190,25 @@ MOLEX_DEVICE void wait_cluster() {
 #endif
 }
 
-// Stores 16 bytes at the place of `mine` in the shared memory of block `rank` of the cluster.
-MOLEX_DEVICE void store_remote(void* mine, int rank, uint4 value) {
+// Says that this block has come so far, but not that what it has written is there to see.
+MOLEX_DEVICE void arrive_cluster_relaxed() {
 #if __CUDA_ARCH__ >= 900
-  uint32_t address;
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+
+// The place of `mine` in the shared memory of block `rank` of the cluster, and a store of 16 bytes to it.
+using Remote = uint32_t;
+MOLEX_DEVICE Remote remote(void* mine, int rank) {
+  Remote address = 0;
+#if __CUDA_ARCH__ >= 900
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
-  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address),
+#endif
+  return address;
+}
+MOLEX_DEVICE void store_remote(Remote to, int bytes, uint4 value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to + bytes),
                "r"(value.x),
                "r"(value.y),
                "r"(value.z),
@@ -193,28 +224,63 @@ struct Grid {
   int cluster = 1;
 };
 
+// Lets the kernel's blocks have as much shared memory as the device gives, once for each device: a limit that
+// followed the launches could fall between another thread's limit and its launch.
+template <auto Kernel>
+Status allow_shared_memory() {
+  static std::atomic<uint64_t> allowed = 0;  // a bit for a device; those above 63 are asked every time
+  int device = 0, limit = 0;
+  Status status = cudaGetDevice(&device);
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (status != cudaSuccess || allowed.load() & bit) return status;
+  status = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status != cudaSuccess) return status;
+  status = cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+  if (status == cudaSuccess) allowed |= bit;
+  return status;
+}
+
+struct Launch {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute cluster = {};
+
+  Launch(const Grid& grid, Stream stream) {
+    config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+    config.blockDim = dim3(grid.threads);
+    config.dynamicSmemBytes = grid.shared_bytes;
+    config.stream = stream;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = grid.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = grid.cluster > 1;
+  }
+  Launch(const Launch&) = delete;  // it points into itself
+};
+
+// Whether the device has room for the grid's clusters: a part of one may have too few multiprocessors.
+template <auto Kernel>
+bool clusters_fit(const Grid& grid) {
+  if (grid.cluster == 1) return true;
+  int clusters = 0;
+  const Launch launch(grid, nullptr);
+  Status status = allow_shared_memory<Kernel>();
+  if (status == cudaSuccess) status = cudaOccupancyMaxActiveClusters(&clusters, Kernel, &launch.config);
+  if (status != cudaSuccess) cudaGetLastError();  // or a later launch would seem to have failed
+  return clusters > 0;
+}
+
 // Enqueues the kernel. Nothing waits for it, and a stream that is being captured records it.
-template <class Params>
-Status launch(void (*kernel)(const Params), const Grid& grid, const Params& params, Stream stream) {
+template <auto Kernel, class Params>
+Status launch(const Grid& grid, const Params& params, Stream stream) {
   if (grid.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   constexpr int kWithoutAsking = 48 * 1024;
   if (grid.shared_bytes > kWithoutAsking) {
-    const Status status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
+    const Status status = allow_shared_memory<Kernel>();
     if (status != cudaSuccess) return status;
   }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
-  config.blockDim = dim3(grid.threads);
-  config.dynamicSmemBytes = grid.shared_bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = grid.cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = grid.cluster > 1;
-  return cudaLaunchKernelEx(&config, kernel, params);
+  const Launch launch(grid, stream);
+  return cudaLaunchKernelEx(&launch.config, Kernel, params);
 }
 
 }  // namespace molex::device

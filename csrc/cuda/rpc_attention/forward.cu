@@ -36,21 +36,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& k,
   };
   Tensor out = allocate(heads, k.scalar_type());
   Tensor sparse = allocate(returns_sparse ? heads : none, ScalarType::Float);
-  // The kernels take D from the rounded L.
   const bool keeps_rest = keeps_state && k.scalar_type() != ScalarType::Float;
   Tensor out_rest = allocate(keeps_rest ? heads : none, k.scalar_type());
-  torch::stable::fill_(out_rest, 0.0);
   Tensor low_ranks = allocate(keeps_state ? states : none, ScalarType::Float);
   Tensor stats = allocate(keeps_state ? rows : none, ScalarType::Float);
   if (out.numel() == 0) return {out, sparse, out_rest, low_ranks, stats};
 
   f.out = out.mutable_data_ptr();
   f.sparse = returns_sparse ? sparse.mutable_data_ptr<float>() : nullptr;
+  f.out_rest = keeps_rest ? out_rest.mutable_data_ptr() : nullptr;
   f.low_ranks = keeps_state ? low_ranks.mutable_data_ptr<float>() : nullptr;
   f.stats = keeps_state ? stats.mutable_data_ptr<float>() : nullptr;
-  Tensor scratch = scratch_of(k, forward_scratch(f.problem));
+  const Form form = forward_form(f.problem);
+  Tensor scratch = scratch_of(k, forward_scratch(f.problem, form));
   f.scratch = scratch.mutable_data_ptr();
-  check_launch(run_forward(f, current_stream(device)));
+  check_launch(run_forward(f, form, current_stream(device)));
   return {out, sparse, out_rest, low_ranks, stats};
 }
 

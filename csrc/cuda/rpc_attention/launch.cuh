@@ -9,8 +9,9 @@
 
 #pragma once
 
-#include "cuda/rpc_attention/backward.cuh"
 #include "cuda/rpc_attention/forward.cuh"
+#include "cuda/rpc_attention/gradient.cuh"
+#include "cuda/rpc_attention/on_chip.cuh"
 
 namespace molex::rpc {
 
@@ -37,14 +38,26 @@ auto with_types(const Problem& p, const Function& function) {
   }
 }
 
-inline bool runs_on_chip(const Problem& p) {
-  return with_types(p, [&]<class E, int D>() { return OnChip<E, D>(p).fits; });
+// How the forward pass runs: on chip by a cluster of blocks or by one block, or in a launch per iteration.
+enum class Form { kCluster, kAlone, kIterated };
+
+template <class E, int D>
+Form form_of(const Problem& p) {
+  const OnChip<E, D> plan(p);
+  if (plan.fits && device::clusters_fit<rpc_forward_on_chip<E, D, false>>(plan.grid(p)))
+    return Form::kCluster;
+  return kRunsAlone<E, D> && OnChip<E, D, true>(p).fits ? Form::kAlone : Form::kIterated;
 }
 
-inline int64_t forward_scratch(const Problem& p) {
-  return with_types(p, [&]<class E, int D>() {
-    return OnChip<E, D>(p).fits ? int64_t{0} : ForwardScratch<E>(p, nullptr, D).bytes;
-  });
+// What names kernels is a template, so that a translation unit compiles those of the pass that it calls only.
+template <class P>
+Form forward_form(const P& p) {
+  return with_types(p, [&]<class E, int D>() { return form_of<E, D>(p); });
+}
+
+inline int64_t forward_scratch(const Problem& p, Form form) {
+  if (form != Form::kIterated) return 0;
+  return with_types(p, [&]<class E, int D>() { return ForwardScratch<E>(p, nullptr, D).bytes; });
 }
 
 inline int64_t backward_scratch(const Problem& p) {
@@ -53,27 +66,30 @@ inline int64_t backward_scratch(const Problem& p) {
 
 inline int64_t blocks_for(int64_t count, int64_t each) { return (count + each - 1) / each; }
 
-// Templates, so that a translation unit compiles the kernels of the pass that it calls and no others.
 template <class Stream>
-device::Status run_forward(const Forward& f, Stream stream) {
+device::Status run_forward(const Forward& f, Form form, Stream stream) {
   const Problem& p = f.problem;
   return with_types(p, [&]<class E, int D>() {
-    if (const OnChip<E, D> plan(p); plan.fits) {
-      const device::Grid grid{
-          p.all_heads() * plan.cluster, plan.warps * kWarp, plan.shared_bytes, plan.cluster};
-      return device::launch(on_chip<E, D>, grid, OnChipForward<E, D>{f, plan}, stream);
+    if (form == Form::kCluster) {
+      const OnChip<E, D> plan(p);
+      return device::launch<rpc_forward_on_chip<E, D, false>>(
+          plan.grid(p), OnChipForward<E, D, false>{f, plan}, stream);
     }
-    const int64_t elements = p.all_heads() * padded_rows(p) * D;
+    if constexpr (kRunsAlone<E, D>) {
+      if (form == Form::kAlone) {
+        const OnChip<E, D, true> plan(p);
+        return device::launch<rpc_forward_on_chip<E, D, true>>(
+            plan.grid(p), OnChipForward<E, D, true>{f, plan}, stream);
+      }
+    }
     const ForwardScratch<E> scratch(p, f.scratch, D);
-    device::Status status = device::launch(prepare<E, D>,
-                                           {blocks_for(elements, kPrepareThreads), kPrepareThreads},
-                                           ForwardStep<E>(f, scratch, -1),
-                                           stream);
-    using T = StepTile<E, D>;
+    device::Status status = device::launch<rpc_forward_prepare<E, D>>(
+        {Place<D, kPrepareThreads>::blocks(p), kPrepareThreads}, ForwardLaunch<E>(f, scratch, -1), stream);
+    using T = ForwardTile<E, D>;
     const device::Grid grid{
         p.all_heads() * blocks_for(p.length, T::kRows), T::kWarps * kWarp, T::kSharedBytes};
     for (int t = 0; t < p.iterations && status == device::kSuccess; ++t) {
-      status = device::launch(step<E, D>, grid, ForwardStep<E>(f, scratch, t), stream);
+      status = device::launch<rpc_forward_iteration<E, D>>(grid, ForwardLaunch<E>(f, scratch, t), stream);
     }
     return status;
   });
@@ -83,37 +99,34 @@ template <class Stream>
 device::Status run_backward(const Backward& b, Stream stream) {
   const Problem& p = b.problem;
   return with_types(p, [&]<class E, int D>() {
-    const int64_t rows = p.all_heads() * padded_rows(p);
     const BackwardScratch<E> scratch(p, b.scratch, D);
-    device::Status status = device::launch(rebuild<E, D>,
-                                           {blocks_for(rows, kRebuildThreads / kWarp), kRebuildThreads},
-                                           BackwardStep<E>(b, scratch, p.iterations, D),
-                                           stream);
-    using T = GradientTile<E, D>;
-    const device::Grid grid{
-        p.all_heads() * blocks_for(p.length, T::kRows), T::kWarps * kWarp, T::kSharedBytes};
+    device::Status status =
+        device::launch<rpc_backward_rebuild<E, D>>({Place<D, kRebuildThreads>::blocks(p), kRebuildThreads},
+                                                   BackwardLaunch<E>(b, scratch, p.iterations, D),
+                                                   stream);
+    using T = BackwardTile<E, D>;
+    const device::Grid grid{p.all_heads() * blocks_for(p.length, T::kRows), T::kThreads, T::kSharedBytes};
     const bool has_q = p.q.data != nullptr;
     for (int t = p.iterations - 1; t >= 0 && status == device::kSuccess; --t) {
-      BackwardStep<E> step(b, scratch, t, D);
-      step.as_query = true;
-      if constexpr (kSumsInner<E>) {
-        status = device::launch(gradient<E, D, true>, grid, step, stream);
-        if (status != device::kSuccess) break;
-      }
+      const BackwardLaunch<E> step(b, scratch, t, D);
+      const bool drops = p.seed && t + 1 == p.iterations;
+      const auto launch = [&]<Role R>() {
+        if (status != device::kSuccess) return;
+        status = drops ? device::launch<rpc_backward_iteration<E, D, R, true>>(grid, step, stream)
+                       : device::launch<rpc_backward_iteration<E, D, R, false>>(grid, step, stream);
+      };
+      if constexpr (kSumsInner<E>) launch.template operator()<Role::kInner>();
       if (has_q) {
-        status = device::launch(gradient<E, D, false>, grid, step, stream);
-        if (status != device::kSuccess) break;
-        step.as_query = false;
+        launch.template operator()<Role::kQuery>();
+        launch.template operator()<Role::kKey>();
+      } else {
+        launch.template operator()<Role::kBoth>();
       }
-      step.as_key = true;
-      status = device::launch(gradient<E, D, false>, grid, step, stream);
     }
     if (status != device::kSuccess || !b.grad_threshold) return status;
     const int shared_bytes = kSumThreads / kWarp * static_cast<int>(sizeof(float));
-    return device::launch(sum_threshold<E>,
-                          {p.all_heads(), kSumThreads, shared_bytes},
-                          BackwardStep<E>(b, scratch, 0, D),
-                          stream);
+    return device::launch<rpc_backward_threshold<E>>(
+        {p.all_heads(), kSumThreads, shared_bytes}, BackwardLaunch<E>(b, scratch, 0, D), stream);
   });
 }
 

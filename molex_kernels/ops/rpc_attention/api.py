@@ -19,7 +19,6 @@ _scaled = Once("scaled_attention")
 THRESHOLDS = ("lam_times_mu", "lam_over_mu")
 CAUSAL = (False, True, "prefix")
 MAX_WIDTH = 128  # of a head, in the kernels
-BLOCK_MEMORY = 157_056  # bytes that the largest block of the CUDA kernels needs on every device
 
 declare("rpc_attention", TRITON, CUDA, CPU, REFERENCE)
 declare("scaled_attention", SDPA, REFERENCE)
@@ -114,7 +113,7 @@ def rpc_attention(
     given = _check_threshold(threshold, lam, mu_width, mu_divisor, k)
     width = k.shape[3]
     too_wide = f"d = {width} is above {MAX_WIDTH}" if width > MAX_WIDTH else None
-    limits = {"triton": too_wide, "cuda": too_wide or _too_small(k.device)}
+    limits = {"triton": too_wide, "cuda": too_wide or _too_small(k)}
     chosen = select("rpc_attention", impl, k, **limits)
     if given:
         bound = _threshold_tensor(threshold, k)
@@ -193,12 +192,24 @@ def scaled_attention(
     return F.scaled_dot_product_attention(q, k, v - part, scale=scale)
 
 
-def _too_small(device: torch.device) -> str | None:
+def block_memory(k: Tensor) -> int:
+    """Bytes of shared memory that the largest block of the CUDA kernels takes, in a backward pass.
+
+    It holds 3 tiles of 64 rows, twice 3 of `columns` rows, and 3 numbers for each of the latter.
+    """
+    size, width = k.element_size(), max(16, 1 << (k.shape[3] - 1).bit_length())
+    columns = (32 if width > 64 else 64) * 2 // size
+    return (3 * 64 + 6 * columns) * (width + 8) * size + 24 * columns
+
+
+def _too_small(k: Tensor) -> str | None:
     """Why the CUDA kernels do not run on a GPU, such as those of gaming cards."""
-    memory = _backends.block_memory(device.index) if device.type == "cuda" else BLOCK_MEMORY
-    if memory >= BLOCK_MEMORY:
+    if k.device.type != "cuda":
         return None
-    return f"blocks need {BLOCK_MEMORY} bytes of shared memory, the device gives them {memory}"
+    needed, memory = block_memory(k), _backends.block_memory(k.device.index)
+    if memory >= needed:
+        return None
+    return f"blocks need {needed} bytes of shared memory, the device gives them {memory}"
 
 
 def _check_heads(name: str, x: Any) -> None:
