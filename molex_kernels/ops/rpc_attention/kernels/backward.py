@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import Mat
-from molex_kernels._triton.tiles import keep_mask
+from molex_kernels._triton.tiles import add_product, keep_mask
 from molex_kernels.ops.rpc_attention.kernels.heads import (
     block_of_head,
     load_bound,
@@ -261,10 +261,10 @@ def _rpc_bwd_attention(
                 kept = keep_mask(seed, position, drop_threshold)
                 dweights = tl.where(kept, dweights * keep_scale, 0.0)
                 passed = tl.where(kept, weights * keep_scale, 0.0)
-            dv = tl.dot(passed.to(dlow_j.dtype), dlow_j, dv, input_precision=PRECISION)
+            dv = add_product(dv, passed.to(dlow_j.dtype), dlow_j, PRECISION)
             dscores += weights * (dweights - inner_j[None, :])
         if not IS_SUM:
-            down = tl.dot(dscores.to(other_j.dtype), other_j, down, input_precision=PRECISION)
+            down = add_product(down, dscores.to(other_j.dtype), other_j, PRECISION)
 
     # A key that is not there has weights all the same: its own rows alone are made of them.
     down = tl.where(mask_i[:, None], down * scale, 0.0)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import Mat
-from molex_kernels._triton.tiles import keep_mask
+from molex_kernels._triton.tiles import add_product, keep_mask
 from molex_kernels.ops.rpc_attention.kernels.heads import (
     block_of_head,
     load_bound,
@@ -127,7 +127,7 @@ def _rpc_fwd(
                 kept = keep_mask(seed, position, drop_threshold)
                 weights = tl.where(kept, weights * keep_scale, 0.0)
             low = low * shrunk[:, None]
-            low = tl.dot(weights.to(values.dtype), values, low, input_precision=PRECISION)
+            low = add_product(low, weights.to(values.dtype), values, PRECISION)
 
     total = tl.where(mask_i, total, 1.0)
     low = tl.where(mask_i[:, None], low / total[:, None], 0.0)
