@@ -110,6 +110,8 @@ class _Operator:
                 return self.native[name]
             if runs and (module := self.modules.get(name)):
                 function = getattr(importlib.import_module(module), self.function)
+                if name == "triton":
+                    return _replayed(function, self.named)
                 return lambda *arguments: function(self.named(*arguments))
             if runs and self._is_native(name):  # which has loaded and registered it
                 return partial(self.overload, impl=impl)
@@ -163,6 +165,13 @@ class _Operator:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="(?s).*previously registered kernel")
             _LIBRARY.impl(self.name, self.run, key)
+
+
+def _replayed(function: Callable[..., Any], named: Any) -> Callable[..., Any]:
+    """A launcher, whose calls are replayed where Triton starts kernels on a GPU."""
+    from molex_kernels._triton.replay import Replayed
+
+    return Replayed(function, named)
 
 
 @_extension.when_loaded

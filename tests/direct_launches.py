@@ -39,11 +39,11 @@ def launches_of(call: Callable[[], object]) -> Launches:
 
 def through_triton(call: Callable[[], object]) -> Launches:
     """The same with `kernel[grid]`, which specialises every launch anew."""
-    given, direct._is_direct = direct._is_direct, lambda kernel: False
+    given, direct.is_free = direct.is_free, lambda: False
     try:
         return launches_of(call)
     finally:
-        direct._is_direct = given
+        direct.is_free = given
 
 
 def described(arg: Any) -> Any:
@@ -99,7 +99,7 @@ def ops() -> Iterator[str]:
             yield f"{info.name}: no launch"
         given = [arg for launches in wanted for _, _, args in launches for arg in args]
         with_blocks += sum(isinstance(arg, tuple) and arg[0] == "blocks" for arg in given)
-        for again in range(2):
+        for again in range(4):
             for (what, call), want in zip(made, wanted, strict=True):
                 yield from differences(f"{what} {again}", launches_of(call), want)
     if not with_blocks:

@@ -24,6 +24,10 @@ def _stack(**options: Any) -> nn.Module:
     )
     model = transformers.GPT2Model(config)
     stack = mk.LayerExpertStack.from_transformers(model, freeze=False, **options)
+    if "cosine_dim" not in options:
+        # A layer that chose itself would not feel what it is mixed by.
+        with torch.no_grad():
+            stack.gates[0].bias[0] += 3
     return copy.deepcopy(stack)  # its weights are no views of the model's parameters
 
 

@@ -8,8 +8,10 @@ see no difference between them.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +31,7 @@ if _RUN is not None and _RUN.__code__.co_filename != inspect.getfile(JITFunction
     _RUN = None
 Kept = dict[Any, tuple[Any, tuple[Any, ...]]]  # a compiled kernel and its constants, by key
 _kept: defaultdict[Any, Kept] = defaultdict(dict)
+_watching = threading.local()
 
 
 def start(
@@ -39,7 +42,7 @@ def start(
     config: Config,
 ) -> None:
     """`kernel[grid](*args, **constants, **config.launch_options())`"""
-    active: Any = driver.active if _is_direct(kernel) else None
+    active: Any = driver.active if is_plain(kernel) and is_free() else None
     kept: Kept = {}
     key = None
     if active is not None:
@@ -54,33 +57,72 @@ def start(
                 kept.clear()
             given = {**constants, **config.blocks}
             kept[key] = compiled, tuple(given[p.name] for p in kernel.params[len(args) :])
+        _tell(kernel, None, grid, args, ())
         return
     compiled, rest = found
+    run(compiled, grid, active.get_current_stream(device), args, rest)
+    _tell(kernel, compiled, grid, args, rest)
+
+
+def run(
+    compiled: Any, grid: tuple[int, ...], stream: Any, args: Sequence[Any], constants: Sequence[Any]
+) -> None:
+    """Hands a compiled kernel to the driver."""
     second, third = (*grid[1:], 1, 1)[:2]
     compiled.run(
         grid[0],
         second,
         third,
-        active.get_current_stream(device),
+        stream,
         compiled.function,
         compiled.packed_metadata,
         *(None, None, None),  # what hooks get, and the hooks
         *args,
-        *rest,
+        *constants,
     )
 
 
-def _is_direct(kernel: Any) -> bool:
-    """Whether nothing stands between the kernel and CUDA's driver, as a profiler's hooks would."""
+def current_stream() -> Any:
+    """Of the current device."""
+    active: Any = driver.active
+    return active.get_current_stream(active.get_current_device())
+
+
+@contextmanager
+def watched_by(watcher: Callable[..., None] | None) -> Iterator[None]:
+    """Inside, each launch of this thread is told: kernel, compiled, grid, args, constants.
+
+    `compiled` is None for one that went through Triton.
+    """
+    before = getattr(_watching, "watcher", None)
+    _watching.watcher = watcher
+    try:
+        yield
+    finally:
+        _watching.watcher = before
+
+
+def _tell(*launch: Any) -> None:
+    watcher = getattr(_watching, "watcher", None)
+    if watcher is not None:
+        watcher(*launch)
+
+
+def is_free() -> bool:
+    """Whether nothing stands between kernels and CUDA's driver, as a profiler's hooks would."""
     return (
-        type(kernel) is JITFunction
-        and JITFunction.run is _RUN
-        and not (kernel.pre_run_hooks or kernel.debug or knobs.runtime.debug)
+        JITFunction.run is _RUN
+        and not (knobs.runtime.interpret or knobs.runtime.debug)
         and not knobs.compilation.instrumentation_mode
         and isinstance(driver.active, CudaDriver)
         and not _calls(knobs.runtime.launch_enter_hook)
         and not _calls(knobs.runtime.launch_exit_hook)
     )
+
+
+def is_plain(kernel: Any) -> bool:
+    """Whether nothing of the kernel's own does, either."""
+    return type(kernel) is JITFunction and not (kernel.pre_run_hooks or kernel.debug)
 
 
 def _calls(hook: Any) -> bool:
