@@ -1,4 +1,4 @@
-"""What is launched without Triton's search is what Triton would have launched."""
+"""What is launched without Triton's search, or replayed, is what Triton would have launched."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("what", ["hits", "values", "ops"])
+@pytest.mark.parametrize("what", ["hits", "values", "ops", "tapes", "memory"])
 def test_direct_launches(what: str) -> None:
     """Grid, specialisation and arguments, after hits and misses of every op's launches."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "MOLEX_"))}

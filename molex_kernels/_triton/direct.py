@@ -60,13 +60,11 @@ def start(
         _tell(kernel, None, grid, args, ())
         return
     compiled, rest = found
-    run(compiled, grid, active.get_current_stream(device), args, rest)
+    run(compiled, grid, active.get_current_stream(device), (*args, *rest))
     _tell(kernel, compiled, grid, args, rest)
 
 
-def run(
-    compiled: Any, grid: tuple[int, ...], stream: Any, args: Sequence[Any], constants: Sequence[Any]
-) -> None:
+def run(compiled: Any, grid: tuple[int, ...], stream: Any, args: Sequence[Any]) -> None:
     """Hands a compiled kernel to the driver."""
     second, third = (*grid[1:], 1, 1)[:2]
     compiled.run(
@@ -78,7 +76,6 @@ def run(
         compiled.packed_metadata,
         *(None, None, None),  # what hooks get, and the hooks
         *args,
-        *constants,
     )
 
 
