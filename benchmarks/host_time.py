@@ -120,6 +120,7 @@ def _calls() -> dict[str, Callable[[], object]]:
     weight = torch.rand(tokens, top_k, generator=generator)
     plan = mk.route_plan(index, experts)
     k, v = drawn(2, 6, 197, 64), drawn(2, 6, 197, 64)
+    pair, layers, two = drawn(2, 512, width), drawn(4, width, width), torch.tensor([1, 2])
     rule = mk.HeavyBall(0.7)
     state = (torch.zeros(tokens, width),)
 
@@ -138,6 +139,7 @@ def _calls() -> dict[str, Callable[[], object]]:
         "MoE layer, forward": lambda: layer(x, gate, w_up, w_down),
         "MoE layer, forward and backward": step,
         "ac_route": lambda: mk.ac_route(x, gate, index, top_k=top_k),
+        "layer_linear, a pair": lambda: mk.layer_linear(pair, layers, two),
         "momentum_update": lambda: mk.momentum_update(x, f, state, rule),
         "rpc_attention, 4 iterations": lambda: mk.rpc_attention(
             k, v, num_iters=4, lam=1.0, impl="triton"
