@@ -9,7 +9,7 @@ from molex_kernels._triton.tuning import Config, Options, around, kept
 PROGRAMS = 264  # that share the tokens: about two for each multiprocessor of a large GPU
 # Numbers that every program of the feature weights may add up by itself, 1 MiB of them.
 MAX_PARTS = 2**18
-_SCAN_TILE = 16384  # counts held in registers by the scan
+_SCAN_TILE = 8192  # counts held in registers by the scan
 
 
 @kept
@@ -64,7 +64,8 @@ def dgate(chip: Chip, num_experts: int, in_parts: bool) -> Options:
         depth, width = (32, 128) if block_e == 64 else (64, 64)
         sizes = {"BLOCK_T": depth, "BLOCK_D": width, "BLOCK_E": block_e}
         return around(Config(sizes, 4, 2), warps=(8,), stages=(3,))
-    return around(Config({"BLOCK_T": 32, "BLOCK_D": 64, "BLOCK_E": block_e}, 8, 2), warps=(4,))
+    sizes = {"BLOCK_T": 16 if block_e == 16 else 32, "BLOCK_D": 64, "BLOCK_E": block_e}
+    return around(Config(sizes, 8, 2), warps=(4,))
 
 
 @kept
@@ -86,7 +87,7 @@ def whole(chip: Chip, total: int) -> Options | None:
 
 @kept
 def scan(chip: Chip, num_blocks: int, block_e: int) -> Config:
-    """As many warps as hold a tile at 32 counts a thread."""
+    """As many warps as hold a tile at 32 counts a thread; of a larger tile 16 warps would spill."""
     block_b = min(next_power_of_2(num_blocks), max(1, _SCAN_TILE // block_e))
     warps = min(16, max(4, block_b * block_e // 1024))
     return Config({"BLOCK_B": block_b, "BLOCK_E": block_e}, warps)

@@ -64,7 +64,7 @@ def _backward(
             return _tiles(16, 16, width, 8, 1)
         return _tiles(32, 32, width, 4, 1) if width == 16 else _tiles(32, 16, width, 8, 1)
     if not aligned or has_dropout:
-        keys = 16 if has_dropout and width > 64 else 32
+        keys = 16 if width > 64 else 32
         return _tiles(32, keys, width, 4 if width <= 32 else 8, 1)
     if _is_small(chip) and width > 64:
         return _tiles(64, 32, width, 8, 1)
