@@ -252,6 +252,7 @@ OPTIONS = {
         "wgrad": (BF16, True),
         "mix": (768, True),
         "vote": (12,),
+        "winner": (12,),
     },
     "merging": {
         "mask": (),

@@ -189,6 +189,8 @@ OPINFOS = (
             _vote(40, 3, mode="mean_sigmoid", mask=True),
             _vote(0, 4, mode="mode"),
             _vote(9, 1, mode="mean_softmax"),
+            _vote(200, 63, mode="mean_softmax", mask=True),
+            _vote(300, 1000, mode="mode"),
         ),
         benchmarks=(_vote(8192, 12, mode="mode"), _vote(4096, 24, mode="mean_softmax")),
         quick=(_vote(8192, 12, mode="mode"),),

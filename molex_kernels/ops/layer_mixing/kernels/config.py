@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from molex_kernels._triton.chips import KIB, Chip
-from molex_kernels._triton.sizes import next_power_of_2
+from molex_kernels._triton.sizes import cdiv, next_power_of_2
 from molex_kernels._triton.tuning import Config, Options, around, kept
 
 MAX_PROGRAMS = 1024  # of mixing backwards: as many rows of partial sums
 TABLE = (Config({}, 1, 1), ())  # the same few stores on every chip
 VOTE_ELEMENTS = 4096
+MAX_VOTERS = 64
 _WITH_ADAPTERS = ((128, 128, 8), (128, 64, 8), (64, 64, 4))  # BLOCK_T, BLOCK_N, warps
 
 
@@ -87,7 +88,27 @@ def mix(chip: Chip, num_features: int, has_norm: bool, *, backward: bool) -> Opt
 
 @kept
 def vote(chip: Chip, num_layers: int) -> Options:
-    """One program reads everything, in long steps."""
-    block_l = max(next_power_of_2(num_layers), 2)
-    rows = max(VOTE_ELEMENTS // block_l, 1)
+    """Programs read their tokens in long steps."""
+    block_l, rows = _ballot(num_layers)
     return around(Config({"BLOCK_T": min(rows, 512), "BLOCK_L": block_l}, 8, 2), warps=(4, 16))
+
+
+@kept
+def voters(tokens: int, block_t: int) -> int:
+    """Programs: one where a second launch would take longer than the steps that it saves."""
+    steps = cdiv(tokens, block_t)
+    return 1 if steps <= 2 else min(steps, MAX_VOTERS)
+
+
+@kept
+def winner(chip: Chip, num_layers: int) -> Options:
+    """For the sum over the voters."""
+    block_l, rows = _ballot(num_layers)
+    sizes = {"BLOCK_P": min(rows, MAX_VOTERS), "BLOCK_L": block_l}
+    return around(Config(sizes, 4, 1), warps=(1, 8))
+
+
+def _ballot(num_layers: int) -> tuple[int, int]:
+    """Columns and rows of a tile of scores."""
+    block_l = max(next_power_of_2(num_layers), 2)
+    return block_l, max(VOTE_ELEMENTS // block_l, 1)

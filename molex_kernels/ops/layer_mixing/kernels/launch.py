@@ -20,7 +20,10 @@ from molex_kernels.ops.layer_mixing.kernels import config
 from molex_kernels.ops.layer_mixing.kernels.layers import _layer_mixing_fwd_table
 from molex_kernels.ops.layer_mixing.kernels.linear import _layer_mixing_fwd_linear
 from molex_kernels.ops.layer_mixing.kernels.mix import _layer_mixing_bwd_mix, _layer_mixing_fwd_mix
-from molex_kernels.ops.layer_mixing.kernels.vote import _layer_mixing_fwd_vote
+from molex_kernels.ops.layer_mixing.kernels.vote import (
+    _layer_mixing_fwd_vote,
+    _layer_mixing_fwd_winner,
+)
 from molex_kernels.ops.layer_mixing.kernels.wgrad import (
     _layer_mixing_bwd_bias,
     _layer_mixing_bwd_wgrad,
@@ -39,14 +42,32 @@ class Group(NamedTuple):
 
 def layer_vote_forward(given: Any) -> Tensor:
     """The layer with the largest sum of scores over all tokens, [] int64."""
-    out = given.logits.new_empty((), dtype=torch.int64)
+    logits = given.logits
+    tokens, layers = logits.shape
+    out = logits.new_empty((), dtype=torch.int64)
+    options = config.vote(chips.of(logits.device), layers)
+    block_t = options[0].blocks["BLOCK_T"]  # which its candidates have, too
+    programs = config.voters(tokens, block_t)
+    scores = logits.new_empty(programs, layers, dtype=torch.float32) if programs > 1 else None
     launch(
         _layer_mixing_fwd_vote,
-        lambda _: (1,),
-        (*map(strided, (given.logits, given.mask)), out, *given.logits.shape),
-        {"MODE": given.mode},
-        config.vote(chips.of(given.logits.device), given.logits.shape[1]),
+        lambda _: (programs,),
+        (
+            *map(strided, (logits, given.mask)),
+            *(out if scores is None else scores, tokens, layers),
+            cdiv(tokens, programs * block_t) * block_t,
+        ),
+        {"MODE": given.mode, "IS_PART": scores is not None},
+        options,
     )
+    if scores is not None:
+        launch(
+            _layer_mixing_fwd_winner,
+            lambda _: (1,),
+            (scores, out, programs, layers),
+            {},
+            config.winner(chips.of(logits.device), layers),
+        )
     return out
 
 
