@@ -4,8 +4,9 @@
     install_experts()
     model.set_experts_implementation("molex")     # or from_pretrained(..., experts_implementation=)
 
-    from molex_kernels.integrations.transformers import install_ac_router
+    from molex_kernels.integrations.transformers import install_ac_router, install_momentum
     install_ac_router(model)                      # routes by the clusters of the layer before
+    install_momentum(model, mk.HeavyBall(mu=0.7)) # steps against the experts, with momentum
 
 Weights, names and checkpoints stay as they are, adapters of PEFT on the expert weights included.
 """
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from molex_kernels import _modules
 from molex_kernels.integrations._handover import Stack
+from molex_kernels.integrations._momentum import install_momentum
 from molex_kernels.integrations._routers import install_ac_router
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
 from molex_kernels.ops.dispatch.types import Activation, ClampedSwiGLU
@@ -42,7 +44,13 @@ else:
         "gelu_tanh": (activations.GELUTanh, activations.NewGELUActivation),
     }
 
-__all__ = ["experts_forward", "install_ac_router", "install_experts", "uninstall"]
+__all__ = [
+    "experts_forward",
+    "install_ac_router",
+    "install_experts",
+    "install_momentum",
+    "uninstall",
+]
 
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
 # The one gate of transformers with clamps and a shift, by where it is defined.
