@@ -35,13 +35,14 @@ def mixture(kind, generator, **options):
     pytest.importorskip("transformers.integrations.moe", exc_type=ImportError)
     model_type, own = MODELS[kind]
     sizes = {**SIZES, "num_hidden_layers": 2, **own, **options}
-    model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(
-            model_type, **sizes, bos_token_id=0, eos_token_id=None, pad_token_id=None
-        ),
-        attn_implementation="eager",
-        experts_implementation="eager",
+    config = transformers.AutoConfig.for_model(
+        model_type, **sizes, bos_token_id=0, eos_token_id=None, pad_token_id=None
     )
+    with torch.random.fork_rng():
+        torch.manual_seed(generator.initial_seed())  # transformers draws from the global one
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", experts_implementation="eager"
+        )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
