@@ -6,6 +6,7 @@ change it, which the diff shows.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 from collections import defaultdict
@@ -14,12 +15,18 @@ from typing import Any
 
 import molex_kernels
 
+INTEGRATIONS = ("transformers", "timm")
 FILE = Path(__file__).with_suffix(".json")
 
 
 def names() -> dict[str, Any]:
     """The signature of each public name; of a class also its public methods' and properties."""
-    return {name: _signatures(getattr(molex_kernels, name)) for name in molex_kernels.__all__}
+    found = {name: _signatures(getattr(molex_kernels, name)) for name in molex_kernels.__all__}
+    for library in INTEGRATIONS:
+        module = importlib.import_module(f"molex_kernels.integrations.{library}")
+        for name in module.__all__:
+            found[f"integrations.{library}.{name}"] = _signatures(getattr(module, name))
+    return found
 
 
 def contract() -> dict[str, dict[str, list[str]]]:

@@ -27,9 +27,12 @@ def _public() -> Iterator[tuple[str, Any]]:
         elif inspect.isfunction(value):
             yield name, value
     for info in pkgutil.iter_modules(integrations.__path__):
+        if info.name.startswith("_"):
+            continue  # parts of the others
         module = importlib.import_module(f"{integrations.__name__}.{info.name}")
         for name, value in inspect.getmembers(module, inspect.isfunction):
-            if value.__module__ == module.__name__ and not name.startswith("_"):
+            is_ours = value.__module__.startswith(integrations.__name__)
+            if is_ours and not name.startswith("_"):
                 yield f"{info.name}.{name}", value
 
 

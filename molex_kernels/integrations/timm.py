@@ -19,6 +19,8 @@ from torch import nn
 from molex_kernels import _check, _modules
 from molex_kernels.ops.rpc_attention.module import RPCAttention
 
+__all__ = ["install_rpc_attention"]
+
 # What robust attention has a place for: modules by name, and what a block hands to its attention.
 _PARTS = ("qkv", "proj", "attn_drop", "proj_drop")
 _ARGUMENTS = ("self", "x", "attn_mask", "is_causal")

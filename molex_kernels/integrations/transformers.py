@@ -1,8 +1,12 @@
-"""The experts of transformers' mixture-of-experts models on this package's dispatch.
+"""This package's ops in transformers' mixture-of-experts models.
 
     from molex_kernels.integrations.transformers import install_experts
     install_experts()
     model.set_experts_implementation("molex")     # or from_pretrained(..., experts_implementation=)
+
+    from molex_kernels.integrations.transformers import install_ac_router, install_momentum
+    install_ac_router(model)                      # routes by the clusters of the layer before
+    install_momentum(model, mk.HeavyBall(mu=0.7)) # steps against the experts, with momentum
 
 Weights, names and checkpoints stay as they are, adapters of PEFT on the expert weights included.
 """
@@ -16,6 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from molex_kernels import _modules
+from molex_kernels.integrations._handover import Stack
+from molex_kernels.integrations._momentum import install_momentum
+from molex_kernels.integrations._routers import install_ac_router
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
 from molex_kernels.ops.dispatch.types import Activation, ClampedSwiGLU
 from molex_kernels.ops.routing.api import route_plan
@@ -36,6 +43,14 @@ else:
         "gelu": (activations.GELUActivation,),
         "gelu_tanh": (activations.GELUTanh, activations.NewGELUActivation),
     }
+
+__all__ = [
+    "experts_forward",
+    "install_ac_router",
+    "install_experts",
+    "install_momentum",
+    "uninstall",
+]
 
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
 # The one gate of transformers with clamps and a shift, by where it is defined.
@@ -73,6 +88,24 @@ def install_experts() -> str:
     moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     _let_the_name_through()
     return NAME
+
+
+def uninstall(model: nn.Module) -> bool:
+    """Takes out what the functions here have installed into a model, which then is as it came.
+
+    What `set_experts_implementation("molex")` has changed is put back by giving it another name.
+
+    Args:
+        model: the whole model, or its decoder.
+
+    Returns:
+        Whether there was something.
+
+    Raises:
+        TypeError: a model that is no module.
+        ValueError: a model without layers with experts, or one that has been wrapped since then.
+    """
+    return Stack(model).uninstall()
 
 
 def _let_the_name_through() -> None:

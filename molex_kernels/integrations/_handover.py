@@ -1,0 +1,229 @@
+"""What the layers of another library's decoder hand on to each other, in each forward pass.
+
+ACMoE needs the routing of the MoE layer before, momentum its state. A decoder hands on the hidden
+states alone, so the rest goes beside them, in an argument that the layers get from a hook and take
+out again. The hook stands outside of what gradient checkpointing repeats and the argument inside,
+so that a repeated layer gets what it got the first time, whatever has run since.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molex_kernels import _check
+
+_NAME = "molex_given"  # of the argument
+_CACHES = ("cache", "past_key_values")  # the same, in releases of transformers
+
+
+class Given:
+    """What one layer gets in one forward pass, and what it makes for the layers after it.
+
+    Attributes:
+        before: by kind, what the layers before have made.
+        made: by kind, what this layer has made.
+        mask: bool [B, N], True for tokens that count, or None.
+        has_grad: whether gradients were wanted where the decoder called the layer.
+    """
+
+    def __init__(self, before: dict[str, Any], mask: Tensor | None) -> None:
+        self.before = before
+        self.made: dict[str, Any] = {}
+        self.mask = mask
+        self.has_grad = torch.is_grad_enabled()
+
+
+class Place:
+    """A layer's place in the decoder, where the layer's parts find what it was given."""
+
+    def __init__(self) -> None:
+        self.given: Given | None = None
+
+
+class Handover:
+    """Of one decoder: hands on from layer to layer while the decoder's forward pass runs."""
+
+    def __init__(self, decoder: nn.Module, layers: nn.ModuleList) -> None:
+        parameters = inspect.signature(decoder.forward).parameters
+        self.arguments = [name for name in parameters if name != "self"]
+        self.no_cache: dict[str, str] = {}  # by kind, why
+        self.is_running = False
+        self.mask: Tensor | None = None
+        self.last: Given | None = None
+        self.hooks = [
+            decoder.register_forward_pre_hook(self.begin, with_kwargs=True),
+            decoder.register_forward_hook(self.end),
+        ]
+        for layer in layers:
+            self.hooks.append(layer.register_forward_pre_hook(self.enter, with_kwargs=True))
+
+    def begin(self, decoder: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before the decoder: nothing has been made."""
+        named = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        for kind, why in self.no_cache.items():
+            if any(named.get(name) is not None for name in _CACHES):
+                raise NotImplementedError(
+                    f"cache: expected None with {kind}, got one: {why}. "
+                    "generate(..., use_cache=False) runs"
+                )
+        mask = named.get("attention_mask")
+        is_of_tokens = isinstance(mask, Tensor) and mask.dim() == 2
+        self.mask = mask.bool() if is_of_tokens else None  # type: ignore[union-attr]
+        self.last, self.is_running = None, True
+
+    def end(self, decoder: nn.Module, args: Any, output: Any) -> None:
+        """After the decoder: nothing is kept."""
+        self.mask, self.last, self.is_running = None, None, False
+
+    def enter(self, layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Before a layer: it gets what those before have made."""
+        if not self.is_running:
+            raise RuntimeError(
+                f"{type(layer).__name__}: expected to run inside the forward pass of its decoder, "
+                "from where it gets what the layers before have made, got a call from elsewhere. "
+                "Use the model's gradient_checkpointing_enable() and no checkpoint around layers"
+            )
+        before = {} if self.last is None else {**self.last.before, **self.last.made}
+        self.last = Given(before, self.mask)
+        return args, {**kwargs, _NAME: self.last}
+
+
+class Part(nn.Module):
+    """Base of what is mixed into the class of another library's module, beside its own code."""
+
+    molex_place: Place
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        mixin, base = type(self).__bases__
+        return _blank, (base, mixin), self.__dict__.copy()
+
+
+class Layer(Part):
+    """A decoder's layer, which takes what it is given out of its arguments."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        place = self.molex_place
+        outer, place.given = place.given, kwargs.pop(_NAME, None)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            place.given = outer
+
+
+@functools.cache
+def _mixed(base: Any, mixin: Any) -> Any:
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (mixin, base), names)
+
+
+def _blank(base: Any, mixin: Any) -> Any:
+    cls = _mixed(base, mixin)
+    return cls.__new__(cls)
+
+
+def mix_in(module: nn.Module, mixin: type[Part], place: Place) -> None:
+    """Gives the module a class of the same name with `mixin` in front: parameters stay."""
+    if not isinstance(module, mixin):
+        classes: Any = (type(module), mixin)
+        module.__class__ = _mixed(*classes)
+    module.molex_place = place  # type: ignore[assignment]
+
+
+class Stack:
+    """The decoder of a model with mixtures of experts: where its layers and their blocks are.
+
+    Attributes:
+        decoder: the module that calls the layers.
+        layers: all of them.
+        blocks: by index, the module of a layer whose child `experts` are the experts.
+    """
+
+    def __init__(self, model: Any) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a module, got {type(model).__name__}")
+        found: list[tuple[nn.Module, nn.ModuleList, dict[int, nn.Module]]] = []
+        for parent in model.modules():
+            for child in parent.children():
+                if isinstance(child, nn.ModuleList):
+                    blocks = dict(_blocks(child))
+                    if blocks:
+                        found.append((parent, child, blocks))
+        if len(found) != 1:
+            raise ValueError(
+                f"model: expected one stack of layers with experts, got {type(model).__name__} "
+                f"with {len(found)}"
+            )
+        self.decoder, self.layers, self.blocks = found[0]
+
+    def chosen(self, layers: Any) -> list[int]:
+        """The indices of `layers`, which have to have experts; None is all that have."""
+        if layers is None:
+            return sorted(self.blocks)
+        if isinstance(layers, str) or not isinstance(layers, Iterable):
+            raise TypeError(f"layers: expected indices of layers or None, got {layers!r}")
+        chosen = list(layers)
+        for index in chosen:
+            _check.integer("layers", index, 0, len(self.layers) - 1, " (the last layer)")
+            if index not in self.blocks:
+                raise ValueError(
+                    f"layers: expected layers with experts, {sorted(self.blocks)}, got {index}"
+                )
+        return sorted(set(chosen))
+
+    def handover(self) -> Handover:
+        """The decoder's, made when something is installed for the first time."""
+        found = getattr(self.decoder, "molex_handover", None)
+        if isinstance(found, Handover):
+            return found
+        made = Handover(self.decoder, self.layers)
+        self.decoder.molex_handover = made  # type: ignore[assignment]
+        for layer in self.layers:
+            mix_in(layer, Layer, Place())
+        return made
+
+    def place(self, index: int) -> Place:
+        """Where the parts of this layer find what it was given."""
+        place: Any = self.layers[index].molex_place
+        return place
+
+    def check_open(self, name: str, module: nn.Module) -> None:
+        """Refuses a module whose class is not what its call runs."""
+        if "forward" in module.__dict__:
+            raise ValueError(
+                f"model: expected {name} to run the forward of its class, got "
+                f"{type(module).__name__} with one of its own (offloading sets one: install first)"
+            )
+
+    def uninstall(self) -> bool:
+        """Puts back every class and takes away every hook; False where there is nothing."""
+        handover = getattr(self.decoder, "molex_handover", None)
+        if not isinstance(handover, Handover):
+            return False
+        parts = [module for module in self.layers.modules() if isinstance(module, Part)]
+        for part in parts:
+            if Part not in type(part).__bases__[0].__bases__:
+                raise ValueError(
+                    f"model: expected {type(part).__name__} as it was installed, got one that has "
+                    "been wrapped since (by FSDP or a parametrization)"
+                )
+        for part in parts:
+            part.__class__ = type(part).__bases__[1]
+            del part.molex_place
+        for hook in handover.hooks:
+            hook.remove()
+        del self.decoder.molex_handover
+        return True
+
+
+def _blocks(layers: nn.ModuleList) -> Iterator[tuple[int, nn.Module]]:
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if isinstance(getattr(module, "experts", None), nn.Module):
+                yield index, module
+                break
