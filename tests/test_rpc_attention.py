@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from functools import partial
 
 import peaked
 import pytest
+import rpc_precision
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE, dtypes_of
@@ -20,9 +21,7 @@ from molex_kernels.testing.baselines.rpc_attention import (
     published_scaled_attention,
 )
 from molex_kernels.testing.budget import Errors, judge, measure
-from molex_kernels.testing.calls import cast
 from molex_kernels.testing.cases import rpc_attention as cases
-from molex_kernels.testing.opinfo import Draw
 
 B, H, N, D = 2, 3, 11, 8
 IMPLS = ["triton", "reference"] if DEVICE.type == "cuda" else ["cpu", "triton", "reference"]
@@ -180,76 +179,20 @@ def test_of_peaked_attention_half_a_rounding_is_left(impl: str, generator: torch
     assert peaked.roundings(dk, k, v, upstream) < 0.55
 
 
-def _in_16_bits(
-    draws: str, std: float, num_iters: int, dtype: torch.dtype, generator: torch.Generator
-) -> tuple[dict[str, Any], Tensor]:
-    """Arguments with values of unit size, and the gradient of the result."""
-    batch, tokens, width = (2, 48, 64) if draws != "dense" else (1, 37, 16)
-    k, v, upstream = (torch.randn(batch, 1, tokens, width, generator=generator) for _ in range(3))
-    k *= std
-    if draws == "peaked":
-        k, v, upstream = (x[:2] for x in peaked.draw(generator))
-        # From rows that see one key to rows that see several.
-        k = k * (0.4 + 0.4 * torch.rand(k.shape[:-1], generator=generator)[..., None])
-    k, v, upstream = (x.to(DEVICE, dtype) for x in (k, v, upstream))
-    bound = torch.full(k.shape[:2], 0.5 if draws == "dense" else math.inf, device=DEVICE)
-    inputs: dict[str, Any] = {"k": k, "v": v, "num_iters": num_iters, "threshold": bound}
-    if draws == "dense":
-        cases._clear_kinks(inputs, Draw(dtype, DEVICE, generator), std)
-    if draws == "mask":
-        inputs["key_mask"] = torch.rand(batch, tokens, generator=generator).to(DEVICE) < 0.7
-    if draws == "causal":
-        inputs["causal"] = True
-    return inputs, upstream
-
-
 @pytest.mark.parametrize(
     ("impl", "dtype"), [(i, t) for i in IMPLS[:-1] for t in dtypes_of(i) if t != torch.float32]
 )
-@pytest.mark.parametrize("num_iters", [1, 2, 4])
-@pytest.mark.parametrize(
-    ("draws", "std"),
-    [
-        *(("empty", std) for std in (0.577, 1.0)),
-        *(("dense", std) for std in (0.577, 1.0)),
-        ("mask", 0.577),
-        ("causal", 1.0),
-        ("peaked", 1.0),
-    ],
-)
+@rpc_precision.every_regime
 def test_in_16_bits_gradients_err_by_no_more_than_pytorchs(
-    draws: str,
+    regime: str,
     std: float,
     num_iters: int,
     impl: str,
     dtype: torch.dtype,
     generator: torch.Generator,
 ):
-    """What rounding takes from L would show in the row sums of the backward pass.
-
-    Where attention is one-hot, all of the gradient cancels, and exactly so in the reference. What
-    is left of ours is the rounding of fp32's sums over the features.
-    """
-
-    def gradients(dtype: torch.dtype, impl: str) -> tuple[Tensor, ...]:
-        arguments = cast(inputs, dtype)
-        leaves = [arguments[name].clone().requires_grad_() for name in "kv"]
-        out = mk.rpc_attention(**{**arguments, "k": leaves[0], "v": leaves[1]}, impl=impl)
-        return torch.autograd.grad(out, leaves, upstream.to(dtype))
-
-    errors: dict[str, Errors] = {}
-    whole = 0.0
-    for _ in range(2):
-        inputs, upstream = _in_16_bits(draws, std, num_iters, dtype, generator)
-        truth, own = gradients(torch.float64, "reference"), gradients(dtype, "reference")
-        for name, *found in zip("kv", gradients(dtype, impl), truth, own, strict=True):
-            more = measure(f"gradient of {name}", *found, dtype)
-            errors[name] = errors[name] | more if name in errors else more
-        whole += upstream.double().square().sum().item()
-    left = upstream.shape[-1] * torch.finfo(torch.float32).eps * math.sqrt(whole)
-    for name, e in errors.items():
-        ours, reference, _ = map(math.sqrt, e.squares)
-        assert ours <= 1.1 * reference + left, f"gradient of {name}: {ours:.3g}, {reference:.3g}"
+    ours = partial(rpc_precision.gradients, impl)
+    rpc_precision.judge(ours, regime, std, num_iters, dtype, DEVICE, generator)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -448,7 +391,8 @@ def test_autocast_casts_k_and_v(generator: torch.Generator):
 def test_the_baselines_compute_the_same(causal: bool, generator: torch.Generator):
     k, v = heads(generator, torch.float32)
     wanted = mk.rpc_attention(k, v, num_iters=3, lam=0.5, causal=causal, impl="reference")
-    for baseline in (published_rpc_attention, library_rpc_attention):
+    traced = torch.compile(library_rpc_attention, backend="eager", fullgraph=True)
+    for baseline in (published_rpc_attention, library_rpc_attention, traced):
         same(baseline(k, v, num_iters=3, lam=0.5, causal=causal), wanted, 1e-4)
 
 

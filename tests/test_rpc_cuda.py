@@ -8,6 +8,7 @@ import subprocess
 
 import peaked
 import pytest
+import rpc_precision
 import torch
 from rpc_cuda import ROOT, Call, Library, build
 from torch import Tensor
@@ -15,8 +16,9 @@ from torch import Tensor
 import molex_kernels as mk
 from molex_kernels._backends import CUDA
 from molex_kernels.ops.rpc_attention import reference
-from molex_kernels.ops.rpc_attention.api import block_memory
+from molex_kernels.ops.rpc_attention.choice import block_memory
 from molex_kernels.testing.budget import Errors, judge, measure
+from molex_kernels.testing.opinfo import Inputs
 
 ITERATED = {"shared_limit": 0}  # no block has the memory to hold a head
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -250,40 +252,27 @@ def test_of_peaked_attention_half_a_rounding_is_left(library: Library, generator
     assert peaked.roundings(dk, k, v, upstream) < 0.55
 
 
-# Tokens, iterations, k's standard deviation and the threshold's lam: as published, and with peaks.
-REGIMES = {
-    "published": (197, 4, 0.577, 4.0),
-    "one iteration": (197, 1, 1.0, 4.0),
-    "no threshold": (37, 3, 1.0, None),
-}
-
-
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT])
-@pytest.mark.parametrize("regime", REGIMES)
-def test_the_gradient_of_k_is_as_precise_as_the_references(
-    library: Library, regime: str, dtype: torch.dtype, generator: torch.Generator
+@rpc_precision.every_regime
+def test_in_16_bits_gradients_err_by_no_more_than_pytorchs(
+    library: Library,
+    regime: str,
+    std: float,
+    num_iters: int,
+    dtype: torch.dtype,
+    generator: torch.Generator,
 ):
-    """Where attention is peaked, dP - D cancels, and only what rounds D to fp32 may be left."""
-    tokens, n, deviation, lam = REGIMES[regime]
-    totals = torch.zeros(3, dtype=torch.float64)
-    for _ in range(3):
-        k, v, grad_out = (torch.randn(1, 1, tokens, 64, generator=generator) for _ in range(3))
-        k, v, grad_out = (deviation * k).to(dtype), v.to(dtype), grad_out.to(dtype)
-        threshold = torch.full((1, 1), float("inf"))
-        if lam is not None:
-            threshold = reference.thresholds(k, None, lam, False, 192, 4.0, False).float()
-        call = Call(k, v, None, threshold, None, n, 0.125, is_causal=False)
-        result = library.forward(call)
-        got = library.backward(call, result, grad_out, None)["k"].double()
-        expected, own = (
-            _reference(call, t, grad_out, torch.zeros(k.shape))["gradient of k"].double()
-            for t in (torch.float64, dtype)
+    def gradients(inputs: Inputs, upstream: Tensor) -> dict[str, Tensor]:
+        call = Call(
+            *(inputs.get(name) for name in ("k", "v", "q", "threshold", "key_mask", "num_iters")),
+            inputs["k"].shape[3] ** -0.5,
+            inputs.get("causal", False),
         )
-        inner = (result.out.double() * grad_out.double()).sum(-1, keepdim=True)
-        unit = n * call.scale * torch.finfo(FLOAT).eps * inner * k.double()
-        totals += torch.stack([x.square().sum() for x in (got - expected, own - expected, unit)])
-    ours, theirs, rounding = totals.sqrt().tolist()
-    assert ours <= 1.1 * theirs + rounding, f"{ours / theirs:.2f} times the reference's error"
+        found = library.backward(call, library.forward(call, **form), upstream, None)
+        return {name: found[name] for name in "kvq" if name in found}
+
+    form = ITERATED if num_iters == 2 else {}  # both keep what rounding took
+    rpc_precision.judge(gradients, regime, std, num_iters, dtype, torch.device("cpu"), generator)
 
 
 @pytest.mark.parametrize("form", [{}, ITERATED])
