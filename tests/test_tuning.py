@@ -266,6 +266,8 @@ OPTIONS = {
         "mask": (),
         "linear": (BF16, 1024, True, True),
         "weights": (BF16, True),
+        "merge": (),
+        "segments": (),
         "mode": (32, 24, "tf32"),
         "contraction": (32, "tf32"),
     },
