@@ -6,7 +6,7 @@ import pytest
 import torch
 from merging import draw, same
 
-from molex_kernels._triton import tuning
+from molex_kernels._triton import chips, tuning
 
 pytest.importorskip("triton")
 
@@ -89,3 +89,9 @@ def test_what_goes_a_piece_at_a_time(generator):
     assert not merged.is_possible(x.float(), weights=(weight.float(),))
     assert not merged.is_possible(x, weights=(weight[:, 1:],))
     assert merged.is_possible(x[:1, :72], weights=(weight,))
+
+
+def test_wide_tiles_where_every_multiprocessor_has_one():
+    chip = chips.CHIPS["sm_90"]
+    assert not config.has_wide_tiles(chip, 16, 128, 1536)
+    assert config.has_wide_tiles(chip, 32, 256, 1024)

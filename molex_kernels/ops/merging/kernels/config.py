@@ -11,9 +11,8 @@ from molex_kernels._triton.tuning import Config, Options, around, kept
 
 MAX_UNROLLED = 8  # experts up to which a tile's merge is one straight run, its loads in flight
 MIN_PROGRAMS = 132  # segments go in pairs where that leaves a program for each SM of a large GPU
-# Bytes of merged weights, or of segments' fp32 gradients, at a time. 128 tokens of a segment are
-# one tile of rows: a piece that an L2 cache holds would leave multiprocessors of an H100 idle.
-PIECE = 80 * 1024 * KIB
+# Bytes of merged weights, or of segments' fp32 gradients, at a time: an H100's L2 cache has 50 MB.
+PIECE = 48 * 1024 * KIB
 MAX_BLOCK_E = 8
 MAX_BLOCK_S = 8
 PARTS = 32  # of the sum behind a factor's gradient: with the experts, enough programs for a GPU

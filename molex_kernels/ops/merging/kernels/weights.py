@@ -141,7 +141,7 @@ def _merging_bwd_segments(
     if ddeltas is not None:
         delta_sums = tl.zeros((BLOCK_E, BLOCK_N, BLOCK_D), tl.float32)
     ptrs = at(dweights, offs_n[:, None], offs_d[None, :])
-    for segment in range(num_segments):
+    for segment in tl.range(0, num_segments, num_stages=4):
         dweight = tl.load(ptrs + int64(segment) * dweights.outer, mask=mask, other=0.0)
         if dbase is not None:
             base_sum += dweight
