@@ -97,6 +97,20 @@ def test_the_wide_grouped_product_is_bound_by_its_tensor_cores(compiled: dict[st
         assert found["issue"] <= 0.3, key
 
 
+@pytest.mark.parametrize(("kernel", "least"), [("fwd_merge", 3), ("bwd_segments", 4)])
+def test_merging_in_pieces_hides_its_loads(compiled: dict[str, Any], kernel: str, least: int):
+    """Bound by memory: nothing spills, and several blocks share a multiprocessor."""
+    found = {
+        key: figures
+        for key, figures in compiled["figures"].get("sm_90", {}).items()
+        if key.startswith(f"_merging_{kernel} bf16 ")
+    }
+    assert found
+    for key, figures in found.items():
+        assert figures["spilled"] == 0, key
+        assert figures["blocks"] >= least, key
+
+
 def test_no_launch_is_lost(compiled: dict[str, Any], recorded: dict[str, Any]):
     """How many paths and tiles each op's cases reach."""
     assert compiled["counts"] == recorded["counts"]

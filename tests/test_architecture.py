@@ -17,7 +17,7 @@ SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
 # What each layer inside an op may import from its own package's layers, lowest first.
 LAYERS = ("types", "reference", "cpu", "kernels", "op", "api", "module")
 # Layers in which one op may stand on another's.
-ACROSS = {"op": ("op",), "module": ("module",)}
+ACROSS = {"kernels": ("kernels",), "op": ("op",), "module": ("module",)}
 ABOVE = {
     "types": set(),
     "reference": {"types"},

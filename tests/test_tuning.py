@@ -234,6 +234,15 @@ def test_interpreted_kernels_have_a_chip():
     assert chips.of(CPU).name == "sm_90"
 
 
+def test_programs_share_tiles_evenly_and_run_at_once():
+    chip = chips.CHIPS["sm_90"]
+    assert chip.programs(1, 6) == 1
+    assert chip.programs(6 * 132, 6) == 6 * 132
+    assert chip.programs(6 * 132 + 1, 6) == 397  # two tiles to each but one
+    assert chip.programs(8192, 6) == 745  # 11 tiles to each but one
+    assert chips.replace(chip, multiprocessors=1).programs(8192, 2) == 2
+
+
 BF16 = torch.bfloat16
 # Arguments behind the chip of every function that makes options, by op.
 OPTIONS = {
@@ -258,6 +267,8 @@ OPTIONS = {
         "mask": (),
         "linear": (BF16, 1024, True, True),
         "weights": (BF16, True),
+        "merge": (),
+        "segments": (),
         "mode": (32, 24, "tf32"),
         "contraction": (32, "tf32"),
     },

@@ -93,7 +93,7 @@ def camex_merge(
 ) -> Tensor:
     """The merged weight of every segment: W_s = base + alpha sum_e gates_se Delta_e.
 
-    For a look at the weights, or to export them: `camex_linear` does not write them. The deltas are
+    For a look at the weights, or to export them: `camex_linear` does not keep them. The deltas are
     those of `camex_deltas`, by `impl`; the sum over experts is PyTorch's, in fp32.
 
     With mask="ties", elect="weighted" this is TIES merging (arXiv 2306.01708) as mergekit has it,
@@ -174,11 +174,13 @@ def camex_linear(
     b_s = base_bias + alpha sum_e keep_se gates_se Delta_e(bias).
 
     Delta is that of `camex_deltas`; of a bias, tau_e = bias_e - base_bias as [o1, o2] with the
-    curvature sum_r (out1_re (x) out2_re) and its own mask. The merged weights are never written:
-    tiles are merged on their way into the product, forward and backward, and the gates' gradient
-    <dW_s, Delta_e> is taken while a tile of dW_s = dy_s^T x_s is at hand. Extra memory does not
-    grow with S, but for a partial sum per segment and tile of the gates' gradient and, in fp16 and
-    bf16 on a CPU, for x and dy in fp32 during the backward pass.
+    curvature sum_r (out1_re (x) out2_re) and its own mask. The merged weights are never written
+    as a whole: tiles are merged on their way into the product, forward and backward, and the gates'
+    gradient <dW_s, Delta_e> is taken while a tile of dW_s = dy_s^T x_s is at hand. In fp16 and bf16
+    with T > 64, a GPU merges pieces of at most 48 MiB for several segments at once, and keeps dW in
+    such pieces. Extra memory does not grow with S beyond that, but for a partial sum per segment
+    and tile of the gates' gradient and, in fp16 and bf16 on a CPU, for x and dy in fp32 during the
+    backward pass.
 
     One op for a family: no curvature and no mask is soft merging of task vectors, "ties" adds the
     election of signs as CAMEx publishes it (by unweighted task vectors; `camex_merge` has TIES as

@@ -77,7 +77,15 @@ def rows_class(num_rows: int, num_experts: int) -> int:
 
 
 @kept
-def gemm(chip: Chip, dtype: torch.dtype, rows: int, num_columns: int, aligned: bool) -> Options:
+def gemm(
+    chip: Chip,
+    dtype: torch.dtype,
+    rows: int,
+    num_columns: int,
+    aligned: bool,
+    *,
+    may_be_wide: bool = True,
+) -> Options:
     """For a product of each expert's rows with its weight, of num_columns rows."""
     if not aligned:
         return around(_sliced(_UNALIGNED[rows], 1), warps=(2, 8))
@@ -86,7 +94,8 @@ def gemm(chip: Chip, dtype: torch.dtype, rows: int, num_columns: int, aligned: b
     candidates = (*(_sliced(c, 1) for c in _HALF_CANDIDATES), _WIDE)
     if chip.shared <= 64 * KIB:
         return _sliced(_SMALL_HALF[rows], 1), candidates
-    if rows == 128 and chip.shared >= 227 * KIB and _fills(num_columns, 256):
+    is_wide = may_be_wide and chip.shared >= 227 * KIB and _fills(num_columns, 256)
+    if rows == 128 and is_wide:
         return _WIDE, candidates
     return _sliced(_HALF[rows], 4 if rows == 128 else 1), candidates
 

@@ -44,6 +44,7 @@ class Rows:
     permutation: Tensor | None = None
     inverse: Tensor | None = None
     top_k: int = 1
+    is_even: bool = False  # all experts have as many rows
 
     @classmethod
     def of_plan(cls, offsets: Tensor, permutation: Tensor, inverse: Tensor, top_k: int) -> Rows:
@@ -81,8 +82,12 @@ def gemm(
     numbers: Sequence[float] = (),
     hidden: Tensor | None = None,
     zero_tail: bool = False,
+    may_be_wide: bool = True,
 ) -> None:
-    """out_r = act(weight_e x_r + bias_e), with the pre-activation in `hidden`."""
+    """out_r = act(weight_e x_r + bias_e), with the pre-activation in `hidden`.
+
+    may_be_wide: whether there are tiles enough for such that hold a multiprocessor alone.
+    """
     if out.numel() == 0:
         return
     num_weight_rows, num_features = weight.shape[1:]
@@ -110,7 +115,14 @@ def gemm(
             "BLOCK_E": rows.block_e,
             "GROUP": config.GROUP,
         },
-        config.gemm(chip, x.dtype, rows.size_class, num_weight_rows, is_aligned),
+        config.gemm(
+            chip,
+            x.dtype,
+            rows.size_class,
+            num_weight_rows,
+            is_aligned,
+            may_be_wide=may_be_wide,
+        ),
     )
 
 
@@ -208,7 +220,9 @@ def wgrad(
         return
     num_experts, num_columns, num_features = out.shape
     is_aligned = tuning.aligned(left, right, out)
-    chunk = config.chunk(rows.num_rows, num_experts, num_columns, num_features)
+    chunk = 0
+    if not rows.is_even:
+        chunk = config.chunk(rows.num_rows, num_experts, num_columns, num_features)
     cuts = (rows.num_rows - 1) // chunk if chunk else 0
     partial = out.new_empty((cuts, *out.shape[1:]), dtype=torch.float32) if cuts else None
 

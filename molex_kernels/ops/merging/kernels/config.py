@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from molex_kernels._triton.chips import Chip
+from molex_kernels._dtypes import HALF_DTYPES
+from molex_kernels._triton.chips import KIB, Chip
+from molex_kernels._triton.sizes import cdiv
 from molex_kernels._triton.tuning import Config, Options, around, kept
 
 MAX_UNROLLED = 8  # experts up to which a tile's merge is one straight run, its loads in flight
 MIN_PROGRAMS = 132  # segments go in pairs where that leaves a program for each SM of a large GPU
+# Bytes of merged weights, or of segments' fp32 gradients, at a time: an H100's L2 cache has 50 MB.
+PIECE = 48 * 1024 * KIB
+MAX_BLOCK_E = 8
+MAX_BLOCK_S = 8
 PARTS = 32  # of the sum behind a factor's gradient: with the experts, enough programs for a GPU
 
 
@@ -16,6 +22,57 @@ PARTS = 32  # of the sum behind a factor's gradient: with the experts, enough pr
 def mask(chip: Chip) -> Options:
     """For what goes element by element."""
     return around(Config({"BLOCK_O": 4, "BLOCK_D": 128}, 4, 2), warps=(2, 8))
+
+
+def is_merged_first(dtype: torch.dtype, num_tokens: int, aligned: bool) -> bool:
+    """Whether segments' weights are merged before the product, and their gradients kept.
+
+    Inside the product every tile of BLOCK_T tokens merges anew. For few tokens that costs less than
+    more launches, and in fp32 the products bind.
+    """
+    return aligned and dtype in HALF_DTYPES and num_tokens > 64
+
+
+def has_wide_tiles(chip: Chip, num_segments: int, num_tokens: int, num_columns: int) -> bool:
+    """Whether tiles of 128 by 256 give every multiprocessor one; narrow ones are twice as many."""
+    tiles = num_segments * cdiv(num_tokens, 128) * cdiv(num_columns, 256)
+    return tiles >= chip.multiprocessors
+
+
+@kept
+def slices(
+    num_segments: int, num_columns: int, num_features: int, *, gradient: bool
+) -> tuple[int, int, int]:
+    """(segments, columns, features) of a piece of [S, N, D] in 16 bits; of the gradient in fp32.
+
+    Whole tiles of the products, of 256 by 128: first columns are cut, then features, which a
+    product sums over and only its gradient may cut, then segments. One tile is the least.
+    """
+    room = PIECE // (4 if gradient else 2)
+    columns = _piece(num_columns, room // (num_segments * num_features), 256)
+    features = num_features
+    if gradient:
+        features = _piece(num_features, room // (num_segments * columns), 128)
+    segments = _piece(num_segments, room // (columns * features), 1)
+    return segments, columns, features
+
+
+def _piece(size: int, most: int, step: int) -> int:
+    """Equal pieces in multiples of `step`, the largest that are at most `most` or one step."""
+    pieces = cdiv(size, max(most // step, 1) * step)
+    return min(cdiv(cdiv(size, pieces), step) * step, size)
+
+
+@kept
+def merge(chip: Chip) -> Options:
+    """For merged weights; a tile of all BLOCK_S segments is held in registers."""
+    return around(Config({"BLOCK_N": 8, "BLOCK_D": 128}, 4, 2), warps=(8,))
+
+
+@kept
+def segments(chip: Chip) -> Options:
+    """For the sums of segments' gradients; as many deltas and sums as experts are in registers."""
+    return around(Config({"BLOCK_N": 4, "BLOCK_D": 128}, 4, 2), warps=(8,))
 
 
 def _linear(tokens: int, columns: int, features: int, num_warps: int, num_stages: int) -> Config:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from molex_kernels._dtypes import dot_precision
-from molex_kernels.ops.merging.kernels import config, order, starts
+from molex_kernels.ops.merging.kernels import config, merged, order, starts
 
 
 def camex_deltas_forward(a: Any) -> Tensor:
@@ -87,7 +87,7 @@ def camex_deltas_backward(a: Any) -> tuple[Tensor, ...]:
 
 def camex_linear_forward(a: Any) -> Tensor:
     out = a.x.new_empty(*a.x.shape[:2], a.base.shape[0])
-    starts.linear(a.x, a.base, a.deltas, a.gates, a.bias, out)
+    _linear(a.x, a.base, a.deltas, a.gates, a.bias, out)
     return out
 
 
@@ -99,9 +99,10 @@ def camex_linear_backward(a: Any) -> tuple[Tensor, ...]:
     ddeltas = a.deltas.new_empty(a.deltas.shape if needs_deltas else (0,))
     dgates: Tensor | None = None
     if needs_x:
-        starts.linear(a.dy, a.base.mT, a.deltas.mT, a.gates, None, dx)
+        _linear(a.dy, a.base.mT, a.deltas.mT, a.gates, None, dx)
     if needs_base or needs_deltas or needs_gates:
-        dgates = starts.weights(
+        is_merged = merged.is_possible(a.dy, a.x, weights=(a.deltas,)) and merged.fits(a.dy, a.x)
+        dgates = (merged if is_merged else starts).weights(
             a.dy,
             a.x,
             a.deltas,
@@ -112,6 +113,14 @@ def camex_linear_backward(a: Any) -> tuple[Tensor, ...]:
         )
     dbias = a.dy.sum(1, dtype=torch.float32) if needs_bias else a.gates.new_empty(0)
     return dx, dbase, ddeltas, a.gates.new_empty(0) if dgates is None else dgates, dbias
+
+
+def _linear(
+    x: Tensor, base: Tensor, deltas: Tensor, gates: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    """out_s = x_s (base + sum_e gates_se deltas_e)^T + bias_s."""
+    is_merged = merged.is_possible(x, out, weights=(base, deltas))
+    (merged if is_merged else starts).linear(x, base, deltas, gates, bias, out)
 
 
 def _tau(base: Tensor, experts: Tensor, group: int) -> Iterator[tuple[slice, Tensor]]:

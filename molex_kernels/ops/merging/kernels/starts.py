@@ -20,8 +20,6 @@ from molex_kernels.ops.merging.kernels.modes import _merging_bwd_mode, _merging_
 from molex_kernels.ops.merging.kernels.order import Mode
 from molex_kernels.ops.merging.kernels.weights import _merging_bwd_weights
 
-MAX_BLOCK_E = 8
-
 
 def mask(
     base: Tensor,
@@ -150,7 +148,7 @@ def weights(
     num_segments, num_tokens, num_columns = dy.shape
     num_features = x.shape[2]
     num_experts = deltas.shape[0]
-    block_e = min(MAX_BLOCK_E, next_power_of_2(num_experts))
+    block_e = min(config.MAX_BLOCK_E, next_power_of_2(num_experts))
     partial: Tensor | None = None
     if num_columns * num_features == 0:
         return torch.zeros_like(gates) if needs_gates else None

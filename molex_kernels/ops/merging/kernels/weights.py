@@ -5,6 +5,23 @@ import triton.language as tl
 
 from molex_kernels._triton.arguments import along, at, int64, nth, store
 from molex_kernels._triton.tiles import add_product
+from molex_kernels.ops.merging.kernels.merge import stack_places
+
+
+@triton.jit
+def _store_inner(
+    partial, segment, tile, offs_e, mask_e, delta, dweight,
+    BLOCK_E: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """partial_se = <dW_s, deltas_e> over a tile of SIZE elements.
+
+    One sum, not one for each axis: behind the first, several threads would hold the same number,
+    and all of them would write it to the shared memory of the second.
+    """
+    inner = delta.to(tl.float32) * dweight[None, :, :]
+    inner = tl.sum(tl.reshape(inner, (BLOCK_E, SIZE), can_reorder=True), axis=1)
+    ptrs = nth(partial, segment) + along(offs_e, partial.row) + along(tile, partial.col)
+    tl.store(ptrs, inner, mask=mask_e)
 
 
 @triton.jit
@@ -47,11 +64,7 @@ def _merging_bwd_weights(
     mask = mask_n[:, None] & mask_d[None, :]
     mask_end = mask_e[:, None, None] & mask[None, :, :]
     if partial is not None:
-        deltas_ptrs = deltas.ptr + offs_e[:, None, None] * deltas.outer
-        deltas_ptrs += along(offs_n[None, :, None], deltas.row) + along(
-            offs_d[None, None, :], deltas.col
-        )
-        delta = tl.load(deltas_ptrs, mask=mask_end, other=0.0)
+        delta = tl.load(stack_places(deltas, offs_e, offs_n, offs_d), mask=mask_end, other=0.0)
     if dbase is not None:
         base_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     if ddeltas is not None:
@@ -80,10 +93,10 @@ def _merging_bwd_weights(
                 gate = tl.load(at(gates, segment, offs_e), mask=mask_e, other=0.0)
                 delta_sums += gate[:, None, None] * dweight[None, :, :]
             if partial is not None:
-                inner = tl.sum(delta.to(tl.float32) * dweight[None, :, :], axis=2)
-                partial_ptrs = nth(partial, segment) + along(offs_e, partial.row)
-                partial_ptrs += along(tile, partial.col)
-                tl.store(partial_ptrs, tl.sum(inner, axis=1), mask=mask_e)
+                _store_inner(
+                    partial, segment, tile, offs_e, mask_e, delta, dweight,
+                    BLOCK_E, BLOCK_N * BLOCK_D,
+                )  # fmt: skip
             dweight = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
 
     if dbase is not None:
@@ -91,8 +104,58 @@ def _merging_bwd_weights(
         dbase_ptrs = at(dbase, offs_n[:, None], offs_d[None, :])
         store(dbase_ptrs, base_sum, mask & (pid < tiles))
     if ddeltas is not None:
-        ddeltas_ptrs = ddeltas.ptr + offs_e[:, None, None] * ddeltas.outer
-        ddeltas_ptrs += along(offs_n[None, :, None], ddeltas.row) + along(
-            offs_d[None, None, :], ddeltas.col
-        )
-        store(ddeltas_ptrs, delta_sums, mask_end)
+        store(stack_places(ddeltas, offs_e, offs_n, offs_d), delta_sums, mask_end)
+
+
+@triton.jit
+def _merging_bwd_segments(
+    dweights,  # [S, N, D] fp32
+    deltas,  # [E, N, D]
+    gates,  # [S, E] fp32
+    dbase,  # [N, D]
+    ddeltas,  # [E, N, D]
+    partial,  # [S, E, tiles] fp32
+    num_segments,
+    num_columns,
+    num_features,
+    num_experts,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """The sums of `_merging_bwd_weights` over dW_s that are there, segment after segment."""
+    pid = tl.program_id(0)
+    tiles_d = tl.cdiv(num_features, BLOCK_D)
+    tiles = tl.cdiv(num_columns, BLOCK_N) * tiles_d
+    tile = pid % tiles
+    offs_e = int64(pid // tiles) * BLOCK_E + tl.arange(0, BLOCK_E)
+    offs_n = int64(tile // tiles_d) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = int64(tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_e = offs_e < num_experts
+    mask = (offs_n < num_columns)[:, None] & (offs_d < num_features)[None, :]
+    mask_end = mask_e[:, None, None] & mask[None, :, :]
+    if partial is not None:
+        delta = tl.load(stack_places(deltas, offs_e, offs_n, offs_d), mask=mask_end, other=0.0)
+    if dbase is not None:
+        base_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    if ddeltas is not None:
+        delta_sums = tl.zeros((BLOCK_E, BLOCK_N, BLOCK_D), tl.float32)
+    ptrs = at(dweights, offs_n[:, None], offs_d[None, :])
+    for segment in tl.range(0, num_segments, num_stages=4):
+        dweight = tl.load(ptrs + int64(segment) * dweights.outer, mask=mask, other=0.0)
+        if dbase is not None:
+            base_sum += dweight
+        if ddeltas is not None:
+            gate = tl.load(at(gates, segment, offs_e), mask=mask_e, other=0.0)
+            delta_sums += gate[:, None, None] * dweight[None, :, :]
+        if partial is not None:
+            _store_inner(
+                partial, segment, tile, offs_e, mask_e, delta, dweight,
+                BLOCK_E, BLOCK_N * BLOCK_D,
+            )  # fmt: skip
+    if dbase is not None:
+        # Every group of experts has the same sum: the first writes it.
+        dbase_ptrs = at(dbase, offs_n[:, None], offs_d[None, :])
+        store(dbase_ptrs, base_sum, mask & (pid < tiles))
+    if ddeltas is not None:
+        store(stack_places(ddeltas, offs_e, offs_n, offs_d), delta_sums, mask_end)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from molex_kernels._triton.chips import Chip
 from molex_kernels._triton.sizes import next_power_of_2
 from molex_kernels._triton.tuning import Config, Options, around, kept
 
-MAX_PROGRAMS = 1024  # of a backward pass with parameters: as many rows of partial sums
+_RESIDENT = 6 * 1024  # elements whose gradients a multiprocessor computes at once
+
+
+def programs(chip: Chip, num_tiles: int, blocks: Mapping[str, int]) -> int:
+    """Of a backward pass with parameters: one whole wave, for as many rows of partial sums."""
+    return chip.programs(num_tiles, max(_RESIDENT // (blocks["BLOCK_T"] * blocks["BLOCK_D"]), 1))
 
 
 # Elements to a thread where a program normalises whole rows, by the number of states: as many as

@@ -85,7 +85,9 @@ def momentum_backward(a: Any) -> tuple[Tensor, ...]:
 
     def programs(blocks: Mapping[str, int]) -> int:
         tiles = _tiles(a.like, blocks)
-        return min(tiles, config.MAX_PROGRAMS) if needs_norm or needs_numbers else tiles
+        if not (needs_norm or needs_numbers):
+            return tiles
+        return config.programs(chips.of(a.like.device), tiles, blocks)
 
     def arguments(blocks: Mapping[str, int]) -> tuple[Any, ...]:
         nonlocal norm_parts, number_parts
