@@ -10,13 +10,13 @@ import peaked
 import pytest
 import rpc_precision
 import torch
+from molex_kernels.ops.rpc_attention.choice import block_memory
 from rpc_cuda import ROOT, Call, Library, build
 from torch import Tensor
 
 import molex_kernels as mk
 from molex_kernels._backends import CUDA
 from molex_kernels.ops.rpc_attention import reference
-from molex_kernels.ops.rpc_attention.choice import block_memory
 from molex_kernels.testing.budget import Errors, judge, measure
 from molex_kernels.testing.opinfo import Inputs
 
