@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from benchmarks import expert_parallel, results, scaling
 from benchmarks.formats import cells, count, gain, image, percent, rate, ratio, seconds, size
@@ -11,12 +12,13 @@ from benchmarks.results import Results, Row
 from benchmarks.rows import BASELINE, MODES, OURS
 
 # Columns that are there where the device and the pass have them.
-EXTRA: dict[str, tuple[str, Callable[[float], str]]] = {
+EXTRA: dict[str, tuple[str, Callable[[Any], str]]] = {
     "graph": ("graph_s", seconds),
     "launches": ("launches", count),
     "waits": ("waits", count),
     "peak memory": ("peak_bytes", size),
     "kept for backward": ("saved_bytes", size),
+    "PyTorch's attention": ("sdpa", str),
 }
 RATES = ("GB/s", "GFLOP/s", "share of ceiling")
 TITLES = {"forward": "forward", "step": "step (forward and backward)"}

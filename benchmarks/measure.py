@@ -23,6 +23,7 @@ from benchmarks import (
     launches,
     memory,
     oracle,
+    sdpa,
     spread,
     timing,
 )
@@ -32,7 +33,8 @@ from molex_kernels.testing.opinfo import Case, Inputs
 
 GRAPH_BELOW = 5e-3  # seconds; in longer calls the launches do not show
 LATE = "the preset's time is spent"
-TUNED = ("compiled", "liger")  # what compiles or tunes itself for every shape
+COMPILED = ("compiled", "compiled_library")
+TUNED = (*COMPILED, "liger")  # what compiles or tunes itself for every shape
 OK, WRONG, SKIPPED, FAILED = "ok", "wrong", "skipped", "failed"
 
 
@@ -138,6 +140,8 @@ class Meter:
             outcome.facts["peak_bytes"] = memory.peak_bytes(work.call, group.device)
             if mode == "step" and not isinstance(work, check.ProxyWorkload):
                 outcome.facts["saved_bytes"] = work.saved_bytes()
+            if not group.sweep and (names := sdpa.backends(work.call)):
+                outcome.facts["sdpa"] = names
             ours = any(row.label == label and row.kind == OURS for row in members)
             if group.device.type == "cuda" and (ours or label == "library"):
                 outcome.facts["launches"] = launches.launches(work.call)
@@ -165,7 +169,7 @@ class Meter:
             outcome.status = SKIPPED
             outcome.reason = f"would take about {reference_time.call:.2g} s a call"
             return
-        compiled = row.label == "compiled"
+        compiled = row.label in COMPILED
         if row.label in TUNED and self.tuning[row.label] > self.preset.compile_seconds:
             outcome.status, outcome.reason = SKIPPED, "the preset's compile time is spent"
             return

@@ -13,8 +13,8 @@ from benchmarks.spread import Ratio
 COLUMNS = (
     "op", "sweep", "shape", "dtype", "device", "mode", "impl", "kind", "status", "median_s",
     "min_s", "q1_s", "q3_s", "rounds", "graph_s", "launches", "waits", "peak_bytes", "saved_bytes",
-    "bytes", "flops", "gb_per_s", "gflop_per_s", "ceiling", "share", "error", "checked", "graph",
-    "reason",
+    "bytes", "flops", "gb_per_s", "gflop_per_s", "ceiling", "share", "error", "sdpa", "checked",
+    "graph", "reason",
 )  # fmt: skip
 
 Row = dict[str, Any]

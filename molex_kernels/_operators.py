@@ -9,10 +9,11 @@ everything else follows from the names in the schemas:
   names of arguments or results of the forward pass, then its options, then `bool[] needs`;
 - it returns `d<argument>` for each differentiable argument, empty where it is not needed.
 
-Every schema ends in `str impl=''`. '' is what the tensors' device has: that is what calls pass
-whose caller named none, so that an exported graph names neither an implementation nor a device. The
-compiled extension registers its kernels on the keys CPU and CUDA; `_Operator.run` serves what has
-no kernel of its own: Triton's launchers on a GPU, and the reference where nothing else can run.
+Every schema ends in `str impl=''`. '' is what the tensors' device has, of several the one that the
+op chooses by shape: that is what calls pass whose caller named none, so that an exported graph
+names neither an implementation nor a device. The compiled extension registers its kernels on the
+keys CPU and CUDA; `_Operator.run` serves what has no kernel of its own: Triton's launchers on a
+GPU, and the reference where nothing else can run.
 
 The operators know nothing of autograd: an `autograd.Function` outside them does, which is skipped
 where nothing needs a gradient.
@@ -62,9 +63,10 @@ class _Operator:
         cpu: str | None = None,
         native: Sequence[str] = (),
         reference: Callable[..., Any] | None = None,
+        choose: Callable[[Any], str] | None = None,
     ) -> None:
         arguments, results = schema.split("->")
-        self.name, self.fake, self.reference = name, fake, reference
+        self.name, self.fake, self.reference, self.choose = name, fake, reference, choose
         self.arguments = [n for _, n in _ARGUMENT.findall(arguments)]
         self.types = [t for t, _ in _ARGUMENT.findall(arguments)]
         self.results = [n for _, n in _ARGUMENT.findall(results)] or ["y"]
@@ -87,6 +89,8 @@ class _Operator:
         impl = arguments[count] if len(arguments) > count else ""
         arguments = arguments[:count]
         device = _device(arguments)
+        if self.choose and not impl and not _backends.DEFAULT:
+            impl = self.choose(self.named(*arguments))
         place = (impl, device.type)
         if place not in self.runners:
             self.runners[place] = self._runner(*place)
@@ -206,6 +210,8 @@ class Pass(Differentiable):
         native: devices for which the extension has kernels.
         reference: the forward pass in plain PyTorch, of the same named tuple, for devices that
             have nothing else.
+        choose: of the named tuple of either pass, the implementation that takes a call which names
+            none, or "" for the first that the device has. It has to give both passes the same.
         public: how many of the results are handed out; None: those before the first without a
             gradient.
         op: what callers know it as, for error messages; None: by the name.
@@ -224,10 +230,16 @@ class Pass(Differentiable):
         cpu: str | None = None,
         native: Sequence[str] = ("cpu",),
         reference: Callable[..., Any] | None = None,
+        choose: Callable[[Any], str] | None = None,
         public: int | None = None,
         op: str | None = None,
     ) -> None:
-        places: dict[str, Any] = {"triton": triton, "cpu": cpu, "native": native}
+        places: dict[str, Any] = {
+            "triton": triton,
+            "cpu": cpu,
+            "native": native,
+            "choose": choose,
+        }
         first = _Operator(
             name if backward is None else f"{name}_fwd",
             forward,

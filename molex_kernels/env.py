@@ -12,6 +12,7 @@ import torch
 import molex_kernels
 from molex_kernels import _backends, _extension
 from molex_kernels._triton import tuning
+from molex_kernels.ops.rpc_attention import placement
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "timm")
 FACTS = ("without_cuda", "cuda_architectures", "compiler", "cxx_flags", "vectors", "operators")
@@ -68,6 +69,8 @@ def _will_run() -> Iterator[str]:
             yield f"  {op}"
             for name, reason in reasons.items():
                 yield f"    {name:<10} {'runs' if reason is None else 'no: ' + reason}"
+    yield "of a GPU's kernels rpc_attention takes, if impl is None, the first row's that holds:"
+    yield from (f"  {line}" for line in placement.lines())
 
 
 if __name__ == "__main__":

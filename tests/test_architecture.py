@@ -15,16 +15,17 @@ PACKAGE = Path(__file__).parents[1] / "molex_kernels"
 SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
 
 # What each layer inside an op may import from its own package's layers, lowest first.
-LAYERS = ("types", "reference", "cpu", "kernels", "op", "api", "module")
+LAYERS = ("types", "reference", "placement", "cpu", "kernels", "op", "api", "module")
 # Layers in which one op may stand on another's.
 ACROSS = {"kernels": ("kernels",), "op": ("op",), "module": ("module",)}
 ABOVE = {
     "types": set(),
     "reference": {"types"},
+    "placement": {"types"},
     "cpu": {"types"},
     "kernels": {"types", "kernels"},
-    "op": {"types", "reference", "cpu", "kernels", "op"},
-    "api": {"types", "reference", "op", "api"},
+    "op": {"types", "reference", "placement", "cpu", "kernels", "op"},
+    "api": {"types", "reference", "placement", "op", "api"},
     "module": {"types", "api"},
 }
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 for needed in ("rich", "matplotlib", "sklearn"):
     pytest.importorskip(needed)
@@ -145,6 +147,22 @@ def test_a_wrong_result_gets_no_time():
         assert outcomes["copy", mode].samples
         assert "error" not in outcomes["copy", mode].facts
         assert outcomes["compiled", mode].reason == "the preset's compile time is spent"
+
+
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [(SDPBackend.MATH, "math"), (SDPBackend.FLASH_ATTENTION, "flash for CPUs")],
+)
+def test_a_row_names_the_attention_that_pytorch_took(backend: SDPBackend, name: str):
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*(x[None, None],) * 3)
+
+    info = dataclasses.replace(_op(), proxies={"attention": attend})
+    outcomes = measure.Meter(QUICK).group(rows.Group(info, info.quick[0], torch.float32, CPU))
+    for mode in rows.MODES:
+        assert outcomes["attention", mode].facts["sdpa"] == name
+        assert "sdpa" not in outcomes["reference", mode].facts
 
 
 def _dense_op(published: Any) -> OpInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -16,7 +17,9 @@ from torch import Tensor
 
 import molex_kernels as mk
 from molex_kernels._backends import CUDA
+from molex_kernels._triton import chips
 from molex_kernels.ops.rpc_attention import reference
+from molex_kernels.ops.rpc_attention.placement import TABLE, block_memory
 from molex_kernels.testing.budget import Errors, judge, measure
 from molex_kernels.testing.opinfo import Inputs
 
@@ -187,6 +190,21 @@ def test_what_fits_on_the_chip(library: Library, generator: torch.Generator):
     assert library.runs_on_chip(_make(256, 32, HALF, generator), cluster_limit=1)
     assert not library.runs_on_chip(_make(257, 32, HALF, generator), cluster_limit=1)
     assert library.runs_on_chip(_make(128, 128, HALF, generator), cluster_limit=1)
+
+
+def test_a_predicted_row_takes_what_stays_on_chip(library: Library, generator: torch.Generator):
+    """All that the row is for, on each of its chips; clusters come with sm_90."""
+    rows = [row for row in TABLE if row.impl == "cuda" and not row.measured]
+    assert rows
+    for row in rows:
+        for name, dtype in itertools.product(row.chips, row.dtypes):
+            limits = {
+                "shared_limit": chips.CHIPS[name].shared,
+                "cluster_limit": 8 if int(name.removeprefix("sm_")) >= 90 else 1,
+            }
+            for tokens, has_q in itertools.product((1, row.tokens), (False, True)):
+                call = _make(tokens, row.most, dtype, generator, has_q=has_q)
+                assert library.runs_on_chip(call, **limits), (name, dtype, tokens, has_q)
 
 
 def test_without_room_for_clusters(library: Library, generator: torch.Generator):

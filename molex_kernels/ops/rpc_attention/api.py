@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molex_kernels import _backends, _check, _dtypes, _philox
+from molex_kernels import _check, _dtypes, _philox
 from molex_kernels._backends import CPU, CUDA, REFERENCE, SDPA, TRITON, declare, select
 from molex_kernels._differentiable import Once
-from molex_kernels.ops.rpc_attention import op, reference
+from molex_kernels.ops.rpc_attention import op, placement, reference
 
 _scaled = Once("scaled_attention")
 
@@ -87,8 +87,10 @@ def rpc_attention(
         dropout_seed: int64 scalar on k's device; the same seed drops the same elements, whatever
             the implementation. None draws one from torch's generator. Ignored when dropout_p is 0.
         return_sparse: whether S of the last iteration is returned, too.
-        impl: "cuda" or "triton" (d <= 128), "cpu" or "reference"; None takes the first of them
-            that supports the inputs. The reference makes N x N tensors, the others do not.
+        impl: "cuda" or "triton" (d <= 128), "cpu" or "reference". None takes the first of them
+            that supports the inputs; of a GPU's two, the one that `python -m molex_kernels.env`
+            names for the chip, dtype, d and N. The reference makes N x N tensors, the others do
+            not.
 
     Returns:
         [B, H, N, d] in k's dtype; with `return_sparse` also S [B, H, N, d] in fp32.
@@ -113,7 +115,7 @@ def rpc_attention(
     given = _check_threshold(threshold, lam, mu_width, mu_divisor, k)
     width = k.shape[3]
     too_wide = f"d = {width} is above {MAX_WIDTH}" if width > MAX_WIDTH else None
-    limits = {"triton": too_wide, "cuda": too_wide or _too_small(k)}
+    limits = {"triton": too_wide, "cuda": too_wide or placement.too_small(k)}
     chosen = select("rpc_attention", impl, k, **limits)
     if given:
         bound = _threshold_tensor(threshold, k)
@@ -190,26 +192,6 @@ def scaled_attention(
     else:
         part = s * F.scaled_dot_product_attention(k, k, v, scale=scale)
     return F.scaled_dot_product_attention(q, k, v - part, scale=scale)
-
-
-def block_memory(k: Tensor) -> int:
-    """Bytes of shared memory that the largest block of the CUDA kernels takes, in a backward pass.
-
-    It holds 3 tiles of 64 rows, twice 3 of `columns` rows, and 3 numbers for each of the latter.
-    """
-    size, width = k.element_size(), max(16, 1 << (k.shape[3] - 1).bit_length())
-    columns = (32 if width > 64 else 64) * 2 // size
-    return (3 * 64 + 6 * columns) * (width + 8) * size + 24 * columns
-
-
-def _too_small(k: Tensor) -> str | None:
-    """Why the CUDA kernels do not run on a GPU, such as those of gaming cards."""
-    if k.device.type != "cuda":
-        return None
-    needed, memory = block_memory(k), _backends.block_memory(k.device.index)
-    if memory >= needed:
-        return None
-    return f"blocks need {needed} bytes of shared memory, the device gives them {memory}"
 
 
 def _check_heads(name: str, x: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from molex_kernels import _operators
-from molex_kernels.ops.rpc_attention import reference
+from molex_kernels.ops.rpc_attention import placement, reference
 
 _INPUTS = "Tensor k, Tensor v, Tensor? q, Tensor threshold, Tensor? key_mask, Tensor? seed"
 _OPTIONS = "int num_iters, float scale, bool is_causal, float dropout_p"
@@ -50,4 +50,5 @@ rpc_attention = _operators.Pass(
     triton="molex_kernels.ops.rpc_attention.kernels.launch",
     native=("cpu", "cuda"),
     reference=_reference,
+    choose=lambda a: placement.implementation(a.k),
 )

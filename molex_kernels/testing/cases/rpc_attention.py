@@ -13,6 +13,7 @@ from molex_kernels.ops.rpc_attention import reference
 from molex_kernels.ops.rpc_attention.api import rpc_attention, scaled_attention
 from molex_kernels.testing.baselines.rpc_attention import (
     attention_per_iteration,
+    compiled_library_rpc_attention,
     library_rpc_attention,
     published_rpc_attention,
     published_scaled_attention,
@@ -211,7 +212,11 @@ OPINFOS = (
         ),
         quick=(_rpc(8, 3, 197, 64, 4), _rpc(8, 8, 256, 16, 2, causal=True)),
         cost=_cost_rpc,
-        baselines={"published": published_rpc_attention, "library": library_rpc_attention},
+        baselines={
+            "published": published_rpc_attention,
+            "library": library_rpc_attention,
+            "compiled_library": compiled_library_rpc_attention,
+        },
         proxies={"sdpa_per_iteration": attention_per_iteration},
         left_out=_left_out_of_rpc,
         masked=(

@@ -1,0 +1,122 @@
+"""Which of a GPU's two kernels take a call that names none: what each needs, and a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from molex_kernels import _backends
+from molex_kernels._triton import chips
+from molex_kernels._triton.tuning import kept
+
+HALVES = (torch.float16, torch.bfloat16)
+SINGLE = (torch.float32,)
+NVIDIA = tuple(chip.name for chip in chips.CHIPS.values() if not chip.is_amd)
+MANY = 2**63
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Where both implementations were measured side by side.
+
+    Attributes:
+        results: File under benchmarks/results, whose name ends in the commit.
+        shape: What the names of the shapes begin with.
+        are_older: Whether a kernel has changed since that commit.
+    """
+
+    results: str
+    shape: str
+    are_older: bool = False
+
+    def __str__(self) -> str:
+        older = ", older kernels" if self.are_older else ""
+        return f"measured at {self.shape}{older}: benchmarks/results/{self.results}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What takes the calls of these dtypes, of d from `least` to `most` and N up to `tokens`.
+
+    Without `measured` it is predicted.
+    """
+
+    impl: str
+    dtypes: tuple[torch.dtype, ...]
+    least: int
+    most: int
+    tokens: int
+    chips: tuple[str, ...]
+    measured: Measured | None = None
+
+    def holds(self, chip: str, dtype: torch.dtype, width: int, tokens: int) -> bool:
+        """Whether the row is for this call."""
+        fits = self.least <= width <= self.most and tokens <= self.tokens
+        return fits and dtype in self.dtypes and chip in self.chips
+
+
+_H200 = "nvidia-h200/ops-2026-11-26-80ebb09cdf.json"
+
+# The first row that holds decides, so that no prediction overrides a measurement. A measured row is
+# for the padded width that was measured, for which both kernels are compiled, and heads as long as
+# stay on chip.
+TABLE = (
+    Row("triton", HALVES, 33, 64, 256, ("sm_90",), Measured(_H200, "B256-H3-N197-d64", True)),
+    Row("cuda", HALVES, 1, 16, 256, ("sm_90",), Measured(_H200, "B96-H8-N256-d16", True)),
+    Row("cuda", SINGLE, 33, 64, 256, ("sm_90",), Measured(_H200, "B256-H3-N197-d64", True)),
+    # All iterations on chip, with the warps of two blocks on a multiprocessor.
+    Row("cuda", HALVES, 1, 32, 256, NVIDIA),
+    Row("triton", HALVES + SINGLE, 1, MANY, MANY, tuple(chips.CHIPS)),
+)
+
+
+@kept
+def row_of(chip: str, dtype: torch.dtype, width: int, tokens: int) -> Row:
+    """The row of the table that decides."""
+    return next(row for row in TABLE if row.holds(chip, dtype, width, tokens))
+
+
+def implementation(k: Tensor) -> str:
+    """ "cuda" where the table says so and it runs, or "" for what the device has first."""
+    if k.device.type != "cuda":
+        return ""
+    tokens, width = k.shape[2:]
+    impl = row_of(chips.of(k.device).name, k.dtype, width, tokens).impl
+    runs = impl == "cuda" and _backends.CUDA.why_not() is None and too_small(k) is None
+    return impl if runs else ""
+
+
+def block_memory(k: Tensor) -> int:
+    """Bytes of shared memory that the largest block of the CUDA kernels takes, in a backward pass.
+
+    It holds 3 tiles of 64 rows, twice 3 of `columns` rows, and 3 numbers for each of the latter.
+    """
+    size, width = k.element_size(), max(16, 1 << (k.shape[3] - 1).bit_length())
+    columns = (32 if width > 64 else 64) * 2 // size
+    return (3 * 64 + 6 * columns) * (width + 8) * size + 24 * columns
+
+
+def too_small(k: Tensor) -> str | None:
+    """Why the CUDA kernels do not run on a GPU, such as those of gaming cards."""
+    if k.device.type != "cuda":
+        return None
+    needed, memory = block_memory(k), _backends.block_memory(k.device.index)
+    if memory >= needed:
+        return None
+    return f"blocks need {needed} bytes of shared memory, the device gives them {memory}"
+
+
+def lines() -> list[str]:
+    """The table as text."""
+    return [_line(row) for row in TABLE]
+
+
+def _line(row: Row) -> str:
+    dtypes = " ".join(str(dtype).removeprefix("torch.") for dtype in row.dtypes)
+    if row.most == MANY:
+        return f"{row.impl:<7} everything else, predicted"
+    where = "any NVIDIA" if row.chips == NVIDIA else " ".join(row.chips)
+    shape = f"d {row.least}-{row.most}, N up to {row.tokens}"
+    return f"{row.impl:<7} {dtypes}, {shape}, {where}: {row.measured or 'predicted'}"
