@@ -11,7 +11,6 @@ import peaked
 import pytest
 import rpc_precision
 import torch
-from molex_kernels.ops.rpc_attention.choice import block_memory
 from rpc_cuda import ROOT, Call, Library, build
 from torch import Tensor
 
