@@ -50,6 +50,8 @@ def _forward(
     # A mask of dropout takes as many registers as the scores.
     if has_dropout:
         return _tiles(64, 32, width, 4, 2)
+    if not _has_warp_groups(chip) and width > 64:
+        return _tiles(64, 64, width, 8, 2)
     if _is_small(chip) or not many:
         return _tiles(64, 64, width, 4, 2)
     # Two warp groups share the tiles of keys and values.
@@ -68,6 +70,8 @@ def _backward(
         return _tiles(32, keys, width, 4 if width <= 32 else 8, 1)
     if _is_small(chip) and width > 64:
         return _tiles(64, 32, width, 8, 1)
+    if not _has_warp_groups(chip) and width > 64:
+        return _tiles(64, 32, width, 8, 2)
     # A warp group for 64 rows: two would halve the products' columns.
     return _tiles(64, 32, width, 4, 2)
 
@@ -75,6 +79,11 @@ def _backward(
 def _is_small(chip: Chip) -> bool:
     """Whether a block has too little memory for wide tiles that are fetched ahead."""
     return chip.is_amd or chip.shared < 128 * KIB
+
+
+def _has_warp_groups(chip: Chip) -> bool:
+    """Whether four warps multiply as one; else a warp holds operands in its registers, too."""
+    return chip.shared >= 227 * KIB
 
 
 def one_role(dtype: torch.dtype, width: int) -> bool:
