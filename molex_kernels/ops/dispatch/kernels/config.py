@@ -40,7 +40,6 @@ _SMALL_HALF = {
     128: _gemm(128, 128, 64, 8, 3),
 }
 _SINGLE = {rows: _gemm(min(rows, 64), 64, 32, 4, 2) for rows in _HALF}
-_SINGLE_HIDDEN = {rows: _gemm(min(rows, 32), 32, 32, 4, 2) for rows in _HALF}
 # The product that goes back through the activation holds H beside it, a slice at a time.
 _HALF_HIDDEN = {
     16: (_gemm(16, 64, 64, 4, 4), 1),
@@ -54,6 +53,8 @@ _SMALL_HALF_HIDDEN = {
 }
 # Rows that start anywhere move element by element, with an address in registers for each.
 _UNALIGNED = {rows: _gemm(min(rows, 32), 32, 32, 4, 2) for rows in _HALF}
+# With H beside them, four warps would have registers for half as many warps in all.
+_SMALL_HIDDEN = {rows: _gemm(min(rows, 32), 32, 32, 8, 2) for rows in _HALF}
 _HALF_CANDIDATES = (
     _gemm(32, 128, 64, 4, 4),
     _gemm(64, 128, 64, 4, 4),
@@ -114,9 +115,9 @@ def _fills(num_columns: int, block: int) -> bool:
 def hidden(chip: Chip, dtype: torch.dtype, rows: int, aligned: bool) -> Options:
     """For the product that goes back through the activation, in SLICES of its columns."""
     if not aligned:
-        return around(_sliced(_UNALIGNED[rows], 1), warps=(2, 8))
+        return around(_sliced(_SMALL_HIDDEN[rows], 1), warps=(2, 4))
     if dtype == torch.float32:
-        return _sliced(_SINGLE_HIDDEN[rows], 1), tuple(_sliced(c, 1) for c in _SINGLE_CANDIDATES)
+        return _sliced(_SMALL_HIDDEN[rows], 1), tuple(_sliced(c, 1) for c in _SINGLE_CANDIDATES)
     candidates = tuple(_sliced(c, 2) for c in _HALF_HIDDEN_CANDIDATES)
     table = _SMALL_HALF_HIDDEN if chip.shared <= 99 * KIB else _HALF_HIDDEN
     return _sliced(*table[rows]), candidates

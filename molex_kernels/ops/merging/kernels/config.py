@@ -66,7 +66,7 @@ def _piece(size: int, most: int, step: int) -> int:
 @kept
 def merge(chip: Chip) -> Options:
     """For merged weights; a tile of all BLOCK_S segments is held in registers."""
-    return around(Config({"BLOCK_N": 8, "BLOCK_D": 128}, 4, 2), warps=(8,))
+    return around(Config({"BLOCK_N": 4, "BLOCK_D": 128}, 4, 2), warps=(2, 8))
 
 
 @kept
