@@ -25,7 +25,7 @@ PARALLEL = $(shell $(PY) -c "import xdist; print('-n $(JOBS)')" 2>/dev/null)
 
 .PHONY: bench bench-compare bench-train test aot-facts emulate gpu gpu-build gpu-test gpu-bench gpu-sanitize gpu-pack \
 	sanitize rehearse rehearse-tree rehearse-build rehearse-kernels rehearse-tests \
-	build ready env lint style types format dev clean
+	build ready wheel wheel-cuda wheels sdist env lint style types format dev clean
 
 bench: $(READY)
 	$(PY) -m benchmarks --preset quick
@@ -181,15 +181,30 @@ ready: $(READY)
 build:
 	$(PY) setup.py --quiet build_ext --inplace
 
+# One wheel for every Python from 3.10 on, for this platform: without the CUDA code, or with it.
+WHEEL = $(PY) -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
+wheel: $(READY)
+	MOLEX_EXTENSION=1 MOLEX_CUDA=0 $(WHEEL)
+wheel-cuda: $(READY)
+	MOLEX_EXTENSION=1 MOLEX_CUDA=1 $(WHEEL)
+
+# Wheels as a release has them, built and tried by cibuildwheel, which pyproject.toml sets up.
+wheels: $(VENV)/bin/python
+	$(PY) -m pip install -q "cibuildwheel>=3"
+	$(PY) -m cibuildwheel --output-dir dist
+
+sdist: $(READY)
+	MOLEX_EXTENSION=0 $(PY) setup.py --quiet sdist
+
 # An interpreter that already has torch lends it to the environment; otherwise torch is installed.
 $(VENV)/bin/python:
 	python3 -m venv $(VENV) $$(python3 -c "import torch; print('--system-site-packages')" 2>/dev/null)
 
 $(VENV)/.ready: $(VENV)/bin/python $(SOURCES)
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(TORCH)
-	$(PY) -m pip install -q "setuptools>=77" ninja "pybind11>=2.12"
+	$(PY) -m pip install -q "setuptools>=77" ninja
 	$(PY) -m pip install -q --no-build-isolation -e ".[test,bench]"
 	touch $@
 
 clean:
-	rm -rf build *.egg-info molex_kernels/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info molex_kernels/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -33,7 +33,10 @@ CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS += ["-Wno-psabi"]
 # Python's own flags ask for debug information, which would be nine tenths of the library.
 NO_DEBUG = ["-g0"]
+STRIP = ["-Wl,--strip-all"] if sys.platform == "linux" else []
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
+# One library, in the limited API of the oldest Python, serves every later one.
+PYTHON_TAG = "cp310"
 # PTX of 9.0a would run on no later chip, and clusters of blocks come with 9.0.
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
@@ -93,6 +96,11 @@ class Build(BuildExtension):
             self._compile(reason)
         except Exception as error:
             fail(f"molex_kernels._C cannot be built: {error}")
+
+    def copy_extensions_to_source(self) -> None:
+        for other in ROOT.glob("molex_kernels/_C.cpython-*"):
+            other.unlink()  # Python would load it before the one for every Python
+        super().copy_extensions_to_source()
 
     def _compile(self, no_cuda: str | None) -> None:
         (target,) = self.extensions
@@ -169,14 +177,9 @@ def operators(paths: list[str]) -> str:
 
 
 def write_facts(path: Path, facts: dict[str, str]) -> None:
-    """The header that bindings.cpp includes; texts are C strings as JSON writes them."""
-    plain = {
-        name: text.encode("ascii", "backslashreplace").decode() for name, text in facts.items()
-    }
-    pairs = ", ".join(
-        f"std::pair{{{json.dumps(n)}, {json.dumps(text)}}}" for n, text in plain.items()
-    )
-    path.write_text(f"#define MOLEX_BUILD_FACTS {pairs}\n")
+    """The header that bindings.cpp includes: an object's members in JSON, as a C string."""
+    members = json.dumps(facts).removeprefix("{").removesuffix("}")
+    path.write_text(f"#define MOLEX_BUILD_FACTS {json.dumps(members)}\n")
 
 
 def extension(no_cuda: str | None, facts: Path) -> Extension:
@@ -206,11 +209,16 @@ def extension(no_cuda: str | None, facts: Path) -> Extension:
         include_dirs=[str(ROOT.absolute() / "csrc"), str(facts)],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         extra_compile_args={"cxx": flags, "nvcc": nvcc},
-        extra_link_args=SANITIZE if SANITIZED else [],
+        extra_link_args=SANITIZE if SANITIZED else STRIP,
+        py_limited_api=True,
     )
 
 
 if EXTENSION is False:
     setup()
 else:  # its sources are chosen when it is built
-    setup(ext_modules=[Extension("molex_kernels._C", [])], cmdclass={"build_ext": Build})
+    setup(
+        ext_modules=[Extension("molex_kernels._C", [], py_limited_api=True)],
+        cmdclass={"build_ext": Build},
+        options={"bdist_wheel": {"py_limited_api": PYTHON_TAG}},
+    )

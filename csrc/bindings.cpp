@@ -1,24 +1,45 @@
-// The Python module: build facts only. Operators register themselves with PyTorch's dispatcher when
-// the library is loaded, and tensors never cross this boundary.
+// The Python module: build facts only, in Python's limited API, so that one library serves every Python from
+// 3.10 on. Operators register themselves with PyTorch's dispatcher when the library is loaded, and tensors
+// never cross this boundary.
 
-// Nothing here is of torch, and torch 2.11's copy of pybind11 refuses to be included where this is defined.
-#undef TORCH_TARGET_VERSION
-#include <pybind11/pybind11.h>
+#include <Python.h>
 
 #include <string>
-#include <utility>
 
-#include "build_facts.h"  // written by setup.py: MOLEX_BUILD_FACTS, pairs of a name and a text
+#include "build_facts.h"  // written by setup.py: MOLEX_BUILD_FACTS, the members of a JSON object
 #include "cpu/common/target.h"
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.doc() = "Compiled operators of molex_kernels and how they were built.";
-  module.def("build_facts", [] {
-    const int lanes = molex::versions([](auto registers) MOLEX_LAMBDA_INLINE { return registers.kLanes; })();
-    pybind11::dict facts;
-    facts["compiler"] = __VERSION__;
-    facts["vectors"] = std::to_string(lanes) + " floats";
-    for (const auto& [name, text] : {MOLEX_BUILD_FACTS}) facts[name] = text;
-    return facts;
-  });
+#ifndef Py_LIMITED_API
+#error "expected Py_LIMITED_API: the library is named for every Python"
+#endif
+
+namespace {
+
+// What is known of the compiler and of this machine goes in front of what setup.py knows.
+PyObject* build_facts(PyObject*, PyObject*) {
+  const int lanes = molex::versions([](auto registers) MOLEX_LAMBDA_INLINE { return registers.kLanes; })();
+  const std::string facts = "{\"compiler\": \"" __VERSION__ "\", \"vectors\": \"" + std::to_string(lanes) +
+                            " floats\", " MOLEX_BUILD_FACTS "}";
+  return PyUnicode_FromStringAndSize(facts.data(), static_cast<Py_ssize_t>(facts.size()));
 }
+
+PyMethodDef methods[] = {
+    {"build_facts", build_facts, METH_NOARGS, "How the library was built, a JSON object of texts."},
+    {},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    "_C",
+    "Compiled operators of molex_kernels and how they were built.",
+    0,
+    methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,10 @@ def _load() -> tuple[Any, str | None]:
         return None, _absent()
     except (ImportError, OSError, RuntimeError) as error:
         return None, f"the compiled extension does not load: {error}"
-    facts = module.build_facts()
+    text = module.build_facts()
+    if not isinstance(text, str):  # one for a single Python, which would be found first
+        return None, f"the compiled extension is older than the package ({_BUILD})"
+    facts = json.loads(text)
     for callback in _callbacks:
         callback(facts["operators"].split(","))
     return module, _outdated(facts)
@@ -89,4 +93,4 @@ def build_facts() -> dict[str, Any]:
     module, reason = _load()
     if module is None:
         return {"built": False, "reason": reason}
-    return {"built": True, **module.build_facts()}
+    return {"built": True, **json.loads(module.build_facts())}

@@ -14,10 +14,12 @@ import ctypes
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections import Counter
 from pathlib import Path
 
+import pybind11
 import sass
 
 ROOT = Path(__file__).parents[1]
@@ -81,10 +83,11 @@ def count(tree: Path, options: argparse.Namespace) -> None:
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        library = rpc_cuda.Library(recorder(tree, folder))
+        path = recorder(tree, folder)
+        library = rpc_cuda.Library(path)
         result = library.forward(call)
         library.backward(call, result, draw(), None)
-        launches = recorded(library)
+        launches = recorded(path)
         code = compiled(tree, folder, {demangled(x.kernel.decode()) for x in launches})
         totals: Counter[str] = Counter()
         for launch in launches:
@@ -115,7 +118,8 @@ def recorder(tree: Path, folder: Path) -> Path:
         machine / "rpc_attention.cpp": [],
         ROOT / "tests/cuda_on_cpu/record.cpp": [],
     }
-    include = [f"-I{machine}", f"-I{tree / 'csrc'}"]
+    folders = (machine, tree / "csrc", pybind11.get_include(), sysconfig.get_path("include"))
+    include = [f"-I{folder}" for folder in folders]
     objects = []
     for source, flags in parts.items():
         objects.append(folder / f"{source.stem}.o")
@@ -126,11 +130,12 @@ def recorder(tree: Path, folder: Path) -> Path:
     return path
 
 
-def recorded(library: object) -> list[Launch]:
+def recorded(path: Path) -> list[Launch]:
     launches = []
+    take = ctypes.CDLL(str(path)).take
     while True:
         launch = Launch()
-        if not library._c.take(ctypes.byref(launch)):
+        if not take(ctypes.byref(launch)):
             return launches
         launches.append(launch)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -34,7 +36,7 @@ sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f,
 """
 FACTS = """
 from molex_kernels import _extension
-print(_extension._load()[0].build_facts()["without_cuda"])
+print(_extension.build_facts()["without_cuda"])
 """
 
 
@@ -156,13 +158,28 @@ print(mk.route_plan(torch.tensor([[1, 0], [2, 1]]), 3, impl="cpu").counts.tolist
     assert place == str(target / "molex_kernels/__init__.py")
     assert (reason, counts) == ("None", "[1, 2, 1]")
     assert (target / "molex_kernels/py.typed").exists()
+    library = target / "molex_kernels/_C.abi3.so"
+    assert library.stat().st_size < 3e6
+    # The whole of Python that it needs, in the stable ABI since 3.2.
+    needed = _succeeds(_run(["nm", "-D", "--undefined-only", str(library)], tmp_path))
+    found = set(re.findall(r"\b_?Py\w+", needed))
+    assert found == {"PyModule_Create2", "PyUnicode_FromStringAndSize"}
+    assert "no symbols" in _run(["nm", str(library)], tmp_path).stderr
 
 
-def test_a_wheel_is_tagged_for_its_platform(tree: Path):
+def test_a_wheel_is_for_every_python_of_its_platform(tree: Path):
     _succeeds(_setup(tree, "bdist_wheel", MOLEX_CUDA="0"))
     (wheel,) = (tree / "dist").glob("*.whl")
-    assert not wheel.name.endswith("-any.whl")
-    assert any(n.startswith("molex_kernels/_C.") for n in zipfile.ZipFile(wheel).namelist())
+    platform = re.sub(r"\W", "_", sysconfig.get_platform())
+    assert wheel.name.endswith(f"-cp310-abi3-{platform}.whl")
+    assert "molex_kernels/_C.abi3.so" in zipfile.ZipFile(wheel).namelist()
+
+
+def test_a_build_in_place_removes_one_for_a_single_python(tree: Path):
+    other = tree / "molex_kernels/_C.cpython-310-x86_64-linux-gnu.so"
+    other.touch()
+    _succeeds(_setup(tree, "build_ext", "--inplace", MOLEX_CUDA="0"))
+    assert [p.name for p in (tree / "molex_kernels").glob("_C*")] == ["_C.abi3.so"]
 
 
 def test_left_out_by_choice(tree: Path, tmp_path: Path):

@@ -18,8 +18,13 @@ ROOT = Path(__file__).parents[1]
 ABSENT = "sys.modules['molex_kernels._C'] = None"
 OUTDATED = """
 class Old:
-    build_facts = lambda: {"operators": "cpu:route_plan,cpu:layer_vote", "cuda_version": ""}
+    build_facts = lambda: '{"operators": "cpu:route_plan,cpu:layer_vote", "cuda_version": ""}'
 sys.modules["molex_kernels._C"] = Old
+"""
+FOR_ONE_PYTHON = """
+class Older:
+    build_facts = dict
+sys.modules["molex_kernels._C"] = Older
 """
 CALLS = """
 import molex_kernels as mk
@@ -51,8 +56,12 @@ def test_its_facts_name_operators_that_exist():
 
 @pytest.mark.parametrize(
     ("state", "reason"),
-    [(ABSENT, "is not built"), (OUTDATED, "is older than the package and lacks")],
-    ids=["absent", "outdated"],
+    [
+        (ABSENT, "is not built"),
+        (OUTDATED, "is older than the package and lacks"),
+        (FOR_ONE_PYTHON, "is older than the package ("),
+    ],
+    ids=["absent", "outdated", "for one Python"],
 )
 def test_the_ops_run_without_it(state, reason):
     script = "import sys, torch\n" + state + CALLS

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 
 
@@ -27,6 +28,24 @@ def test_a_bug_comes_with_its_environment():
     asked = [field for form in FORMS for field in _yaml(form)["body"] if "validations" in field]
     required = [field["attributes"]["label"] for field in asked if field["validations"]["required"]]
     assert any("`python -m molex_kernels.env`" in label for label in required)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_runs_what_a_developer_runs(path: Path):
+    targets = re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    jobs = _yaml(path)["jobs"].values()
+    commands = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
+    assert commands
+    for command in commands:
+        program, target, *_ = command.split()
+        assert (program, target in targets) == ("make", True), command
+
+
+def test_workflows_cover_the_pythons_and_torches_that_are_promised():
+    matrix = _yaml(ROOT / ".github/workflows/tests.yml")["jobs"]["test"]["strategy"]["matrix"]
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'requires-python = ">={matrix["python"][0]}"' in project
+    assert f'"{matrix["torch"][0].split()[0].replace("==", ">=").removesuffix(".0")}"' in project
 
 
 def _readme() -> str:
