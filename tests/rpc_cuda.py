@@ -53,7 +53,8 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         spec = importlib.util.spec_from_file_location("rpc_attention", path)
-        assert spec and spec.loader
+        assert spec is not None
+        assert spec.loader is not None
         self._c: Any = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self._c)
 
