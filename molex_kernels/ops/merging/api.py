@@ -141,7 +141,7 @@ def camex_merge(
     weights = _scaled(gates, 1.0, base.dtype)
     if elect == "unweighted" and not normalize and density == 1.0:
         delta = camex_deltas(base, experts, curvature=curvature, mask=mask, impl=impl)
-        return reference.merge(base, delta, _scaled(gates, alpha, base.dtype))
+        return _merge(base, delta, _scaled(gates, alpha, base.dtype), impl)
     if density < 1.0:
         experts = reference.trim(base, experts, density)
     delta = camex_deltas(base, experts, curvature=curvature, impl=impl)
@@ -276,6 +276,20 @@ def _deltas(
         given = [factor for factor in factors if factor is not None]
         return reference.deltas(base, experts, given or None, ties)
     return op.deltas(impl, base, experts, *factors, ties)
+
+
+def _merge(base: Tensor, deltas: Tensor, gates: Tensor, impl: str | None) -> Tensor:
+    """`reference.merge`; on a CPU as a product that starts from the base, in one fresh tensor.
+
+    There most of the time goes into memory that is touched for the first time.
+    """
+    if impl == "reference" or not base.is_cpu:
+        return reference.merge(base, deltas, gates)
+    dtype = gates.dtype
+    start, rows = base.to(dtype).reshape(1, -1), deltas.to(dtype).flatten(1)
+    with _dtypes.without_autocast(base):  # which would round the base
+        merged = torch.addmm(start, gates, rows)
+    return merged.unflatten(1, base.shape).to(base.dtype)
 
 
 def _merged_bias(
