@@ -45,6 +45,9 @@ def _routing(generator):
         )  # fmt: skip
     index, weight, logits = mk.topk_route(x, gate, top_k=2, impl="cpu")
     yield from mk.route_plan(index, experts, impl="cpu")
+    given = torch.randint(-1, experts + 1, (tokens, 3), generator=generator)
+    yield from mk.route_from_index(logits, given, impl="cpu")
+    yield from mk.route_from_logits(logits, top_k=3, impl="cpu")
     logits.requires_grad_()
     for kind in ("switch", "published"):
         loss = mk.load_balance_loss(mk.Routing(index, weight, logits), kind=kind, impl="cpu")
@@ -232,3 +235,58 @@ def test_the_thread_count_changes_nothing(kernels):
     for other in outcomes[1:]:
         for a, b in zip(outcomes[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("score", ["softmax_topk", "sigmoid", "softmax"])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_a_token_is_routed_alike_in_any_company(renormalize, score, generator):
+    tokens, experts, top_k = 37, 21, 5
+    logits = torch.randn(tokens, experts, generator=generator)
+    logits[3] = -torch.inf
+    given = torch.randint(-1, experts + 1, (tokens, top_k), generator=generator)
+    given[5] = -1
+    options = {"score": score, "renormalize": renormalize, "scaling": 1.5, "impl": "cpu"}
+    chosen = mk.route_from_logits(logits, top_k=top_k, **options)
+    weighed = mk.route_from_index(logits, given, **options)
+    for t in range(tokens):
+        alone = mk.route_from_logits(logits[t : t + 1], top_k=top_k, **options)
+        assert torch.equal(alone.expert_index[0], chosen.expert_index[t])
+        for one, all_of_them in (
+            (alone, chosen),
+            (mk.route_from_index(logits[t : t + 1], given[t : t + 1], **options), weighed),
+        ):
+            same = {"rtol": 0, "atol": 0, "equal_nan": True}
+            torch.testing.assert_close(one.expert_weight[0], all_of_them.expert_weight[t], **same)
+    assert torch.equal(weighed.expert_weight[5], torch.zeros(top_k))
+
+
+# Few experts, so that tokens are processed side by side, and more; one token, a part of those side
+# by side, and more than are summed at a time.
+@pytest.mark.parametrize("experts", [1, 6, 64, 65])
+@pytest.mark.parametrize("tokens", [1, 4, 19, 530])
+@pytest.mark.parametrize("masked", [False, True])
+def test_losses_of_any_size(masked, tokens, experts, generator):
+    drawn = torch.randn(tokens, experts, generator=generator)
+    index = torch.randint(experts, (tokens, 2), generator=generator)
+    mask = torch.rand(tokens, generator=generator) < 0.6 if masked else None
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for loss in (
+            lambda z, impl: mk.router_z_loss(z, mask=mask, impl=impl),
+            lambda z, impl: mk.load_balance_loss(
+                mk.Routing(index, z, z), temperature=0.7, mask=mask, impl=impl
+            ),
+        ):
+            exact = drawn.to(dtype).double().requires_grad_()
+            want = loss(exact, "reference")
+            (gradient,) = torch.autograd.grad(want, exact)
+            given = drawn.to(dtype, copy=True)
+            if mask is not None:
+                given[~mask] = torch.nan
+            given.requires_grad_()
+            found = loss(given, "cpu")
+            (own,) = torch.autograd.grad(found, given)
+            # Probabilities cancel in the gradient: what is left errs by the rounding of what was.
+            share = 4 * torch.finfo(torch.float32).eps * experts / max(tokens, 1)
+            rounding = torch.finfo(dtype).eps * gradient.abs().max().item()
+            torch.testing.assert_close(found.double(), want, rtol=2e-6, atol=1e-12)
+            torch.testing.assert_close(own.double(), gradient, rtol=0, atol=share + rounding)

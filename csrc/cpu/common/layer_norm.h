@@ -9,13 +9,14 @@
 namespace molex {
 
 // Replaces y by (y - mean) / sqrt(variance + eps) and returns 1 / sqrt(variance + eps).
-inline constexpr auto normalise = versions([](auto, float* y, int64_t count, float eps) MOLEX_LAMBDA_INLINE {
-  const float mean = sum_of(y, count) / count;
-  for (int64_t i = 0; i < count; ++i) y[i] -= mean;
-  const float inverse = 1.0f / std::sqrt(dot_of(y, y, count) / count + eps);
-  for (int64_t i = 0; i < count; ++i) y[i] *= inverse;
-  return inverse;
-});
+inline constexpr auto normalise =
+    versions([](auto registers, float* y, int64_t count, float eps) MOLEX_LAMBDA_INLINE {
+      const float mean = sum_of<registers.kLanes>(y, count) / count;
+      for (int64_t i = 0; i < count; ++i) y[i] -= mean;
+      const float inverse = 1.0f / std::sqrt(dot_of<registers.kLanes>(y, y, count) / count + eps);
+      for (int64_t i = 0; i < count; ++i) y[i] *= inverse;
+      return inverse;
+    });
 
 inline constexpr auto scale_and_shift =
     versions([](auto, float* y, const float* weight, const float* bias, int64_t count) MOLEX_LAMBDA_INLINE {
@@ -28,7 +29,7 @@ inline constexpr auto scale_and_shift =
     });
 
 // Writes the gradient of the row before the norm to `out`, and adds to the sums of the parameters' gradients.
-inline constexpr auto normalise_backward = versions([](auto,
+inline constexpr auto normalise_backward = versions([](auto registers,
                                                        float* out,
                                                        const float* dy,
                                                        const float* normed,
@@ -46,8 +47,8 @@ inline constexpr auto normalise_backward = versions([](auto,
   }
   MOLEX_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) out[i] = weight ? dy[i] * weight[i] : dy[i];
-  const float projection = dot_of(out, normed, count) / count;
-  const float mean = sum_of(out, count) / count;
+  const float projection = dot_of<registers.kLanes>(out, normed, count) / count;
+  const float mean = sum_of<registers.kLanes>(out, count) / count;
   for (int64_t i = 0; i < count; ++i) out[i] = inverse * (out[i] - normed[i] * projection - mean);
 });
 

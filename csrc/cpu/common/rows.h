@@ -76,37 +76,48 @@ inline void write(const Target& target, int64_t first, int64_t count, const floa
   }
 }
 
-// Sums term(i) in several vectors side by side. The order depends on the count alone.
-template <class Wider, class Term>
+// Sums term(i) in several vectors side by side. `wider(i)` returns LANES terms from i on, as many as a
+// register of the machine holds: of wider vectors GCC makes several times slower code. The order of the sum
+// depends on the count alone, not on LANES.
+template <int LANES, class Wider, class Term>
 MOLEX_INLINE float sum_terms(int64_t count, const Wider& wider, const Term& term) {
-  constexpr int kSums = 4;
-  Wide sums[kSums] = {};
+  constexpr int kSums = 4, kParts = kWide / LANES;
+  Floats<LANES> sums[kSums][kParts] = {};
+  const auto add = [&](int k, int64_t i) MOLEX_LAMBDA_INLINE {
+    for (int part = 0; part < kParts; ++part) sums[k][part] += wider(i + part * LANES);
+  };
   int64_t i = 0;
   for (; i + kSums * kWide <= count; i += kSums * kWide) {
-    for (int k = 0; k < kSums; ++k) sums[k] += wider(i + k * kWide);
+    for (int k = 0; k < kSums; ++k) add(k, i + k * kWide);
   }
-  for (; i + kWide <= count; i += kWide) sums[0] += wider(i);
+  for (; i + kWide <= count; i += kWide) add(0, i);
   float rest = 0.0f;
   for (; i < count; ++i) rest += term(i);
-  return rest + sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (int part = 0; part < kParts; ++part) {
+    sums[0][part] = (sums[0][part] + sums[1][part]) + (sums[2][part] + sums[3][part]);
+  }
+  return rest + sum_of_parts(sums[0]);
 }
 
+template <int LANES>
 MOLEX_INLINE float sum_of(const float* values, int64_t count) {
-  return sum_terms(
+  return sum_terms<LANES>(
       count,
-      [=](int64_t i) MOLEX_LAMBDA_INLINE { return load(values + i); },
+      [=](int64_t i) MOLEX_LAMBDA_INLINE { return load<LANES>(values + i); },
       [=](int64_t i) MOLEX_LAMBDA_INLINE { return values[i]; });
 }
 
+template <int LANES>
 MOLEX_INLINE float dot_of(const float* a, const float* b, int64_t count) {
-  return sum_terms(
+  return sum_terms<LANES>(
       count,
-      [=](int64_t i) MOLEX_LAMBDA_INLINE { return load(a + i) * load(b + i); },
+      [=](int64_t i) MOLEX_LAMBDA_INLINE { return load<LANES>(a + i) * load<LANES>(b + i); },
       [=](int64_t i) MOLEX_LAMBDA_INLINE { return a[i] * b[i]; });
 }
 
-inline constexpr auto dot = versions([](auto, const float* a, const float* b, int64_t count)
-                                         MOLEX_LAMBDA_INLINE { return dot_of(a, b, count); });
+inline constexpr auto dot =
+    versions([](auto registers, const float* a, const float* b, int64_t count)
+                 MOLEX_LAMBDA_INLINE { return dot_of<registers.kLanes>(a, b, count); });
 
 inline constexpr auto add =
     versions([](auto, float* to, const float* from, int64_t count) MOLEX_LAMBDA_INLINE {

@@ -49,7 +49,9 @@ struct Exponentials {
 };
 
 // p_i = e^(scale (z_i - m)), where m is the largest value and scale > 0, then zeros up to whole vectors.
-// Returns {m, sum_i p_i}. p may be z.
+// Returns {m, sum_i p_i}. p may be z. LANES are those of the machine's registers, on which
+// the result does not depend.
+template <int LANES>
 MOLEX_INLINE Exponentials exponentials_of(const float* z, float scale, float* p, int64_t count) {
   const int64_t whole = wide_of(count);
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
@@ -58,21 +60,27 @@ MOLEX_INLINE Exponentials exponentials_of(const float* z, float scale, float* p,
     for (int64_t i = count; i < whole; ++i) p[i] = kLowest;
     z = p;
   }
-  Wide most = Wide{} + kLowest, sum = {};
-  for (int64_t i = 0; i < whole; i += kWide) most = larger(load(z + i), most);
-  const float largest = largest_lane(most);
+  constexpr int kParts = kWide / LANES;
+  Floats<LANES> most[kParts], sum[kParts] = {};
+  for (auto& part : most) part = broadcast<LANES>(kLowest);
   for (int64_t i = 0; i < whole; i += kWide) {
-    const Wide made = exp_of((load(z + i) - largest) * scale);
-    store(p + i, made);
-    sum += made;
+    for (int k = 0; k < kParts; ++k) most[k] = larger(load<LANES>(z + i + k * LANES), most[k]);
   }
-  return {largest, sum_of_lanes(sum)};
+  const float largest = largest_of_parts(most);
+  for (int64_t i = 0; i < whole; i += kWide) {
+    for (int k = 0; k < kParts; ++k) {
+      const Floats<LANES> made = exp_of((load<LANES>(z + i + k * LANES) - largest) * scale);
+      store(p + i + k * LANES, made);
+      sum[k] += made;
+    }
+  }
+  return {largest, sum_of_parts(sum)};
 }
 
 // Writes the softmax of the first `count` values, then zeros up to whole vectors.
 inline constexpr auto softmax_of =
-    versions([](auto, const float* z, float* out, int64_t count) MOLEX_LAMBDA_INLINE {
-      const float inverse = 1.0f / exponentials_of(z, 1.0f, out, count).sum;
+    versions([](auto registers, const float* z, float* out, int64_t count) MOLEX_LAMBDA_INLINE {
+      const float inverse = 1.0f / exponentials_of<registers.kLanes>(z, 1.0f, out, count).sum;
       for (int64_t i = 0; i < count; ++i) out[i] *= inverse;
     });
 

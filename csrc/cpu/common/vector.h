@@ -21,7 +21,9 @@ using Floats = typename VectorOf<LANES>::Floats;
 template <int LANES>
 using Ints = typename VectorOf<LANES>::Ints;
 
-// Sums whose order must not depend on the machine's registers use vectors of this width.
+// Sums whose order must not depend on the machine's registers run in as many lanes, of one register or of
+// several. A vector of this type is for what is not hot: where it is wider than a register, GCC's code for it
+// is several times slower than that for its parts.
 constexpr int kWide = 16;
 using Wide = Floats<kWide>;
 
@@ -103,6 +105,24 @@ MOLEX_INLINE auto largest_lane(V x) {
     if constexpr (std::is_same_v<decltype(a[0] + 0), float>) return a > b ? a : b;
     return larger(a, b);
   })[0];
+}
+
+// The sum of all lanes of several vectors, as that of the one vector of which they are the parts.
+template <class V, size_t COUNT>
+MOLEX_INLINE auto sum_of_parts(V (&parts)[COUNT]) {
+  for (size_t half = COUNT / 2; half > 0; half /= 2) {
+    for (size_t k = 0; k < half; ++k) parts[k] += parts[k + half];
+  }
+  return sum_of_lanes(parts[0]);
+}
+
+// The largest lane of several vectors.
+template <class V, size_t COUNT>
+MOLEX_INLINE auto largest_of_parts(V (&parts)[COUNT]) {
+  for (size_t half = COUNT / 2; half > 0; half /= 2) {
+    for (size_t k = 0; k < half; ++k) parts[k] = larger(parts[k], parts[k + half]);
+  }
+  return largest_lane(parts[0]);
 }
 
 // The product x as it is rounded, of one register. GCC fuses a product with the difference that takes it; of

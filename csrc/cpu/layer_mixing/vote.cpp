@@ -15,31 +15,32 @@
 
 namespace {
 
-using molex::kWide;
 using molex::Source;
-using molex::Wide;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kChunk = 512;  // tokens
 
-using WideKeys = molex::Ints<kWide>;
-
 // Integers that are ordered as the floats are: both zeros are equal, and NaN is the largest.
-MOLEX_INLINE WideKeys keys_of(Wide x) {
-  const WideKeys bits = (WideKeys)(x + 0.0f);
-  const WideKeys key = bits ^ ((bits >> 31) & 0x7fffffff);
-  return molex::select(x == x, key, WideKeys{} + std::numeric_limits<int32_t>::max());
+template <int LANES>
+MOLEX_INLINE molex::Ints<LANES> keys_of(const float* from) {
+  using Keys = molex::Ints<LANES>;
+  const molex::Floats<LANES> x = molex::load<LANES>(from);
+  const Keys bits = (Keys)(x + 0.0f);
+  const Keys key = bits ^ ((bits >> 31) & 0x7fffffff);
+  return molex::select(x == x, key, Keys{} + std::numeric_limits<int32_t>::max());
 }
 
 // The index of the first largest of `count` values. `row` is padded to whole vectors with -inf.
+template <int LANES>
 MOLEX_INLINE int64_t first_largest(const float* row, int64_t count) {
-  WideKeys most = WideKeys{} + std::numeric_limits<int32_t>::min();
-  for (int64_t i = 0; i < count; i += kWide) most = molex::larger(keys_of(molex::load(row + i)), most);
-  const WideKeys largest = WideKeys{} + molex::largest_lane(most);
-  for (int64_t i = 0; i < count; i += kWide) {
-    const WideKeys same = keys_of(molex::load(row + i)) == largest;
-    for (int lane = 0; lane < kWide; ++lane) {
+  using Keys = molex::Ints<LANES>;
+  Keys most = Keys{} + std::numeric_limits<int32_t>::min();
+  for (int64_t i = 0; i < count; i += LANES) most = molex::larger(keys_of<LANES>(row + i), most);
+  const Keys largest = Keys{} + molex::largest_lane(most);
+  for (int64_t i = 0; i < count; i += LANES) {
+    const Keys same = keys_of<LANES>(row + i) == largest;
+    for (int lane = 0; lane < LANES; ++lane) {
       if (same[lane]) return i + lane;
     }
   }
@@ -51,31 +52,37 @@ enum class Mode { kMode, kMeanSoftmax, kMeanSigmoid };
 // Adds the vote of each of `count` tokens to `sums`, except those that the mask leaves out. `sums` and `row`
 // have whole vectors.
 template <Mode MODE>
-constexpr auto add_votes = molex::versions(
-    [](auto, const float* logits, const bool* mask, int64_t count, int64_t layers, float* row, float* sums)
-        MOLEX_LAMBDA_INLINE {
-          const int64_t whole = molex::wide_of(layers);
-          std::fill(row, row + whole, -std::numeric_limits<float>::infinity());
-          for (int64_t t = 0; t < count; ++t) {
-            if (mask && !mask[t]) continue;
-            const float* z = logits + t * layers;
-            if constexpr (MODE == Mode::kMeanSoftmax) {
-              const float inverse = 1.0f / molex::exponentials_of(z, 1.0f, row, layers).sum;
-              for (int64_t i = 0; i < whole; i += kWide) {
-                molex::store(sums + i, molex::load(sums + i) + inverse * molex::load(row + i));
-              }
-            } else {
-              std::copy_n(z, layers, row);
-              if constexpr (MODE == Mode::kMode) {
-                sums[first_largest(row, layers)] += 1.0f;
-              } else {
-                for (int64_t i = 0; i < whole; i += kWide) {
-                  molex::store(sums + i, molex::load(sums + i) + molex::sigmoid_of(molex::load(row + i)));
-                }
-              }
-            }
-          }
-        });
+constexpr auto add_votes = molex::versions([](auto registers,
+                                              const float* logits,
+                                              const bool* mask,
+                                              int64_t count,
+                                              int64_t layers,
+                                              float* row,
+                                              float* sums) MOLEX_LAMBDA_INLINE {
+  constexpr int kLanes = registers.kLanes;
+  const int64_t whole = molex::wide_of(layers);
+  std::fill(row, row + whole, -std::numeric_limits<float>::infinity());
+  for (int64_t t = 0; t < count; ++t) {
+    if (mask && !mask[t]) continue;
+    const float* z = logits + t * layers;
+    if constexpr (MODE == Mode::kMeanSoftmax) {
+      const float inverse = 1.0f / molex::exponentials_of<kLanes>(z, 1.0f, row, layers).sum;
+      for (int64_t i = 0; i < whole; i += kLanes) {
+        molex::store(sums + i, molex::load<kLanes>(sums + i) + inverse * molex::load<kLanes>(row + i));
+      }
+    } else {
+      std::copy_n(z, layers, row);
+      if constexpr (MODE == Mode::kMode) {
+        sums[first_largest<kLanes>(row, layers)] += 1.0f;
+      } else {
+        for (int64_t i = 0; i < whole; i += kLanes) {
+          molex::store(sums + i,
+                       molex::load<kLanes>(sums + i) + molex::sigmoid_of(molex::load<kLanes>(row + i)));
+        }
+      }
+    }
+  }
+});
 
 // The layer with the largest sum over the tokens in `mask` [T]. Of equal sums the lower layer wins.
 Tensor layer_vote(const Tensor& logits, std::optional<Tensor> mask, std::string mode) {

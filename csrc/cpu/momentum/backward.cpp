@@ -15,8 +15,9 @@ namespace {
 
 constexpr int64_t kChunks = 64;  // partial sums of the parameters' gradients
 
-constexpr auto add_sum = versions([](auto, double* to, const float* values, int64_t count)
-                                      MOLEX_LAMBDA_INLINE { *to += sum_of(values, count); });
+constexpr auto add_sum =
+    versions([](auto registers, double* to, const float* values, int64_t count)
+                 MOLEX_LAMBDA_INLINE { *to += sum_of<registers.kLanes>(values, count); });
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd(
     const Tensor& like,

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/common/indices.h"
+#include "cpu/common/columns.h"
 #include "cpu/common/rows.h"
 #include "cpu/common/softmax.h"
 
@@ -65,49 +65,48 @@ struct Weighing {
     }
   }
 
-  // What becomes a weight by `finish`.
-  float start(float z) const {
-    if (!chosen()) return elementwise(z);
-    return score == Score::kSigmoid ? -softplus_of(-z) : z;
-  }
-
-  // Makes weights of `count` values, which fill whole vectors.
-  void finish(float* values, int64_t count) const {
-    if (chosen()) {
-      softmax_of(values, values, count);
-    } else if (renormalize) {
-      float sum = 0.0f;
-      for (int64_t k = 0; k < count; ++k) sum += values[k];
-      for (int64_t k = 0; k < count; ++k) values[k] /= sum;
-    }
-    if (scaling != 1.0f) scale(values, scaling, count);
-  }
-
   Score score;
   bool renormalize;
   float scaling;
 };
 
+// Replaces columns of logits by the softmax over each token's, or over their log sigmoid, times `scaling`.
+inline constexpr auto softmax_in_columns = versions(
+    [](auto registers, float* columns, int64_t count, bool sigmoid, float scaling) MOLEX_LAMBDA_INLINE {
+      constexpr int kLanes = registers.kLanes;
+      for (int64_t i = 0; sigmoid && i < count * kTogether; ++i) {
+        columns[i] = -softplus_of(-columns[i]);
+      }
+      for (int64_t i = 0; i < kTogether; i += kLanes) {
+        const auto inverse = 1.0f / column_exponentials<kLanes>(columns + i, 1.0f, count).sum;
+        for (int64_t k = 0; k < count; ++k) {
+          float* const place = columns + k * kTogether + i;
+          store(place, scaling * (inverse * load<kLanes>(place)));
+        }
+      }
+    });
+
 // Returns the index of the first largest value and sets that value to -inf, so that the next call finds the
 // next one. The values fill whole vectors, and none is NaN.
-inline constexpr auto take_largest = versions([](auto, float* key, int64_t whole) MOLEX_LAMBDA_INLINE {
-  const Ints<kWide> lanes = count_from<kWide>(0);
-  Wide most = load(key);
-  Ints<kWide> where = lanes;
-  for (int64_t i = kWide; i < whole; i += kWide) {
-    const Wide values = load(key + i);
-    const Ints<kWide> above = values > most;
-    most = select(above, values, most);
-    where = select(above, lanes + static_cast<int32_t>(i), where);
-  }
-  const float largest = largest_lane(most);
-  int64_t best = whole;
-  for (int lane = 0; lane < kWide; ++lane) {
-    if (most[lane] == largest) best = std::min<int64_t>(best, where[lane]);
-  }
-  key[best] = -std::numeric_limits<float>::infinity();
-  return best;
-});
+inline constexpr auto take_largest =
+    versions([](auto registers, float* key, int64_t whole) MOLEX_LAMBDA_INLINE {
+      constexpr int kLanes = registers.kLanes;
+      Floats<kLanes> most = load<kLanes>(key);
+      Ints<kLanes> where = count_from<kLanes>(0);
+      for (int64_t i = kLanes; i < whole; i += kLanes) {
+        const Floats<kLanes> values = load<kLanes>(key + i);
+        const Ints<kLanes> above = values > most;
+        most = select(above, values, most);
+        where = select(above, count_from<kLanes>(static_cast<int32_t>(i)), where);
+      }
+      const float largest = largest_lane(most);
+      // Where it is not the largest, a lane stands for no index.
+      const auto lower = [](auto a, auto b) MOLEX_LAMBDA_INLINE { return select(a < b, a, b); };
+      const auto last = Ints<kLanes>{} + static_cast<int32_t>(whole);
+      const int64_t best = folded(select(most == largest, where, last), lower)[0];
+      key[best] = -std::numeric_limits<float>::infinity();
+      return best;
+    });
 
 // Of the groups of equal size in which the experts stand, those that may be chosen from.
 struct Groups {
@@ -125,33 +124,29 @@ class TopK {
        const Weighing& weighing)
       : bias_(floats_of(expert_bias)), experts_(experts), top_k_(top_k), groups_(groups), to_(weighing) {}
 
-  // The values behind the logits, up to whole vectors, do not matter. `scratch` has size() floats.
-  void operator()(const float* z, int64_t* chosen, float* weights, float* scratch) const {
-    const int64_t whole = wide_of(experts_);
-    float *key = scratch, *probability = key + whole, *picked = probability + whole;
-    const bool softmax = to_.score == Score::kSoftmax;
-    if (softmax) softmax_of(z, probability, experts_);
-    for (int64_t e = 0; e < experts_; ++e) {
-      float value = z[e];
-      if (!bias_.empty()) value = (softmax ? probability[e] : to_.elementwise(z[e])) + bias_[e];
-      key[e] = finite(value);
+  // Of `count` <= kTogether tokens, whose logits are `stride` apart. `scratch` has size() floats.
+  void operator()(
+      const float* z, int64_t stride, int64_t count, int64_t* chosen, float* weights, float* scratch) const {
+    for (int64_t t = 0; t < count; ++t)
+      choose(z + t * stride, chosen + t * top_k_, weights + t * top_k_, scratch);
+    if (to_.chosen()) weigh_together(z, stride, count, chosen, weights, picked(scratch));
+  }
+
+  // The weights of given experts, of which those outside [0, E) are -1 and get 0.
+  void given(const float* z,
+             int64_t stride,
+             int64_t count,
+             const int64_t* chosen,
+             float* weights,
+             float* scratch) const {
+    if (to_.chosen()) return weigh_together(z, stride, count, chosen, weights, picked(scratch));
+    for (int64_t t = 0; t < count; ++t, z += stride) {
+      const float* probability = probability_of(z, scratch);
+      weigh(z, probability, chosen + t * top_k_, weights + t * top_k_, picked(scratch));
     }
-    std::fill(key + experts_, key + whole, kLowest);
-    if (groups_.top < groups_.count) keep_groups(key, picked + wide_of(top_k_));
-    for (int64_t k = 0; k < top_k_; ++k) chosen[k] = take_largest(key, whole);
-    weigh(z, softmax ? probability : nullptr, chosen, weights, picked);
   }
 
-  // The weights of given experts; of an id outside [0, E), which becomes -1, it is 0.
-  void given(const float* z, const int64_t* ids, int64_t* chosen, float* weights, float* scratch) const {
-    float *probability = scratch + wide_of(experts_), *picked = probability + wide_of(experts_);
-    const bool softmax = to_.score == Score::kSoftmax;
-    if (softmax) softmax_of(z, probability, experts_);
-    for (int64_t k = 0; k < top_k_; ++k) chosen[k] = ids[k] < experts_ ? ids[k] : -1;
-    weigh(z, softmax ? probability : nullptr, chosen, weights, picked);
-  }
-
-  int64_t size() const { return 2 * wide_of(experts_) + wide_of(top_k_) + wide_of(groups_.count); }
+  int64_t size() const { return 2 * wide_of(experts_) + kTogether * top_k_ + wide_of(groups_.count); }
 
  private:
   static constexpr float kLowest = -std::numeric_limits<float>::infinity();
@@ -159,6 +154,36 @@ class TopK {
   static float finite(float value) {
     constexpr float least = std::numeric_limits<float>::lowest();
     return value > least ? value : least;
+  }
+
+  // The parts of the scratch: keys, probabilities, what becomes weights, sums of groups.
+  float* probabilities(float* scratch) const { return scratch + wide_of(experts_); }
+  float* picked(float* scratch) const { return probabilities(scratch) + wide_of(experts_); }
+  float* group_sums(float* scratch) const { return picked(scratch) + kTogether * top_k_; }
+
+  // The softmax of all logits of a token, or null where the score is another.
+  const float* probability_of(const float* z, float* scratch) const {
+    if (to_.score != Score::kSoftmax) return nullptr;
+    softmax_of(z, probabilities(scratch), experts_);
+    return probabilities(scratch);
+  }
+
+  // The choice of one token, and its weights unless these are made together.
+  void choose(const float* z, int64_t* chosen, float* weights, float* key) const {
+    const int64_t whole = wide_of(experts_);
+    // A softmax over all logits is needed for the keys with a bias, and for weights that are not over their
+    // sum.
+    const bool softmax = !bias_.empty() || !to_.chosen();
+    const float* probability = softmax ? probability_of(z, key) : nullptr;
+    for (int64_t e = 0; e < experts_; ++e) {
+      float value = z[e];
+      if (!bias_.empty()) value = (probability ? probability[e] : to_.elementwise(z[e])) + bias_[e];
+      key[e] = finite(value);
+    }
+    std::fill(key + experts_, key + whole, kLowest);
+    if (groups_.top < groups_.count) keep_groups(key, group_sums(key));
+    for (int64_t k = 0; k < top_k_; ++k) chosen[k] = take_largest(key, whole);
+    if (!to_.chosen()) weigh(z, probability, chosen, weights, picked(key));
   }
 
   // Sets the keys outside of the groups with the largest sum of their two best keys to -inf.
@@ -179,16 +204,44 @@ class TopK {
     }
   }
 
-  // `probability` is the softmax of all logits, where that is the score.
+  // Weights that are no softmax over the chosen. `probability` is the softmax of all logits, where that is
+  // the score.
   void weigh(
       const float* z, const float* probability, const int64_t* chosen, float* weights, float* picked) const {
-    const bool direct = probability && !to_.renormalize;
     int64_t known = 0;
     for (int64_t k = 0; k < top_k_; ++k) {
-      if (chosen[k] >= 0) picked[known++] = direct ? probability[chosen[k]] : to_.start(z[chosen[k]]);
+      if (chosen[k] < 0) continue;
+      picked[known++] = probability ? probability[chosen[k]] : to_.elementwise(z[chosen[k]]);
     }
-    to_.finish(picked, known);
-    for (int64_t k = 0; k < top_k_; ++k) weights[k] = chosen[k] >= 0 ? *picked++ : 0.0f;
+    if (to_.renormalize) {
+      float sum = 0.0f;
+      for (int64_t k = 0; k < known; ++k) sum += picked[k];
+      for (int64_t k = 0; k < known; ++k) picked[k] /= sum;
+    }
+    for (int64_t k = 0; k < top_k_; ++k) weights[k] = chosen[k] >= 0 ? to_.scaling * *picked++ : 0.0f;
+  }
+
+  // The softmax over the chosen experts of `count` <= kTogether tokens, in columns [K, kTogether].
+  void weigh_together(const float* z,
+                      int64_t stride,
+                      int64_t count,
+                      const int64_t* chosen,
+                      float* weights,
+                      float* columns) const {
+    for (int64_t i = 0; i < kTogether; ++i) {
+      const int64_t t = i < count ? i : 0;
+      for (int64_t k = 0; k < top_k_; ++k) {
+        const int64_t expert = chosen[t * top_k_ + k];
+        columns[k * kTogether + i] = expert < 0 ? kLowest : z[t * stride + expert];
+      }
+    }
+    softmax_in_columns(columns, top_k_, to_.score == Score::kSigmoid, to_.scaling);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t k = 0; k < top_k_; ++k) {
+        const int64_t at = i * top_k_ + k;
+        weights[at] = chosen[at] < 0 ? 0.0f : columns[k * kTogether + i];
+      }
+    }
   }
 
   std::vector<float> bias_;

@@ -9,6 +9,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "cpu/common/columns.h"
 #include "cpu/common/indices.h"
 #include "cpu/common/memory.h"
 #include "cpu/common/rows.h"
@@ -140,9 +141,46 @@ Balance::Balance(const Tensor& index,
   }
 }
 
+// Whether so many tokens are processed kTogether at a time, which pays for a few of them already. Tokens of
+// several sequences have no common slopes.
+bool is_short(int64_t count, int64_t experts, const void* places = nullptr) {
+  return experts <= molex::kShort && count >= 4 && !places;
+}
+
+// The scratch floats of a thread: a row in whole vectors, or the columns of kTogether tokens.
+int64_t scratch_of(int64_t experts) {
+  return experts <= molex::kShort ? experts * molex::kTogether : molex::wide_of(experts);
+}
+
+// As sum_of_balance, of tokens of one sequence with few experts, whose `columns` are scratch.
+constexpr auto short_sum_of_balance = molex::versions([](auto registers,
+                                                         const float* z,
+                                                         const bool* counted,
+                                                         const float* slopes,
+                                                         float scale,
+                                                         int64_t count,
+                                                         int64_t experts,
+                                                         float* columns) MOLEX_LAMBDA_INLINE {
+  constexpr int kLanes = registers.kLanes;
+  double totals[molex::kTogether] = {};
+  for (int64_t t = 0; t < count; t += molex::kTogether) {
+    const int64_t rows = std::min(molex::kTogether, count - t);
+    molex::columns_of(z + t * experts, experts, rows, experts, columns);
+    float values[molex::kTogether];
+    for (int64_t i = 0; i < molex::kTogether; i += kLanes) {
+      const auto found = molex::column_exponentials<kLanes>(columns + i, scale, experts);
+      molex::store(values + i, molex::column_dot<kLanes>(columns + i, slopes, experts) / found.sum);
+    }
+    for (int64_t i = 0; i < rows; ++i) totals[i] += counted && !counted[t + i] ? 0.0f : values[i];
+  }
+  double total = 0.0;
+  for (double part : totals) total += part;
+  return total;
+});
+
 // The sum over `count` tokens that count of <slope, softmax(scale z_t)>, with the slope of the token's place.
 // `row` and each slope have `whole` floats, whole vectors.
-constexpr auto sum_of_balance = molex::versions([](auto,
+constexpr auto sum_of_balance = molex::versions([](auto registers,
                                                    const float* z,
                                                    const bool* counted,
                                                    const int64_t* places,
@@ -156,23 +194,57 @@ constexpr auto sum_of_balance = molex::versions([](auto,
   for (int64_t t = 0; t < count; ++t) {
     if (counted && !counted[t]) continue;
     const float* slope = slopes + (places ? places[t] * whole : 0);
-    const float inverse = 1.0f / molex::exponentials_of(z + t * experts, scale, row, experts).sum;
-    total += inverse * molex::dot_of(row, slope, whole);
+    const float inverse =
+        1.0f / molex::exponentials_of<registers.kLanes>(z + t * experts, scale, row, experts).sum;
+    total += inverse * molex::dot_of<registers.kLanes>(row, slope, whole);
   }
   return total;
 });
 
-// dz = factor * row. `row` has whole vectors, dz only `experts` floats.
+// dz = factor * row; dz may be the row.
 MOLEX_INLINE void scale_row(const float* row, float factor, int64_t experts, float* dz) {
-  int64_t e = 0;
-  for (; e + molex::kWide <= experts; e += molex::kWide) {
-    molex::store(dz + e, factor * molex::load(row + e));
-  }
-  for (; e < experts; ++e) dz[e] = factor * row[e];
+  MOLEX_INDEPENDENT
+  for (int64_t e = 0; e < experts; ++e) dz[e] = factor * row[e];
 }
 
+// Sets the gradients of tokens that do not count to 0.
+MOLEX_INLINE void clear_others(const bool* counted, int64_t count, int64_t experts, float* dz) {
+  for (int64_t t = 0; counted && t < count; ++t) {
+    if (!counted[t]) std::fill_n(dz + t * experts, experts, 0.0f);
+  }
+}
+
+// As balance_backward, of tokens of one sequence with few experts, whose `columns` are scratch.
+constexpr auto short_balance_backward = molex::versions([](auto registers,
+                                                           const float* z,
+                                                           const bool* counted,
+                                                           const float* slopes,
+                                                           float scale,
+                                                           float factor,
+                                                           int64_t count,
+                                                           int64_t experts,
+                                                           float* columns,
+                                                           float* dz) MOLEX_LAMBDA_INLINE {
+  constexpr int kLanes = registers.kLanes;
+  for (int64_t t = 0; t < count; t += molex::kTogether) {
+    const int64_t rows = std::min(molex::kTogether, count - t);
+    molex::columns_of(z + t * experts, experts, rows, experts, columns);
+    for (int64_t i = 0; i < molex::kTogether; i += kLanes) {
+      const auto inverse = 1.0f / molex::column_exponentials<kLanes>(columns + i, scale, experts).sum;
+      const auto mean = inverse * molex::column_dot<kLanes>(columns + i, slopes, experts);
+      const auto share = factor * inverse;
+      for (int64_t e = 0; e < experts; ++e) {
+        float* const place = columns + e * molex::kTogether + i;
+        molex::store(place, share * (molex::load<kLanes>(place) * (slopes[e] - mean)));
+      }
+    }
+    molex::rows_of(columns, rows, experts, dz + t * experts);
+  }
+  clear_others(counted, count, experts, dz);
+});
+
 // dz_t = factor p_t (slope - <slope, p_t>), p_t = softmax(scale z_t); 0 for a token that does not count.
-constexpr auto balance_backward = molex::versions([](auto,
+constexpr auto balance_backward = molex::versions([](auto registers,
                                                      const float* z,
                                                      const bool* counted,
                                                      const int64_t* places,
@@ -190,17 +262,18 @@ constexpr auto balance_backward = molex::versions([](auto,
       continue;
     }
     const float* slope = slopes + (places ? places[t] * whole : 0);
-    const float inverse = 1.0f / molex::exponentials_of(z + t * experts, scale, row, experts).sum;
-    const float mean = inverse * molex::dot_of(row, slope, whole);
-    for (int64_t e = 0; e < experts; e += molex::kWide) {
-      molex::store(row + e, molex::load(row + e) * (molex::load(slope + e) - mean));
-    }
+    const float inverse =
+        1.0f / molex::exponentials_of<registers.kLanes>(z + t * experts, scale, row, experts).sum;
+    const float mean = inverse * molex::dot_of<registers.kLanes>(row, slope, whole);
+    MOLEX_INDEPENDENT
+    for (int64_t e = 0; e < whole; ++e) row[e] *= slope[e] - mean;
     scale_row(row, factor * inverse, experts, dz + t * experts);
   }
 });
 
 // values_t = logsumexp(z_t) and sums_t = sum_e e^(z_te - m_t); 0 and 1 for a token that does not count. If dz
 // is given, the terms of that sum are written to it.
+template <int LANES>
 MOLEX_INLINE void logsumexp_of(const float* z,
                                const bool* counted,
                                int64_t count,
@@ -215,7 +288,7 @@ MOLEX_INLINE void logsumexp_of(const float* z,
       sums[t] = 1.0f;
       continue;
     }
-    const auto [largest, sum] = molex::exponentials_of(z, 1.0f, row, experts);
+    const auto [largest, sum] = molex::exponentials_of<LANES>(z, 1.0f, row, experts);
     values[t] = largest;
     sums[t] = sum;
     if (dz) scale_row(row, 1.0f, experts, dz + t * experts);
@@ -223,20 +296,79 @@ MOLEX_INLINE void logsumexp_of(const float* z,
   for (int64_t t = 0; t < count; ++t) values[t] += molex::log_of(sums[t]);
 }
 
+// As logsumexp_of, of up to kTogether tokens with few experts: writes m_t and the sums, and leaves the terms
+// of the sums in `columns`.
+template <int LANES>
+MOLEX_INLINE void short_logsumexp_of(
+    const float* z, int64_t rows, int64_t experts, float* columns, float* values, float* sums) {
+  molex::columns_of(z, experts, rows, experts, columns);
+  for (int64_t i = 0; i < molex::kTogether; i += LANES) {
+    const auto found = molex::column_exponentials<LANES>(columns + i, 1.0f, experts);
+    molex::store(values + i, found.largest);
+    molex::store(sums + i, found.sum);
+  }
+  for (int64_t i = 0; i < molex::kTogether; ++i) values[i] += molex::log_of(sums[i]);
+}
+
+// As sum_of_squares, of tokens with few experts, whose `columns` are scratch.
+constexpr auto short_sum_of_squares = molex::versions(
+    [](auto registers, const float* z, const bool* counted, int64_t count, int64_t experts, float* columns)
+        MOLEX_LAMBDA_INLINE {
+          double totals[molex::kTogether] = {};
+          for (int64_t t = 0; t < count; t += molex::kTogether) {
+            const int64_t rows = std::min(molex::kTogether, count - t);
+            float values[molex::kTogether], sums[molex::kTogether];
+            short_logsumexp_of<registers.kLanes>(z + t * experts, rows, experts, columns, values, sums);
+            for (int64_t i = 0; i < rows; ++i) {
+              const double value = counted && !counted[t + i] ? 0.0f : values[i];
+              totals[i] += value * value;
+            }
+          }
+          double total = 0.0;
+          for (double part : totals) total += part;
+          return total;
+        });
+
+// As z_backward, of tokens with few experts, whose `columns` are scratch.
+constexpr auto short_z_backward = molex::versions([](auto registers,
+                                                     const float* z,
+                                                     const bool* counted,
+                                                     float grad,
+                                                     int64_t count,
+                                                     int64_t experts,
+                                                     float* columns,
+                                                     float* dz) MOLEX_LAMBDA_INLINE {
+  constexpr int kLanes = registers.kLanes;
+  for (int64_t t = 0; t < count; t += molex::kTogether) {
+    const int64_t rows = std::min(molex::kTogether, count - t);
+    float values[molex::kTogether], sums[molex::kTogether];
+    short_logsumexp_of<kLanes>(z + t * experts, rows, experts, columns, values, sums);
+    for (int64_t i = 0; i < molex::kTogether; ++i) values[i] *= grad / sums[i];
+    for (int64_t i = 0; i < molex::kTogether; i += kLanes) {
+      const auto share = molex::load<kLanes>(values + i);
+      for (int64_t e = 0; e < experts; ++e) {
+        float* const place = columns + e * molex::kTogether + i;
+        molex::store(place, share * molex::load<kLanes>(place));
+      }
+    }
+    molex::rows_of(columns, rows, experts, dz + t * experts);
+  }
+  clear_others(counted, count, experts, dz);
+});
+
 // sum_t logsumexp(z_t)^2 over the tokens that count.
-constexpr auto sum_of_squares =
-    molex::versions([](auto, const float* z, const bool* counted, int64_t count, int64_t experts, float* row)
-                        MOLEX_LAMBDA_INLINE {
-                          float values[kChunk], sums[kChunk];
-                          logsumexp_of(z, counted, count, experts, row, values, sums, nullptr);
-                          double total = 0.0;
-                          for (int64_t t = 0; t < count; ++t)
-                            total += static_cast<double>(values[t]) * values[t];
-                          return total;
-                        });
+constexpr auto sum_of_squares = molex::versions(
+    [](auto registers, const float* z, const bool* counted, int64_t count, int64_t experts, float* row)
+        MOLEX_LAMBDA_INLINE {
+          float values[kChunk], sums[kChunk];
+          logsumexp_of<registers.kLanes>(z, counted, count, experts, row, values, sums, nullptr);
+          double total = 0.0;
+          for (int64_t t = 0; t < count; ++t) total += static_cast<double>(values[t]) * values[t];
+          return total;
+        });
 
 // dz_t = grad logsumexp(z_t) softmax(z_t); 0 for a token that does not count.
-constexpr auto z_backward = molex::versions([](auto,
+constexpr auto z_backward = molex::versions([](auto registers,
                                                const float* z,
                                                const bool* counted,
                                                float grad,
@@ -245,7 +377,7 @@ constexpr auto z_backward = molex::versions([](auto,
                                                float* row,
                                                float* dz) MOLEX_LAMBDA_INLINE {
   float values[kChunk], sums[kChunk];
-  logsumexp_of(z, counted, count, experts, row, values, sums, dz);
+  logsumexp_of<registers.kLanes>(z, counted, count, experts, row, values, sums, dz);
   for (int64_t t = 0; t < count; ++t) values[t] *= grad / sums[t];
   for (int64_t t = 0; t < count; ++t) {
     if (counted && !counted[t]) {
@@ -271,7 +403,7 @@ double sum_over_tokens(const Tensor& logits, const Run& run) {
   std::vector<double> sums(chunks_of(tokens), 0.0);
   for_chunks(tokens, std::max<int64_t>(experts, 1), [&](int64_t first, int64_t last, int64_t chunk) {
     const int64_t size = (last - first) * experts;
-    std::vector<float> row(molex::wide_of(experts)), scratch(from.dtype == ScalarType::Float ? 0 : size);
+    std::vector<float> row(scratch_of(experts)), scratch(from.dtype == ScalarType::Float ? 0 : size);
     sums[chunk] =
         run(molex::read(from, first * experts, size, scratch.data()), first, last - first, row.data());
   });
@@ -292,7 +424,7 @@ Tensor logits_gradient(const Tensor& logits, const Run& run) {
   for_chunks(tokens, experts, [&](int64_t first, int64_t last, int64_t) {
     const int64_t count = last - first, size = count * experts;
     const bool is_fp32 = from.dtype == ScalarType::Float;
-    std::vector<float> row(molex::wide_of(experts)), in(is_fp32 ? 0 : size), out(is_fp32 ? 0 : size);
+    std::vector<float> row(scratch_of(experts)), in(is_fp32 ? 0 : size), out(is_fp32 ? 0 : size);
     float* dz = molex::place(to, first * experts, out.data());
     run(molex::read(from, first * experts, size, in.data()), first, count, row.data(), dz);
     molex::write(to, first * experts, size, dz);
@@ -316,6 +448,9 @@ Tensor load_balance_fwd(const Tensor& logits,
   const double loss = sum_over_tokens(logits, [&](const float* z, int64_t first, int64_t count, float* row) {
     const float* slopes = balance.slopes.data();
     const int64_t* places = balance.from(first);
+    if (is_short(count, experts, places)) {
+      return short_sum_of_balance(z, counted.from(first), slopes, scale, count, experts, row);
+    }
     return sum_of_balance(z, counted.from(first), places, slopes, scale, count, experts, whole, row);
   });
   return scalar_like(logits, loss);
@@ -338,6 +473,10 @@ Tensor load_balance_bwd(const Tensor& grad,
     const bool* here = counted.from(first);
     const int64_t* places = balance.from(first);
     const float* slopes = balance.slopes.data();
+    if (is_short(count, experts, places)) {
+      short_balance_backward(z, here, slopes, scale, factor, count, experts, row, dz);
+      return;
+    }
     balance_backward(z, here, places, slopes, scale, factor, count, experts, whole, row, dz);
   });
 }
@@ -355,6 +494,7 @@ Tensor router_z_fwd(const Tensor& logits,
   const int64_t experts = logits.size(1);
   const Counted counted(mask);
   const double sum = sum_over_tokens(logits, [&](const float* z, int64_t first, int64_t count, float* row) {
+    if (is_short(count, experts)) return short_sum_of_squares(z, counted.from(first), count, experts, row);
     return sum_of_squares(z, counted.from(first), count, experts, row);
   });
   return scalar_like(logits, sum * share_of(counted, logits.size(0), total, ranks));
@@ -369,7 +509,12 @@ Tensor router_z_bwd(const Tensor& grad,
   const double share = share_of(counted, logits.size(0), total, ranks);
   const float upstream = static_cast<float>(2.0 * molex::scalar_of(grad) * share);
   return logits_gradient(logits, [&](const float* z, int64_t first, int64_t count, float* row, float* dz) {
-    z_backward(z, counted.from(first), upstream, count, logits.size(1), row, dz);
+    const int64_t experts = logits.size(1);
+    if (is_short(count, experts)) {
+      short_z_backward(z, counted.from(first), upstream, count, experts, row, dz);
+    } else {
+      z_backward(z, counted.from(first), upstream, count, experts, row, dz);
+    }
   });
 }
 

@@ -102,7 +102,10 @@ std::tuple<Tensor, Tensor, Tensor> router_fwd(const Tensor& x,
         float* row = z + t * padded;
         if (!bias.empty()) add(row, bias.data(), experts);
         std::copy_n(row, experts, out + (first + t) * experts);
-        find_top_k(row, chosen + (first + t) * top_k, scores + (first + t) * top_k, scratch);
+      }
+      for (int64_t t = 0; t < count; t += kTogether) {
+        const int64_t together = std::min(kTogether, count - t), at = (first + t) * top_k;
+        find_top_k(z + t * padded, padded, together, chosen + at, scores + at, scratch);
       }
     }
   });
