@@ -25,7 +25,7 @@ PARALLEL = $(shell $(PY) -c "import xdist; print('-n $(JOBS)')" 2>/dev/null)
 
 .PHONY: bench bench-compare bench-train test aot-facts emulate gpu gpu-build gpu-test gpu-bench gpu-sanitize gpu-pack \
 	sanitize rehearse rehearse-tree rehearse-build rehearse-kernels rehearse-tests \
-	build ready wheel wheel-cuda wheels sdist env lint style types format dev clean
+	build ready wheel wheel-cuda wheels sdist env docs lint style types format dev clean
 
 bench: $(READY)
 	$(PY) -m benchmarks --preset quick
@@ -152,6 +152,12 @@ rehearse-tests: rehearse-build
 
 env: $(READY)
 	$(PY) -m molex_kernels.env
+
+# The documentation, into build/site, in an environment of its own. A warning is an error, and so is a
+# page that loads something from elsewhere. The package is read, not imported: torch is not needed.
+DOCS_PYTHON ?= python3
+docs:
+	NO_MKDOCS_2_WARNING=1 "$$(.ci/venv .ci/docs.txt "$(DOCS_PYTHON)")" -m mkdocs build --strict
 
 CLANG_FORMAT = $(PY) -c "from clang_format import clang_format; clang_format()"
 CPP_FILES    = $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
