@@ -1,13 +1,16 @@
-"""`python -m benchmarks.readme`: writes what was measured into README.md, from the stored runs.
+"""`python -m benchmarks.readme`: writes what was measured into the pages, from the stored runs.
 
 Of each machine in benchmarks/results the latest run counts. One table and the overview go beside
-its data; the project's README gets a short table between two markers. Nothing of it is written by
-hand, and every other image is drawn from the data by `python -m benchmarks.report`.
+its data; docs/benchmarks.md gets a short table of each machine between two markers, the project's
+README one picture. Nothing of it is written by hand, and every other image is drawn from the data
+by `python -m benchmarks.report`.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from benchmarks.results import Results
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+DOCS = ROOT / "docs" / "benchmarks.md"
 BEGIN = "<!-- measured: written by `python -m benchmarks.readme` -->"
 END = "<!-- measured: end -->"
 OVERVIEW = "overview.svg"
@@ -29,9 +33,26 @@ def latest(stored: Path = folders.STORED) -> list[tuple[Path, Results]]:
     return sorted(found, key=lambda run: run[1]["environment"]["device"] == "cpu")
 
 
-def section(runs: list[tuple[Path, Results]], root: Path = ROOT) -> str:
-    """What stands between the markers."""
-    lines = [line for path, found in runs for line in _machine(path, found, root)]
+def picture(runs: list[tuple[Path, Results]], folder: Path = ROOT) -> str:
+    """What stands between README's markers: the first machine's picture, and where all are."""
+    lines = []
+    for path, found in runs[:1]:
+        facts = found["environment"]
+        image = _relative(path.parent / OVERVIEW, folder)
+        lines += [
+            f"![{facts['chip']}: speed-up against each baseline]({image})",
+            "",
+            f"{facts['chip']}, {_origin(found)}",
+        ]
+    page = _relative(DOCS, ROOT)
+    links = [f"[{name}]({page}#{_anchor(name)})" for name in (_name(found) for _, found in runs)]
+    lines += [f"Every op on every machine, slower cases included: {', '.join(links)}.", ""]
+    return "\n".join(lines) if runs else "No run is stored.\n"
+
+
+def section(runs: list[tuple[Path, Results]], folder: Path = DOCS.parent) -> str:
+    """What stands between the markers of a page in this folder."""
+    lines = [line for path, found in runs for line in _machine(path, found, folder)]
     lines = lines or ["No run is stored.", ""]
     if not any(found["environment"]["device"] == "cuda" for _, found in runs):
         lines += ["No run on a GPU is stored.", ""]
@@ -71,16 +92,30 @@ def _origin(found: Results) -> str:
     )
 
 
-def _machine(path: Path, found: Results, root: Path) -> Iterator[str]:
+def _name(found: Results) -> str:
     facts = found["environment"]
-    where = path.parent.relative_to(root).as_posix()
     cores = "" if facts["device"] == "cuda" else f", {facts['cores']} cores"
-    yield f"### {facts['chip']}{cores}"
+    return f"{facts['chip']}{cores}"
+
+
+def _anchor(heading: str) -> str:
+    """As both a forge and mkdocs name a heading of letters, digits, spaces and commas."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def _machine(path: Path, found: Results, folder: Path) -> Iterator[str]:
+    where = _relative(path.parent, folder)
+    yield f"### {_name(found)}"
     yield ""
     yield (
         f"{_origin(found)} Times as fast as `published` / as the fastest baseline of each shape: "
         "geometric means over the shapes of the run, measured side by side. Each baseline by "
-        f"itself, and the training runs: [{where}]({where}/README.md)."
+        "itself, and the training runs: "
+        f"[benchmarks/results/{path.parent.name}]({where}/README.md)."
     )
     yield ""
     yield from markdown.brief(found)
@@ -95,7 +130,8 @@ def main() -> None:
     for path, found in runs:
         plots.overview(found, path.parent / OVERVIEW)
         (path.parent / "README.md").write_text(page(path, found))
-    README.write_text(replaced(README.read_text(), section(runs)))
+    for written, part in ((README, picture(runs)), (DOCS, section(runs))):
+        written.write_text(replaced(written.read_text(), part))
 
 
 if __name__ == "__main__":

@@ -193,8 +193,14 @@ def test_the_report_is_whole_and_its_images_exist(tmp_path: Path):
 def test_the_readme_is_generated(tmp_path: Path):
     """`python -m benchmarks.readme` leaves everything as it is, the overview included."""
     stored = readme.latest()
-    text = readme.README.read_text()
-    assert readme.replaced(text, readme.section(stored)) == text, "run python -m benchmarks.readme"
+    pages = {readme.README: readme.picture(stored), readme.DOCS: readme.section(stored)}
+    for page, part in pages.items():
+        text = page.read_text()
+        assert readme.replaced(text, part) == text, "run python -m benchmarks.readme"
+        links = re.findall(r"\(([./]*benchmarks/results/[^)#]*)\)", part)
+        assert links
+        for link in links:
+            assert (page.parent / link).exists(), link
     for path, found in stored:
         assert (path.parent / "README.md").read_text() == readme.page(path, found)
         _tables_are_even(readme.page(path, found))
@@ -202,8 +208,6 @@ def test_the_readme_is_generated(tmp_path: Path):
         plots.overview(found, drawn)
         if _drawn_by(kept) == _drawn_by(drawn):
             assert kept.read_bytes() == drawn.read_bytes(), "run python -m benchmarks.readme"
-    for link in re.findall(r"\((benchmarks/results/[^)]*)\)", text):
-        assert (readme.ROOT / link).exists(), link
 
 
 def _drawn_by(image: Path) -> str:
@@ -225,6 +229,9 @@ def test_the_readme_shows_the_latest_run_of_each_machine(tmp_path: Path):
     assert "5.00x / 5.00x" in part
     assert "3.00x / 3.00x" in part
     assert "2.75x" not in part
+    short = readme.picture(stored, tmp_path)
+    assert "GPU, `--preset" in short
+    assert "docs/benchmarks.md#a-2-cores" in short
     whole = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
     assert (
         readme.replaced(whole, part) == f"before\n{readme.BEGIN}\n\n{part}\n{readme.END}\nafter\n"

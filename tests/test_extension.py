@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -162,3 +163,13 @@ def test_env_reports_what_runs(capsys: pytest.CaptureFixture):
         if expected == "needs a GPU" and (torch.cuda.is_available() or _backends.interpreted()):
             continue
         assert expected in text
+
+
+def test_env_has_the_same_facts_as_json(capsys: pytest.CaptureFixture):
+    env.main(["--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert env.report(found) == env.report()
+    assert found["extension"]["built"] is True
+    assert found["implementations"]["cpu"]["route_plan"]["reference"] is None
+    env.main([])
+    assert capsys.readouterr().out == env.report() + "\n"

@@ -27,7 +27,7 @@ def test_the_papers_of_the_readme_are_cited():
 def test_a_bug_comes_with_its_environment():
     asked = [field for form in FORMS for field in _yaml(form)["body"] if "validations" in field]
     required = [field["attributes"]["label"] for field in asked if field["validations"]["required"]]
-    assert any("`python -m molex_kernels.env`" in label for label in required)
+    assert any("`python -m molex_kernels.env --json`" in label for label in required)
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

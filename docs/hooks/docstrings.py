@@ -41,7 +41,7 @@ class Docstrings(Extension):
 def as_markdown(text: str, width: int) -> str:
     """The docstring, with its equations as code or on lines of their own.
 
-    A line is broken on purpose where the next word would have had room.
+    An equation's line is broken on purpose where the next word would have had room.
 
     Args:
         text: the docstring, without its indentation.
@@ -69,9 +69,14 @@ def _prose(lines: list[str], width: int) -> Iterator[str]:
             if after and not after.startswith("    "):
                 yield ""
             continue
-        is_broken = line and after and not after.startswith("    ") and not _ITEM.match(after)
-        has_room = is_broken and len(line) + 1 + len(after.split()[0]) <= width
-        yield _escaped(line) + ("  " if has_room else "")
+        yield _escaped(line) + ("  " if _is_broken(line, after, width) else "")
+
+
+def _is_broken(line: str, after: str, width: int) -> bool:
+    if not line or not after or after.startswith("    ") or _ITEM.match(after):
+        return False
+    has_room = len(line) + 1 + len(after.split()[0]) <= width
+    return has_room and (" = " in after or line.endswith((";", ":")))
 
 
 def _escaped(line: str) -> str:

@@ -19,8 +19,16 @@ def on_page_content(content: str, **given: Any) -> str:
 
     Returns:
         The HTML.
+
+    Raises:
+        PluginError: a formula is left.
     """
-    return _FORMULA.sub(_converted, content)
+    from mkdocs.exceptions import PluginError
+
+    content = _FORMULA.sub(_converted, content)
+    if 'class="arithmatex"' in content:
+        raise PluginError("a formula is left as it was written")
+    return content
 
 
 def _converted(found: re.Match[str]) -> str:

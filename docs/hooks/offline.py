@@ -32,7 +32,8 @@ class _Resources(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
-        if tag == "link" and set((given.get("rel") or "").split()) <= _NAMES:
+        kinds = set((given.get("rel") or "").split())
+        if tag == "link" and kinds and kinds <= _NAMES:
             return
         for name in _LOADS.get(tag, ()):
             value = given.get(name) or ""
