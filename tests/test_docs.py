@@ -144,3 +144,12 @@ Args:
     assert _hook("docstrings").as_markdown(text, 96) == expected
     full = "x = a word that goes up to the very end of\na line, y = 2"
     assert _hook("docstrings").as_markdown(full, 43) == full
+
+
+def test_names_lead_to_the_reference():
+    hook = _hook("names")
+    assert hook.names()["topk_route"] == "molex_kernels.topk_route"
+    text = "# `f`\n`f`, `mk.g`, `f`, [`f`](x.md) `h`\n```\n`g`\n```\n`g`, `k`\n"
+    assert hook.linked(text, {"f": "m.f", "g": "m.g", "k": "m.k"}) == (
+        "# `f`\n[`f`][m.f], [`mk.g`][m.g], `f`, [`f`](x.md) `h`\n```\n`g`\n```\n`g`, [`k`][m.k]\n"
+    )
