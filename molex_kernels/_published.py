@@ -9,14 +9,42 @@ from torch import Tensor, nn
 
 from molex_kernels import _check
 
+_SHOWN = 6  # prefixes in an error
 
-def below(prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries whose names start with the prefix."""
+
+class Tracked(dict[str, Tensor]):
+    """A state dict that knows which of its names were loaded, also those of its parts."""
+
+    def __init__(self, state_dict: Mapping[str, Tensor], read: set[str] | None = None) -> None:
+        super().__init__(state_dict)
+        self.read: set[str] = set() if read is None else read
+
+
+def entries(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """The entries whose names start with the prefix, which ends with a dot or is given one."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: expected tensors by name, got {type(state_dict).__name__}")
     if not isinstance(prefix, str):
         raise TypeError(f"prefix: expected a str, got {type(prefix).__name__}")
-    return {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+    if prefix and not prefix.endswith("."):
+        prefix += "."
+    found = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+    if state_dict and not found:
+        some = listed(dict.fromkeys(key.rpartition(".")[0] + "." for key in state_dict))
+        raise ValueError(
+            f"prefix: expected what names of state_dict start with ({some}), got {prefix!r}"
+        )
+    return Tracked(found, state_dict.read) if isinstance(state_dict, Tracked) else found
+
+
+def listed(names: Collection[str]) -> str:
+    """The first of the names, for a message."""
+    text = ", ".join(map(repr, list(names)[:_SHOWN]))
+    return text if len(names) <= _SHOWN else f"{text} and {len(names) - _SHOWN} more"
+
+
+def _ends(key: str, name: str) -> bool:
+    return key == name or key.endswith("." + name)
 
 
 @torch.no_grad()
@@ -24,15 +52,23 @@ def load(
     module: nn.Module,
     state_dict: Mapping[str, Tensor],
     names: Mapping[str, str],
+    *,
+    prefix: str = "",
     besides: Collection[str] = (),
+    foreign: Collection[str] = (),
+    constants: Mapping[str, float] | None = None,
+    rows: Collection[str] = (),
 ) -> None:
     """Copies into the module's parameters; `names` maps each that it may have to its published one.
 
-    A published name may stand under any prefix; parameters `besides` are not published. Everything
-    is checked before anything is copied: ValueError for a missing name, a name under two prefixes,
-    another shape, or a module whose parameters were wrapped, TypeError for what is no such tensor.
+    The names may stand under a prefix of any length behind the given one; parameters `besides` are
+    not published, those in `rows` may be [1, N] there. Everything is checked before anything is copied: ValueError for a missing name, a
+    name under two prefixes, another shape, a module whose parameters were wrapped, and for weights
+    that the module has no place for: names that it would have with other options, `foreign` ones
+    beside its own, and `constants` there that have another value; TypeError for what is no such
+    tensor.
     """
-    state_dict = below("", state_dict)
+    state_dict = entries(state_dict, prefix)
     there = [name for name, _ in module.named_parameters()]
     for own in there:
         if own not in names and own not in besides:
@@ -40,15 +76,47 @@ def load(
                 f"load_published: expected {type(module).__name__} as it was made, without "
                 f"wrappers and parametrizations, got one with the parameter {own!r}"
             )
-    found = {}
+    found, beside, read = {}, set(), set()
     for own, name in names.items():
+        keys = [key for key in state_dict if _ends(key, name)]
         if own not in there:
+            beside.update(keys)
             continue
-        keys = [key for key in state_dict if key == name or key.endswith("." + name)]
         if len(keys) != 1:
-            got = keys or "none"
-            raise ValueError(f"state_dict: expected one name ending in {name!r}, got {got}")
-        found[own] = state_dict[keys[0]]
-        _check.floating(name, found[own], "E, ...", module.get_parameter(own).shape)
+            raise ValueError(
+                f"state_dict: expected one name ending in {name!r}, got {_got(keys, name, prefix)}"
+            )
+        value = state_dict[keys[0]]
+        if own in rows and isinstance(value, Tensor) and value.dim() == 2 and len(value) == 1:
+            value = value[0]
+        found[own] = value
+        read.add(keys[0])
+        _check.trailing(keys[0], value, "...", least=0)
+        shape = module.get_parameter(own).shape
+        if value.shape != shape:
+            raise ValueError(f"{keys[0]}: expected shape {list(shape)}, got {list(value.shape)}")
+        start = keys[0].removesuffix(name)
+        beside.update(start + other for other in foreign if start + other in state_dict)
+        for other, value in (constants or {}).items():
+            constant = state_dict.get(start + other)
+            if constant is None:
+                continue
+            if not isinstance(constant, Tensor) or not (constant == value).all():
+                raise ValueError(f"state_dict: expected {start + other!r} to be {value}")
+            read.add(start + other)
+    if beside:
+        raise ValueError(
+            f"state_dict: expected the weights of {type(module).__name__}({module.extra_repr()}), "
+            f"which has no place for {listed(sorted(beside))}"
+        )
     for own, value in found.items():
         module.get_parameter(own).copy_(value)
+    if isinstance(state_dict, Tracked):
+        state_dict.read.update(read)
+
+
+def _got(keys: list[str], name: str, prefix: str) -> str:
+    if not keys:
+        return f"none behind {prefix!r}" if prefix else "none"
+    prefixes = [key.removesuffix(name) for key in keys]
+    return f"{len(keys)}; prefix= takes one layer out, here one of {listed(prefixes)}"

@@ -264,20 +264,22 @@ class MoEMLP(_Experts):
         y = y.view(x.shape)
         return y if self.shared is None else y + self.shared(x)
 
-    def load_published(self, state_dict: Mapping[str, Tensor]) -> None:
+    def load_published(self, state_dict: Mapping[str, Tensor], *, prefix: str = "") -> None:
         """Copies the experts from FastMoE's names, alone or under any prefix (`experts.`).
 
         The names are `htoh4.weight` [E, I, D], `htoh4.bias` [E, I], `h4toh.weight` [E, D, I] and
         `h4toh.bias` [E, D]. A shared expert, which FastMoE has none of, stays as it is.
 
         Args:
-            state_dict: of the checkpoint.
+            state_dict: of the checkpoint, or of a whole model.
+            prefix: what the names of this layer start with; "" takes them from anywhere.
 
         Raises:
             TypeError: a value that is no floating tensor.
-            ValueError: a missing name, a name under two prefixes, or another shape.
+            ValueError: a missing name, a name under two prefixes (the message says which), another
+                shape, no name with this prefix, or weights that this module has no place for.
         """
-        _published.load(self, state_dict, PUBLISHED, besides=SHARED)
+        _published.load(self, state_dict, PUBLISHED, prefix=prefix, besides=SHARED)
 
     def extra_repr(self) -> str:
         num_experts, d_model, d_hidden = self.w_down.shape

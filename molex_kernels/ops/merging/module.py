@@ -38,7 +38,33 @@ PUBLISHED = {
     "bias_out1": "curve1_bias",
     "bias_out2": "curve2_bias",
 }
+# Which they have besides, never trained: of the noise's distribution.
+CONSTANTS = {"mean": 0.0, "std": 1.0}
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+
+
+def _load_published(
+    module: nn.Module, state_dict: Mapping[str, Tensor], parts: Mapping[str, str], prefix: str
+) -> None:
+    """Into the layers of a module, by what their parameters and published names start with."""
+    names = {
+        f"{own}{parameter}": f"{published}{name}"
+        for own, published in parts.items()
+        for parameter, name in PUBLISHED.items()
+    }
+    _published.load(
+        module,
+        state_dict,
+        names,
+        prefix=prefix,
+        rows=[f"{own}base_bias" for own in parts],
+        foreign=[f"{published}task_proj.weight" for published in parts.values()],
+        constants={
+            f"{published}{name}": value
+            for published in parts.values()
+            for name, value in CONSTANTS.items()
+        },
+    )
 
 
 class CAMExLinear(_modules.Module):
@@ -342,22 +368,20 @@ class CAMExLinear(_modules.Module):
 
         They are `w_gate`, `w_noise` [D, E], `weight` [E, O, D], `res_weight` [O, D], `bias` [E, O],
         `res_bias` [1, O] or [O], and `curve1_out`, `curve2_out`, `curve1_in`, `curve2_in` (with
-        bias `curve1_bias`, `curve2_bias`) [r, E, m, m]. The published forward is that with
-        scale="published", which only matters for parameters that start anew.
+        bias `curve1_bias`, `curve2_bias`) [r, E, m, m]; `mean` and `std`, which are 0 and 1. The
+        published forward is that with scale="published", which only matters for parameters that
+        start anew.
 
         Args:
-            state_dict: of the checkpoint.
-            prefix: what the layer's names start with.
+            state_dict: of the checkpoint, or of a whole model.
+            prefix: what the names of this layer start with; "" takes them from anywhere.
 
         Raises:
             TypeError: a value that is no floating tensor.
-            ValueError: a missing name, a name under two prefixes, or another shape.
+            ValueError: a missing name, a name under two prefixes (the message says which), another
+                shape, no name with this prefix, or weights that this module has no place for.
         """
-        given = {
-            key: value.view(-1) if key.endswith("res_bias") and isinstance(value, Tensor) else value
-            for key, value in _published.below(prefix, state_dict).items()
-        }
-        _published.load(self, given, PUBLISHED)
+        _load_published(self, state_dict, {"": ""}, prefix)
 
     def extra_repr(self) -> str:
         num_experts, out_features, in_features = self.experts.shape
@@ -502,22 +526,27 @@ class CAMExMLP(_modules.Module):
         return y, up_loss + down_loss
 
     def load_published(
-        self, state_dict: Mapping[str, Tensor], names: tuple[str, str] = ("wi", "wo")
+        self,
+        state_dict: Mapping[str, Tensor],
+        names: tuple[str, str] = ("wi", "wo"),
+        *,
+        prefix: str = "",
     ) -> None:
         """Copies both layers from T5's names, or those given: ("c_fc", "c_proj") for GPT-2.
 
         Args:
-            state_dict: that of one MLP: `wi.weight`, `wi.res_weight`, ...
-            names: of the two layers; other prefixes go in here.
+            state_dict: of one MLP (`wi.weight`, `wi.res_weight`, ...), or of a whole model.
+            names: of the two layers, with what stands between them and the prefix.
+            prefix: what the names of this MLP start with; "" takes them from anywhere.
 
         Raises:
             TypeError: a value that is no floating tensor.
             ValueError: as `CAMExLinear.load_published` does.
         """
-        if not isinstance(names, Sequence) or len(names) != 2:
+        is_pair = isinstance(names, Sequence) and not isinstance(names, str) and len(names) == 2
+        if not is_pair or not all(isinstance(name, str) for name in names):
             raise TypeError(f"names: expected those of the two layers, got {names!r}")
-        self.up.load_published(state_dict, f"{names[0]}.")
-        self.down.load_published(state_dict, f"{names[1]}.")
+        _load_published(self, state_dict, {"up.": f"{names[0]}.", "down.": f"{names[1]}."}, prefix)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

@@ -17,7 +17,7 @@ from molex_kernels.ops.momentum import state as states
 from molex_kernels.ops.momentum.api import dropout, moe_mlp_momentum, momentum_update
 from molex_kernels.ops.momentum.state import State
 from molex_kernels.ops.momentum.types import Rule
-from molex_kernels.ops.routing.module import TopKRouter
+from molex_kernels.ops.routing.module import TopKRouter, router_names
 
 WIRINGS = ("published", "pre_ln")
 # What may be learned, and what stands in the rule while the module has the parameter.
@@ -224,27 +224,32 @@ class MomentumMoE(_modules.Module):
             y = self.norm_out(x + y)
         return MomentumOutput(y, state, routing)
 
-    def load_published(self, state_dict: Mapping[str, Tensor]) -> None:
+    def load_published(self, state_dict: Mapping[str, Tensor], *, prefix: str = "") -> None:
         """Copies one layer from the names of MomentumSMoE's code, alone or under any prefix.
 
-        `gate.gate.*`, `experts.htoh4.*`, `experts.h4toh.*` (all FastMoE's), `layer_norm.*` and, in
-        the published wiring, `norm2.*`. Its attention and first norm are not part of this module; a
-        shared expert, which it has none of, stays as it is.
+        `gate.gate.*` (a router in the place of the module's own: `gate.` and its published names),
+        `experts.htoh4.*`, `experts.h4toh.*` (all FastMoE's), `layer_norm.*` and, in the published
+        wiring, `norm2.*`. Its attention and first norm are not part of this module; a shared
+        expert, which it has none of, stays as it is.
 
         Args:
-            state_dict: of the checkpoint.
+            state_dict: of the checkpoint, or of a whole model.
+            prefix: what the names of this layer start with; "" takes them from anywhere.
 
         Raises:
             TypeError: a value that is no floating tensor.
-            ValueError: a missing name, a name under two prefixes, or another shape.
+            ValueError: a missing name, a name under two prefixes (the message says which), another
+                shape, no name with this prefix, or weights that this module has no place for.
         """
         names = {f"experts.{own}": f"experts.{name}" for own, name in EXPERTS.items()}
+        gate, foreign = router_names(self.router)
+        names |= {f"router.{own}": f"gate.{name}" for own, name in gate.items()}
         for part in ("weight", "bias"):
-            names[f"router.{part}"] = f"gate.gate.{part}"
             names[f"norm.{part}"] = f"layer_norm.{part}"
             names[f"norm_out.{part}"] = f"norm2.{part}"
         besides = (*LEARNED, *(f"experts.{name}" for name in SHARED))
-        _published.load(self, state_dict, names, besides=besides)
+        foreign = tuple(f"gate.{name}" for name in foreign)
+        _published.load(self, state_dict, names, prefix=prefix, besides=besides, foreign=foreign)
 
     def extra_repr(self) -> str:
         return f"rule={self.rule}, wiring={self.wiring!r}, dropout={self.dropout}, sign={self.sign}"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.utils import parametrize
@@ -63,24 +64,29 @@ class _Gate(_modules.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def _published_names(self) -> dict[str, str]:
-        names = {"weight": "gate.weight"}
-        return names if self.bias is None else {**names, "bias": "gate.bias"}
+    def _published_names(self) -> tuple[dict[str, str], tuple[str, ...]]:
+        """The published name of each parameter, and names beside them of which it has none."""
+        names = {"weight": "gate.weight", "bias": "gate.bias"}
+        return names, ("expert_embeddings", "inp_reduction.weight")
 
-    def load_published(self, state_dict: Mapping[str, Tensor]) -> None:
+    def load_published(self, state_dict: Mapping[str, Tensor], *, prefix: str = "") -> None:
         """Copies the gate from the published names, alone or under any prefix.
 
         They are FastMoE's `gate.weight` [E, D] and `gate.bias` [E]; of a cosine gate,
-        `expert_embeddings` [E, D].
+        `expert_embeddings` [E, D] and, where it has a reduction, `inp_reduction.weight` [r, D]. A
+        published cosine gate may have the linear one beside it, which nothing reads.
 
         Args:
-            state_dict: of the checkpoint.
+            state_dict: of the checkpoint, or of a whole model.
+            prefix: what the names of this layer start with; "" takes them from anywhere.
 
         Raises:
             TypeError: a value that is no floating tensor.
-            ValueError: a missing name, a name under two prefixes, or another shape.
+            ValueError: a missing name, a name under two prefixes (the message says which), another
+                shape, no name with this prefix, or weights that this module has no place for.
         """
-        _published.load(self, state_dict, self._published_names())
+        names, foreign = self._published_names()
+        _published.load(self, state_dict, names, prefix=prefix, foreign=foreign)
 
     def extra_repr(self) -> str:
         num_experts, d_model = self.weight.shape
@@ -88,11 +94,26 @@ class _Gate(_modules.Module):
         return f"d_model={d_model}, num_experts={num_experts}, top_k={self.top_k}, bias={has_bias}"
 
 
+def router_names(router: nn.Module) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The published names of a router's parameters, and those beside them that it cannot take."""
+    return router._published_names() if isinstance(router, _Gate) else ({}, ())
+
+
 def _rows(name: str, x: Tensor, weight: Tensor) -> Tensor:
     """[..., D] as [T, D], checked against the gate's weight [E, D]."""
     width = weight.shape[1]
     _check.trailing(name, x, "..., D", width=width)
     return x.reshape(-1, width)
+
+
+@torch.no_grad()
+def _rescale_rows(router: _Gate) -> None:
+    """Gives the gate's rows the norm that the published cosine gates keep them at."""
+    scaled = router.weight * (ROW_NORM / router.weight.norm(dim=1, keepdim=True))
+    if parametrize.is_parametrized(router, "weight"):
+        router.weight = scaled  # type: ignore[assignment]  # and so what it is computed from
+    else:
+        router.weight.copy_(scaled)
 
 
 def _check_token_mask(mask: Tensor | None, x: Tensor) -> None:
@@ -321,16 +342,11 @@ class ACRouter(_Gate):
             nn.init.orthogonal_(self.weight, gain=0.32)
             self.renormalize_()
 
-    @torch.no_grad()
     def renormalize_(self) -> None:
         """Rescales the gate's rows in place to norm 1.5; for `cosine` alone."""
         if not self.cosine:
             raise ValueError("renormalize_: expected a router with cosine=True, got cosine=False")
-        scaled = self.weight * (ROW_NORM / self.weight.norm(dim=1, keepdim=True))
-        if parametrize.is_parametrized(self, "weight"):
-            self.weight = scaled  # and so what it is computed from
-        else:
-            self.weight.copy_(scaled)
+        _rescale_rows(self)
 
     @_modules.fx_leaf
     def forward(
@@ -390,10 +406,104 @@ class ACRouter(_Gate):
         gate = normalized_gate(weight) if self.cosine else weight
         return topk_route(tokens, gate, top_k=self.top_k, gate_bias=self.bias, impl=self.impl)
 
-    def _published_names(self) -> dict[str, str]:
-        return {"weight": "expert_embeddings"} if self.cosine else super()._published_names()
+    def _published_names(self) -> tuple[dict[str, str], tuple[str, ...]]:
+        # The published gate has a linear and a cosine one, and reads one of them.
+        names = {"weight": "expert_embeddings"} if self.cosine else super()._published_names()[0]
+        return names, ("inp_reduction.weight",)
 
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, cosine={self.cosine}, mix={self.mix}, recipe={self.recipe!r}"
+        )
+
+
+class CosineRouter(_Gate):
+    """The gates of XMoE (arXiv 2204.09179) and StableMoE (2204.08396), and `topk_route`.
+
+    As MomentumSMoE's and ACMoE's code has them as baselines, with R the reduction and e_j the rows:
+
+        z_j = <R x, e_j> / max(|e_j|, 1e-4);   weights = softmax of the K largest z
+
+    XMoE has a reduction to 8 dimensions, StableMoE none. Both papers divide by |R x| as well and
+    learn a temperature, which the published code does not.
+
+    Parameters: `weight` [E, r] (e) and `reduction` [r, D] (R), or `weight` [E, D] alone. The rows
+    start orthogonal with norm 1.5. As in `ACRouter` the published code rescales them to that norm
+    at each forward pass (XMoE's alone), which changes only the gradient's scale.
+
+    Args:
+        d_model: D.
+        num_experts: E.
+        top_k: K.
+        reduced: r; None is no reduction (StableMoE).
+        impl: passed to `topk_route` at each call.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    reduction: nn.Parameter | None
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        reduced: int | None = 8,
+        impl: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check.integer("d_model", d_model, 1)
+        if reduced is not None:
+            _check.integer("reduced", reduced, 1)
+        width = d_model if reduced is None else reduced
+        super().__init__(width, num_experts, top_k, False, impl, device, dtype)
+        matrix = None
+        if reduced is not None:
+            matrix = nn.Parameter(torch.empty(reduced, d_model, device=device, dtype=dtype))
+        self.register_parameter("reduction", matrix)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the rows orthogonal, with norm 1.5, and the reduction as `nn.Linear` does."""
+        nn.init.orthogonal_(self.weight)
+        self.renormalize_()
+        if self.reduction is not None:
+            bound = 1 / math.sqrt(self.reduction.shape[1])
+            nn.init.uniform_(self.reduction, -bound, bound)
+
+    def renormalize_(self) -> None:
+        """Rescales the rows in place to norm 1.5."""
+        _rescale_rows(self)
+
+    @_modules.fx_leaf
+    def forward(self, x: Tensor) -> Routing:
+        """Routes each token, by itself.
+
+        Args:
+            x: [..., D], flattened to T tokens.
+
+        Returns:
+            The routing of T tokens.
+
+        Raises:
+            TypeError: as `topk_route`.
+            ValueError: as `topk_route`.
+        """
+        tokens = _rows("x", x, self.weight if self.reduction is None else self.reduction)
+        if self.reduction is not None:
+            _modules.check_dtype(x, self.reduction)
+            tokens = F.linear(tokens, self.reduction)
+        return topk_route(tokens, normalized_gate(self.weight), top_k=self.top_k, impl=self.impl)
+
+    def _published_names(self) -> tuple[dict[str, str], tuple[str, ...]]:
+        return {"weight": "expert_embeddings", "reduction": "inp_reduction.weight"}, ()
+
+    def extra_repr(self) -> str:
+        num_experts, width = self.weight.shape
+        reduced = None if self.reduction is None else width
+        d_model = width if self.reduction is None else self.reduction.shape[1]
+        return (
+            f"d_model={d_model}, num_experts={num_experts}, top_k={self.top_k}, reduced={reduced}"
         )

@@ -18,6 +18,11 @@ from molex_kernels.ops.rpc_attention.api import (
 )
 
 S_KINDS = ("scalar", "matrix")
+# Names in checkpoints; no attention here has all of them, and none has the norms.
+PUBLISHED = (
+    *("qkv.weight", "qkv.bias", "proj.weight", "proj.bias", "s"),
+    *("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias"),
+)
 
 
 class _Attention(_modules.Module):
@@ -70,18 +75,19 @@ class _Attention(_modules.Module):
     def _out(self, heads: Tensor) -> Tensor:
         return self.proj_drop(self.proj(heads.transpose(1, 2).flatten(2)))
 
-    def load_published(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Copies `qkv.*` and `proj.*` from one layer's names, alone or under a prefix of its own.
+    def load_published(self, state_dict: Mapping[str, Tensor], *, prefix: str = "") -> None:
+        """Copies `qkv.*`, `proj.*` and `s` from one layer's names, alone or under a prefix.
 
         Args:
-            state_dict: of the checkpoint.
+            state_dict: of the checkpoint, or of a whole model.
+            prefix: what the names of this layer start with; "" takes them from anywhere.
 
         Raises:
             TypeError: a value that is no floating tensor.
-            ValueError: a missing name, a name under two prefixes, or another shape.
+            ValueError: a missing name, a name under two prefixes (the message says which), another
+                shape, no name with this prefix, or weights that this module has no place for.
         """
-        names = {name: name for name, _ in self.named_parameters()}
-        _published.load(self, state_dict, names)
+        _published.load(self, state_dict, {name: name for name in PUBLISHED}, prefix=prefix)
 
 
 def _no_mask(attn_mask: Any, instead: str) -> None:
