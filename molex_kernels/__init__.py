@@ -47,7 +47,7 @@ from molex_kernels.ops.routing.api import ac_route, ac_weights, route_plan, topk
 from molex_kernels.ops.routing.balance import update_expert_bias
 from molex_kernels.ops.routing.choice import route_from_index, route_from_logits
 from molex_kernels.ops.routing.losses import load_balance_loss, router_z_loss
-from molex_kernels.ops.routing.module import ACRouter, TopKRouter
+from molex_kernels.ops.routing.module import ACRouter, CosineRouter, TopKRouter
 from molex_kernels.ops.routing.types import RoutePlan, Routing
 from molex_kernels.ops.rpc_attention.api import rpc_attention, scaled_attention
 from molex_kernels.ops.rpc_attention.module import RPCAttention, ScaledAttention
@@ -64,6 +64,7 @@ __all__ = [
     "CAMExLinear",
     "CAMExMLP",
     "ClampedSwiGLU",
+    "CosineRouter",
     "HeavyBall",
     "KroneckerCurvature",
     "LayerExpertOutput",

@@ -26,8 +26,7 @@ def entries(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Ten
         raise TypeError(f"state_dict: expected tensors by name, got {type(state_dict).__name__}")
     if not isinstance(prefix, str):
         raise TypeError(f"prefix: expected a str, got {type(prefix).__name__}")
-    if prefix and not prefix.endswith("."):
-        prefix += "."
+    prefix = _dotted(prefix)
     found = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
     if state_dict and not found:
         some = listed(dict.fromkeys(key.rpartition(".")[0] + "." for key in state_dict))
@@ -41,6 +40,10 @@ def listed(names: Collection[str]) -> str:
     """The first of the names, for a message."""
     text = ", ".join(map(repr, list(names)[:_SHOWN]))
     return text if len(names) <= _SHOWN else f"{text} and {len(names) - _SHOWN} more"
+
+
+def _dotted(prefix: str) -> str:
+    return prefix if not prefix or prefix.endswith(".") else f"{prefix}."
 
 
 def _ends(key: str, name: str) -> bool:
@@ -61,12 +64,12 @@ def load(
 ) -> None:
     """Copies into the module's parameters; `names` maps each that it may have to its published one.
 
-    The names may stand under a prefix of any length behind the given one; parameters `besides` are
-    not published, those in `rows` may be [1, N] there. Everything is checked before anything is copied: ValueError for a missing name, a
-    name under two prefixes, another shape, a module whose parameters were wrapped, and for weights
-    that the module has no place for: names that it would have with other options, `foreign` ones
-    beside its own, and `constants` there that have another value; TypeError for what is no such
-    tensor.
+    The names stand behind the prefix, or anywhere behind it under one of their own; parameters
+    `besides` are not published, those in `rows` may be [1, N] there. Everything is checked before
+    anything is copied: ValueError for a missing name, a name under two prefixes, another shape, a
+    module whose parameters were wrapped, and for weights that the module has no place for: names
+    that it would have with other options, `foreign` ones beside its own, and `constants` there that
+    have another value; TypeError for what is no such tensor.
     """
     state_dict = entries(state_dict, prefix)
     there = [name for name, _ in module.named_parameters()]
@@ -78,7 +81,8 @@ def load(
             )
     found, beside, read = {}, set(), set()
     for own, name in names.items():
-        keys = [key for key in state_dict if _ends(key, name)]
+        exact = _dotted(prefix) + name
+        keys = [exact] if exact in state_dict else [k for k in state_dict if _ends(k, name)]
         if own not in there:
             beside.update(keys)
             continue
@@ -97,12 +101,12 @@ def load(
             raise ValueError(f"{keys[0]}: expected shape {list(shape)}, got {list(value.shape)}")
         start = keys[0].removesuffix(name)
         beside.update(start + other for other in foreign if start + other in state_dict)
-        for other, value in (constants or {}).items():
-            constant = state_dict.get(start + other)
-            if constant is None:
+        for other, constant in (constants or {}).items():
+            given = state_dict.get(start + other)
+            if given is None:
                 continue
-            if not isinstance(constant, Tensor) or not (constant == value).all():
-                raise ValueError(f"state_dict: expected {start + other!r} to be {value}")
+            if not isinstance(given, Tensor) or not (given == constant).all():
+                raise ValueError(f"state_dict: expected {start + other!r} to be {constant}")
             read.add(start + other)
     if beside:
         raise ValueError(

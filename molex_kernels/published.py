@@ -58,14 +58,14 @@ class _Gate(NamedTuple):
     """A gate of the language models' code, with the names behind `smoe.gate.`.
 
     Attributes:
-        marks: names that tell it from the next in the list.
+        names: all of them.
         make: makes the router.
         idle: names that its code never reads.
     """
 
-    marks: tuple[str, ...]
+    names: frozenset[str]
     make: Callable[[_Layer], nn.Module]
-    idle: Callable[[_Layer], tuple[str, ...]] = lambda layer: ()
+    idle: Callable[[_Layer], frozenset[str]] = lambda layer: frozenset()
 
 
 class _Kind(NamedTuple):
@@ -78,7 +78,7 @@ class _Kind(NamedTuple):
             name may be missing, and letters that nothing else gives are 0.
         make: makes the module.
         options: what shapes do not tell, with defaults.
-        gates: of expert layers, the first that fits.
+        gates: of expert layers.
         loading: arguments of the module's `load_published`.
         idle: owned names that the published code never reads.
     """
@@ -98,7 +98,10 @@ _COMMON: dict[str, Any] = {"impl": None, "device": None, "dtype": None}
 _HEADS = {192: 3, 348: 6, 768: 12}
 _AC_OPTIONS = {
     **dict.fromkeys(("stat", "eps", "clip", "norm", "process_group")),
-    **{"cosine": True, "mix": False, "recipe": "lm", "empty": "published"},
+    "cosine": True,
+    "mix": False,
+    "recipe": "lm",
+    "empty": "published",
 }
 
 
@@ -179,18 +182,19 @@ def _router(layer: _Layer, kind: Callable[..., nn.Module], *names: str, **more: 
     return kind(sizes["D"], sizes["E"], layer.options["top_k"], **layer.some(*names), **more)
 
 
-_LINEAR_NAMES = ("gate.weight", "gate.bias")
-_LINEAR = _Gate((), lambda layer: _router(layer, TopKRouter, bias=True))
-_STABLE = _Gate(("expert_embeddings",), lambda layer: _router(layer, CosineRouter, reduced=None))
+_LINEAR_NAMES = frozenset({"gate.weight", "gate.bias"})
+_ROWS = frozenset({"expert_embeddings"})
+_LINEAR = _Gate(_LINEAR_NAMES, lambda layer: _router(layer, TopKRouter, bias=True))
+_STABLE = _Gate(_ROWS, lambda layer: _router(layer, CosineRouter, reduced=None))
 _XMOE = _Gate(
-    ("inp_reduction.weight",),
+    _LINEAR_NAMES | _ROWS | {"inp_reduction.weight"},
     lambda layer: _router(layer, CosineRouter, reduced=layer.sizes["r"]),
     lambda layer: _LINEAR_NAMES,
 )
 _CLUSTERS = _Gate(
-    ("expert_embeddings", "gate.weight"),
+    _LINEAR_NAMES | _ROWS,
     lambda layer: _router(layer, ACRouter, *_AC_OPTIONS, bias=not layer.options["cosine"]),
-    lambda layer: _LINEAR_NAMES if layer.options["cosine"] else ("expert_embeddings",),
+    lambda layer: _LINEAR_NAMES if layer.options["cosine"] else _ROWS,
 )
 
 _EXPERTS = {
@@ -200,8 +204,14 @@ _EXPERTS = {
 }
 _ATTENTION = {"layer": r"(.*?\bblocks\.\d+\.attn\.)", "owned": ("",)}
 _CAMEX = {
-    **{"mask": "ties", "expert_dropout": 0.0, "top_k": None, "segment": None, "first": "own"},
-    **{"alpha": 1.0, "loss_coef": 1e-2, "activation": "relu"},
+    "mask": "ties",
+    "expert_dropout": 0.0,
+    "top_k": None,
+    "segment": None,
+    "first": "own",
+    "alpha": 1.0,
+    "loss_coef": 1e-2,
+    "activation": "relu",
 }
 
 _KINDS: dict[str, _Kind] = {
@@ -237,8 +247,12 @@ _KINDS: dict[str, _Kind] = {
         sizes={"proj.weight": "CC"},
         make=_robust,
         options={
-            **{"num_heads": None, "num_iters": 4, "lam": 4.0, "layers": (0,)},
-            **{"attn_drop": 0.0, "proj_drop": 0.0},
+            "num_heads": None,
+            "num_iters": 4,
+            "lam": 4.0,
+            "layers": (0,),
+            "attn_drop": 0.0,
+            "proj_drop": 0.0,
         },
     ),
     "scaled-vit": _Kind(
@@ -310,7 +324,8 @@ def load(
             f"state_dict: expected names of {kind!r}, which look like {model.layer!r}, "
             f"got {_published.listed(list(given)) or 'none'}"
         )
-    layers, idle = {}, set()
+    layers: dict[str, nn.Module] = {}
+    idle: set[str] = set()
     for number, prefix in enumerate(found):
         layer = _layer(model, given, number, prefix, {**allowed, **options})
         module = model.make(layer)
@@ -375,5 +390,13 @@ def _layer(
 
 def _gate(model: _Kind, layer: _Layer) -> _Gate:
     """The gate whose names the layer has."""
-    here = {name.removeprefix("smoe.gate.") for name in layer.names}
-    return next(gate for gate in model.gates if here.issuperset(gate.marks))
+    known = frozenset().union(*(gate.names for gate in model.gates))
+    here = {name.removeprefix("smoe.gate.") for name in layer.names} & known
+    for gate in model.gates:
+        if here == gate.names:
+            return gate
+    expected = " or ".join(str(sorted(gate.names)) for gate in model.gates)
+    raise ValueError(
+        f"state_dict: expected the names of a gate behind '{layer.prefix}smoe.gate.', {expected}, "
+        f"got {sorted(here)}"
+    )

@@ -61,6 +61,8 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "TopKRouter-balanced": (lambda: mk.TopKRouter(D, E, K, expert_bias=True), ()),
     "ACRouter": (lambda: mk.ACRouter(D, E, K, bias=True), ("routing",)),
     "ACRouter-cosine": (lambda: mk.ACRouter(D, E, K, cosine=True), ("routing",)),
+    "CosineRouter": (lambda: mk.CosineRouter(D, E, K, reduced=3), ()),
+    "CosineRouter-unreduced": (lambda: mk.CosineRouter(D, E, K, reduced=None), ()),
     "LayerExpertStack": (lambda: _stack(lora_rank=2, learn_mixing=True), ()),
     "LayerExpertStack-cosine": (lambda: _stack(cosine_dim=4), ()),
 }

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.utils import parametrize
 
 from molex_kernels import _backends, _check, _modules, _published
-from molex_kernels._dtypes import HALF_DTYPES
+from molex_kernels._dtypes import HALF_DTYPES, accumulate_dtype
 from molex_kernels.ops.routing import choice, recipes
 from molex_kernels.ops.routing.api import ac_route, normalized_gate, topk_route
 from molex_kernels.ops.routing.balance import update_expert_bias
@@ -107,11 +107,19 @@ def _rows(name: str, x: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def _draw_orthogonal(router: _Gate) -> None:
+    # A decomposition, which 16 bits have not.
+    rows = torch.empty_like(router.weight, dtype=accumulate_dtype(router.weight.dtype))
+    router.weight.copy_(nn.init.orthogonal_(rows))
+    _rescale_rows(router)
+
+
+@torch.no_grad()
 def _rescale_rows(router: _Gate) -> None:
     """Gives the gate's rows the norm that the published cosine gates keep them at."""
     scaled = router.weight * (ROW_NORM / router.weight.norm(dim=1, keepdim=True))
     if parametrize.is_parametrized(router, "weight"):
-        router.weight = scaled  # type: ignore[assignment]  # and so what it is computed from
+        router.weight = scaled  # and so what it is computed from
     else:
         router.weight.copy_(scaled)
 
@@ -339,8 +347,7 @@ class ACRouter(_Gate):
         """Draws the gate anew."""
         super().reset_parameters()
         if self.cosine:
-            nn.init.orthogonal_(self.weight, gain=0.32)
-            self.renormalize_()
+            _draw_orthogonal(self)
 
     def renormalize_(self) -> None:
         """Rescales the gate's rows in place to norm 1.5; for `cosine` alone."""
@@ -467,8 +474,7 @@ class CosineRouter(_Gate):
 
     def reset_parameters(self) -> None:
         """Draws the rows orthogonal, with norm 1.5, and the reduction as `nn.Linear` does."""
-        nn.init.orthogonal_(self.weight)
-        self.renormalize_()
+        _draw_orthogonal(self)
         if self.reduction is not None:
             bound = 1 / math.sqrt(self.reduction.shape[1])
             nn.init.uniform_(self.reduction, -bound, bound)
