@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 
 import checkpoints
 import pytest
@@ -430,3 +431,17 @@ def test_weights_without_a_place_are_not_dropped(module: nn.Module, key: str, mo
     module.load_published(state)
     with pytest.raises(ValueError, match=rf"has no place for '{re.escape(more)}'"):
         module.load_published({**state, more: torch.ones(2)})
+
+
+def test_the_table_has_every_name():
+    text = (Path(__file__).parents[1] / "docs" / "published.md").read_text()
+    for kind in published.kinds():
+        assert f"| `{kind}` |" in text
+    for name, (kind, shapes, options) in MODELS.items():
+        for prefix in published.load(kind, checkpoints.make(shapes(), 0), **options).layers:
+            owned = tuple(prefix + start for start in published._KINDS[kind].owned)
+            for key in shapes():
+                if not key.startswith(owned):
+                    continue
+                row = re.sub(r"^(smoe\.gate|wi|wo|c_fc|c_proj)\.", "", key.removeprefix(prefix))
+                assert f"`{row}`" in text, (name, key)
