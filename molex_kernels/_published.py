@@ -81,25 +81,21 @@ def load(
             )
     found, beside, read = {}, set(), set()
     for own, name in names.items():
-        exact = _dotted(prefix) + name
-        keys = [exact] if exact in state_dict else [k for k in state_dict if _ends(k, name)]
         if own not in there:
-            beside.update(keys)
+            beside.update(key for key in state_dict if _ends(key, name))
             continue
-        if len(keys) != 1:
-            raise ValueError(
-                f"state_dict: expected one name ending in {name!r}, got {_got(keys, name, prefix)}"
-            )
-        value = state_dict[keys[0]]
+        start = start_of(state_dict, name, prefix)
+        value = state_dict[start + name]
         if own in rows and isinstance(value, Tensor) and value.dim() == 2 and len(value) == 1:
             value = value[0]
         found[own] = value
-        read.add(keys[0])
-        _check.trailing(keys[0], value, "...", least=0)
+        read.add(start + name)
+        _check.trailing(start + name, value, "...", least=0)
         shape = module.get_parameter(own).shape
         if value.shape != shape:
-            raise ValueError(f"{keys[0]}: expected shape {list(shape)}, got {list(value.shape)}")
-        start = keys[0].removesuffix(name)
+            raise ValueError(
+                f"{start + name}: expected shape {list(shape)}, got {list(value.shape)}"
+            )
         beside.update(start + other for other in foreign if start + other in state_dict)
         for other, constant in (constants or {}).items():
             given = state_dict.get(start + other)
@@ -117,6 +113,17 @@ def load(
         module.get_parameter(own).copy_(value)
     if isinstance(state_dict, Tracked):
         state_dict.read.update(read)
+
+
+def start_of(state_dict: Mapping[str, Tensor], name: str, prefix: str) -> str:
+    """What stands before this name: the prefix, or the one there is behind it."""
+    exact = _dotted(prefix) + name
+    keys = [exact] if exact in state_dict else [k for k in state_dict if _ends(k, name)]
+    if len(keys) != 1:
+        raise ValueError(
+            f"state_dict: expected one name ending in {name!r}, got {_got(keys, name, prefix)}"
+        )
+    return keys[0].removesuffix(name)
 
 
 def _got(keys: list[str], name: str, prefix: str) -> str:

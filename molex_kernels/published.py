@@ -9,12 +9,14 @@ kind stand in `docs/published.md`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from molex_kernels import _check, _published
+from molex_kernels.ops.layer_mixing.module import LayerExpertStack
+from molex_kernels.ops.layer_mixing.published import gpt2_layers
 from molex_kernels.ops.merging.module import CAMExMLP
 from molex_kernels.ops.momentum.module import MomentumMoE
 from molex_kernels.ops.momentum.types import HeavyBall
@@ -65,7 +67,7 @@ class _Gate(NamedTuple):
 
     names: frozenset[str]
     make: Callable[[_Layer], nn.Module]
-    idle: Callable[[_Layer], frozenset[str]] = lambda layer: frozenset()
+    idle: Callable[[_Layer], Collection[str]] = lambda layer: ()
 
 
 class _Kind(NamedTuple):
@@ -90,12 +92,12 @@ class _Kind(NamedTuple):
     options: Mapping[str, Any]
     gates: tuple[_Gate, ...] = ()
     loading: Mapping[str, Any] = {}
-    idle: tuple[str, ...] = ()
+    idle: Callable[[_Layer], Collection[str]] = lambda layer: ()
 
 
 _COMMON: dict[str, Any] = {"impl": None, "device": None, "dtype": None}
-# Heads of the published vision models by their width.
-_HEADS = {192: 3, 348: 6, 768: 12}
+# Heads of the published models by their width.
+_HEADS = {192: 3, 348: 6, 768: 12, 1024: 16, 1280: 20}
 _AC_OPTIONS = {
     **dict.fromkeys(("stat", "eps", "clip", "norm", "process_group")),
     "cosine": True,
@@ -177,6 +179,53 @@ def _scaled(layer: _Layer) -> ScaledAttention:
     )
 
 
+class _Mixed(NamedTuple):
+    """What the names of MoLEx' GPT-2 say."""
+
+    num_layers: int
+    individual: bool  # a gate to a layer
+    forward: bool  # of the layers that come after it
+    limit: int  # layers that are mixed
+
+    @classmethod
+    def of(cls, layer: _Layer) -> _Mixed:
+        """Looks at the names of a model."""
+        matches = (re.match(r"h\.(\d+)\.", name) for name in layer.names)
+        count = len({match[1] for match in matches if match})
+        gated = {name.partition("gate.")[0] for name in layer.names if "gate." in name}
+        individual = "h.0." in gated
+        forward = individual and f"h.{count - 1}." not in gated
+        limit = count if forward else min(layer.options["layers_to_use"], count)
+        return cls(count, individual, forward, limit)
+
+
+def _stack(layer: _Layer) -> LayerExpertStack:
+    sizes, options, mixed = layer.sizes, layer.options, _Mixed.of(layer)
+    where = {"device": options["device"], "dtype": options["dtype"]}
+    kept = ("vote", "mixing", "lora_alpha", "lora_dropout", "freeze", "impl")
+    return LayerExpertStack.from_transformers(
+        gpt2_layers(mixed.num_layers, sizes["C"], sizes["I"], _heads(layer), where),
+        layers_to_use=mixed.limit,
+        individual_gates=mixed.individual,
+        cosine_dim=sizes["p"] or sizes["P"] or None,
+        learn_mixing=any(name.endswith("weight_main") for name in layer.names),
+        individual_mixing="h.0.weight_main" in layer.names,
+        forward_only=mixed.forward,
+        lora_rank=sizes["a"] // 2,
+        published=True,
+        **{name: options[name] for name in kept},
+    )
+
+
+def _unread(layer: _Layer) -> list[str]:
+    """The causal mask, and gates of layers that are not mixed or have no choice."""
+    mixed = _Mixed.of(layer)
+    limit = mixed.num_layers - 2 if mixed.forward else mixed.limit
+    gates = [(n, re.match(r"h\.(\d+)\.gate\.", n)) for n in layer.names]
+    beyond = [name for name, match in gates if match and int(match[1]) >= limit]
+    return beyond + [name for name in layer.names if re.fullmatch(r"h\.\d+\.attn\.bias", name)]
+
+
 def _router(layer: _Layer, kind: Callable[..., nn.Module], *names: str, **more: Any) -> nn.Module:
     sizes = layer.sizes
     return kind(sizes["D"], sizes["E"], layer.options["top_k"], **layer.some(*names), **more)
@@ -242,6 +291,27 @@ _KINDS: dict[str, _Kind] = {
         options={**_CAMEX, "segment": 256, "loss_coef": 1e-5, "activation": "gelu_tanh"},
         loading={"names": ("c_fc", "c_proj")},
     ),
+    "molex-gpt2": _Kind(
+        layer=r"(.*?\btransformer\.)h\.\d+\.",
+        owned=("h.", "gate.", "weight_main", "weight_other"),
+        sizes={
+            "h.0.mlp.c_fc.weight": "CI",
+            "?h.0.attn.c_attn.lora_A": "aC",
+            "?gate.sim_matrix": "pL",
+            "?h.0.gate.sim_matrix": "PL",
+        },
+        make=_stack,
+        options={
+            "num_heads": None,
+            "layers_to_use": 12,
+            "vote": "mode",
+            "mixing": (0.95, 0.05),
+            "lora_alpha": 32.0,
+            "lora_dropout": 0.0,
+            "freeze": True,
+        },
+        idle=_unread,
+    ),
     "rpc-vit": _Kind(
         **_ATTENTION,  # type: ignore[arg-type]
         sizes={"proj.weight": "CC"},
@@ -283,6 +353,7 @@ def load(
     | momentum-lm | expert layer of MomentumSMoE's language models | `MomentumMoE` |
     | acmoe-lm | expert layer of ACMoE's language models | `MomentumMoE` without momentum |
     | camex-t5, camex-gpt2 | MLP of CAMEx' models | `CAMExMLP` |
+    | molex-gpt2 | model: MoLEx' GPT-2, its layers | `LayerExpertStack` |
     | rpc-vit | attention of RPC-Attention's vision models | `RPCAttention` |
     | scaled-vit | attention of its scaled attention's models | `ScaledAttention` |
 
@@ -329,7 +400,7 @@ def load(
     for number, prefix in enumerate(found):
         layer = _layer(model, given, number, prefix, {**allowed, **options})
         module = model.make(layer)
-        idle.update(prefix + name for name in model.idle)
+        idle.update(prefix + name for name in model.idle(layer))
         if model.gates:
             gate = _gate(model, layer)
             module.router = gate.make(layer)

@@ -132,6 +132,44 @@ def vision(parts: int, s: tuple[int, ...] | None = None) -> Shapes:
     return shapes | _norm("norm") | _linear("head", 3, D)
 
 
+def mixed(
+    gate: str = "gate.",
+    weights: str | None = None,
+    rank: int = 2,
+    cosine: int = 0,
+    forward: bool = False,
+) -> Shapes:
+    """MoLEx' GPT-2: what stands before the gates' names, and before the mixing weights'."""
+    shapes: Shapes = {}
+    for number in range(LAYERS):
+        at = f"h.{number}."
+        shapes |= {f"{at}attn.bias": (1, 1, TOKENS, TOKENS)}
+        shapes |= _norm(f"{at}ln_1") | _norm(f"{at}ln_2")
+        linears = {"attn.c_attn": (D, 3 * D), "attn.c_proj": (D, D)}
+        linears |= {"mlp.c_fc": (D, 4 * D), "mlp.c_proj": (4 * D, D)}
+        for name, size in linears.items():
+            shapes |= {f"{at}{name}.weight": size, f"{at}{name}.bias": size[1:]}
+        if rank:
+            shapes |= {f"{at}attn.c_attn.lora_A": (2 * rank, D)}
+            shapes |= {f"{at}attn.c_attn.lora_B": (2 * D, rank)}
+    for number in range(LAYERS):
+        outputs = LAYERS - number if forward else LAYERS
+        if forward and outputs == 1:
+            continue
+        at = gate.replace("N", str(number))
+        if cosine:
+            shapes |= _linear(f"{at}cosine_projector", cosine, D)
+            shapes |= {f"{at}sim_matrix": (cosine, outputs), f"{at}temperature": (1,)}
+        else:
+            shapes |= _linear(at.rstrip("."), outputs, D)
+        if weights is not None:
+            at = weights.replace("N", str(number))
+            shapes |= {f"{at}weight_main": (1,), f"{at}weight_other": (1,)}
+    shapes = {f"module.transformer.{name}": size for name, size in shapes.items()}
+    shapes |= {"module.transformer.wte.weight": (11, D), "module.transformer.wpe.weight": (16, D)}
+    return shapes | _norm("module.transformer.ln_f") | {"module.lm_head.decoder.weight": (11, D)}
+
+
 MODELS: dict[str, tuple[str, Callable[[], Shapes], dict[str, object]]] = {
     "momentum-lm": ("momentum-lm", lambda: language_model(["linear"] * LAYERS), {}),
     "momentum-lm-glam": (
@@ -150,6 +188,18 @@ MODELS: dict[str, tuple[str, Callable[[], Shapes], dict[str, object]]] = {
     "camex-t5-flat": ("camex-t5", lambda: t5(0), {}),
     "camex-gpt2": ("camex-gpt2", gpt2, {}),
     "camex-gpt2-bias": ("camex-gpt2", lambda: gpt2(0, True), {}),
+    "molex-gpt2": ("molex-gpt2", mixed, {"num_heads": HEADS}),
+    "molex-gpt2-each": (
+        "molex-gpt2",
+        lambda: mixed("h.N.gate.", "h.N.", cosine=3),
+        {"num_heads": HEADS, "layers_to_use": 2},
+    ),
+    "molex-gpt2-raw": ("molex-gpt2", lambda: mixed(weights="", rank=0), {"num_heads": HEADS}),
+    "molex-gpt2-forward": (
+        "molex-gpt2",
+        lambda: mixed("h.N.gate.", "h.N.", forward=True),
+        {"num_heads": HEADS},
+    ),
     "rpc-vit": ("rpc-vit", lambda: vision(2), {"num_heads": HEADS}),
     "scaled-vit": ("scaled-vit", lambda: vision(3, (1,)), {"num_heads": HEADS}),
     "scaled-vit-matrix": ("scaled-vit", lambda: vision(3, (HEADS, TOKENS, TOKENS)), {}),

@@ -226,6 +226,79 @@ def test_scaled_attention_computes_what_the_authors_do(
         torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-9)
 
 
+def _gpt2_norm(x: Tensor, part: State, name: str) -> Tensor:
+    return F.layer_norm(x, (D,), part[f"{name}.weight"], part[f"{name}.bias"])
+
+
+def _gpt2_block(x: Tensor, part: State) -> Tensor:
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ part[f"{name}.weight"] + part[f"{name}.bias"]
+
+    inner = _gpt2_norm(x, part, "ln_1")
+    q, k, v = linear(inner, "attn.c_attn").split(D, -1)
+    if "attn.c_attn.lora_A" in part:
+        a, b = part["attn.c_attn.lora_A"], part["attn.c_attn.lora_B"]
+        rank = len(a) // 2
+        q = q + 32 / rank * inner @ a[:rank].T @ b[:D].T
+        v = v + 32 / rank * inner @ a[rank:].T @ b[D:].T
+    heads = [y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in (q, k, v)]
+    out = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2)
+    x = x + linear(out, "attn.c_proj")
+    hidden = F.gelu(linear(_gpt2_norm(x, part, "ln_2"), "mlp.c_fc"), approximate="tanh")
+    return x + linear(hidden, "mlp.c_proj")
+
+
+def _choice(x: Tensor, part: State) -> int:
+    if "gate.sim_matrix" in part:
+        z = F.linear(x, part["gate.cosine_projector.weight"], part["gate.cosine_projector.bias"])
+        logits = F.normalize(z, dim=1) @ F.normalize(part["gate.sim_matrix"], dim=0)
+    else:
+        logits = F.linear(x, part["gate.weight"], part["gate.bias"])
+    return int(logits.argmax(-1).flatten().mode().values)
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n.startswith("molex")])
+def test_mixed_layers_compute_what_the_authors_do(name: str, seed: int, generator: torch.Generator):
+    kind, state, options = _made(name, seed)
+    ((prefix, stack),) = published.load(kind, state, **options).layers.items()
+    x = _tokens(generator, 2, TOKENS, D)
+    result = stack(x)
+    shared = _part(state, prefix)
+    parts = [_part(shared, f"h.{t}.") for t in range(checkpoints.LAYERS)]
+    last = checkpoints.LAYERS - 1
+    for t, part in enumerate(parts):
+        main, chosen = _gpt2_block(x, part), t
+        if t < options.get("layers_to_use", 12) and not (name.endswith("forward") and t == last):
+            is_next = name.endswith("forward") and t == last - 1
+            chosen = last if is_next else _choice(x, {**shared, **part})
+            weights = torch.tensor([0.95, 0.05], dtype=torch.float64)
+            if "weight_main" in part:
+                weights = torch.cat((part["weight_main"], part["weight_other"])).softmax(0)
+            elif "weight_main" in shared:
+                weights = torch.cat((shared["weight_main"], shared["weight_other"]))
+            main = weights[0] * main + weights[1] * _gpt2_block(x, parts[chosen])
+        x = main
+        assert int(result.chosen[t]) == chosen
+    torch.testing.assert_close(result.hidden, x, rtol=1e-9, atol=1e-9)
+
+
+def test_a_stack_takes_what_it_has_a_place_for(seed: int):
+    kind, state, options = _made("molex-gpt2", seed)
+    ((prefix, stack),) = published.load(kind, state, **options).layers.items()
+    before = {key: value.clone() for key, value in stack.state_dict().items()}
+    other = checkpoints.make(checkpoints.mixed(weights=""), seed + 1)
+    with pytest.raises(ValueError, match=rf"no place for '{re.escape(prefix)}weight_main'"):
+        stack.load_published(other)
+    assert all(torch.equal(before[key], value) for key, value in stack.state_dict().items())
+    other = checkpoints.make(checkpoints.mixed(), seed + 1)
+    both = {**state, **{key.replace("module.", "other."): one for key, one in other.items()}}
+    with pytest.raises(ValueError, match=r"one of 'module\.transformer\.', 'other\."):
+        stack.load_published(both)
+    stack.load_published(both, prefix="other")
+    after = stack.state_dict()["weights.up"]
+    assert torch.equal(after[1], other[f"{prefix}h.1.mlp.c_fc.weight"])
+
+
 # Every name is taken, returned, or in an error.
 
 
@@ -237,12 +310,15 @@ def test_every_name_is_used_or_returned(name: str, seed: int):
     owned = tuple(prefix + start for prefix in layers for start in model.owned)
     assert [key for key in state if key in set(unused)] == unused
     left = [key for key in unused if key.startswith(owned)]
-    # The linear gate beside a cosine one, and the other way round.
-    assert all(re.search(r"smoe\.gate\.(gate\.\w+|expert_embeddings)$", key) for key in left)
-    assert bool(left) == (name in ("momentum-lm-xmoe", "acmoe-lm", "acmoe-lm-linear"))
+    # The linear gate beside a cosine one, and the other way round; masks; gates that do not choose.
+    idle = r"smoe\.gate\.(gate\.\w+|expert_embeddings)$|attn\.bias$|h\.[12]\.gate\."
+    assert all(re.search(idle, key) for key in left)
+    assert bool(left) == (kind == "molex-gpt2" or "xmoe" in name or kind == "acmoe-lm")
     taken = sum(state[key].numel() for key in state if key not in set(unused))
     constants = sum(key.endswith((".mean", ".std")) for key in state)
     held = sum(p.numel() for layer in layers.values() for p in layer.parameters())
+    if name == "molex-gpt2-forward":
+        held -= 2  # the last layer's mixing weights
     assert held == taken - constants
 
 
@@ -259,7 +335,9 @@ def test_a_missing_name_is_named(name: str, seed: int):
     # Without them a layer is another one; the rest of it has no place there then.
     others = ("mean", "std", "qkv.bias", "c_fc.bias", "c_fc.curve1_out", "wi.curve1_out")
     for key in own:
-        if key.endswith(others) or (kind == "acmoe-lm" and "embeddings" in key):
+        if key.endswith((*others, "lora_A")) or (kind == "acmoe-lm" and "embeddings" in key):
+            continue
+        if "sim_matrix" in key or "weight_main" in key:
             continue
         with pytest.raises(ValueError, match=re.escape(_tail(key))):
             published.load(kind, {k: v for k, v in state.items() if k != key}, **options)
@@ -310,7 +388,9 @@ def test_dtypes(name: str, seed: int):
     state = checkpoints.make(shapes(), seed, torch.bfloat16)
     for dtype in (None, torch.float32):
         layers, _ = published.load(kind, state, **options, dtype=dtype)
-        kinds = {p.dtype for layer in layers.values() for p in layer.parameters()}
+        # Mixing weights are fp32 at least.
+        held = [entry for layer in layers.values() for entry in layer.named_parameters()]
+        kinds = {p.dtype for own, p in held if own != "mixing"}
         assert kinds == {dtype or torch.bfloat16}
 
 
@@ -443,5 +523,6 @@ def test_the_table_has_every_name():
             for key in shapes():
                 if not key.startswith(owned):
                     continue
-                row = re.sub(r"^(smoe\.gate|wi|wo|c_fc|c_proj)\.", "", key.removeprefix(prefix))
+                row = re.sub(r"^h\.\d+\.", "", key.removeprefix(prefix))
+                row = re.sub(r"^(smoe\.gate|wi|wo|c_fc|c_proj)\.", "", row)
                 assert f"`{row}`" in text, (name, key)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from molex_kernels import _backends, _check, _dtypes, _modules
 from molex_kernels.ops.layer_mixing import gates, layout
+from molex_kernels.ops.layer_mixing import published as checkpoint
 from molex_kernels.ops.layer_mixing.api import LoRA, layer_linear, layer_mix, layer_vote
 from molex_kernels.ops.layer_mixing.types import MODES
 
@@ -270,6 +271,26 @@ class LayerExpertStack(_modules.Module):
             hidden, normed = self._blocks(held, hidden, normed, index, coeff, mask)
         return LayerExpertOutput(hidden, balance, torch.cat(picks))
 
+    def load_published(self, state_dict: Mapping[str, Tensor], *, prefix: str = "") -> None:
+        """Copies a whole stack from the names of MoLEx' GPT-2: weights, adapters, gates, mixing.
+
+        The names stand behind that of the model without its head (`transformer.`): `h.N.ln_1.*`,
+        `h.N.attn.c_attn.*` with loralib's `lora_A` [2 r, D] and `lora_B` [2 D, r] (q's half, then
+        v's), and so on; `gate.*` or `h.N.gate.*`; `weight_main` and `weight_other`, there or in
+        `h.N.`. Weights that are views of a model's change there, too.
+
+        Args:
+            state_dict: of the checkpoint, or of a whole model.
+            prefix: what the names of the stack start with; "" takes them from anywhere.
+
+        Raises:
+            TypeError: a value that is no floating tensor.
+            ValueError: a stack of other layers than GPT-2's, a missing name, another shape, a name
+                under two prefixes (the message says which), no name with this prefix, or adapters
+                and mixing weights that this stack has no place for.
+        """
+        self._lent(lambda held: checkpoint.load(self, held, state_dict, prefix))
+
     def extra_repr(self) -> str:
         return (
             f"{self.facts.layout.name}, num_layers={self.num_layers}, mixed={self.limit}, "
@@ -294,6 +315,7 @@ class LayerExpertStack(_modules.Module):
     ) -> None:
         self.limit = limit
         self.vote = vote
+        self.individual_gates = individual_gates
         self.forward_only = forward_only
         self.straight_through = straight_through
         self.published = published
