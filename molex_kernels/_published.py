@@ -79,7 +79,9 @@ def load(
                 f"load_published: expected {type(module).__name__} as it was made, without "
                 f"wrappers and parametrizations, got one with the parameter {own!r}"
             )
-    found, beside, read = {}, set(), set()
+    found: dict[str, Tensor] = {}
+    beside: set[str] = set()
+    read: set[str] = set()
     for own, name in names.items():
         if own not in there:
             beside.update(key for key in state_dict if _ends(key, name))

@@ -30,6 +30,14 @@ class _Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.empty(out, **where))
 
 
+class _Attention(nn.Module):
+    """What tells the number of heads."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+
+
 def gpt2_layers(
     num_layers: int, d_model: int, width: int, num_heads: int, where: Mapping[str, Any]
 ) -> nn.Module:
@@ -37,10 +45,9 @@ def gpt2_layers(
     model = nn.Module()
     model.h = nn.ModuleList()
     for _ in range(num_layers):
-        layer, attention, mlp = nn.Module(), nn.Module(), nn.Module()
+        layer, attention, mlp = nn.Module(), _Attention(num_heads), nn.Module()
         attention.c_attn = _Conv1D(d_model, 3 * d_model, where)
         attention.c_proj = _Conv1D(d_model, d_model, where)
-        attention.num_heads = num_heads
         mlp.c_fc = _Conv1D(d_model, width, where)
         mlp.c_proj = _Conv1D(width, d_model, where)
         mlp.act = nn.GELU("tanh")
