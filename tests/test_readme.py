@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import checkpoints
 import pytest
 import torch
 from test_integrations import _model, _ViT
@@ -27,13 +28,19 @@ def test_readme_and_every_method_have_examples():
 
 
 @pytest.mark.parametrize("page", EXAMPLES)
-def test_examples_run(page: str, generator: torch.Generator):
+def test_examples_run(
+    page: str, generator: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     transformers = pytest.importorskip("transformers", exc_type=ImportError)
     config = transformers.BertConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
     )
-    # What the examples take for granted: models that are there already.
+    # What the examples take for granted: models that are there already, and a checkpoint.
+    monkeypatch.chdir(tmp_path)
+    shapes = checkpoints.MODELS["momentum-lm"][1]()
+    torch.save({"model": checkpoints.make(shapes, 0)}, "checkpoint.pt")
     names = {
+        "x": torch.randn(4, checkpoints.D, generator=generator, dtype=torch.float64),
         "model": _model(transformers, generator),
         "vit": _ViT(),
         "encoder": transformers.BertModel(config),
