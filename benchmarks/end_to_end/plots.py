@@ -21,10 +21,10 @@ def draw(found: dict[str, Any], folder: Path) -> list[str]:
     """Writes every image there is data for; their names."""
     names = []
     if text := found.get("text"):
-        names.append(_curves(text, folder / "text-curves.png"))
-        names.append(_steps(text, folder / "text-steps.png"))
+        names.append(_curves(text, folder / "text-curves"))
+        names.append(_steps(text, folder / "text-steps"))
     if digits := found.get("images"):
-        names.append(_accuracies(digits, folder / "images.png"))
+        names.append(_accuracies(digits, folder / "images"))
     return names
 
 
