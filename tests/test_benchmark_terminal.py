@@ -375,7 +375,7 @@ def test_what_a_limit_leaves_is_listed(monkeypatch: Any, tmp_path: Path, capsys:
     start = time.monotonic()
     with _handlers():
         assert main.main() == 0
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 60
     text = capsys.readouterr().out
     assert "the limit of 600 s was reached" in text
     assert " rows skipped (" in text
