@@ -1,53 +1,66 @@
 """`python -m benchmarks`: every op beside its baselines, measured in turn, and a report.
 
 Returns non-zero if a result of ours was wrong or anything failed; the report is written in any
-case. A run that is told to end (SIGTERM) reports what it has measured by then.
+case. A run that is told to end (SIGTERM), or whose limit is over, reports what it has measured by
+then and lists what it has not.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
+import math
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from rich.console import Console
 
-from benchmarks import compare, environment, folders, presets, report, results, rows, terminal
+from benchmarks import (
+    compare,
+    environment,
+    folders,
+    noise,
+    presets,
+    report,
+    results,
+    rows,
+    terminal,
+)
 from benchmarks.formats import seconds
+from benchmarks.limit import Limit
 from benchmarks.measure import FAILED, OK, WRONG, Meter, Outcomes
 from benchmarks.record import Record
 from benchmarks.rows import OURS, Group
 from molex_kernels.testing import load_ops
 
 STORED = "stored"
+STDOUT = "-"
 
 
 def main() -> int:
     """Command line; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    folders.add_options(parser)
-    parser.add_argument("-k", dest="select", default="", help="part of <op>/<shape>/<dtype>")
-    parser.add_argument(
-        "--compare",
-        nargs="?",
-        const=STORED,
-        metavar="RUN",
-        help="fail where ours became slower than in RUN; default: this machine's latest stored run",
-    )
-    options = parser.parse_args()
-
-    console = terminal.console()
+    options = _parser().parse_args()
+    start = time.monotonic()
+    console = terminal.console(stderr=options.json == STDOUT)
     preset = presets.PRESETS[options.preset]
+    limit = Limit(preset.limit_seconds if options.limit is None else options.limit)
     device = torch.device(options.device) if options.device else presets.default_device()
     if preset.needs_cuda and device.type != "cuda":
         console.print(f"--preset {preset.name} needs a CUDA device; none is used here")
+        return 2
+    dtypes = tuple(presets.NAMED[name] for name in options.dtype) or presets.dtypes(device)
+    ops = load_ops()
+    groups = [g for g in rows.groups(ops, preset, device, dtypes) if options.filter in g.name]
+    if not groups:
+        terminal.paragraph(
+            f"--filter {options.filter}: expected a part of <op>/<shape>/<dtype>, such as one of "
+            f"{', '.join(ops)}; no shape of preset {preset.name} has it",
+            console,
+        )
         return 2
     facts = environment.describe(device)
     before = None
@@ -56,56 +69,122 @@ def main() -> int:
         if before is None or not before.exists():
             console.print(f"no stored run of {environment.machine_slug(facts)} to compare with")
             return 2
-    console.print(
+    terminal.paragraph(
         f"molex_kernels benchmarks, preset {preset.name}: {facts['chip']}, {facts['cores']} cores, "
-        f"torch {facts['torch']}, triton {facts['triton']}, commit {facts['commit']}"
+        f"torch {facts['torch']}, triton {facts['triton']}, commit {facts['commit']}",
+        console,
     )
-    dtypes = presets.dtypes(device)
-    groups = rows.groups(load_ops(), preset, device, dtypes)
-    groups = [group for group in groups if options.select in group.name]
-    start = time.monotonic()
+    if sign := noise.loaded(facts):
+        terminal.paragraph(f"[bold reverse]BUSY MACHINE: {sign}.[/bold reverse]", console)
     failed = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = (options.out or Path(scratch)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "rows.jsonl"
         file.unlink(missing_ok=True)
-        try:
-            signal.signal(signal.SIGTERM, _end)
-            if not measure(groups, Meter(preset), Record(file, preset.name, device), console):
+        with limit.installed():
+            record = Record(file, preset.name, device, dtypes)
+            if not measure(groups, Meter(preset, limit=limit), record, console):
                 failed.append("an op")
-        except _Ended:
-            failed.append("what was still to come: the run was told to end")
-        if not file.exists():
-            console.print("nothing was measured")
-            return 1
         found = results.read(file)
+    if limit.killed:
+        failed.append("what was still to come: the run was told to end")
+    elif limit.reason:
+        terminal.line(f"[yellow]{limit.reason}[/yellow]", console)
+    if not results.measured(found):
+        failed.append("nothing was measured")
     report.show(found, console)
-    console.print(f"report: {report.write(found, options.out) / 'report.md'}")
+    folder = report.write(found, options.out, limit.end)
+    terminal.place("report", _shown(folder / "report.md"), console)
+    if options.json == STDOUT:
+        sys.stdout.write(folders.dump(found))
+    elif options.json:
+        Path(options.json).write_text(folders.dump(found))
     if options.save_results:
-        console.print(f"results: {folders.store(found, options.save_results)}")
+        stored = folders.store(found, options.save_results)
+        terminal.place("results", _shown(stored), console)
     console.print(f"took {time.monotonic() - start:.0f} s")
     if before and not compare.against(found, before, console):
         failed.append("comparison")
     for part in failed:
-        console.print(f"[bold red]failed: {part}[/bold red] (see above)")
+        terminal.paragraph(f"[bold red]failed: {part}[/bold red]", console)
     return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    folders.add_options(parser)
+    parser.add_argument(
+        "-k",
+        "--filter",
+        default="",
+        metavar="TEXT",
+        help="only shapes with this in <op>/<shape>/<dtype>, as moe_mlp or grouped_gemm/T6144",
+    )
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=[],
+        choices=sorted(presets.NAMED),
+        help="of all shapes, and further ones of the first shapes; default: fp32 bf16 on a CPU, "
+        "bf16 fp32 on a GPU",
+    )
+    parser.add_argument(
+        "--limit",
+        type=_positive,
+        metavar="SECONDS",
+        help="wall-clock time of the run with its report; default: the preset's, 300 for quick",
+    )
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const=STDOUT,
+        metavar="FILE",
+        help="the results as JSON into FILE; without one to standard output, and all else to "
+        "standard error",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="?",
+        const=STORED,
+        metavar="RUN",
+        help="fail where ours became slower than in RUN; default: this machine's latest stored run",
+    )
+    return parser
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0 or value == math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text}")
+    return value
+
+
+def _shown(path: Path) -> str:
+    """From here where it is below, which fits a terminal."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def measure(groups: Sequence[Group], meter: Meter, record: Record, console: Console) -> bool:
     """Measures one group after the other; whether all of ours were right."""
     right = True
-    for index, group in enumerate(groups, 1):
-        outcomes = meter.group(group)
-        for outcome in outcomes.values():
-            record.add(outcome)
-            ours = outcome.facts["kind"] == OURS
-            right &= not (outcome.status == FAILED or (outcome.status == WRONG and ours))
-        _show(group, outcomes, f"{index}/{len(groups)}", console)
+    with terminal.measuring_bar(console, lambda: meter.limit.left) as bar:
+        task = bar.add_task("", total=len(groups))
+        for index, group in enumerate(groups, 1):
+            bar.update(task, description=group.name, refresh=True)
+            outcomes = meter.group(group)
+            for outcome in outcomes.values():
+                record.add(outcome)
+                ours = outcome.facts["kind"] == OURS
+                right &= not (outcome.status == FAILED or (outcome.status == WRONG and ours))
+            _show(group, outcomes, f"{index}/{len(groups)}", console)
+            bar.update(task, completed=index, refresh=True)
     return right
 
 
 def _show(group: Group, outcomes: Outcomes, place: str, console: Console) -> None:
+    """A line a pass. What was skipped is counted at the end and listed in the report."""
     for mode in group.modes:
         shown = []
         for (label, of_mode), outcome in outcomes.items():
@@ -113,19 +192,11 @@ def _show(group: Group, outcomes: Outcomes, place: str, console: Console) -> Non
                 continue
             if outcome.status == OK and outcome.samples:
                 shown.append(f"{label} {seconds(statistics.median(outcome.samples.values()))}")
-            else:
-                shown.append(f"[dim]{label}: {outcome.status}[/dim]")
-        console.print(f"{place} {group.name} [cyan]{mode}[/cyan]: {', '.join(shown)}")
-
-
-class _Ended(BaseException):
-    """SIGTERM came. No Exception, which a group that fails is taken for."""
-
-
-def _end(*_: object) -> NoReturn:
-    # `timeout` tells the process and then its group, and the report is still to be written.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _Ended
+            elif outcome.status in (WRONG, FAILED):
+                shown.append(f"[red]{label}: {outcome.status}[/red]")
+        if shown:
+            line = f"{place} {group.name} [cyan]{mode}[/cyan]: {', '.join(shown)}"
+            terminal.line(line, console)
 
 
 if __name__ == "__main__":

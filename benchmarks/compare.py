@@ -3,7 +3,8 @@
 Compared are the speed-ups against the named baselines, which are measured side by side, and never
 times, which are those of a machine at an hour. Ours is slower where the speed-ups fell by more than
 their intervals and `MARGIN` together, against the typical baseline: when only one of several fell,
-that baseline became faster. Exits with 1 where anything is slower, wrong or failed.
+that baseline became faster. Where the interval holds the margin, nothing is decided. Exits with 1
+where anything is slower, wrong or failed.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
-from benchmarks import environment, folders, results, terminal
+from benchmarks import environment, folders, results, tables, terminal
 from benchmarks.results import Results
 from benchmarks.rows import BASELINES, MODES
+from benchmarks.tables import Column
 
 LATEST = folders.LATEST / "results.json"
 
 MARGIN = 0.15  # of change that two processes show where nothing changed, beyond their intervals
-SLOWER, FASTER, SAME, BROKEN, GONE, NEW = "slower", "faster", "same", "broken", "gone", "new"
+SLOWER, FASTER, SAME, UNDECIDED = "slower", "faster", "same", "undecided"
+BROKEN, GONE, NEW = "broken", "gone", "new"
 REGRESSIONS = (SLOWER, BROKEN)
+COUNTED = (SAME, FASTER, SLOWER, UNDECIDED)
 
 
 @dataclass(frozen=True)
@@ -81,34 +85,46 @@ def _change(old: Results, new: Results, op: str, mode: str, shape: str) -> Chang
     logs = [math.log(b.median / a.median) for a, b in pairs]
     moved = statistics.median(logs)
     noise = statistics.median(math.hypot(a.half_width, b.half_width) for a, b in pairs)
-    status = SAME
-    if abs(moved) > noise + math.log1p(MARGIN):
+    status, margin = UNDECIDED, math.log1p(MARGIN)
+    if abs(moved) > noise + margin:
         status = SLOWER if moved < 0 else FASTER
+    elif abs(moved) + noise <= margin:
+        status = SAME
     return Change(*place, status, math.exp(moved), noise)
 
 
 def show(found: list[Change], console: Console) -> None:
     """What changed, and how much did not."""
-    table = Table(title="Speed-ups against the run compared with")
-    for column in ("op", "pass", "shape", "status", "change", "noise"):
-        table.add_column(column, justify="right" if column in ("change", "noise") else "left")
+    columns = [
+        Column("shape", "left"),
+        Column("op", "left"),
+        Column("pass", "left", leave=2),
+        Column("status", "left"),
+        Column("change"),
+        Column("noise", leave=1),
+    ]
     colours = {SLOWER: "bold red", BROKEN: "bold red", FASTER: "green"}
+    lines = []
     for change in found:
         if change.status in (SAME, NEW):
             continue
         colour = colours.get(change.status, "yellow")
         factor = "-" if change.factor is None else f"{100 * (change.factor - 1):+.0f}%"
         status = f"[{colour}]{change.status}[/{colour}]"
-        noise = f"±{100 * change.noise:.0f}%" if change.factor else change.note
-        table.add_row(change.op, change.mode, change.shape, status, factor, noise)
-    if table.row_count:
-        console.print(table)
-    counts = {status: sum(c.status == status for c in found) for status in (SAME, FASTER, SLOWER)}
+        noise = f"±{100 * change.noise:.0f}%" if change.factor else "-"
+        lines.append([change.shape, change.op, change.mode, status, factor, noise])
+    if lines:
+        tables.show("Speed-ups against the run compared with", columns, lines, console)
+    for change in found:
+        if change.status == BROKEN:
+            place = f"{change.op}/{change.shape}, {change.mode}"
+            terminal.paragraph(f"{place}: {escape(change.note)}", console)
+    counts = {status: sum(c.status == status for c in found) for status in COUNTED}
     shown = ", ".join(f"{count} {status}" for status, count in counts.items())
     typical = [abs(math.log(c.factor)) for c in found if c.factor]
     if typical:
         shown += f"; the median change either way is {100 * statistics.median(typical):.1f}%"
-    console.print(f"compared: {shown}")
+    terminal.paragraph(f"compared: {shown}", console)
 
 
 def against(new: Results, path: Path, console: Console) -> bool:

@@ -50,6 +50,14 @@ def percent(value: float) -> str:
     return f"{100 * value:.0f}%" if value >= 0.1 else f"{100 * value:.1f}%"
 
 
+def share(value: float, ceiling: str) -> str:
+    """A share of a ceiling. More than all of it can only be had from a cache, or by noise."""
+    shown = percent(value)
+    if value <= 1:
+        return shown
+    return f"{shown} (cache)" if ceiling == "copy" else f"{shown} (cache or noise)"
+
+
 def cells(values: Sequence[str]) -> str:
     """A line of a Markdown table."""
     return f"| {' | '.join(values)} |"

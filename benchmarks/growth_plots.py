@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -16,29 +17,29 @@ from benchmarks.figure import COLOURS, MARKERS, OTHER, OURS_COLOUR, write
 from benchmarks.formats import seconds, size
 from benchmarks.results import Results, Row
 from benchmarks.rows import MODES, OURS
-from benchmarks.scaling import NAMES, Fit
+from benchmarks.scaling import NAMES, Exponent, Fit
 
 COLUMNS = 4
 Show = Callable[[float], str]
 
 
-def draw(found: Results, folder: Path, suffix: str) -> list[str]:
-    """Time over tokens, over experts, over every other size; memory over all."""
+def images(found: Results, folder: Path) -> list[Callable[[], str]]:
+    """What draws time over tokens, over experts, over every other size; memory over all."""
     every = scaling.sweeps(found)
     by_name = {
         "tokens": [s for s in every if s[1] == "T"],
         "experts": [s for s in every if s[1] == "E"],
         "others": [s for s in every if s[1] not in "TE"],
     }
-    names = [
-        _panels(found, chosen, "median_s", seconds, folder / f"time-{name}.{suffix}",
+    times = [
+        partial(_panels, found, chosen, "median_s", seconds, folder / f"time-{name}",
                 f"Time over {'other sizes' if name == 'others' else name}")
         for name, chosen in by_name.items()
     ]  # fmt: skip
     chosen = [s for s in every if s[1] in "TNS"]
     title = "Peak memory of a call over its size"
-    names.append(_panels(found, chosen, "peak_bytes", size, folder / f"memory.{suffix}", title))
-    return [name for name in names if name]
+    memory = partial(_panels, found, chosen, "peak_bytes", size, folder / "memory", title)
+    return [*times, memory]
 
 
 def _panels(
@@ -67,20 +68,28 @@ def _panels(
         axis.set_title(f"{op}, {mode}", fontsize=10)
         axis.set_xlabel(f"{letter}: {NAMES.get(letter, letter)}", fontsize=9)
         axis.legend(frameon=False, fontsize=8, loc="upper left")
-    figure.suptitle(f"{title}; the legend has the fitted exponent", fontweight="bold")
+    known = any(_fitted(fit, key) for *_, fits in panels for fit in fits)
+    after = ", and the exponent ± its standard error" if known else ""
+    figure.suptitle(f"{title}{after}", fontweight="bold")
     return write(figure, path)
 
 
 def _line(axis: Axes, fit: Fit, key: str) -> None:
     ours = fit.kind == OURS
     colour = OURS_COLOUR if ours else COLOURS.get(fit.impl, OTHER)
-    fitted = fit.time if key == "median_s" else fit.memory
-    label = fit.impl if fitted is None else f"{fit.impl}: {fitted:.2f}"
+    fitted = _fitted(fit, key)
+    label = fit.impl if fitted is None else f"{fit.impl}: {fitted}"
+    # Two lines may run through the same points: a small full mark shows inside of a large ring.
     axis.plot(
         [fit.size(r) for r in fit.points], [_value(r, key) for r in fit.points],
-        marker="o" if ours else MARKERS.get(fit.impl, "o"), markersize=5, color=colour, label=label,
-        linewidth=2 if ours else 1.2,
+        marker="o" if ours else MARKERS.get(fit.impl, "o"), color=colour, label=label,
+        markersize=4 if ours else 9, markerfacecolor=colour if ours else "none",
+        linewidth=1 if ours else 3, alpha=1 if ours else 0.7, zorder=3 if ours else 2,
     )  # fmt: skip
+
+
+def _fitted(fit: Fit, key: str) -> Exponent | None:
+    return fit.time if key == "median_s" else fit.memory
 
 
 def _value(row: Row, key: str) -> float:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import expert_parallel, results, scaling
-from benchmarks.formats import cells, count, gain, image, percent, rate, ratio, seconds, size
+from benchmarks import expert_parallel, goals, noise, results, scaling
+from benchmarks.formats import cells, count, gain, image, rate, ratio, seconds, share, size
 from benchmarks.results import Results, Row
 from benchmarks.rows import BASELINE, MODES, OURS
 
@@ -29,17 +29,44 @@ def report(found: Results, plots: list[str]) -> str:
     lines = [
         "# Benchmarks",
         "",
+        *_warnings(found),
         *_environment(found),
         "## Speed-up of the fastest implementation, geometric mean over shapes",
         "",
         *summary(found),
         *image("Speed-up against each baseline", "overview", plots),
-        *image("Roofline", "roofline", plots),
+        *_goals(found),
+        *image("Share of the machine's ceilings", "ceilings", plots),
         *(line for op in results.ops(found) for line in _op(found, op, plots)),
         *_scaling(found, plots),
         *_expert_parallel(found),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _warnings(found: Results) -> Iterator[str]:
+    """What a reader has to know first."""
+    for line in (noise.banner(found), results.skips(found)):
+        if line:
+            yield f"> {line}"
+            yield ""
+
+
+def _goals(found: Results) -> Iterator[str]:
+    """What the kernels are written to reach, where this run has a figure."""
+    verdicts = goals.verdicts(found)
+    if not verdicts:
+        return
+    yield "## Goals"
+    yield ""
+    yield "Undecided: the interval holds the goal."
+    yield ""
+    yield cells(["op", "shape", "pass", "against", "goal", "reached", "verdict"])
+    yield f"|{'---|' * 7}"
+    for goal, shape, mode, reached, outcome in verdicts:
+        against, factor = f"`{goal.baseline}`", ratio(goal.factor)
+        yield cells([f"`{goal.op}`", shape, mode, against, factor, gain(reached), outcome])
+    yield ""
 
 
 def _environment(found: Results) -> Iterator[str]:
@@ -60,7 +87,7 @@ def _environment(found: Results) -> Iterator[str]:
         "holds this median nine times in ten. Every result was checked against fp64 within the "
         "tests' error budget before it was timed; a wrong one is shown as wrong and has no time. "
         "In italics: a proxy, which does as much work in a vendor's kernel, for something else. "
-        "The share of the ceiling can exceed 100% where the data sits in a cache."
+        "The share of the ceiling can exceed 100% where the data sits in a cache, and says so."
     )
     yield ""
 
@@ -156,8 +183,8 @@ def _row(row: Row, names: list[str], extra: list[str]) -> list[str]:
     if row["kind"] not in (OURS, BASELINE):
         return [label, seconds(row["median_s"]), *shown, *gains, "-", "-", "-"]
     rates = [rate(row["gb_per_s"]), rate(row["gflop_per_s"])]
-    share = f"{percent(row['share'])} of {row['ceiling']}"
-    return [label, seconds(row["median_s"]), *shown, *gains, *rates, share]
+    part = f"{share(row['share'], row['ceiling'])} of {row['ceiling']}"
+    return [label, seconds(row["median_s"]), *shown, *gains, *rates, part]
 
 
 def _notes(rows: list[Row]) -> Iterator[str]:
@@ -190,8 +217,9 @@ def _scaling(found: Results, plots: list[str]) -> Iterator[str]:
     yield ""
     yield (
         "One size grows and the others stay. The exponent b of time ~ size^b is fitted to all "
-        "sizes by least squares on logarithms; beside it stands the one between the last two "
-        "sizes, where fixed costs weigh least. 1 is linear, 0 is constant."
+        f"sizes by least squares on logarithms, where there are at least {scaling.FEWEST}. After "
+        "it stands its standard error; R² is the part of the variance that the line explains, "
+        "which is small by itself where b is near 0. 1 is linear, 0 is constant."
     )
     yield ""
     yield from scaling_table(found)
@@ -211,20 +239,22 @@ def _scaling(found: Results, plots: list[str]) -> Iterator[str]:
 
 def scaling_table(found: Results) -> Iterator[str]:
     """The fitted exponents, a line per sweep and pass."""
-    yield cells(
-        ["op", "size", "from", "to", "pass", "implementation", "time", "last two", "memory"]
-    )
-    yield f"|{'---|' * 9}"
+    names = ["op", "size", "from", "to", "sizes", "pass", "implementation"]
+    yield cells([*names, "time", "R²", "memory", "R²"])
+    yield f"|{'---|' * 11}"
     for op, letter in scaling.sweeps(found):
         for mode in MODES:
             for fit in scaling.fits(found, op, letter, mode):
                 sizes = [str(fit.size(fit.points[end])) for end in (0, -1)]
                 name = f"**{fit.impl}**" if fit.kind == OURS else fit.impl
-                values = (fit.time, fit.last, fit.memory)
-                shown = ["-" if v is None else f"{v:.2f}" for v in values]
-                what = scaling.NAMES.get(letter, letter)
-                yield cells([f"`{op}`", what, *sizes, mode, name, *shown])
+                shown = [text for b in (fit.time, fit.memory) for text in _exponent(b)]
+                what, points = scaling.NAMES.get(letter, letter), str(len(fit.points))
+                yield cells([f"`{op}`", what, *sizes, points, mode, name, *shown])
     yield ""
+
+
+def _exponent(b: scaling.Exponent | None) -> tuple[str, str]:
+    return ("-", "-") if b is None else (str(b), f"{b.r_squared:.2f}")
 
 
 def _expert_parallel(found: Results) -> Iterator[str]:

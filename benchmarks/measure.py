@@ -27,6 +27,7 @@ from benchmarks import (
     spread,
     timing,
 )
+from benchmarks.limit import Ended, Limit
 from benchmarks.presets import Preset, dtype_name
 from benchmarks.rows import OURS, PROXY, Group, Row, rows
 from molex_kernels.testing.opinfo import Case, Inputs
@@ -57,6 +58,7 @@ class Meter:
 
     preset: Preset
     timed: bool = True
+    limit: Limit = field(default_factory=Limit)
     started: float = field(default_factory=time.monotonic)
     sweeping: float = 0.0  # when the first sweep began
     tuning: Counter[str] = field(default_factory=Counter)  # seconds, by label
@@ -72,24 +74,30 @@ class Meter:
         if reason:
             return outcomes
         for mode in group.modes:
-            torch._dynamo.reset()
             of_mode = [row for row in members if row.mode == mode]
-            if self._late(group):
-                for row in of_mode:
-                    outcomes[row.label, mode].status = SKIPPED
-                    outcomes[row.label, mode].reason = LATE
-                continue
-            with torch.set_grad_enabled(mode == "step"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                try:
-                    self._mode(group, of_mode, outcomes)
-                except Exception as error:
-                    # Whatever breaks the group breaks all of its rows; the next group still runs.
-                    reason = f"{type(error).__name__}: {_first_line(error)}"
-                    for row in of_mode:
-                        _fail(outcomes[row.label, mode], reason)
+            try:
+                with self.limit.running():
+                    self._mode_within_time(group, of_mode, outcomes)
+            except Ended:
+                _skip(of_mode, outcomes, self.limit.reason)
             _free(group)
         return outcomes
+
+    def _mode_within_time(self, group: Group, members: list[Row], outcomes: Outcomes) -> None:
+        mode = members[0].mode
+        torch._dynamo.reset()
+        if reason := self._late(group):
+            _skip(members, outcomes, reason)
+            return
+        with torch.set_grad_enabled(mode == "step"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                self._mode(group, members, outcomes)
+            except Exception as error:
+                # Whatever breaks the group breaks all of its rows; the next group still runs.
+                reason = f"{type(error).__name__}: {_first_line(error)}"
+                for row in members:
+                    _fail(outcomes[row.label, mode], reason)
 
     def _mode(self, group: Group, members: list[Row], outcomes: Outcomes) -> None:
         mode = members[0].mode
@@ -248,15 +256,18 @@ class Meter:
         for label in replays:
             outcomes[label, mode].facts["graph_s"] = statistics.median(samples[label].values())
 
-    def _late(self, group: Group) -> bool:
+    def _late(self, group: Group) -> str:
+        """Why nothing more of this kind is started; empty where it is."""
         now = time.monotonic()
         if group.sweep:
-            return now - self.sweeping > self.preset.sweep_seconds
-        return now - self.started > self.preset.ops_seconds
+            late = now - self.sweeping > self.preset.sweep_seconds
+        else:
+            late = now - self.started > self.preset.ops_seconds
+        return self.limit.reason or (LATE if late else "")
 
     def _too_much(self, group: Group) -> str:
-        if self._late(group):
-            return LATE
+        if late := self._late(group):
+            return late
         cost = group.info.cost(group.case, group.dtype, bool(group.info.differentiable))
         best = ceilings.measure(group.device, group.dtype)
         seconds = best.bound(cost.bytes, cost.flops)[0]
@@ -270,6 +281,16 @@ class Meter:
 
 def _fail(outcome: Outcome, reason: str) -> None:
     outcome.status, outcome.reason, outcome.samples = FAILED, reason, {}
+
+
+def _skip(members: list[Row], outcomes: Outcomes, reason: str) -> None:
+    """What has been found wrong or impossible stays that; the rest is not measured."""
+    for row in members:
+        outcome = outcomes[row.label, row.mode]
+        if outcome.status == OK:
+            outcome.status, outcome.reason, outcome.samples = SKIPPED, reason, {}
+            outcome.facts.pop("median_s", None)
+            outcome.facts.pop("versus", None)
 
 
 def make(group: Group, mode: str, case: Case) -> tuple[Inputs, check.Tensors | None]:

@@ -1,8 +1,11 @@
-"""The report's images of the ops: speed-ups, a roofline, and what grows with size."""
+"""The report's images of the ops: speed-ups, shares of the ceilings, what grows with size."""
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +14,16 @@ from matplotlib.axes import Axes
 
 from benchmarks import growth_plots, results
 from benchmarks.figure import (
+    BLUE,
     COLOURS,
-    MANY_COLOURS,
-    MANY_MARKERS,
     MARKERS,
+    ORANGE,
     OTHER,
     OURS_COLOUR,
     times_axis,
     write,
 )
-from benchmarks.formats import percent, ratio
+from benchmarks.formats import ratio, share
 from benchmarks.results import Results
 from benchmarks.rows import BASELINE, MODES
 from benchmarks.spread import Ratio
@@ -28,18 +31,24 @@ from benchmarks.spread import Ratio
 Gains = dict[str, Ratio]
 Means = dict[str, float]
 
+LINE = 0.12  # inches between the marks of a band
+MARK = 6.0  # points, less than a line
+CEILINGS = {"copy": BLUE, "matmul": ORANGE}
 MANY = 6  # shapes, from which on bars would be too many
 
 
-def draw(found: Results, folder: Path) -> list[str]:
-    """Writes every image there is data for; their names."""
-    names = [
-        overview(found, folder / "overview.png"),
-        _roofline(found, folder / "roofline.png"),
-        *growth_plots.draw(found, folder, "png"),
-        *(_speedups(found, op, folder) for op in results.ops(found)),
+def draw(found: Results, folder: Path, until: float = math.inf) -> list[str]:
+    """Writes every image there is data for, as PNG and SVG; the names of the PNGs.
+
+    By `time.monotonic()`, none is begun after `until`.
+    """
+    images: list[Callable[[], str]] = [
+        partial(overview, found, folder / "overview"),
+        partial(_ceilings, found, folder / "ceilings"),
+        *growth_plots.images(found, folder),
+        *(partial(_speedups, found, op, folder) for op in results.ops(found)),
     ]
-    return [name for name in names if name]
+    return [name for image in images if time.monotonic() < until and (name := image())]
 
 
 def _gains(found: Results, op: str, mode: str) -> list[tuple[str, Gains]]:
@@ -65,33 +74,51 @@ def overview(found: Results, path: Path) -> str:
 
 
 def _marks(found: Results, lines: dict[str, dict[str, Means]], title: str, path: Path) -> str:
-    """A panel per mode; a line per name, a mark per baseline."""
+    """A panel per mode; a band per name with a line of its own for each baseline's mark."""
     lines = {mode: of_mode for mode, of_mode in lines.items() if of_mode}
     if not lines:
         return ""
     names = list(dict.fromkeys(name for of_mode in lines.values() for name in of_mode))
-    height = 1.6 + 0.3 * len(names)
+    every = [means for of_mode in lines.values() for means in of_mode.values()]
+    baselines = [b for b in results.baselines(found["rows"]) if any(b in m for m in every)]
+    # Inches: a band's lines are so far apart that no mark covers the next.
+    height = 1.6 + (LINE * len(baselines) + LINE) * len(names)
     figure, axes = plt.subplots(
         1, len(lines), figsize=(4.5 + 3 * len(lines), height), squeeze=False, sharey=True
     )
+    step = 1 / (len(baselines) + 1)
     for axis, (mode, of_mode) in zip(axes[0], lines.items(), strict=True):
-        for baseline in results.baselines(found["rows"]):
-            points = [(m[baseline], names.index(n)) for n, m in of_mode.items() if baseline in m]
+        for index, baseline in enumerate(baselines):
+            shift = (index - (len(baselines) - 1) / 2) * step
+            points = [
+                (means[baseline], names.index(name) + shift)
+                for name, means in of_mode.items()
+                if baseline in means
+            ]
             axis.plot(
                 [x for x, _ in points], [y for _, y in points], MARKERS.get(baseline, "o"),
-                color=COLOURS.get(baseline, OTHER), markersize=7, label=f"vs {baseline}",
-                markeredgecolor="white",
+                color=COLOURS.get(baseline, OTHER), markersize=MARK, label=f"vs {baseline}",
             )  # fmt: skip
         times_axis(axis, [value for means in of_mode.values() for value in means.values()])
-        axis.hlines(range(len(names)), *axis.get_xlim(), color="#dddddd", linewidth=0.8, zorder=0)
+        for edge in range(len(names) - 1):
+            axis.axhline(edge + 0.5, color="#dddddd", linewidth=0.8, zorder=0)
         axis.set_title("forward" if mode == MODES[0] else "forward and backward")
         axis.set_xlabel("times faster (right of 1x: ours)")
     axes[0][0].set_yticks(range(len(names)), names)
-    axes[0][0].set_ylim(len(names) - 0.4, -0.6)
-    handles, texts = axes[0][0].get_legend_handles_labels()
+    axes[0][0].set_ylim(len(names) - 0.5, -0.5)
+    handles, texts = _entries(axes[0])
     figure.suptitle(title, fontweight="bold")
     figure.legend(handles, texts, ncols=len(texts), loc="lower center", frameon=False)
     return write(figure, path, bottom=0.3 / height)
+
+
+def _entries(axes: Iterable[Axes]) -> tuple[list[Any], list[str]]:
+    """Each entry of the panels' legends once."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(text, handle)
+    return list(found.values()), list(found)
 
 
 def _mean(gains: list[tuple[str, Gains]]) -> Means:
@@ -103,40 +130,37 @@ def _mean(gains: list[tuple[str, Gains]]) -> Means:
     return found
 
 
-def _roofline(found: Results, path: Path) -> str:
-    """Each op's first shape under the two ceilings measured in the same run."""
-    dtype, ceiling = next(iter(found["ceilings"].items()), ("", {}))
-    points = []
+def _ceilings(found: Results, path: Path) -> str:
+    """A bar per op: which part of the shortest possible time its first shape's forward pass is."""
+    bars = []
     for op in results.ops(found):
         for shape in results.shapes(found, op, MODES[0])[:1]:
             row = results.best(results.members(found, op, MODES[0], shape))
-            if row and row["flops"] and row["dtype"] == dtype:
-                label = f"{op}: {percent(row['share'])} of {row['ceiling']}"
-                points.append((row["flops"] / row["bytes"], row["gflop_per_s"] * 1e9, label))
-    if not points:
+            if row and row["bytes"]:
+                bars.append((row["share"], op, row["ceiling"]))
+    if not bars:
         return ""
-    figure, axis = plt.subplots(figsize=(9.5, 5))
-    knee = ceiling["matmul"] / ceiling["copy"]
-    left, right = min(0.5 * min(p[0] for p in points), 0.1), 3 * max(*(p[0] for p in points), knee)
-    heights = [left * ceiling["copy"], *[ceiling["matmul"]] * 2]
-    axis.plot([left, knee, right], heights, color=OURS_COLOUR, linewidth=1.5)
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    place = math.sqrt(left * knee)
-    axis.annotate("copy", (place, place * ceiling["copy"]), (-8, 4),
-                  textcoords="offset points", ha="right")  # fmt: skip
-    axis.annotate(f"matmul, {dtype}", (right, ceiling["matmul"]), (0, 4),
-                  textcoords="offset points", ha="right")  # fmt: skip
-    for number, (x, y, label) in enumerate(points):
-        colour = MANY_COLOURS[number % len(MANY_COLOURS)]
-        marker = MANY_MARKERS[number // len(MANY_COLOURS) % len(MANY_MARKERS)]
-        axis.plot([x], [y], marker, color=colour, markersize=8, label=label, linestyle="none",
-                  markeredgecolor="white")  # fmt: skip
-    axis.set_xlabel("FLOPs for each byte that has to cross memory")
-    axis.set_ylabel("FLOP/s, forward, the first shape of each op")
+    bars.sort()
+    figure, axis = plt.subplots(figsize=(8.5, 1.8 + 0.27 * len(bars)))
+    for ceiling, colour in CEILINGS.items():
+        chosen = [(place, part) for place, (part, _, by) in enumerate(bars) if by == ceiling]
+        if chosen:
+            places, parts = zip(*chosen, strict=True)
+            label = f"bound by {ceiling}"
+            axis.barh(places, [100 * part for part in parts], 0.7, color=colour, label=label)
+    for place, (part, _, ceiling) in enumerate(bars):
+        axis.annotate(
+            share(part, ceiling), (100 * part, place), (3, 0), textcoords="offset points",
+            va="center", fontsize=8,
+        )  # fmt: skip
+    axis.axvline(100, color=OURS_COLOUR, linewidth=1)
+    axis.set_xlim(0, 1.25 * 100 * max(1.0, bars[-1][0]))
+    axis.set_yticks(range(len(bars)), [op for _, op, _ in bars])
+    axis.set_xlabel("% of the copy's or the matmul's rate in this run, forward, first shape")
     axis.set_title("How close each op is to the machine's ceilings", fontweight="bold")
-    axis.grid(alpha=0.3, which="major")
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_axisbelow(True)
+    axis.legend(frameon=False, loc="lower right")
     return write(figure, path)
 
 
@@ -145,7 +169,7 @@ def _speedups(found: Results, op: str, folder: Path) -> str:
     panels = [(mode, bars) for mode in MODES if (bars := _gains(found, op, mode))]
     if not panels:
         return ""
-    title, path = f"{op}: speed-up against each baseline", folder / f"speedup-{op}.png"
+    title, path = f"{op}: speed-up against each baseline", folder / f"speedup-{op}"
     if max(len(bars) for _, bars in panels) > MANY:
         lines = {
             mode: {label.split("\n")[0]: _mean([(label, gains)]) for label, gains in bars}
@@ -162,7 +186,7 @@ def _speedups(found: Results, op: str, folder: Path) -> str:
     for axis, (mode, bars) in zip(axes[0], panels, strict=True):
         _bars(axis, bars, labels)
         axis.set_title(mode)
-    handles, texts = axes[0][0].get_legend_handles_labels()
+    handles, texts = _entries(axes[0])
     figure.suptitle(title, fontweight="bold")
     figure.legend(
         handles, [f"vs {t}" for t in texts], ncols=len(labels), loc="lower center", frameon=False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,8 @@ class Preset:
     `compile_seconds`: after it nothing more is compiled or tuned, each baseline for itself.
     `case_seconds`: a shape whose step would take longer at the machine's matmul rate is left out.
     `call_seconds`: a reference that would take longer is left out. `check_seconds`: where it would
-    take longer to check with, the oracle does where the op names one.
+    take longer to check with, the oracle does where the op names one. `limit_seconds`: the whole
+    run, its report included, unless the command line says otherwise.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Preset:
     images: ImagesPlan
     finetune: FinetunePlan
     needs_cuda: bool = False
+    limit_seconds: float = math.inf
 
 
 PRESETS = {
@@ -106,6 +109,7 @@ PRESETS = {
             text=TextPlan(seconds=32, max_steps=600, step_seconds=8),
             images=ImagesPlan(seconds=16),
             finetune=FinetunePlan(seconds=20),
+            limit_seconds=300,
         ),
         Preset(
             name="full",
@@ -168,6 +172,7 @@ PRESETS = {
             images=ImagesPlan(seconds=15, dim=64, layers=4, heads=2),
             finetune=FinetunePlan(seconds=20, length=128, per_package=400),
             needs_cuda=True,
+            limit_seconds=360,
         ),
     )
 }
@@ -184,7 +189,9 @@ def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     return both[::-1] if device.type == "cuda" else both
 
 
+NAMED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """The short name used in ids: "bf16", "fp16", "fp32", "fp64"."""
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    return names.get(dtype, "fp64")
+    return next((name for name, named in NAMED.items() if named == dtype), "fp64")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,15 @@ from benchmarks.measure import OK, Outcome
 class Record:
     """Appends to a file, which begins with the first row."""
 
-    def __init__(self, path: Path, preset: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        path: Path,
+        preset: str,
+        device: torch.device,
+        dtypes: Sequence[torch.dtype] | None = None,
+    ) -> None:
         self._path, self._preset, self._device = path, preset, device
+        self._dtypes = presets.dtypes(device) if dtypes is None else dtypes
         # Measured before anything else, which may leave the device warm, full or upset.
         self._start = self._head()
         self._begun = False
@@ -42,7 +50,7 @@ class Record:
             "environment": environment.describe(self._device),
             "ceilings": {
                 presets.dtype_name(dtype): dataclasses.asdict(ceilings.measure(self._device, dtype))
-                for dtype in presets.dtypes(self._device)
+                for dtype in self._dtypes
             },
         }
 

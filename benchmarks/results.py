@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,29 @@ def speedup(ours: Row, other: str) -> Ratio | None:
     """How many times longer the row named `other` takes than `ours`, measured side by side."""
     found = ours.get("versus", {}).get(other)
     return Ratio(*found) if found else None
+
+
+def measured(results: Results) -> bool:
+    """Whether any row has a time."""
+    return any("median_s" in row for row in results["rows"] + results["sweeps"])
+
+
+def skips(results: Results) -> str:
+    """ "379 of 458 rows skipped: 300 for time, ...": a line, or nothing if none was skipped."""
+    every = results["rows"] + results["sweeps"]
+    reasons = Counter(_why(row["reason"]) for row in every if row["status"] == "skipped")
+    if not reasons:
+        return ""
+    shown = ", ".join(f"{count} {why}" for why, count in reasons.most_common())
+    return f"{reasons.total()} of {len(every)} rows skipped ({shown}); listed in results.csv"
+
+
+def _why(reason: str) -> str:
+    if " time is spent" in reason or " was reached" in reason or "told to end" in reason:
+        return "for time"
+    if reason.startswith(("too large", "would take", "out of memory")):
+        return "too large"
+    return "not possible"
 
 
 def best(rows: list[Row]) -> Row | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from benchmarks.results import Results, Row
 from benchmarks.rows import OURS
@@ -19,9 +20,23 @@ NAMES = {
 }
 
 
+FEWEST = 4  # sizes that an exponent is fitted to: through fewer, hardly anything is no line
+
+
+class Exponent(NamedTuple):
+    """b of y ~ size^b, its standard error, and the part of the variance that the line explains."""
+
+    value: float
+    error: float
+    r_squared: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ±{self.error:.2f}"
+
+
 @dataclass(frozen=True)
 class Fit:
-    """One implementation over one size. `time` and `memory` are exponents, None if unknown."""
+    """One implementation over one size. `time` and `memory` are None with fewer sizes than four."""
 
     op: str
     letter: str
@@ -31,33 +46,33 @@ class Fit:
     points: tuple[Row, ...]
 
     @property
-    def time(self) -> float | None:
+    def time(self) -> Exponent | None:
         """b of time ~ size^b."""
         return exponent([(self.size(r), r["median_s"]) for r in self.points])
 
     @property
-    def memory(self) -> float | None:
+    def memory(self) -> Exponent | None:
         """b of peak memory ~ size^b."""
         return exponent([(self.size(r), r["peak_bytes"]) for r in self.points])
-
-    @property
-    def last(self) -> float | None:
-        """The time's exponent between the two largest sizes, where fixed costs weigh least."""
-        return exponent([(self.size(r), r["median_s"]) for r in self.points[-2:]])
 
     def size(self, row: Row) -> int:
         """The size that grows."""
         return row["sizes"][self.letter]
 
 
-def exponent(points: Sequence[tuple[float, float]]) -> float | None:
-    """The slope of a least-squares line through the logarithms."""
+def exponent(points: Sequence[tuple[float, float]]) -> Exponent | None:
+    """The slope of a least-squares line through the logarithms; None with fewer than four sizes."""
     logs = [(math.log(x), math.log(y)) for x, y in points if x > 0 and y > 0]
-    if len({x for x, _ in logs}) < 2:
+    if len({x for x, _ in logs}) < FEWEST:
         return None
     mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
     across = sum((x - mean_x) ** 2 for x, _ in logs)
-    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / across
+    value = sum((x - mean_x) * (y - mean_y) for x, y in logs) / across
+    total = sum((y - mean_y) ** 2 for _, y in logs)
+    rest = sum((y - mean_y - value * (x - mean_x)) ** 2 for x, y in logs)
+    error = math.sqrt(rest / (len(logs) - 2) / across)
+    # What is constant has no variance to explain.
+    return Exponent(value, error, 1 - rest / total if total else 1.0)
 
 
 def sweeps(found: Results) -> list[tuple[str, str]]:

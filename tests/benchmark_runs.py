@@ -1,11 +1,14 @@
-"""Small made-up runs of the benchmarks."""
+"""Small made-up runs of the benchmarks, and a small op."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+import torch
+
 from benchmarks import rows
+from molex_kernels.testing.opinfo import Case, Cost, OpInfo, Sweep
 
 FACTS = {
     "date": "2026-01-02 03:04 UTC", "commit": "0123456789", "device": "cpu", "chip": "Some Chip",
@@ -45,3 +48,29 @@ def pair(published: float, width: float = 0.02, **more: Any) -> list[dict[str, A
     interval = (published, published * (1 - width), published * (1 + width))
     ours = against({"published": interval, "compiled": interval}, **more)
     return [ours, *(row(n, 1e-3 * published, **more) for n in ("published", "compiled"))]
+
+
+def _scale(x: torch.Tensor, *, impl: str | None = None) -> torch.Tensor:
+    if impl not in (None, "reference"):
+        raise ValueError(impl)
+    return 2 * x
+
+
+def scale_op(**baselines: Any) -> OpInfo:
+    case = Case({"T": 64, "D": 8})
+    return OpInfo(
+        name="scale",
+        function=_scale,
+        make=lambda case, dtype, device, generator: {
+            "x": torch.randn(*case.sizes.values(), generator=generator).to(dtype)
+        },
+        results=lambda y: {"y": y},
+        differentiable=("x",),
+        tests=(),
+        benchmarks=(case,),
+        quick=(case,),
+        cost=lambda case, dtype, backward: Cost(case.sizes["T"] * 64, case.sizes["T"]),
+        baselines=baselines,
+        proxies={"copy": lambda x: x.clone()},
+        quick_sweeps=(Sweep("T", tuple(Case({"T": t, "D": 8}) for t in (16, 32))),),
+    )

@@ -42,7 +42,7 @@ from benchmarks import (
     timing,
 )
 from molex_kernels.testing import load_ops
-from molex_kernels.testing.opinfo import Case, Cost, OpInfo, Sweep
+from molex_kernels.testing.opinfo import Case, OpInfo
 
 CPU = torch.device("cpu")
 
@@ -92,30 +92,7 @@ def test_samples_of_one_round_are_taken_together():
 # Correctness before speed
 
 
-def _scale(x: torch.Tensor, *, impl: str | None = None) -> torch.Tensor:
-    if impl not in (None, "reference"):
-        raise ValueError(impl)
-    return 2 * x
-
-
-def _op(**baselines: Any) -> OpInfo:
-    case = Case({"T": 64, "D": 8})
-    return OpInfo(
-        name="scale",
-        function=_scale,
-        make=lambda case, dtype, device, generator: {
-            "x": torch.randn(*case.sizes.values(), generator=generator).to(dtype)
-        },
-        results=lambda y: {"y": y},
-        differentiable=("x",),
-        tests=(),
-        benchmarks=(case,),
-        quick=(case,),
-        cost=lambda case, dtype, backward: Cost(case.sizes["T"] * 64, case.sizes["T"]),
-        baselines=baselines,
-        proxies={"copy": lambda x: x.clone()},
-        quick_sweeps=(Sweep("T", tuple(Case({"T": t, "D": 8}) for t in (16, 32))),),
-    )
+_op = runs.scale_op
 
 
 @pytest.fixture(autouse=True)
@@ -312,16 +289,15 @@ def test_rows_are_there_as_soon_as_they_are_measured(tmp_path: Path):
 
 
 def test_a_run_that_is_told_to_end_reports_what_it_has(monkeypatch: Any, tmp_path: Path):
-    begun = []
-
-    def group(meter: measure.Meter, group: rows.Group) -> measure.Outcomes:
-        begun.append(group.name)
-        if len(begun) > 1:
+    def told(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.bfloat16:
             for _ in range(2):  # `timeout` tells twice
                 os.kill(os.getpid(), signal.SIGTERM)
-        return {("cpu", "forward"): _outcome(runs.row("cpu", 1.0), (0.25, 0.5))}
+        return 2 * x
 
-    monkeypatch.setattr(measure.Meter, "group", group)
+    info = _op(published=told)
+    monkeypatch.setattr(main, "load_ops", lambda: {"scale": info})
+    monkeypatch.setitem(presets.PRESETS, "quick", QUICK)
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cpu", "--out", str(tmp_path)])
     (tmp_path / "rows.jsonl").write_text('{"of": "an earlier run"}')
     before = signal.getsignal(signal.SIGTERM)
@@ -329,10 +305,15 @@ def test_a_run_that_is_told_to_end_reports_what_it_has(monkeypatch: Any, tmp_pat
         assert main.main() == 1
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert len(begun) == 2
-    assert "momentum_update" in (tmp_path / "report.md").read_text()
-    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert row["median_s"] == 0.375
+    assert "`scale`" in (tmp_path / "report.md").read_text()
+    found = json.loads((tmp_path / "results.json").read_text())
+    timed = {row["dtype"] for row in found["rows"] if "median_s" in row}
+    assert timed == {"fp32"}
+    left = [
+        row for row in found["rows"] + found["sweeps"] if "told to end" in row.get("reason", "")
+    ]
+    assert {row["dtype"] for row in left if not row["sweep"]} == {"bf16"}
+    assert {row["sizes"]["T"] for row in left if row["sweep"]} == {16, 32}
 
 
 def test_only_what_is_right_passes(tmp_path: Path):

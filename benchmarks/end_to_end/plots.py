@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
 from benchmarks.end_to_end import images
-from benchmarks.figure import write
+from benchmarks.figure import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    write,
+)
 from benchmarks.formats import seconds
 
-VARIANT_COLOURS = (
-    *("#000000", "#ee6677", "#4477aa", "#66ccee", "#228833", "#ccbb44", "#aa3377"),
-    *("#999933", "#882255", "#44aa99"),
-)
+VARIANT_COLOURS = (BLACK, VERMILION, BLUE, SKY, GREEN, ORANGE, PURPLE, GREY)
 
 
 def draw(found: dict[str, Any], folder: Path) -> list[str]:
     """Writes every image there is data for; their names."""
     names = []
     if text := found.get("text"):
-        names.append(_curves(text, folder / "text-curves.png"))
-        names.append(_steps(text, folder / "text-steps.png"))
+        names.append(_curves(text, folder / "text-curves"))
+        names.append(_steps(text, folder / "text-steps"))
     if digits := found.get("images"):
-        names.append(_accuracies(digits, folder / "images.png"))
+        names.append(_accuracies(digits, folder / "images"))
     return names
 
 
@@ -37,13 +45,13 @@ def _curves(text: dict[str, Any], path: Path) -> str:
         style = "-" if run["variant"] == text["base"] else "--"
         colour, name = _colours(text)[run["variant"]], text["labels"][run["variant"]]
         steps, bits = zip(*run["validation"], strict=True)
-        label = f"{name}, seed {run['seed']}: {run['final']:.3f} in the end, all windows"
+        label = f"{name}, seed {run['seed']}: {run['final']:.3f}"
         axis.plot(steps, bits, style, color=colour, marker=marker, markersize=3.5, label=label)
     axis.set_xlabel("step")
     axis.set_ylabel("validation bits per byte, every eighth window")
     axis.set_title("Byte-level transformer on the Python standard library", fontweight="bold")
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, title="in the end, on all windows", title_fontsize=8)
     return write(figure, path)
 
 
@@ -94,4 +102,4 @@ def _accuracies(found: dict[str, Any], path: Path) -> str:
 
 
 def _colours(text: dict[str, Any]) -> dict[str, str]:
-    return dict(zip(text["labels"], VARIANT_COLOURS, strict=False))
+    return dict(zip(text["labels"], itertools.cycle(VARIANT_COLOURS), strict=False))
