@@ -18,7 +18,8 @@ def key_mask_of(
     Args:
         mask: None; [B, N], non-zero for a token; or [B, H, N, N], any of B, H and the first N
             perhaps 1: bool, True for what is seen, or additive, 0 for it and -1e4 or less for what
-            is not. Causal ones are a triangle over the tokens. Rows of padding hold anything.
+            is not. Causal ones are a triangle over the tokens. The last row tells which tokens
+            there are; other rows of padding hold anything.
         batch: B.
         tokens: N.
         is_causal: whether a mask [B, H, N, N] has to be a triangle.
@@ -62,7 +63,9 @@ def key_mask_of(
         if mask.dtype != torch.bool:
             agrees &= seen | (mask <= _FAR)
         if agrees.shape[2] == tokens:
-            agrees |= ~keys[:, None, :, None]  # rows of padding, whose results are not used
+            # The results of padding are not used. A last row without any token tells nothing of it.
+            padding = ~keys & keys.any(1, keepdim=True)
+            agrees |= padding[:, None, :, None]
         kind = "causal mask" if is_causal else "mask"
         require(
             agrees.all(),
