@@ -9,6 +9,7 @@ import pytest
 import torch
 from mixtures import gradients, words
 
+import molex_kernels as mk
 from molex_kernels.integrations import _attention
 from molex_kernels.integrations._masks import key_mask_of
 from molex_kernels.integrations.transformers import install_rpc_attention, uninstall
@@ -362,6 +363,10 @@ def test_options_that_it_does_not_take(generator):
     ):
         with pytest.raises(error, match=message):
             install_rpc_attention(model, **options)
+    install_rpc_attention(model)
+    with pytest.raises(ValueError, match="model: expected layers without molex_rpc"):
+        mk.LayerExpertStack.from_transformers(model)
+    uninstall(model)
     with pytest.raises(TypeError, match="model: expected a module, got dict"):
         install_rpc_attention({})
     assert not any("molex" in name for m in model.modules() for name in vars(m))
