@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from molex_kernels import _check
+from molex_kernels.integrations._layers import Layers
 
 _NAME = "molex_given"  # of the argument
 _CACHES = ("cache", "past_key_values")  # the same, in releases of transformers
@@ -135,54 +134,22 @@ def mix_in(module: nn.Module, mixin: type[Part], place: Place) -> None:
     module.molex_place = place  # type: ignore[assignment]
 
 
-class Stack:
-    """The decoder of a model with mixtures of experts: where its layers and their blocks are.
+class Stack(Layers):
+    """The decoder of a model with mixtures of experts.
 
-    Attributes:
-        decoder: the module that calls the layers.
-        layers: all of them.
-        blocks: by index, the module of a layer whose child `experts` are the experts.
+    `parent` is the decoder, and `blocks` the modules whose child `experts` are the experts.
     """
 
     def __init__(self, model: Any) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a module, got {type(model).__name__}")
-        found: list[tuple[nn.Module, nn.ModuleList, dict[int, nn.Module]]] = []
-        for parent in model.modules():
-            for child in parent.children():
-                if isinstance(child, nn.ModuleList):
-                    blocks = dict(_blocks(child))
-                    if blocks:
-                        found.append((parent, child, blocks))
-        if len(found) != 1:
-            raise ValueError(
-                f"model: expected one stack of layers with experts, got {type(model).__name__} "
-                f"with {len(found)}"
-            )
-        self.decoder, self.layers, self.blocks = found[0]
-
-    def chosen(self, layers: Any) -> list[int]:
-        """The indices of `layers`, which have to have experts; None is all that have."""
-        if layers is None:
-            return sorted(self.blocks)
-        if isinstance(layers, str) or not isinstance(layers, Iterable):
-            raise TypeError(f"layers: expected indices of layers or None, got {layers!r}")
-        chosen = list(layers)
-        for index in chosen:
-            _check.integer("layers", index, 0, len(self.layers) - 1, " (the last layer)")
-            if index not in self.blocks:
-                raise ValueError(
-                    f"layers: expected layers with experts, {sorted(self.blocks)}, got {index}"
-                )
-        return sorted(set(chosen))
+        super().__init__(model, "experts", _block)
 
     def handover(self) -> Handover:
         """The decoder's, made when something is installed for the first time."""
-        found = getattr(self.decoder, "molex_handover", None)
+        found = getattr(self.parent, "molex_handover", None)
         if isinstance(found, Handover):
             return found
-        made = Handover(self.decoder, self.layers)
-        self.decoder.molex_handover = made  # type: ignore[assignment]
+        made = Handover(self.parent, self.layers)
+        self.parent.molex_handover = made  # type: ignore[assignment]
         for layer in self.layers:
             mix_in(layer, Layer, Place())
         return made
@@ -192,17 +159,9 @@ class Stack:
         place: Any = self.layers[index].molex_place
         return place
 
-    def check_open(self, name: str, module: nn.Module) -> None:
-        """Refuses a module whose class is not what its call runs."""
-        if "forward" in module.__dict__:
-            raise ValueError(
-                f"model: expected {name} to run the forward of its class, got "
-                f"{type(module).__name__} with one of its own (offloading sets one: install first)"
-            )
-
     def uninstall(self) -> bool:
         """Puts back every class and takes away every hook; False where there is nothing."""
-        handover = getattr(self.decoder, "molex_handover", None)
+        handover = getattr(self.parent, "molex_handover", None)
         if not isinstance(handover, Handover):
             return False
         parts = [module for module in self.layers.modules() if isinstance(module, Part)]
@@ -217,13 +176,12 @@ class Stack:
             del part.molex_place
         for hook in handover.hooks:
             hook.remove()
-        del self.decoder.molex_handover
+        del self.parent.molex_handover
         return True
 
 
-def _blocks(layers: nn.ModuleList) -> Iterator[tuple[int, nn.Module]]:
-    for index, layer in enumerate(layers):
-        for module in layer.modules():
-            if isinstance(getattr(module, "experts", None), nn.Module):
-                yield index, module
-                break
+def _block(layer: nn.Module) -> nn.Module | None:
+    with_experts = (
+        m for m in layer.modules() if isinstance(getattr(m, "experts", None), nn.Module)
+    )
+    return next(with_experts, None)

@@ -1,4 +1,4 @@
-"""This package's ops in transformers' mixture-of-experts models.
+"""This package's ops in transformers' models.
 
     from molex_kernels.integrations.transformers import install_experts
     install_experts()
@@ -7,6 +7,9 @@
     from molex_kernels.integrations.transformers import install_ac_router, install_momentum
     install_ac_router(model)                      # routes by the clusters of the layer before
     install_momentum(model, mk.HeavyBall(mu=0.7)) # steps against the experts, with momentum
+
+    from molex_kernels.integrations.transformers import install_rpc_attention
+    install_rpc_attention(model, layers=[0])      # BERT, ViT, GPT-2, Llama: robust attention
 
 Weights, names and checkpoints stay as they are, adapters of PEFT on the expert weights included.
 """
@@ -20,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from molex_kernels import _modules
-from molex_kernels.integrations._handover import Stack
+from molex_kernels.integrations import _attention
+from molex_kernels.integrations._attention import install_rpc_attention
+from molex_kernels.integrations._handover import Handover, Stack
 from molex_kernels.integrations._momentum import install_momentum
 from molex_kernels.integrations._routers import install_ac_router
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
@@ -49,6 +54,7 @@ __all__ = [
     "install_ac_router",
     "install_experts",
     "install_momentum",
+    "install_rpc_attention",
     "uninstall",
 ]
 
@@ -96,16 +102,20 @@ def uninstall(model: nn.Module) -> bool:
     What `set_experts_implementation("molex")` has changed is put back by giving it another name.
 
     Args:
-        model: the whole model, or its decoder.
+        model: the whole model, or the part of it that was given when it was installed.
 
     Returns:
         Whether there was something.
 
     Raises:
         TypeError: a model that is no module.
-        ValueError: a model without layers with experts, or one that has been wrapped since then.
+        ValueError: a model that has been wrapped since then.
     """
-    return Stack(model).uninstall()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
+    handed_over = any(isinstance(vars(m).get("molex_handover"), Handover) for m in model.modules())
+    was_there = handed_over and Stack(model).uninstall()
+    return _attention.uninstall(model) or was_there
 
 
 def _let_the_name_through() -> None:

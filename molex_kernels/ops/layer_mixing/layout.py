@@ -195,7 +195,7 @@ def stacked(parameters: Sequence[Tensor], name: str) -> Tensor:
 def _facts(layout: Layout, layer: nn.Module) -> tuple[Any, ...]:
     heads = part(layer, layout.heads)
     attention = part(layer, layout.heads.rpartition(".")[0])
-    for name in ("crossattention", "is_decoder", "scale_attn_by_inverse_layer_idx"):
+    for name in ("crossattention", "is_decoder", "scale_attn_by_inverse_layer_idx", "molex_rpc"):
         if getattr(layer, name, False) or getattr(attention, name, False):
             raise ValueError(f"model: expected layers without {name}")
     weight, _ = linear_parts(part(layer, layout.linears["out"]))

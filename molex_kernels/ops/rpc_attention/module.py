@@ -185,26 +185,29 @@ class RPCAttention(_Attention):
         """
         _no_mask(attn_mask, "key_mask [B, N] tells which tokens there are")
         *q, k, v = self._heads(x)
-        split: Any = {"num_iters": 1, "threshold": torch.inf}
-        if self.robust:
-            split = {
-                "num_iters": self.num_iters,
-                "lam": self.lam,
-                "threshold": self.threshold,
-                "mu_width": self.mu_width,
-                "mu_divisor": self.mu_divisor,
-            }
         low = rpc_attention(
             k,
             v,
             q=q[0] if q else None,
-            **split,
+            **self._split_options(),
             causal=self.causal or is_causal,
             key_mask=key_mask,
             dropout_p=self.attn_drop if self.training else 0.0,
             impl=self.impl,
         )
         return self._out(low)  # type: ignore[arg-type]
+
+    def _split_options(self) -> dict[str, Any]:
+        """The arguments of `rpc_attention` that say how k is split."""
+        if not self.robust:
+            return {"num_iters": 1, "threshold": torch.inf}
+        return {
+            "num_iters": self.num_iters,
+            "lam": self.lam,
+            "threshold": self.threshold,
+            "mu_width": self.mu_width,
+            "mu_divisor": self.mu_divisor,
+        }
 
     def extra_repr(self) -> str:
         return (
