@@ -254,16 +254,15 @@ def check_options(mask: Any, alpha: Any, expert_dropout: Any) -> None:
 
 
 def check_deltas(
-    layer: Layer,
-    out_features: int | None = None,
-    in_features: int | None = None,
-    num_experts: int | None = None,
-    of: str = "",
+    layer: Layer, between: tuple[int | None, int | None] = (None, None), of: str = ""
 ) -> None:
-    """What deltas are made of; `of` stands behind the names of arguments in a message."""
+    """What deltas are made of, where the base has the sizes [O, D] = `between`.
+
+    `of` stands behind the names of arguments in a message.
+    """
     base, experts = layer.base, layer.experts
-    _check.floating(f"base{of}", base, "O, D", (out_features, in_features))
-    _check_experts(experts, base, f"experts{of}", num_experts)
+    _check.floating(f"base{of}", base, "O, D", between)
+    _check_experts(experts, base, f"experts{of}")
     _check_factors(f"curvature{of}", layer.curvature, FACTORS, base, experts.shape[0])
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molex_kernels import _backends, _check, _modules, _published
 from molex_kernels.ops.merging.api import MASKS, camex_deltas, camex_linear
+from molex_kernels.ops.merging.experts import ACTIVATIONS, activate
 from molex_kernels.ops.merging.gates import (
     FIRST,
     cv_squared_loss,
@@ -38,7 +38,6 @@ PUBLISHED = {
     "bias_out1": "curve1_bias",
     "bias_out2": "curve2_bias",
 }
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 
 class CAMExLinear(_modules.Module):
@@ -497,7 +496,7 @@ class CAMExMLP(_modules.Module):
         up, down = _modules.pair_of_tensors("deltas", deltas)
         hidden, up_loss = self.up(x, base=base_up, deltas=up, token_mask=token_mask)
         y, down_loss = self.down(
-            self._activate(hidden), base=base_down, deltas=down, token_mask=token_mask
+            activate(hidden, self.activation), base=base_down, deltas=down, token_mask=token_mask
         )
         return y, up_loss + down_loss
 
@@ -521,10 +520,3 @@ class CAMExMLP(_modules.Module):
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
-
-    def _activate(self, hidden: Tensor) -> Tensor:
-        if self.activation == "relu":
-            return F.relu(hidden)
-        if self.activation == "silu":
-            return F.silu(hidden)
-        return F.gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none")
