@@ -39,15 +39,22 @@ class Versions:
                     f"{name}: expected a tensor whose changes are counted, got one made in "
                     "torch.inference_mode()"
                 )
-        # The alias keeps the memory, so that no other tensor has its address.
-        self._kept = {name: (t, t.detach(), t._version) for name, t in tensors.items()}
-        self._stepped: set[str] = set()
-        self._generation = _generation()
-        _watch(self)
+        self._keep(tensors, set())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which are of their own tensors and count anew."""
+        is_old = self._generation != _generation()
+        changed = {n for n, (t, _, _) in self._kept.items() if is_old or self._has_changed(n, t)}
+        return {"tensors": {n: t for n, (t, _, _) in self._kept.items()}, "changed": changed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy is that of its own tensors.
-        self.__dict__.update(state)
+        self._keep(state["tensors"], state["changed"])
+
+    def _keep(self, tensors: Mapping[str, Tensor], changed: set[str]) -> None:
+        # The alias keeps the memory, so that no other tensor has its address.
+        self._kept = {name: (t, t.detach(), t._version) for name, t in tensors.items()}
+        self._changed = changed
+        self._generation = _generation()
         _watch(self)
 
     def check(self, tensors: Mapping[str, Tensor], of: str) -> None:
@@ -58,13 +65,12 @@ class Versions:
         for name, tensor in tensors.items():
             if name not in self._kept:
                 raise ValueError(f"{name}: expected None, for {of} were made without")
-            kept, alias, version = self._kept[name]
-            if tensor is not kept or _address(tensor) != _address(alias):
+            if self._is_other(name, tensor):
                 raise ValueError(
                     f"{name}: expected the tensor of which {of} were made, got another. "
                     f"Make {of} anew"
                 )
-            if tensor._version != version or name in self._stepped:
+            if self._has_changed(name, tensor):
                 raise ValueError(
                     f"{name}: expected the values of which {of} were made, but it has changed "
                     f"since. Make {of} anew"
@@ -75,11 +81,19 @@ class Versions:
                 "has stepped since. Make them anew"
             )
 
+    def _is_other(self, name: str, tensor: Tensor) -> bool:
+        kept, alias, _ = self._kept[name]
+        return tensor is not kept or _address(tensor) != _address(alias)
+
+    def _has_changed(self, name: str, tensor: Tensor) -> bool:
+        version = self._kept[name][2]
+        return name in self._changed or tensor._version != version or self._is_other(name, tensor)
+
     def step(self, stepped: set[int]) -> None:
         """Marks the tensors whose memory an optimizer has written."""
         for name, (tensor, _, _) in self._kept.items():
             if _memory(tensor) in stepped:
-                self._stepped.add(name)
+                self._changed.add(name)
 
 
 def _watch(versions: Versions) -> None:
