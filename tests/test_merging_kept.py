@@ -250,6 +250,19 @@ def test_micro_batches_of_one_loss(v: Values):
     assert all(same(a, b, 1e-5) for a, b in zip(got, want, strict=True))
 
 
+def test_micro_batches_by_leaves(v: Values):
+    """As the docstring has it: what stands behind the deltas is walked once."""
+    parameters = list(v.values())
+    want = torch.autograd.grad(3 * whole(v, mask="ties").square().sum(), parameters)
+    deltas = kept(v, "ties")
+    leaves = [d.detach().requires_grad_() for d in (deltas.up, deltas.down)]
+    for _ in range(3):
+        use(v, leaves, experts=None, curvature=None).square().sum().backward()
+    torch.autograd.backward((deltas.up, deltas.down), [leaf.grad for leaf in leaves])
+    for parameter, gradient in zip(parameters, want, strict=True):
+        assert same(parameter.grad, gradient, 1e-5)
+
+
 def test_checkpointing_computes_them_once(v: Values, monkeypatch):
     from molex_kernels.ops.merging import experts
 

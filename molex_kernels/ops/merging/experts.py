@@ -133,8 +133,12 @@ def camex_experts_deltas(
     Made under `torch.no_grad()` they serve inference and evaluation, any number of calls. Made with
     gradients they carry the graph that leads to base, experts and curvature, and which the first
     backward pass frees: a second one through the same deltas is PyTorch's error ("backward through
-    the graph a second time"). For several micro-batches of one step add their losses up, or pass
-    retain_graph=True to each `backward` but the last.
+    the graph a second time"). For several micro-batches of one step either add their losses up; or
+    pass retain_graph=True to each `backward` but the last; or walk that graph once, at the end:
+
+        leaves = [d.detach().requires_grad_() for d in (deltas.up, deltas.down)]
+        camex_experts(x, base, None, gates, deltas=leaves).sum().backward()  # for each micro-batch
+        torch.autograd.backward((deltas.up, deltas.down), [leaf.grad for leaf in leaves])
 
     Args:
         base: (up [I, D], down [D, I]). fp16, bf16, fp32 (fp64: reference only).
