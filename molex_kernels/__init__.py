@@ -23,6 +23,7 @@ from molex_kernels.ops.layer_mixing.api import (
 from molex_kernels.ops.layer_mixing.module import LayerExpertOutput, LayerExpertStack
 from molex_kernels.ops.layer_mixing.types import LoRA
 from molex_kernels.ops.merging.api import camex_deltas, camex_linear, camex_merge
+from molex_kernels.ops.merging.experts import camex_experts, camex_experts_deltas
 from molex_kernels.ops.merging.gates import (
     cv_squared_loss,
     noisy_topk_gates,
@@ -30,7 +31,7 @@ from molex_kernels.ops.merging.gates import (
     segment_gates,
 )
 from molex_kernels.ops.merging.module import CAMExLinear, CAMExMLP
-from molex_kernels.ops.merging.types import KroneckerCurvature
+from molex_kernels.ops.merging.types import CamexDeltas, KroneckerCurvature
 from molex_kernels.ops.momentum.api import moe_mlp_momentum, momentum_update
 from molex_kernels.ops.momentum.module import MomentumMoE, MomentumOutput
 from molex_kernels.ops.momentum.types import (
@@ -63,6 +64,7 @@ __all__ = [
     "Adam",
     "CAMExLinear",
     "CAMExMLP",
+    "CamexDeltas",
     "ClampedSwiGLU",
     "CosineRouter",
     "HeavyBall",
@@ -87,6 +89,8 @@ __all__ = [
     "ac_route",
     "ac_weights",
     "camex_deltas",
+    "camex_experts",
+    "camex_experts_deltas",
     "camex_linear",
     "camex_merge",
     "check_layer_index",

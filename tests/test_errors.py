@@ -64,6 +64,18 @@ def _camex(x=SEGMENTS, base=BASE, experts=EXPERTS, gates=GATES, **options):
     return mk.camex_linear(x, base, experts, gates, **options)
 
 
+BASES, MIXTURE = (BASE, BASE.mT), (EXPERTS, EXPERTS.mT)
+CURVATURES = (CURVATURE, mk.KroneckerCurvature.identity(3, 4, 6, 2))
+
+
+def _whole(x=SEGMENTS, base=BASES, experts=MIXTURE, gates=GATES, **options):
+    return mk.camex_experts(x, base, experts, gates, **options)
+
+
+def _kept(base=BASES, experts=MIXTURE, **options):
+    return mk.camex_experts_deltas(base, experts, **options)
+
+
 def _deltas(base=BASE, experts=EXPERTS, **options):
     return mk.camex_deltas(base, experts, **options)
 
@@ -164,6 +176,46 @@ TYPE = [
     (lambda: _camex(curvature=CURVATURE[:2]), "curvature: expected a KroneckerCurvature"),
     (lambda: _camex(alpha="1"), "alpha: expected a number"),
     (lambda: _deltas(curvature=CURVATURE._replace(in2=None)), "curvature.in2: expected a tensor"),
+    (lambda: _whole(base=BASE), r"base: expected a pair \(up, down\), got Tensor"),
+    (lambda: _whole(base=BASES[:1]), r"base: expected a pair \(up, down\), got tuple of 1"),
+    (lambda: _whole(base=(BASE, None)), r"base\.down: expected a tensor"),
+    (
+        lambda: _whole(base=(BASE, BASE.mT.half())),
+        r"base\.down: expected dtype float32, got float16",
+    ),
+    (lambda: _whole(experts=None), r"experts: expected a pair \(up, down\), got NoneType"),
+    (lambda: _whole(experts=(EXPERTS, None)), r"experts\.down: expected a tensor"),
+    (lambda: _whole(experts=3 * MIXTURE), r"experts: expected a pair .*, got tuple of 6"),
+    (
+        lambda: _whole(curvature=CURVATURE),
+        r"curvature: expected a pair .* got KroneckerCurv.* of 4",
+    ),
+    (
+        lambda: _whole(curvature=(None, 3)),
+        r"curvature\.down: expected a KroneckerCurvature, got int",
+    ),
+    (lambda: _whole(gates=(GATES, None)), r"gates\.down: expected a tensor"),
+    (lambda: _whole(gates=None), r"gates: expected a tensor \[S, E\]"),
+    (lambda: _whole(gates=3 * (GATES,)), r"gates: expected a pair .*, got tuple of 3"),
+    (lambda: _whole(bias=GATES), r"bias: expected a pair \(up, down\), got Tensor"),
+    (lambda: _whole(bias=(torch.zeros(3, 6), None)), r"base_bias\.up: expected a tensor \[O\]"),
+    (lambda: _whole(base_bias=(None, 1.0)), r"base_bias\.down: expected a tensor"),
+    (
+        lambda: _whole(bias_curvature=(None, CURVATURE[:2])),
+        r"bias\.down: expected a tensor \[E, O\] where a bias_curvature",
+    ),
+    (lambda: _whole(deltas=EXPERTS), r"deltas: expected a pair \(up, down\), got Tensor"),
+    (lambda: _whole(experts=None, deltas=(EXPERTS, BASE.long())), r"deltas\.down: expected dtype"),
+    (lambda: _whole(deltas=_kept(), curvature=(None, 3)), r"curvature\.down: expected a Kronecker"),
+    (lambda: _whole(x=SEGMENTS.half(), deltas=_kept()), r"base\.up: expected dtype float16"),
+    (lambda: _whole(alpha="1"), "alpha: expected a number"),
+    (lambda: _kept(experts=EXPERTS), r"experts: expected a pair \(up, down\), got Tensor"),
+    (lambda: _kept(base=(BASE, BASE.mT.half())), r"experts\.down: expected dtype float16"),
+    (
+        lambda: _kept(base=(BASE, BASE.mT.half()), experts=(EXPERTS, EXPERTS.mT.half())),
+        r"base\.down: expected dtype float32, got float16",
+    ),
+    (lambda: _kept(curvature=(None, CURVATURE[:2])), r"curvature\.down: expected a Kronecker"),
     (lambda: _deltas(experts=EXPERTS.half()), "experts: expected dtype"),
     (lambda: mk.noisy_topk_gates(X, GATE.T, top_k=1.0, training=False), "top_k: expected an int"),
     (lambda: mk.segment_gates(GATES[None].long()), "gates: expected dtype"),
@@ -276,6 +328,59 @@ VALUE = [
         "curvature: expected None where deltas",
     ),
     (lambda: _camex(experts=None, deltas=BASE), "deltas: expected shape"),
+    (lambda: _whole(x=SEGMENTS[0]), r"x: expected shape \[S, T, D\]"),
+    (
+        lambda: _whole(base=(BASE, BASE)),
+        r"base\.down: expected shape .* with O=4, D=6, got \[6, 4\]",
+    ),
+    (lambda: _whole(base=(BASE, BASE.mT[:, :5])), r"base\.down: expected shape .* with O=4, D=6"),
+    (lambda: _whole(base=(BASE, BASE.mT[:3])), r"base\.down: expected shape .* with O=4, D=6"),
+    (
+        lambda: _whole(experts=(EXPERTS, EXPERTS)),
+        r"experts\.down: expected shape .* got \[3, 6, 4\]",
+    ),
+    (
+        lambda: _whole(experts=(EXPERTS, EXPERTS.mT[:2])),
+        r"experts\.down: expected shape .* with E=3.*, got \[2, 4, 6\]",
+    ),
+    (lambda: _whole(gates=GATES[:1]), "gates: expected shape .* with S=2, E=3"),
+    (lambda: _whole(gates=(GATES, GATES[:, :2])), r"gates\.down: expected shape .* with S=2, E=3"),
+    (lambda: _whole(activation="swiglu"), "activation: expected one of 'relu', .* got 'swiglu'"),
+    (lambda: _whole(mask="dare"), "mask: expected one of None, 'ties', got 'dare'"),
+    (lambda: _whole(expert_dropout=1.0), "expert_dropout: expected"),
+    (
+        lambda: _whole(curvature=(CURVATURE, CURVATURE)),
+        r"curvature\.down: expected out1 and out2 of sizes whose product is O=4",
+    ),
+    (
+        lambda: _whole(bias=(None, torch.zeros(3, 6)), base_bias=(None, torch.zeros(4))),
+        r"bias\.down: expected shape .* with E=3, O=4",
+    ),
+    (lambda: _whole(deltas=MIXTURE), r"experts\.up: expected None where deltas are given"),
+    (
+        lambda: _whole(experts=None, deltas=MIXTURE, curvature=CURVATURES),
+        r"curvature\.up: expected None where deltas are given",
+    ),
+    (
+        lambda: _whole(experts=None, deltas=(EXPERTS, EXPERTS.mT[:2])),
+        r"deltas\.down: expected shape .* with E=3",
+    ),
+    (lambda: _whole(deltas=_kept(), mask="ties"), "mask: expected that of the deltas, None, got"),
+    (lambda: _whole(deltas=_kept(), base=(BASE, BASE.mT)), r"base\.down: expected the tensor of"),
+    (lambda: _whole(x=SEGMENTS.to("meta"), deltas=_kept()), r"base\.up: expected device meta, got"),
+    (
+        lambda: _kept(base=(BASE, BASE)),
+        r"base\.down: expected shape .* with O=4, D=6, got \[6, 4\]",
+    ),
+    (
+        lambda: _kept(experts=(EXPERTS[:0], EXPERTS.mT)),
+        r"experts\.up: expected shape .* E at least 1",
+    ),
+    (lambda: _kept(mask="dare"), "mask: expected one of None, 'ties', got 'dare'"),
+    (
+        lambda: _kept(base=(BASE.to("meta"), BASE.mT), experts=(EXPERTS.to("meta"), EXPERTS.mT)),
+        r"base\.down: expected device meta, got cpu",
+    ),
     (lambda: _camex(alpha=math.nan), "alpha: expected a finite number"),
     (lambda: _camex(expert_dropout=1.0), "expert_dropout: expected at least 0 and below 1"),
     (lambda: _camex(expert_dropout=-0.1), "expert_dropout: expected"),
@@ -425,7 +530,21 @@ def test_value_errors(call, message):
 
 @pytest.mark.parametrize(
     "function",
-    [_topk, _weights, _ac, _mlp, _gemm, _momentum, _moe_momentum, _camex, _deltas, _rpc, _scaled],
+    [
+        _topk,
+        _weights,
+        _ac,
+        _mlp,
+        _gemm,
+        _momentum,
+        _moe_momentum,
+        _camex,
+        _deltas,
+        _whole,
+        _kept,
+        _rpc,
+        _scaled,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_an_implementation_that_cannot_run(function):

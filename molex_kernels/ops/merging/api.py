@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ MASKS = (None, "ties")
 ELECTIONS = ("unweighted", "weighted")
 FACTORS = KroneckerCurvature._fields
 BIAS_FACTORS = ("out1", "out2")
-
-Factors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 declare("camex_merge", TRITON, CPU, REFERENCE)
 declare("camex_deltas", TRITON, CPU, REFERENCE)
@@ -69,13 +67,11 @@ def camex_deltas(
         ValueError: a wrong shape, device or mask, no expert.
         NotImplementedError: the explicit `impl` cannot run.
     """
-    base, experts, curvature = _parameters(base, experts, curvature)
-    _check.floating("base", base, "O, D", (None, None))
+    layer = Layer(base, experts, curvature).promoted()
     _check.choice("mask", mask, MASKS)
-    _check_experts(experts, base)
-    factors = _check_factors("curvature", curvature, FACTORS, base, experts.shape[0])
-    chosen = select("camex_deltas", impl, base)
-    return _deltas(base, experts, factors, mask, chosen if chosen == "reference" else impl)
+    check_deltas(layer)
+    chosen = select("camex_deltas", impl, layer.base)
+    return deltas_of(layer, mask, chosen if chosen == "reference" else impl)
 
 
 def camex_merge(
@@ -131,10 +127,10 @@ def camex_merge(
         ValueError: a wrong shape, device or option.
         NotImplementedError: the explicit `impl` cannot run.
     """
-    base, experts, curvature = _parameters(base, experts, curvature)
+    base, experts, curvature = Layer(base, experts, curvature).promoted()[:3]
     _check.floating("base", base, "O, D", (None, None))
     _check_experts(experts, base)
-    _check_gates(gates, base, (None, experts.shape[0]))
+    _check_gates("gates", gates, base, (None, experts.shape[0]))
     _check.number("alpha", alpha, -float("inf"))
     _check.flags(normalize=normalize)
     _check_election(mask, elect, normalize, density)
@@ -224,38 +220,109 @@ def camex_linear(
         ValueError: a wrong shape, device or option.
         NotImplementedError: the explicit `impl` cannot run.
     """
-    base, experts, curvature, bias, base_bias, bias_curvature = _parameters(
-        base, experts, curvature, bias, base_bias, bias_curvature
-    )
+    layer = Layer(base, experts, curvature, deltas, bias, base_bias, bias_curvature).promoted()
     _check.floating("x", x, "S, T, D", (None, None, None))
-    dtypes = _dtypes.parameter_dtypes(x)
-    _check.tensor("base", base, "O, D", (None, x.shape[2]), dtypes, x)
+    check_options(mask, alpha, expert_dropout)
+    check_layer(layer, x, gates, in_features=x.shape[2])
+    chosen = select("camex_linear", impl, _dtypes.autocast(x)[0])
+    named = chosen if chosen == "reference" else impl
+    return linear(x, layer, gates, mask, alpha, expert_dropout, named)
+
+
+class Layer(NamedTuple):
+    """The parameters of one merged linear layer, as `camex_linear` has them."""
+
+    base: Tensor
+    experts: Any  # a tensor, or None where deltas are given
+    curvature: KroneckerCurvature | None = None
+    deltas: Tensor | None = None
+    bias: Tensor | None = None
+    base_bias: Tensor | None = None
+    bias_curvature: Sequence[Tensor] | None = None
+
+    def promoted(self) -> Any:
+        """In one dtype under autocast, but for deltas, which have been made in it."""
+        deltas = self.deltas
+        return Layer(*_parameters(*self._replace(deltas=None)))._replace(deltas=deltas)
+
+
+def check_options(mask: Any, alpha: Any, expert_dropout: Any) -> None:
+    """The options of `camex_linear`."""
     _check.choice("mask", mask, MASKS)
     _check.number("alpha", alpha, -float("inf"))
     _check_dropout(expert_dropout)
-    stack = _check_stack(base, experts, deltas, curvature, dtypes)
-    num_experts = stack.shape[0]
-    _check_gates(gates, x, (x.shape[0], num_experts))
-    _check_bias(base, num_experts, bias, base_bias, bias_curvature)
-    factors = _check_factors("curvature", curvature, FACTORS, base, num_experts)
-    bias_factors = _check_factors("bias_curvature", bias_curvature, BIAS_FACTORS, base, num_experts)
 
-    (in_autocast,) = _dtypes.autocast(x)
-    chosen = select("camex_linear", impl, in_autocast)
-    named = chosen if chosen == "reference" else impl
+
+def check_deltas(
+    layer: Layer, between: tuple[int | None, int | None] = (None, None), of: str = ""
+) -> None:
+    """What deltas are made of, where the base has the sizes [O, D] = `between`.
+
+    `of` stands behind the names of arguments in a message.
+    """
+    base, experts = layer.base, layer.experts
+    _check.floating(f"base{of}", base, "O, D", between)
+    _check_experts(experts, base, f"experts{of}")
+    _check_factors(f"curvature{of}", layer.curvature, FACTORS, base, experts.shape[0])
+
+
+def check_layer(
+    layer: Layer,
+    x: Tensor,
+    gates: Tensor,
+    *,
+    out_features: int | None = None,
+    in_features: int,
+    num_experts: int | None = None,
+    of: str = "",
+    of_gates: str = "",
+) -> None:
+    """Everything that one merged layer takes beside its input [S, T, D], of the dtype of x."""
+    dtypes = _dtypes.parameter_dtypes(x)
+    base = layer.base
+    _check.tensor(f"base{of}", base, "O, D", (out_features, in_features), dtypes, x)
+    num_experts = _check_stack(layer, dtypes, num_experts, of).shape[0]
+    _check_gates(f"gates{of_gates}", gates, x, (x.shape[0], num_experts))
+    _check_bias(layer, num_experts, of)
+    for name, factors, fields in (
+        ("curvature", layer.curvature, FACTORS),
+        ("bias_curvature", layer.bias_curvature, BIAS_FACTORS),
+    ):
+        _check_factors(f"{name}{of}", factors, fields, base, num_experts)
+
+
+def linear(
+    x: Tensor,
+    layer: Layer,
+    gates: Tensor,
+    mask: str | None,
+    alpha: float,
+    expert_dropout: float,
+    impl: str | None,
+) -> Tensor:
+    """`camex_linear` of checked arguments, `layer` being promoted and `impl` selected."""
     gates = _scaled(gates, alpha, x.dtype)
     if expert_dropout:
         keep = torch.rand_like(gates) >= expert_dropout
         gates = torch.where(keep, gates / (1 - expert_dropout), 0)
     merged_bias = None
-    if base_bias is not None:
-        merged_bias = _merged_bias(bias, base_bias, gates, bias_factors, mask)
-    if deltas is None:
-        deltas = _deltas(base, stack, factors, mask, named)
-    x, base, deltas = _dtypes.autocast(x, base, deltas)
-    if chosen == "reference":
+    if layer.base_bias is not None:
+        merged_bias = _merged_bias(layer, layer.base_bias, gates, mask)
+    deltas = deltas_of(layer, mask, impl) if layer.deltas is None else layer.deltas
+    x, base, deltas = _dtypes.autocast(x, layer.base, deltas)
+    if impl == "reference":
         return reference.linear(x, base, deltas, gates, merged_bias)
     return op.linear(impl, x, base, deltas, gates, merged_bias)
+
+
+def deltas_of(layer: Layer, mask: str | None, impl: str | None) -> Tensor:
+    """`camex_deltas` of checked arguments, `layer` being promoted and `impl` selected."""
+    ties = mask == "ties"
+    curvature = layer.curvature
+    if impl == "reference":
+        return reference.deltas(layer.base, layer.experts, curvature, ties)
+    factors = (None,) * 4 if curvature is None else curvature
+    return op.deltas(impl, layer.base, layer.experts, *factors, ties)
 
 
 def _parameters(*values: Any) -> Any:
@@ -266,16 +333,6 @@ def _parameters(*values: Any) -> Any:
         tuple(next(found) for _ in value) if isinstance(value, tuple) else next(found)
         for value in values
     ]
-
-
-def _deltas(
-    base: Tensor, experts: Tensor, factors: Factors, mask: str | None, impl: str | None
-) -> Tensor:
-    ties = mask == "ties"
-    if impl == "reference":
-        given = [factor for factor in factors if factor is not None]
-        return reference.deltas(base, experts, given or None, ties)
-    return op.deltas(impl, base, experts, *factors, ties)
 
 
 def _merge(base: Tensor, deltas: Tensor, gates: Tensor, impl: str | None) -> Tensor:
@@ -292,21 +349,15 @@ def _merge(base: Tensor, deltas: Tensor, gates: Tensor, impl: str | None) -> Ten
     return merged.unflatten(1, base.shape).to(base.dtype)
 
 
-def _merged_bias(
-    bias: Tensor | None,
-    base_bias: Tensor,
-    gates: Tensor,
-    factors: Factors,
-    mask: str | None,
-) -> Tensor:
+def _merged_bias(layer: Layer, base_bias: Tensor, gates: Tensor, mask: str | None) -> Tensor:
     """[S, O] in the gates' dtype. Biases are small: PyTorch's operators do them."""
     base_bias = base_bias.to(gates.dtype)[:, None]
-    if bias is None:
+    if layer.bias is None:
         return base_bias.mT.expand(gates.shape[0], -1)
-    bias = bias.to(gates.dtype)[..., None]
+    bias = layer.bias.to(gates.dtype)[..., None]
     given = None
-    if factors[0] is not None and factors[1] is not None:
-        out1, out2 = factors[0].to(gates.dtype), factors[1].to(gates.dtype)
+    if layer.bias_curvature is not None:
+        out1, out2 = (factor.to(gates.dtype) for factor in layer.bias_curvature)
         one = out1.new_ones(*out1.shape[:2], 1, 1)
         given = (out1, out2, one, one)
     delta = reference.deltas(base_bias, bias, given, mask == "ties")
@@ -330,54 +381,49 @@ def _check_election(mask: str | None, elect: Any, normalize: Any, density: Any) 
         raise ValueError(f"density: expected above 0 and at most 1, got {density}")
 
 
-def _check_experts(experts: Tensor, base: Tensor, name: str = "experts") -> None:
-    _check.floating(name, experts, "E, O, D", (None, *base.shape), base)
+def _check_experts(
+    experts: Any, base: Tensor, name: str = "experts", num_experts: int | None = None
+) -> None:
+    _check.floating(name, experts, "E, O, D", (num_experts, *base.shape), base)
     if experts.shape[0] < 1:
         raise ValueError(f"{name}: expected shape [E, O, D] with E at least 1, got E=0")
 
 
 def _check_stack(
-    base: Tensor,
-    experts: Tensor | None,
-    deltas: Tensor | None,
-    curvature: KroneckerCurvature | None,
-    dtypes: Sequence[torch.dtype],
+    layer: Layer, dtypes: Sequence[torch.dtype], num_experts: int | None, of: str
 ) -> Tensor:
     """The experts, or the deltas in their place."""
+    base, experts, deltas = layer.base, layer.experts, layer.deltas
     if deltas is None:
         if experts is None:
-            raise TypeError("experts: expected a tensor [E, O, D] where no deltas are given")
-        _check_experts(experts, base)
+            raise TypeError(f"experts{of}: expected a tensor [E, O, D] where no deltas are given")
+        _check_experts(experts, base, f"experts{of}", num_experts)
         return experts
-    for name, value in (("experts", experts), ("curvature", curvature)):
+    for name, value in (("experts", experts), ("curvature", layer.curvature)):
         if value is not None:
-            raise ValueError(f"{name}: expected None where deltas are given")
-    _check.tensor("deltas", deltas, "E, O, D", (None, *base.shape), dtypes, base)
+            raise ValueError(f"{name}{of}: expected None where deltas are given")
+    name = f"deltas{of}"
+    _check.tensor(name, deltas, "E, O, D", (num_experts, *base.shape), dtypes, base)
     if deltas.shape[0] < 1:
-        raise ValueError("deltas: expected shape [E, O, D] with E at least 1, got E=0")
+        raise ValueError(f"{name}: expected shape [E, O, D] with E at least 1, got E=0")
     return deltas
 
 
-def _check_gates(gates: Tensor, x: Tensor, sizes: Sequence[int | None]) -> None:
+def _check_gates(name: str, gates: Tensor, x: Tensor, sizes: Sequence[int | None]) -> None:
     dtypes = tuple(dict.fromkeys((*_dtypes.parameter_dtypes(x), torch.float32)))
-    _check.tensor("gates", gates, "S, E", sizes, dtypes, x)
+    _check.tensor(name, gates, "S, E", sizes, dtypes, x)
 
 
-def _check_bias(
-    base: Tensor,
-    num_experts: int,
-    bias: Tensor | None,
-    base_bias: Tensor | None,
-    bias_curvature: Sequence[Tensor] | None,
-) -> None:
+def _check_bias(layer: Layer, num_experts: int, of: str) -> None:
+    base, bias, base_bias = layer.base, layer.bias, layer.base_bias
     if bias is not None:
-        _check.floating("bias", bias, "E, O", (num_experts, base.shape[0]), base)
+        _check.floating(f"bias{of}", bias, "E, O", (num_experts, base.shape[0]), base)
         if base_bias is None:
-            raise TypeError("base_bias: expected a tensor [O] where a bias is given")
-    elif bias_curvature is not None:
-        raise TypeError("bias: expected a tensor [E, O] where a bias_curvature is given")
+            raise TypeError(f"base_bias{of}: expected a tensor [O] where a bias is given")
+    elif layer.bias_curvature is not None:
+        raise TypeError(f"bias{of}: expected a tensor [E, O] where a bias_curvature is given")
     if base_bias is not None:
-        _check.floating("base_bias", base_bias, "O", (base.shape[0],), base)
+        _check.floating(f"base_bias{of}", base_bias, "O", (base.shape[0],), base)
 
 
 def _check_factors(
@@ -386,10 +432,10 @@ def _check_factors(
     fields: Sequence[str],
     base: Tensor,
     num_experts: int,
-) -> Factors:
-    """The factors, checked against the base [O, D]; None in the place of missing ones."""
+) -> None:
+    """The factors against the base [O, D]."""
     if curvature is None:
-        return None, None, None, None
+        return
     if not isinstance(curvature, tuple) or len(curvature) != len(fields):
         expected = "a KroneckerCurvature" if len(fields) == 4 else f"a tuple ({', '.join(fields)})"
         raise TypeError(f"{name}: expected {expected}, got {type(curvature).__name__}")
@@ -413,7 +459,6 @@ def _check_factors(
                     f"{name}: expected {fields[first]} and {fields[second]} of sizes whose product "
                     f"is {letter}={size}, got {a} and {b}"
                 )
-    return (*curvature, *(None,) * (4 - len(fields)))
 
 
 def _check_dropout(p: float) -> None:

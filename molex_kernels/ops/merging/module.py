@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molex_kernels import _backends, _check, _modules, _published
 from molex_kernels.ops.merging.api import MASKS, camex_deltas, camex_linear
+from molex_kernels.ops.merging.experts import ACTIVATIONS, activate
 from molex_kernels.ops.merging.gates import (
     FIRST,
     cv_squared_loss,
@@ -40,7 +40,6 @@ PUBLISHED = {
 }
 # Which they have besides, never trained: of the noise's distribution.
 CONSTANTS = {"mean": 0.0, "std": 1.0}
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 
 def _load_published(
@@ -521,7 +520,7 @@ class CAMExMLP(_modules.Module):
         up, down = _modules.pair_of_tensors("deltas", deltas)
         hidden, up_loss = self.up(x, base=base_up, deltas=up, token_mask=token_mask)
         y, down_loss = self.down(
-            self._activate(hidden), base=base_down, deltas=down, token_mask=token_mask
+            activate(hidden, self.activation), base=base_down, deltas=down, token_mask=token_mask
         )
         return y, up_loss + down_loss
 
@@ -550,10 +549,3 @@ class CAMExMLP(_modules.Module):
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
-
-    def _activate(self, hidden: Tensor) -> Tensor:
-        if self.activation == "relu":
-            return F.relu(hidden)
-        if self.activation == "silu":
-            return F.silu(hidden)
-        return F.gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none")
