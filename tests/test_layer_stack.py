@@ -7,132 +7,65 @@ import copy
 import pytest
 import torch
 from conftest import DEVICE
+from layer_models import FIRST, LAYERS, MODELS, OTHERS, WIDTH, layers_of, make, published, runner
 
 import molex_kernels as mk
 
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
 
-LAYERS, WIDTH = 3, 16
-
-
-def _model(kind, generator):
-    sizes = {
-        "hidden_size": WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2,
-        "intermediate_size": 24,
-    }
-    if kind == "gpt2":
-        config = transformers.GPT2Config(n_embd=WIDTH, n_layer=LAYERS, n_head=2, vocab_size=20)
-        model = transformers.GPT2Model(config)
-    elif kind == "bert":
-        model = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=20))
-    elif kind == "roberta":
-        model = transformers.RobertaModel(transformers.RobertaConfig(**sizes, vocab_size=20))
-    else:
-        config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4)
-        model = transformers.ViTModel(config)
-    model = model.to(DEVICE, torch.float64).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter += 0.2 * noise.to(DEVICE)
-    return model
-
-
-def _layers(model):
-    lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
-    return next(layers for layers in lists if len(layers) == LAYERS)
-
-
-def _run(layer, z, there=None):
-    """One of transformers' layers; `there` [B, N]: which tokens are keys."""
-    length = z.shape[1]
-    mask = torch.zeros(z.shape[0], 1, length, length, dtype=z.dtype, device=z.device)
-    if there is not None:
-        mask = mask.masked_fill(~there[:, None, None], -torch.inf)
-    if hasattr(layer, "ln_1"):
-        later = torch.ones(length, length, dtype=torch.bool, device=z.device).triu(1)
-        return layer(z, None, mask.masked_fill(later, -torch.inf))
-    return layer(z) if there is None else layer(z, mask)
-
-
-def _published(layers, gates, mixing, z, options, there=None):
-    """Two whole blocks in sequence, the choice read by the host."""
-    balance = 0.0
-    chosen = []
-    forward = options.get("forward_only", False)
-    votes = there if not options.get("published") else None
-    votes = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if votes is None else votes
-    for t, layer in enumerate(layers):
-        if t >= options.get("layers_to_use", LAYERS) or (forward and t == LAYERS - 1):
-            z = _run(layer, z, there)
-            chosen.append(t)
-            continue
-        c = mixing(t)
-        if forward and t == LAYERS - 2:
-            j = t + 1
-        else:
-            logits = gates[t if len(gates) > 1 else 0](z)[votes]
-            scores = torch.softmax(logits, -1)
-            vote = options.get("vote", "mode")
-            if vote == "mode":
-                j = torch.mode(logits.argmax(-1)).values.item()
-            elif vote == "mean_softmax":
-                j = scores.mean(0).argmax().item()
-            else:
-                j = torch.sigmoid(logits).mean(0).argmax().item()
-            chance = scores.mean(0)[j]
-            balance = balance + logits.shape[1] * chance
-            if options.get("straight_through"):
-                c = (c[0], c[1] * (1 + chance - chance.detach()))
-            if forward and not options.get("published"):
-                j += t
-        z = c[0] * _run(layer, z, there) + c[1] * _run(layers[j], z, there)
-        chosen.append(j)
-    return z, balance, chosen
+OPTIONS = [
+    {},
+    {"vote": "mean_softmax", "layers_to_use": 2},
+    {"vote": "mean_sigmoid", "individual_gates": True, "mixing": (0.5, 0.5)},
+    {"learn_mixing": True},
+    {"learn_mixing": True, "individual_mixing": True, "individual_gates": True},
+    {"learn_mixing": True, "published": True},
+    {"cosine_dim": 5},
+    {"cosine_dim": 5, "published": True, "individual_gates": True},
+    {"forward_only": True, "individual_gates": True},
+    {"forward_only": True, "individual_gates": True, "published": True},
+    {"straight_through": True},
+]
 
 
 def _close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert", "roberta", "vit"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_a_single_branch_is_the_model_itself(kind, generator):
-    model = _model(kind, generator)
+    model = make(kind, generator)
     z = torch.randn(2, 7, WIDTH, generator=generator, dtype=torch.float64).to(DEVICE)
-    want = z
-    for layer in _layers(model):
-        want = _run(layer, want)
+    want, run = z, runner(model)
+    for layer in layers_of(model):
+        want = run(layer, want)
     stack = mk.LayerExpertStack.from_transformers(model, layers_to_use=0)
     got = stack(z)
     _close(got.hidden, want)
     assert got.chosen.tolist() == list(range(LAYERS))
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert", "roberta", "vit"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"vote": "mean_softmax", "layers_to_use": 2},
-        {"vote": "mean_sigmoid", "individual_gates": True, "mixing": (0.5, 0.5)},
-        {"learn_mixing": True},
-        {"learn_mixing": True, "individual_mixing": True, "individual_gates": True},
-        {"learn_mixing": True, "published": True},
-        {"cosine_dim": 5},
-        {"cosine_dim": 5, "published": True, "individual_gates": True},
-        {"forward_only": True, "individual_gates": True},
-        {"forward_only": True, "individual_gates": True, "published": True},
-        {"straight_through": True},
-    ],
-    ids=lambda o: "-".join(map(str, o)) or "default",
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o)) or "default")
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("kind", FIRST)
 def test_agrees_with_two_blocks_in_sequence(kind, options, masked, generator):
     if masked and kind == "vit":
         pytest.skip("images have no padding")
-    model = _model(kind, generator)
+    _agrees(kind, options, masked, generator)
+
+
+@pytest.mark.parametrize(
+    ("options", "masked"),
+    [({}, False), ({"learn_mixing": True, "straight_through": True}, True)],
+    ids=["default-whole", "learned-masked"],
+)
+@pytest.mark.parametrize("kind", OTHERS)
+def test_every_kind_agrees_with_two_blocks_in_sequence(kind, options, masked, generator):
+    _agrees(kind, options, masked, generator)
+
+
+def _agrees(kind, options, masked, generator):
+    model = make(kind, generator)
     plain = copy.deepcopy(model)
     stack = mk.LayerExpertStack.from_transformers(model, freeze=False, **options)
     z = torch.randn(2, 7, WIDTH, generator=generator, dtype=torch.float64).to(DEVICE)
@@ -149,7 +82,7 @@ def test_agrees_with_two_blocks_in_sequence(kind, options, masked, generator):
         row = start[t if start.shape[0] > 1 else 0]
         return torch.softmax(row, 0) if start.requires_grad and not raw else row
 
-    want, balance, chosen = _published(_layers(plain), gates, mixing, theirs, options, there)
+    want, balance, chosen = published(runner(plain), layers_of(plain), gates, mixing, theirs, options, there)
     got = stack(ours, there)
     _close(got.hidden, want)
     _close(got.balance_loss, balance)
@@ -165,37 +98,37 @@ def test_agrees_with_two_blocks_in_sequence(kind, options, masked, generator):
             _close(one.grad, other.grad)
     if start.requires_grad:
         _close(stack.mixing.grad, start.grad)
-    kind_of = stack.facts.layout
-    for name, path in (
-        *kind_of.linears.items(),
-        ("norm1", kind_of.norm1),
-        ("norm2", kind_of.norm2),
-    ):
-        for t, layer in enumerate(_layers(plain)):
+    named = {**stack.facts.layout.linears, **stack.facts.norms}
+    assert set(named) == set(stack.weights)
+    for name, path in named.items():
+        for t, layer in enumerate(layers_of(plain)):
             part = layer.get_submodule(path)
-            for stacked, own in ((stack.weights, part.weight), (stack.biases, part.bias)):
-                want_grad = torch.zeros_like(own) if own.grad is None else own.grad
-                _close(stacked[name].grad[t], want_grad)
+            bias = getattr(part, "bias", None)
+            assert (bias is not None) == (name in stack.biases)
+            for stacked, own in ((stack.weights, part.weight), (stack.biases, bias)):
+                if own is not None:
+                    want_grad = torch.zeros_like(own) if own.grad is None else own.grad
+                    _close(stacked[name].grad[t], want_grad)
 
 
 def test_the_model_shares_the_stack_and_a_cache_is_refused(generator):
-    model = _model("bert", generator)
+    model = make("bert", generator)
     stack = mk.LayerExpertStack.from_transformers(model)
-    query = _layers(model)[1].attention.self.query
+    query = layers_of(model)[1].attention.self.query
     assert query.weight.data_ptr() == stack.weights["q"][1].data_ptr()
     with pytest.raises(NotImplementedError, match="cache: expected None"):
         stack(torch.zeros(1, 2, WIDTH, dtype=torch.float64, device=DEVICE), cache=object())
 
 
 def test_a_cosine_gate_is_the_cosine_with_learned_directions(generator):
-    stack = mk.LayerExpertStack.from_transformers(_model("bert", generator), cosine_dim=5)
+    stack = mk.LayerExpertStack.from_transformers(make("bert", generator), cosine_dim=5)
     (gate,) = stack.gates
     z = torch.randn(2, 7, WIDTH, generator=generator, dtype=torch.float64).to(DEVICE)
     p = z @ gate.projection.weight.T + gate.projection.bias
     cosines = torch.cosine_similarity(p[..., None], gate.directions, dim=2)
     _close(gate(z), 2 * cosines)
     published = mk.LayerExpertStack.from_transformers(
-        _model("bert", generator), cosine_dim=5, published=True
+        make("bert", generator), cosine_dim=5, published=True
     )
     published.gates.load_state_dict(stack.gates.state_dict())
     over = p / p.norm(dim=1, keepdim=True)
@@ -210,7 +143,7 @@ def test_adapters_of_peft_are_taken_over(kind, generator):
     config = peft.LoraConfig(
         r=2, lora_alpha=6, target_modules=targets, fan_in_fan_out=kind == "gpt2"
     )
-    model = peft.get_peft_model(_model(kind, generator), config).to(torch.float64).eval()
+    model = peft.get_peft_model(make(kind, generator), config).to(torch.float64).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -221,7 +154,7 @@ def test_adapters_of_peft_are_taken_over(kind, generator):
     z = torch.randn(2, 7, WIDTH, generator=generator, dtype=torch.float64).to(DEVICE)
     mixing = stack.mixing.detach()[0]
     gates = copy.deepcopy(stack.gates)
-    want, _, chosen = _published(_layers(plain), gates, lambda t: mixing, z, {})
+    want, _, chosen = published(runner(plain), layers_of(plain), gates, lambda t: mixing, z, {})
     got = stack(z)
     _close(got.hidden, want)
     assert got.chosen.tolist() == chosen
@@ -230,7 +163,7 @@ def test_adapters_of_peft_are_taken_over(kind, generator):
     (want * upstream).sum().backward()
     for name, a in stack.lora_a.items():
         path = stack.facts.layout.linears[name]
-        for t, layer in enumerate(_layers(plain)):
+        for t, layer in enumerate(layers_of(plain)):
             part = layer.get_submodule(path)
             _close(a.grad[t], part.lora_A["default"].weight.grad)
             _close(stack.lora_b[name].grad[t], part.lora_B["default"].weight.grad)
@@ -247,8 +180,8 @@ def test_adapters_of_peft_in_single_precision(kind, dtype, dropout, generator):
         r=2, target_modules=targets, fan_in_fan_out=kind == "gpt2", init_lora_weights=False
     )
     config.lora_dropout = dropout
-    model = peft.get_peft_model(_model(kind, generator).to(dtype), config).train(dropout > 0)
-    layer = _layers(model)[0]
+    model = peft.get_peft_model(make(kind, generator).to(dtype), config).train(dropout > 0)
+    layer = layers_of(model)[0]
     assert {p.dtype for n, p in layer.named_parameters() if "lora_" in n} == {torch.float32}
     stack = mk.LayerExpertStack.from_transformers(model)
     z = torch.randn(2, 7, WIDTH, generator=generator, dtype=dtype).to(DEVICE)
@@ -270,7 +203,7 @@ def test_adapters_of_peft_in_single_precision(kind, dtype, dropout, generator):
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_new_adapters_add_their_product_to_the_weights(kind, generator):
-    model = _model(kind, generator)
+    model = make(kind, generator)
     plain = copy.deepcopy(model)
     options = {"lora_rank": 3, "lora_alpha": 6.0, "lora_targets": ("q", "v", "up")}
     stack = mk.LayerExpertStack.from_transformers(model, **options)
@@ -280,7 +213,7 @@ def test_new_adapters_add_their_product_to_the_weights(kind, generator):
         for name, b in stack.lora_b.items():
             b.copy_(torch.randn(b.shape, generator=generator, dtype=torch.float64))
             moved = 2.0 * b @ stack.lora_a[name]
-            for t, layer in enumerate(_layers(plain)):
+            for t, layer in enumerate(layers_of(plain)):
                 fused = name not in layout.linears
                 weight = layer.get_submodule(layout.linears["qkv" if fused else name]).weight
                 rows = weight.T if layout.transposed else weight
@@ -288,19 +221,19 @@ def test_new_adapters_add_their_product_to_the_weights(kind, generator):
                 rows[start : start + moved.shape[1]] += moved[t]
     z = torch.randn(2, 7, WIDTH, generator=generator, dtype=torch.float64).to(DEVICE)
     mixing = stack.mixing.detach()[0]
-    want, _, _ = _published(_layers(plain), copy.deepcopy(stack.gates), lambda t: mixing, z, {})
+    want, _, _ = published(runner(plain), layers_of(plain), copy.deepcopy(stack.gates), lambda t: mixing, z, {})
     _close(stack(z).hidden, want)
 
 
 def test_dropout_on_adapters_is_drawn_for_each_branch(generator):
     options = {"lora_rank": 2, "lora_dropout": 0.5, "layers_to_use": 0}
-    stack = mk.LayerExpertStack.from_transformers(_model("bert", generator), **options)
+    stack = mk.LayerExpertStack.from_transformers(make("bert", generator), **options)
     with torch.no_grad():
         for b in stack.lora_b.values():
             b.fill_(0.5)
     z = torch.randn(2, 7, WIDTH, generator=generator, dtype=torch.float64).to(DEVICE)
     assert torch.equal(stack(z).hidden, stack(z).hidden)
     stack.train()
-    for name in ("hidden_dropout", "attention_dropout"):
+    for name in ("out_dropout", "down_dropout", "attention_dropout"):
         object.__setattr__(stack.facts, name, 0.0)
     assert not torch.equal(stack(z).hidden, stack(z).hidden)

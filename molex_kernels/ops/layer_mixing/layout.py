@@ -1,65 +1,82 @@
-"""Takes the layers of a transformers model apart, by the names of their parts.
-
-Nothing of transformers or peft is imported: a layer is known by its attributes.
-"""
+"""Where the layers of transformers' models keep their parts: a table of attribute paths."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a kind of layer keeps its parts, as attribute paths."""
+    """Where a kind of layer keeps its parts, as attribute paths.
+
+    Attributes:
+        name: of the kind.
+        classes: whose forward is known to be the block that is computed here. Others have layers of
+            the same parts that compute something else with them.
+        linears: "q", "k", "v" or one "qkv"; "out", "up", "down" and, of a gated MLP, "gate".
+        norm1: before the attention, or behind it where norms come after.
+        norm2: likewise, of the MLP.
+        activation: of the MLP.
+        attention_dropout: of the attention's scores.
+        head_width: the width of a head.
+        out_dropout: behind the attention; "" for none.
+        down_dropout: behind the MLP; "" for none.
+        head_norms: norms of every head of q and k, "norm_q" and "norm_k"; layers may have none.
+        pre_norm: whether norms come before, or where that is said.
+        parallel: whether attention and MLP both start from the block's input, or where that is said.
+        causal: whether a token attends to those before it alone.
+        rotary: whether q and k are rotated by position.
+        transposed: weights are [D, N], as GPT-2's Conv1D has them.
+        by_heads: rows of "qkv" are in the order of heads, each with its q, k and v.
+    """
 
     name: str
+    classes: tuple[str, ...]
     linears: dict[str, str]
     norm1: str
     norm2: str
     activation: str
-    hidden_dropouts: tuple[str, ...]
     attention_dropout: str
-    heads: str
-    pre_norm: bool
+    head_width: str
+    out_dropout: str = ""
+    down_dropout: str = ""
+    head_norms: dict[str, str] = field(default_factory=dict)
+    pre_norm: bool | str = True
+    parallel: bool | str = False
     causal: bool = False
-    transposed: bool = False  # weights [D, N], as GPT-2's Conv1D has them
+    rotary: bool = False
+    transposed: bool = False
+    by_heads: bool = False
+
+    def paths(self) -> tuple[str, ...]:
+        """Every path that a layer of this kind has."""
+        maybe = (self.out_dropout, self.down_dropout, self.pre_norm, self.parallel)
+        return (
+            *self.linears.values(),
+            *(self.norm1, self.norm2, self.activation, self.attention_dropout, self.head_width),
+            *(path for path in maybe if isinstance(path, str) and path),
+        )
+
+    def norms(self) -> dict[str, str]:
+        """By name, norms of a head among them."""
+        return {"norm1": self.norm1, "norm2": self.norm2, **self.head_norms}
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What all layers of a stack have in common."""
-
-    layout: Layout
-    heads: int
-    scaling: float
-    eps: float
-    activation: Callable[[Tensor], Tensor]
-    hidden_dropout: float
-    attention_dropout: float
+def _self_attention(inner: str) -> dict[str, str]:
+    return {
+        "q": f"attention.{inner}.query",
+        "k": f"attention.{inner}.key",
+        "v": f"attention.{inner}.value",
+        "out": "attention.output.dense",
+        "up": "intermediate.dense",
+        "down": "output.dense",
+    }
 
 
-_BERT_ATTENTION = {
-    "q": "attention.self.query",
-    "k": "attention.self.key",
-    "v": "attention.self.value",
-    "out": "attention.output.dense",
-    "up": "intermediate.dense",
-    "down": "output.dense",
-}
-_OLD_VIT_ATTENTION = {
-    **_BERT_ATTENTION,
-    "q": "attention.attention.query",
-    "k": "attention.attention.key",
-    "v": "attention.attention.value",
-}
 LAYOUTS = (
     Layout(
         name="gpt2",
+        classes=("GPT2Block", "DecisionTransformerGPT2Block"),
         linears={
             "qkv": "attn.c_attn",
             "out": "attn.c_proj",
@@ -69,26 +86,48 @@ LAYOUTS = (
         norm1="ln_1",
         norm2="ln_2",
         activation="mlp.act",
-        hidden_dropouts=("attn.resid_dropout", "mlp.dropout"),
         attention_dropout="attn.attn_dropout",
-        heads="attn.num_heads",
-        pre_norm=True,
+        head_width="attn.head_dim",
+        out_dropout="attn.resid_dropout",
+        down_dropout="mlp.dropout",
         causal=True,
         transposed=True,
     ),
     Layout(
         name="bert",
-        linears=_BERT_ATTENTION,
+        classes=("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer", "ElectraLayer"),
+        linears=_self_attention("self"),
         norm1="attention.output.LayerNorm",
         norm2="output.LayerNorm",
         activation="intermediate.intermediate_act_fn",
-        hidden_dropouts=("attention.output.dropout", "output.dropout"),
         attention_dropout="attention.self.dropout",
-        heads="attention.self.num_attention_heads",
+        head_width="attention.self.attention_head_size",
+        out_dropout="attention.output.dropout",
+        down_dropout="output.dropout",
+        pre_norm=False,
+    ),
+    Layout(
+        name="distilbert",
+        classes=("TransformerBlock",),
+        linears={
+            "q": "attention.q_lin",
+            "k": "attention.k_lin",
+            "v": "attention.v_lin",
+            "out": "attention.out_lin",
+            "up": "ffn.lin1",
+            "down": "ffn.lin2",
+        },
+        norm1="sa_layer_norm",
+        norm2="output_layer_norm",
+        activation="ffn.activation",
+        attention_dropout="attention.dropout",
+        head_width="attention.attention_head_size",
+        down_dropout="ffn.dropout",
         pre_norm=False,
     ),
     Layout(
         name="vit",
+        classes=("ViTLayer", "DeiTLayer"),
         linears={
             "q": "attention.q_proj",
             "k": "attention.k_proj",
@@ -100,135 +139,90 @@ LAYOUTS = (
         norm1="layernorm_before",
         norm2="layernorm_after",
         activation="mlp.activation_fn",
-        hidden_dropouts=("dropout",),
         attention_dropout="attention.attention_dropout",
-        heads="attention.num_attention_heads",
-        pre_norm=True,
+        head_width="attention.head_dim",
+        out_dropout="dropout",
+        down_dropout="dropout",
     ),
     Layout(
         name="vit",
-        linears=_OLD_VIT_ATTENTION,
+        classes=("ViTLayer", "DeiTLayer"),
+        linears=_self_attention("attention"),
         norm1="layernorm_before",
         norm2="layernorm_after",
         activation="intermediate.intermediate_act_fn",
-        hidden_dropouts=("attention.output.dropout", "output.dropout"),
         attention_dropout="attention.attention.dropout_prob",
-        heads="attention.attention.num_attention_heads",
-        pre_norm=True,
+        head_width="attention.attention.attention_head_size",
+        out_dropout="attention.output.dropout",
+        down_dropout="output.dropout",
+    ),
+    Layout(
+        name="opt",
+        classes=("OPTDecoderLayer",),
+        linears={
+            "q": "self_attn.q_proj",
+            "k": "self_attn.k_proj",
+            "v": "self_attn.v_proj",
+            "out": "self_attn.out_proj",
+            "up": "fc1",
+            "down": "fc2",
+        },
+        norm1="self_attn_layer_norm",
+        norm2="final_layer_norm",
+        activation="activation_fn",
+        attention_dropout="self_attn.dropout",
+        head_width="self_attn.head_dim",
+        out_dropout="dropout",
+        down_dropout="dropout",
+        pre_norm="do_layer_norm_before",
+        causal=True,
+    ),
+    Layout(
+        name="gpt_neox",
+        classes=("GPTNeoXLayer",),
+        linears={
+            "qkv": "attention.query_key_value",
+            "out": "attention.dense",
+            "up": "mlp.dense_h_to_4h",
+            "down": "mlp.dense_4h_to_h",
+        },
+        norm1="input_layernorm",
+        norm2="post_attention_layernorm",
+        activation="mlp.act",
+        attention_dropout="attention.attention_dropout",
+        head_width="attention.head_size",
+        out_dropout="post_attention_dropout",
+        down_dropout="post_mlp_dropout",
+        parallel="use_parallel_residual",
+        causal=True,
+        rotary=True,
+        by_heads=True,
+    ),
+    Layout(
+        name="llama",
+        classes=(
+            "LlamaDecoderLayer",
+            "MistralDecoderLayer",
+            "Qwen2DecoderLayer",
+            "Qwen3DecoderLayer",
+            "GemmaDecoderLayer",
+        ),
+        linears={
+            "q": "self_attn.q_proj",
+            "k": "self_attn.k_proj",
+            "v": "self_attn.v_proj",
+            "out": "self_attn.o_proj",
+            "gate": "mlp.gate_proj",
+            "up": "mlp.up_proj",
+            "down": "mlp.down_proj",
+        },
+        norm1="input_layernorm",
+        norm2="post_attention_layernorm",
+        activation="mlp.act_fn",
+        attention_dropout="self_attn.attention_dropout",
+        head_width="self_attn.head_dim",
+        head_norms={"norm_q": "self_attn.q_norm", "norm_k": "self_attn.k_norm"},
+        causal=True,
+        rotary=True,
     ),
 )
-
-
-def layers_of(model: nn.Module) -> tuple[Layout, list[nn.Module]]:
-    """The one list of layers in the model that has a known layout, and that layout."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a module, got {type(model).__name__}")
-    for module in model.modules():
-        if not isinstance(module, nn.ModuleList) or not len(module):
-            continue
-        for layout in LAYOUTS:
-            if all(_has(layer, path) for layer in module for path in _paths(layout)):
-                return layout, list(module)
-    raise ValueError(
-        "model: expected layers as in transformers' GPT-2, BERT, RoBERTa or ViT, "
-        f"got {type(model).__name__}"
-    )
-
-
-def facts_of(layout: Layout, layers: Sequence[nn.Module]) -> Facts:
-    """What the layers have in common; ValueError where they differ or do more than is known."""
-    found = [_facts(layout, layer) for layer in layers]
-    for number, facts in enumerate(found):
-        if facts[:-1] != found[0][:-1]:
-            raise ValueError(f"model: expected layers that are alike, layer {number} differs")
-    heads, scaling, eps, hidden, attention, activation = found[0]
-    return Facts(layout, heads, scaling, eps, activation, hidden, attention)
-
-
-def linear_parts(linear: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a linear layer, under PEFT's adapters too."""
-    base = getattr(linear, "base_layer", linear)
-    return base.weight, base.bias
-
-
-def adapter_parts(linear: Any) -> tuple[Tensor, Tensor, float, float] | None:
-    """PEFT's (A [r, D], B [N, r], scaling, dropout) of a linear layer's one active adapter."""
-    if not hasattr(linear, "lora_A"):
-        return None
-    active = list(linear.active_adapters)
-    if len(active) != 1 or active[0] not in linear.lora_A:
-        raise ValueError(f"model: expected one active LoRA adapter to a layer, got {active}")
-    name = active[0]
-    if getattr(linear, "use_dora", {}).get(name) or linear.merged:
-        raise ValueError("model: expected LoRA adapters that are not merged and not DoRA")
-    if linear.lora_B[name].bias is not None:
-        raise ValueError("model: expected LoRA adapters without a bias")
-    dropout = getattr(linear.lora_dropout[name], "p", 0.0)
-    return linear.lora_A[name].weight, linear.lora_B[name].weight, linear.scaling[name], dropout
-
-
-def part(layer: nn.Module, path: str) -> Any:
-    """The attribute at a dotted path."""
-    found: Any = layer
-    for name in path.split("."):
-        found = getattr(found, name)
-    return found
-
-
-def stacked(parameters: Sequence[Tensor], name: str) -> Tensor:
-    """One tensor [L, ...] that holds all of them; they become views of it, without a copy kept."""
-    first = parameters[0]
-    for layer, one in enumerate(parameters):
-        if one.shape != first.shape or one.dtype != first.dtype or one.device != first.device:
-            raise ValueError(
-                f"model: expected {name} of layer {layer} like layer 0's, {list(first.shape)} "
-                f"{first.dtype}, got {list(one.shape)} {one.dtype}"
-            )
-    stack = first.new_empty(len(parameters), *first.shape)
-    with torch.no_grad():
-        for row, one in zip(stack, parameters, strict=True):
-            row.copy_(one)
-            one.data = row
-    return stack
-
-
-def _facts(layout: Layout, layer: nn.Module) -> tuple[Any, ...]:
-    heads = part(layer, layout.heads)
-    attention = part(layer, layout.heads.rpartition(".")[0])
-    for name in ("crossattention", "is_decoder", "scale_attn_by_inverse_layer_idx", "molex_rpc"):
-        if getattr(layer, name, False) or getattr(attention, name, False):
-            raise ValueError(f"model: expected layers without {name}")
-    weight, _ = linear_parts(part(layer, layout.linears["out"]))
-    width = weight.shape[0] if layout.transposed else weight.shape[1]
-    scaling = getattr(attention, "scaling", (width // heads) ** -0.5)
-    dropouts = {float(part(layer, path).p) for path in layout.hidden_dropouts}
-    if len(dropouts) > 1:
-        raise ValueError(f"model: expected one hidden dropout, got {sorted(dropouts)}")
-    attention_dropout = part(layer, layout.attention_dropout)
-    eps = {part(layer, path).eps for path in (layout.norm1, layout.norm2)}
-    if len(eps) > 1:
-        raise ValueError(f"model: expected one eps for both norms, got {sorted(eps)}")
-    return (
-        heads,
-        scaling,
-        eps.pop(),
-        dropouts.pop(),
-        float(getattr(attention_dropout, "p", attention_dropout)),
-        part(layer, layout.activation),
-    )
-
-
-def _paths(layout: Layout) -> tuple[str, ...]:
-    return (
-        *layout.linears.values(),
-        *(layout.norm1, layout.norm2, layout.activation, layout.attention_dropout, layout.heads),
-        *layout.hidden_dropouts,
-    )
-
-
-def _has(layer: nn.Module, path: str) -> bool:
-    try:
-        part(layer, path)
-    except AttributeError:
-        return False
-    return True

@@ -6,17 +6,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molex_kernels import _backends, _check, _dtypes, _modules
-from molex_kernels.ops.layer_mixing import gates, layout
+from molex_kernels.ops.layer_mixing import gates, parts
 from molex_kernels.ops.layer_mixing import published as checkpoint
-from molex_kernels.ops.layer_mixing.api import LoRA, layer_linear, layer_mix, layer_vote
+from molex_kernels.ops.layer_mixing.api import layer_vote
+from molex_kernels.ops.layer_mixing.blocks import Blocks, Given, Held
 from molex_kernels.ops.layer_mixing.types import MODES
 
-TARGETS = ("q", "k", "v", "out", "up", "down")
-_THIRDS = {"q": 0, "k": 1, "v": 2}  # of a fused projection
+TARGETS = ("q", "k", "v", "out", "up", "down", "gate")
 
 
 class LayerExpertOutput(NamedTuple):
@@ -33,26 +32,20 @@ class LayerExpertOutput(NamedTuple):
     chosen: Tensor
 
 
-class Held(NamedTuple):
-    """A stack's parameters by name, as they are while the modules that hold them are called."""
-
-    weights: Mapping[str, Tensor]
-    biases: Mapping[str, Tensor]
-    lora_a: Mapping[str, Tensor]
-    lora_b: Mapping[str, Tensor]
-
-
 class LayerExpertStack(_modules.Module):
-    """The layers of a GPT-2, BERT, RoBERTa or ViT model, each mixed with one chosen for the batch.
+    """The layers of a transformers model, each mixed with one that is chosen for the batch.
 
     MoLEx (arXiv 2503.11144): z_{t+1} = c_0 u_t(z_t) + c_1 u_j(z_t), u the whole block with its
     residuals, j = layer_vote(gate_t(z_t)) one layer for the batch. Both blocks run together: each
     of their products is one `layer_linear`, their attention one call, and the choice stays on the
     device. With a gate on layer t it may choose itself, and is then computed twice, as published.
 
-    Made by `from_transformers`. It takes the place of the model's layers only: embeddings, a final
-    norm (GPT-2, ViT) and heads stay with the model. Weights are parameters stacked over layers,
-    frozen unless asked otherwise; the model's own parameters become views of them.
+    Made by `from_transformers` of GPT-2, OPT, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3, Gemma, BERT,
+    RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, ViT and DeiT models, with rotary
+    positions, grouped queries, gated MLPs, RMSNorm and norms of heads where those have them, and a
+    sliding window where all layers have the same. It takes the place of the model's layers only:
+    embeddings, a final norm and heads stay with the model. Weights are parameters stacked over
+    layers, frozen unless asked otherwise; the model's own parameters become views of them.
 
     Options, and what the published code does:
 
@@ -84,7 +77,7 @@ class LayerExpertStack(_modules.Module):
 
     mixing: Tensor
 
-    def __init__(self, facts: layout.Facts, num_layers: int, d_model: int, **options: Any) -> None:
+    def __init__(self, facts: parts.Facts, num_layers: int, d_model: int, **options: Any) -> None:
         super().__init__()
         self.facts = facts
         self.num_layers = num_layers
@@ -95,6 +88,7 @@ class LayerExpertStack(_modules.Module):
         self.lora_b = _modules.Parameters()
         self.lora_scaling: dict[str, float] = {}
         self.lora_dropout: dict[str, float] = {}
+        self.rotary: nn.Module | None = None
         self._configure(**options)
 
     @classmethod
@@ -123,7 +117,7 @@ class LayerExpertStack(_modules.Module):
 
         Args:
             model: a transformers model (any head), alone or wrapped by PEFT with LoRA, whose
-                adapters are taken over.
+                adapters are taken over. Every parameter of its layers has to be known.
             layers_to_use: layers t < layers_to_use are mixed; None: all; 0: none, and the stack is
                 the model. (The scripts for GPT-2 medium have 12 of 24. Those for RoBERTa write
                 i <= n, one more.) Candidates are always all layers.
@@ -139,7 +133,8 @@ class LayerExpertStack(_modules.Module):
             lora_rank: r of new adapters; 0: none. They start as PEFT's: a uniform, b zero.
             lora_alpha: scaling is lora_alpha / r.
             lora_dropout: on the adapters' input, in training.
-            lora_targets: of "q", "k", "v", "out", "up", "down"; published: ("q", "v").
+            lora_targets: of "q", "k", "v", "out", "up", "down" and, of a gated MLP, "gate";
+                published: ("q", "v").
             freeze: whether weights, biases and norms of the model get no gradient.
             published: see the class.
             impl: passed to the functions at each call.
@@ -149,8 +144,9 @@ class LayerExpertStack(_modules.Module):
 
         Raises:
             TypeError: a wrong type.
-            ValueError: an unknown kind of model, layers that differ, a wrong option, new adapters
-                beside PEFT's.
+            ValueError: an unknown kind of model, layers that differ or do more than is known (soft
+                caps, cross attention, parameters that the layout does not name, sliding windows in
+                some layers only), a wrong option, new adapters beside PEFT's.
         """
         _backends.check_impl(impl)
         _check.flags(
@@ -162,9 +158,9 @@ class LayerExpertStack(_modules.Module):
             freeze=freeze,
             published=published,
         )
-        kind, layers = layout.layers_of(model)
-        facts = layout.facts_of(kind, layers)
-        num_layers = len(layers)
+        found = parts.layers_of(model)
+        facts = parts.facts_of(found.layout, list(found.layers))
+        num_layers = len(found.layers)
         limit = num_layers if layers_to_use is None else layers_to_use
         _check.integer("layers_to_use", limit, 0, num_layers, " layers")
         _check.choice("vote", vote, MODES)
@@ -183,8 +179,10 @@ class LayerExpertStack(_modules.Module):
             raise TypeError(f"lora_targets: expected a sequence of names, got {lora_targets!r}")
         for target in lora_targets:
             _check.choice("lora_targets", target, TARGETS)
+        if "gate" in lora_targets and "gate" not in found.layout.linears:
+            raise ValueError(f"lora_targets: expected no 'gate' in {found.layout.name} layers")
 
-        norm = layout.part(layers[0], kind.norm1)
+        norm = parts.part(found.layers[0], found.layout.norm1)
         stack = cls(
             facts,
             num_layers,
@@ -202,8 +200,7 @@ class LayerExpertStack(_modules.Module):
             impl=impl,
             where={"device": norm.weight.device, "dtype": norm.weight.dtype},
         )
-        stack._take_weights(layers, freeze)
-        stack._take_adapters(layers)
+        stack._take(found, freeze)
         if lora_rank:
             if stack.lora_a:
                 raise ValueError("lora_rank: expected 0 where the model has adapters")
@@ -216,6 +213,7 @@ class LayerExpertStack(_modules.Module):
         hidden: Tensor,
         attention_mask: Tensor | None = None,
         *,
+        position_ids: Tensor | None = None,
         cache: Any = None,
     ) -> LayerExpertOutput:
         """Runs all layers.
@@ -225,6 +223,8 @@ class LayerExpertStack(_modules.Module):
             attention_mask: bool [B, N], True for tokens that count, or a mask that scaled
                 dot-product attention takes, [B or 1, H or 1, N, N], bool or added to the scores.
                 Padding is left out of the vote only where the mask is [B, N].
+            position_ids: int64 or int32 [B or 1, N], for the rotary positions of a model that has
+                them; None is 0 to N - 1. Elsewhere the embeddings have taken them.
             cache: refused.
 
         Returns:
@@ -232,7 +232,7 @@ class LayerExpertStack(_modules.Module):
 
         Raises:
             TypeError: a wrong dtype.
-            ValueError: a wrong shape or device.
+            ValueError: a wrong shape or device, positions that nothing is rotated by.
             NotImplementedError: a cache is given.
         """
         if cache is not None:
@@ -246,30 +246,45 @@ class LayerExpertStack(_modules.Module):
             if _modules.is_plain(gate, type(gate)):
                 _modules.check_dtype(hidden, next(gate.parameters()), "hidden")
         counted, mask = self._masks(hidden, attention_mask)
-        return self._lent(lambda held: self._layers(held, hidden, counted, mask))
+        given = Given(counted, mask, self._positions(hidden, position_ids))
+        return self._lent(lambda held: self._layers(held, hidden, given))
 
     def _lent(self, use: Callable[[Held], Any]) -> Any:
         """What `use` makes of the parameters, inside the calls of the modules that hold them."""
         holders = (self.weights, self.biases, self.lora_a, self.lora_b)
         return _modules.lend(holders, lambda *lent: use(Held(*(dict(p.items()) for p in lent))))
 
-    def _layers(
-        self, held: Held, hidden: Tensor, counted: Tensor | None, mask: Tensor | None
-    ) -> LayerExpertOutput:
-        ids = torch.arange(self.num_layers, device=hidden.device)
+    def _layers(self, held: Held, hidden: Tensor, given: Given) -> LayerExpertOutput:
         balance = hidden.new_zeros((), dtype=_dtypes.accumulate_dtype(hidden.dtype))
-        picks: list[Tensor] = []
+        chosen: list[Tensor] = []
         normed = None
         for t in range(self.num_layers):
-            pick, chance, loss = self._choose(t, hidden, counted, ids)
-            if loss is not None:
-                balance = balance + loss
-            own = ids[t : t + 1]
-            index = own if pick is None else torch.cat((own, pick.view(1)))
-            picks.append(own if pick is None else pick.view(1))
-            coeff = self._coefficients(t, chance) if pick is not None else None
-            hidden, normed = self._blocks(held, hidden, normed, index, coeff, mask)
-        return LayerExpertOutput(hidden, balance, torch.cat(picks))
+            hidden, normed, pick, loss = self._layer(t, held, hidden, normed, given)
+            balance = balance if loss is None else balance + loss
+            chosen.append(pick)
+        return LayerExpertOutput(hidden, balance, torch.cat(chosen))
+
+    def _layer(
+        self, t: int, held: Held, hidden: Tensor, normed: Tensor | None, given: Given
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Layer t mixed: hidden, its standardised form, the choice [1], the balance loss."""
+        ids = torch.arange(self.num_layers, device=hidden.device)
+        pick, chance, loss = self._choose(t, hidden, given.counted, ids)
+        index = ids[t : t + 1]
+        if pick is None:
+            single = _dtypes.accumulate_dtype(hidden.dtype)
+            mixture = {"coeff": hidden.new_ones(1, dtype=single)}
+            chosen = index
+        else:
+            mixture = self._mixture(t, chance)
+            chosen = pick.view(1)
+            index = torch.cat((index, chosen))
+        hidden, normed = self._blocks(held, given).mixed(hidden, normed, index, mixture)
+        return hidden, normed, chosen, loss
+
+    def _blocks(self, held: Held, given: Given) -> Blocks:
+        adapters = {name: (s, self.lora_dropout[name]) for name, s in self.lora_scaling.items()}
+        return Blocks(self.facts, held, adapters, given, self.training, self.impl)
 
     def load_published(self, state_dict: Mapping[str, Tensor], *, prefix: str = "") -> None:
         """Copies a whole stack from the names of MoLEx' GPT-2: weights, adapters, gates, mixing.
@@ -341,149 +356,61 @@ class LayerExpertStack(_modules.Module):
             )
         self.gated = gated
 
-    def _take_weights(self, layers: Sequence[nn.Module], freeze: bool) -> None:
-        kind = self.facts.layout
-        for name, path in kind.linears.items():
-            parts = [layout.linear_parts(layout.part(layer, path)) for layer in layers]
-            self.weights[name] = nn.Parameter(layout.stacked([w for w, _ in parts], path))
-            if parts[0][1] is not None:
-                stack = layout.stacked([b for _, b in parts if b is not None], f"{path}.bias")
-                self.biases[name] = nn.Parameter(stack)
-        for name, path in (("norm1", kind.norm1), ("norm2", kind.norm2)):
-            norms = [layout.part(layer, path) for layer in layers]
-            self.weights[name] = nn.Parameter(layout.stacked([n.weight for n in norms], path))
-            self.biases[name] = nn.Parameter(layout.stacked([n.bias for n in norms], path))
+    def _take(self, found: parts.Found, freeze: bool) -> None:
+        """Makes what the layers have the stack's own."""
+        layers = list(found.layers)
+        self.rotary = found.rotary
+        for name, path in found.layout.linears.items():
+            linears = [parts.linear_parts(parts.part(layer, path)) for layer in layers]
+            self._own(self.weights, name, [w for w, _ in linears], path)
+            self._own(self.biases, name, [b for _, b in linears], f"{path}.bias")
+            adapters = self._adapters(layers, name, path)
+            if adapters is not None:
+                self._own(self.lora_a, name, adapters[0], path)
+                self._own(self.lora_b, name, adapters[1], path)
+        for name, path in self.facts.norms.items():
+            norms = [parts.part(layer, path) for layer in layers]
+            self._own(self.weights, name, [n.weight for n in norms], path)
+            biases = [getattr(n, "bias", None) for n in norms]
+            self._own(self.biases, name, biases, f"{path}.bias")
         for parameter in (*self.weights.values(), *self.biases.values()):
             parameter.requires_grad_(not freeze)
 
-    def _take_adapters(self, layers: Sequence[nn.Module]) -> None:
-        for name, path in self.facts.layout.linears.items():
-            parts = [layout.adapter_parts(layout.part(layer, path)) for layer in layers]
-            found = [p for p in parts if p is not None]
-            if not found:
-                continue
-            if len(found) < len(parts) or any(p[2:] != found[0][2:] for p in found):
-                raise ValueError(f"model: expected adapters alike on {path} of every layer")
-            self.lora_a[name] = nn.Parameter(layout.stacked([p[0] for p in found], path))
-            self.lora_b[name] = nn.Parameter(layout.stacked([p[1] for p in found], path))
-            self.lora_scaling[name], self.lora_dropout[name] = found[0][2:]
+    def _own(
+        self, where: _modules.Parameters, name: str, parameters: Sequence[Any], path: str
+    ) -> None:
+        parts.check_alike(parameters, path)
+        if parameters[0] is not None:
+            where[name] = nn.Parameter(parts.stacked(parameters, path))
+
+    def _adapters(
+        self, layers: Sequence[nn.Module], name: str, path: str
+    ) -> tuple[list[Tensor], list[Tensor]] | None:
+        """PEFT's adapters on one product of every layer; keeps their scaling and dropout."""
+        every = [parts.adapter_parts(parts.part(layer, path)) for layer in layers]
+        found = [each for each in every if each is not None]
+        if not found:
+            return None
+        if len(found) < len(every) or any(each[2:] != found[0][2:] for each in found):
+            raise ValueError(f"model: expected adapters alike on {path} of every layer")
+        self.lora_scaling[name], self.lora_dropout[name] = found[0][2:]
+        return [each[0] for each in found], [each[1] for each in found]
 
     def _new_adapters(
         self, rank: int, scaling: float, dropout: float, targets: Sequence[str]
     ) -> None:
-        held = self._lent(lambda held: held)
+        held, facts = self._lent(lambda held: held), self.facts
+        rows = {"q": facts.heads, "k": facts.key_heads, "v": facts.key_heads}
         for name in dict.fromkeys(targets):
-            weight = self._slice(self._weight_of(held, name)[0], name)
-            a = weight.new_empty(self.num_layers, rank, weight.shape[2])
+            weight = held.weights[name if name in facts.layout.linears else "qkv"][0]
+            outputs, inputs = weight.mT.shape if facts.layout.transposed else weight.shape
+            outputs = rows[name] * facts.head_width if name in rows else outputs
+            a = weight.new_empty(self.num_layers, rank, inputs)
             for one in a:
                 nn.init.kaiming_uniform_(one, a=5**0.5)
             self.lora_a[name] = nn.Parameter(a)
-            self.lora_b[name] = nn.Parameter(
-                weight.new_zeros(self.num_layers, weight.shape[1], rank)
-            )
+            self.lora_b[name] = nn.Parameter(weight.new_zeros(self.num_layers, outputs, rank))
             self.lora_scaling[name], self.lora_dropout[name] = scaling, dropout
-
-    def _weight_of(self, held: Held, name: str) -> tuple[Tensor, Tensor | None]:
-        """[L, N, D] and bias [L, N]: a whole fused projection for each of its parts."""
-        key = name if name in self.facts.layout.linears else "qkv"
-        weight = held.weights[key]
-        weight = weight.mT if self.facts.layout.transposed else weight
-        return weight, held.biases.get(key)
-
-    def _slice(self, stack: Tensor, name: str) -> Tensor:
-        """The rows of a fused projection's stack that belong to this part."""
-        if name in self.facts.layout.linears or name not in _THIRDS:
-            return stack
-        third = stack.shape[1] // 3
-        return stack[:, _THIRDS[name] * third : (_THIRDS[name] + 1) * third]
-
-    def _linear(
-        self, held: Held, name: str, x: Tensor, index: Tensor, shared: bool = False
-    ) -> Tensor:
-        weight, bias = self._weight_of(held, name)
-        weight = self._slice(weight, name)
-        bias = None if bias is None else self._slice(bias, name)
-        key = "qkv" if name in _THIRDS and name not in held.lora_a else name
-        if key not in held.lora_a:
-            return layer_linear(x, weight, index, biases=bias, shared=shared, impl=self.impl)
-        scaling, p = self.lora_scaling[key], self.lora_dropout[key]
-        a, b = held.lora_a[key], held.lora_b[key]
-        b = self._slice(b, name) if key == "qkv" else b
-        if not (self.training and p):
-            lora = LoRA(a, b, scaling)
-            return layer_linear(
-                x, weight, index, biases=bias, lora=lora, shared=shared, impl=self.impl
-            )
-        y = layer_linear(x, weight, index, biases=bias, shared=shared, impl=self.impl)
-        # Each branch draws its own dropout, as two blocks in sequence would.
-        apart = x.expand(index.shape[0], *x.shape) if shared else x
-        down = layer_linear(F.dropout(apart, p), a.to(x.dtype), index, impl=self.impl)
-        return y + scaling * layer_linear(down, b.to(down.dtype), index, impl=self.impl)
-
-    def _norm(
-        self, held: Held, name: str, x: Tensor, index: Tensor, *, is_standard: bool = False
-    ) -> Tensor:
-        """Each branch's LayerNorm; `is_standard`: x has mean 0 and variance 1 already."""
-        if not is_standard:
-            x = F.layer_norm(x, (self.d_model,), eps=self.facts.eps)
-        weight = held.weights[name].index_select(0, index)[:, None, None]
-        return x * weight + held.biases[name].index_select(0, index)[:, None, None]
-
-    def _blocks(
-        self,
-        held: Held,
-        z: Tensor,
-        normed: Tensor | None,
-        index: Tensor,
-        coeff: Tensor | None,
-        mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The mixture of the branches' blocks; with pre-norm also its standardised form."""
-        facts = self.facts
-        pre_norm = facts.layout.pre_norm
-        if pre_norm:
-            source = z if normed is None else normed
-            x = self._norm(held, "norm1", source, index, is_standard=normed is not None)
-        else:
-            x = z
-        attended = self._attention(held, x, index, mask, shared=not pre_norm)
-        h = z + self._dropout(self._linear(held, "out", attended, index), facts.hidden_dropout)
-        if not pre_norm:
-            h = self._norm(held, "norm1", h, index)
-        inner = self._norm(held, "norm2", h, index) if pre_norm else h
-        inner = facts.activation(self._linear(held, "up", inner, index))
-        f = self._dropout(self._linear(held, "down", inner, index), facts.hidden_dropout)
-        mixture: dict[str, Any] = {"impl": self.impl}
-        if coeff is None:
-            mixture["coeff"] = f.new_ones(1, dtype=_dtypes.accumulate_dtype(f.dtype))
-        else:
-            mixture["logits" if self.softmax_mixing else "coeff"] = coeff
-        if pre_norm:
-            return layer_mix(f, residual=h, norm=(None, None, facts.eps), **mixture)
-        return layer_mix(self._norm(held, "norm2", h + f, index), **mixture), None
-
-    def _attention(
-        self, held: Held, x: Tensor, index: Tensor, mask: Tensor | None, shared: bool
-    ) -> Tensor:
-        """All branches' attention in one call; [G, B, N, D]."""
-        heads = self.facts.heads
-        branches, (batch, length) = index.shape[0], x.shape[-3:-1]
-        q, k, v = (
-            self._linear(held, name, x, index, shared)
-            .view(branches * batch, length, heads, -1)
-            .transpose(1, 2)
-            for name in ("q", "k", "v")
-        )
-        causal = self.facts.layout.causal
-        if mask is not None and mask.shape[0] == batch:
-            mask = mask.expand(branches, *mask.shape).flatten(0, 1)
-        out = F.scaled_dot_product_attention(
-            *(q, k, v, mask),
-            dropout_p=self.facts.attention_dropout if self.training else 0.0,
-            is_causal=causal and mask is None,
-            scale=self.facts.scaling,
-        )
-        return out.transpose(1, 2).reshape(branches, batch, length, -1)
 
     def _choose(
         self, t: int, z: Tensor, counted: Tensor | None, ids: Tensor
@@ -507,35 +434,63 @@ class LayerExpertStack(_modules.Module):
             pick = pick + t
         return pick, chance, loss
 
-    def _coefficients(self, t: int, chance: Tensor | None) -> Tensor:
-        """[2]: logits where learned through a softmax, else the coefficients."""
+    def _mixture(self, t: int, chance: Tensor | None) -> dict[str, Tensor]:
+        """What `layer_mix` takes: "coeff" [2], or "logits" [2] where a softmax is left to it."""
         coeff = self.mixing[t if self.mixing.shape[0] > 1 else 0]
         if chance is None or not self.straight_through:
-            return coeff
-        gain = 1 + chance - chance.detach()
+            return {"logits" if self.softmax_mixing else "coeff": coeff}
         if self.softmax_mixing:
-            # A softmax of shifted logits would change both: their logarithm is what moves c_1.
-            return coeff + torch.stack((torch.zeros_like(gain), gain.log()))
-        return coeff * torch.stack((torch.ones_like(gain), gain))
+            coeff = torch.softmax(coeff, 0)
+        gain = 1 + chance - chance.detach()
+        return {"coeff": coeff * torch.stack((torch.ones_like(gain), gain))}
 
     def _masks(self, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Which tokens vote, and the mask for the attention."""
+        batch, length = hidden.shape[:2]
+        facts = self.facts
+        is_narrow = facts.window is not None and facts.window < length
         if mask is None:
-            return None, None
+            return None, self._seen(length, hidden.device)[None, None] if is_narrow else None
         if not isinstance(mask, Tensor):
             _check.tensor("attention_mask", mask, "B, N", (None, None), (torch.bool,))
-        batch, length = hidden.shape[:2]
         if mask.dim() == 2:
             _check.tensor("attention_mask", mask, "B, N", (batch, length), (torch.bool,), hidden)
             full = mask[:, None, None]
-            if self.facts.layout.causal:
-                ones = torch.ones(length, length, dtype=torch.bool, device=mask.device)
-                full = full & ones.tril()
+            if facts.layout.causal or is_narrow:
+                full = full & self._seen(length, mask.device)
             return None if self.published else mask, full
         dtypes = (torch.bool, hidden.dtype)
         sizes = (None, None, None, length)
         _check.tensor("attention_mask", mask, "B, H, N, N", sizes, dtypes, hidden)
         return None, mask
 
-    def _dropout(self, x: Tensor, p: float) -> Tensor:
-        return F.dropout(x, p, training=self.training) if p else x
+    def _seen(self, length: int, device: torch.device) -> Tensor:
+        """bool [N, N]: the keys that a token attends to where there is no padding."""
+        seen = torch.ones(length, length, dtype=torch.bool, device=device)
+        if self.facts.layout.causal:
+            seen = seen.tril()
+        window = self.facts.window
+        return seen if window is None else seen.triu(1 - window)
+
+    def _positions(
+        self, hidden: Tensor, position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """cos and sin of the positions, as the model's own module makes them."""
+        length = hidden.shape[1]
+        if self.rotary is None:
+            if position_ids is not None:
+                raise ValueError(
+                    f"position_ids: expected None in {self.facts.layout.name} layers, whose "
+                    f"positions are in hidden, got {type(position_ids).__name__}"
+                )
+            return None
+        if position_ids is None:
+            position_ids = torch.arange(length, device=hidden.device)[None]
+        _check.index("position_ids", position_ids, "B, N", (None, length), hidden)
+        if position_ids.shape[0] not in (1, hidden.shape[0]):
+            raise ValueError(
+                f"position_ids: expected shape [B, N] or [1, N] with B={hidden.shape[0]}, "
+                f"got {list(position_ids.shape)}"
+            )
+        cos, sin = self.rotary(hidden, position_ids)
+        return cos, sin
