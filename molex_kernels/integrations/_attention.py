@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from molex_kernels import _check
-from molex_kernels.integrations._layers import Layers
+from molex_kernels.integrations._layers import Layers, check_open
 from molex_kernels.integrations._masks import key_mask_of, require
 from molex_kernels.ops.rpc_attention.api import CAUSAL, rpc_attention
 from molex_kernels.ops.rpc_attention.module import RPCAttention
@@ -194,7 +194,7 @@ def _attention(stack: Layers, index: int) -> Any:
         )
     ((name, module),) = found.items()
     where = f"layers.{index}.{name}".removesuffix(".")
-    stack.check_open(where, module)
+    check_open(where, module)
     words = _words(module)
     is_cross = "Cross" in type(module).__name__ or getattr(module, "is_cross_attention", False)
     beyond = ["keys of other tokens"] if is_cross else []

@@ -161,23 +161,28 @@ class Stack(Layers):
 
     def uninstall(self) -> bool:
         """Puts back every class and takes away every hook; False where there is nothing."""
-        handover = getattr(self.parent, "molex_handover", None)
-        if not isinstance(handover, Handover):
-            return False
-        parts = [module for module in self.layers.modules() if isinstance(module, Part)]
-        for part in parts:
-            if Part not in type(part).__bases__[0].__bases__:
-                raise ValueError(
-                    f"model: expected {type(part).__name__} as it was installed, got one that has "
-                    "been wrapped since (by FSDP or a parametrization)"
-                )
-        for part in parts:
-            part.__class__ = type(part).__bases__[1]
-            del part.molex_place
-        for hook in handover.hooks:
-            hook.remove()
-        del self.parent.molex_handover
-        return True
+        return take_out(self.parent, self.layers)
+
+
+def take_out(parent: nn.Module, layers: nn.ModuleList) -> bool:
+    """Puts back every class and takes away every hook; False where there is nothing."""
+    handover = getattr(parent, "molex_handover", None)
+    if not isinstance(handover, Handover):
+        return False
+    parts = [module for module in layers.modules() if isinstance(module, Part)]
+    for part in parts:
+        if Part not in type(part).__bases__[0].__bases__:
+            raise ValueError(
+                f"model: expected {type(part).__name__} as it was installed, got one that has "
+                "been wrapped since (by FSDP or a parametrization)"
+            )
+    for part in parts:
+        part.__class__ = type(part).__bases__[1]
+        del part.molex_place
+    for hook in handover.hooks:
+        hook.remove()
+    del parent.molex_handover
+    return True
 
 
 def _block(layer: nn.Module) -> nn.Module | None:

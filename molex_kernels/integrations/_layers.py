@@ -56,10 +56,11 @@ class Layers:
                 )
         return sorted(set(chosen))
 
-    def check_open(self, name: str, module: nn.Module) -> None:
-        """Refuses a module whose class is not what its call runs."""
-        if "forward" in module.__dict__:
-            raise ValueError(
-                f"model: expected {name} to run the forward of its class, got "
-                f"{type(module).__name__} with one of its own (offloading sets one: install first)"
-            )
+
+def check_open(name: str, module: nn.Module) -> None:
+    """Refuses a module whose class is not what its call runs."""
+    if "forward" in module.__dict__:
+        raise ValueError(
+            f"model: expected {name} to run the forward of its class, got "
+            f"{type(module).__name__} with one of its own (offloading sets one: install first)"
+        )

@@ -10,6 +10,7 @@ from torch import nn
 
 from molex_kernels import _backends
 from molex_kernels.integrations._handover import Part, Stack, mix_in
+from molex_kernels.integrations._layers import check_open
 from molex_kernels.ops.momentum.api import momentum_update
 from molex_kernels.ops.momentum.types import Mars, RobustMomentum, Rule
 
@@ -103,8 +104,8 @@ def install_momentum(
                 f"model: expected {name} to have a child with experts, got {type(layer).__name__}, "
                 f"in which they belong to {type(block).__name__}"
             )
-        stack.check_open(name, layer)
-        stack.check_open(f"the experts of {name}", block)
+        check_open(name, layer)
+        check_open(f"the experts of {name}", block)
     if not chosen:
         return chosen
     handover = stack.handover()

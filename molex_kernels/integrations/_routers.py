@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from molex_kernels.integrations._handover import Part, Stack, mix_in
+from molex_kernels.integrations._layers import check_open
 from molex_kernels.ops.routing.api import ac_route, topk_route
 from molex_kernels.ops.routing.choice import route_from_index
 from molex_kernels.ops.routing.module import ACRouter
@@ -175,8 +176,8 @@ def _gate(stack: Stack, index: int) -> Any:
             f"model: expected {name} to be a weight [E, D], perhaps a bias [E], and top_k, "
             f"got {type(gate).__name__} with {sorted(parameters)} and top_k={top_k}"
         )
-    stack.check_open(name, gate)
-    stack.check_open(f"layers.{index}", stack.layers[index])
+    check_open(name, gate)
+    check_open(f"layers.{index}", stack.layers[index])
     return gate
 
 

@@ -11,6 +11,9 @@
     from molex_kernels.integrations.transformers import install_rpc_attention
     install_rpc_attention(model, layers=[0])      # BERT, ViT, GPT-2, Llama: robust attention
 
+    from molex_kernels.integrations.transformers import install_layer_experts
+    experts = install_layer_experts(model)        # each layer with one chosen for the batch
+
 Weights, names and checkpoints stay as they are, adapters of PEFT on the expert weights included.
 """
 
@@ -26,6 +29,7 @@ from molex_kernels import _modules
 from molex_kernels.integrations import _attention
 from molex_kernels.integrations._attention import install_rpc_attention
 from molex_kernels.integrations._handover import Handover, Stack
+from molex_kernels.integrations._layer_experts import install_layer_experts, take_layer_experts_out
 from molex_kernels.integrations._momentum import install_momentum
 from molex_kernels.integrations._routers import install_ac_router
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
@@ -53,6 +57,7 @@ __all__ = [
     "experts_forward",
     "install_ac_router",
     "install_experts",
+    "install_layer_experts",
     "install_momentum",
     "install_rpc_attention",
     "uninstall",
@@ -114,7 +119,7 @@ def uninstall(model: nn.Module) -> bool:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
     handed_over = any(isinstance(vars(m).get("molex_handover"), Handover) for m in model.modules())
-    was_there = handed_over and Stack(model).uninstall()
+    was_there = take_layer_experts_out(model) or (handed_over and Stack(model).uninstall())
     return _attention.uninstall(model) or was_there
 
 

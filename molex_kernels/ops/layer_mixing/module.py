@@ -202,7 +202,7 @@ class LayerExpertStack(_modules.Module):
         )
         stack._take(found, freeze)
         if lora_rank:
-            if stack.lora_a:
+            if stack.lora_scaling:
                 raise ValueError("lora_rank: expected 0 where the model has adapters")
             stack._new_adapters(lora_rank, lora_alpha / lora_rank, lora_dropout, lora_targets)
         return stack.train(model.training)

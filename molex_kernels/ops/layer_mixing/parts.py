@@ -22,6 +22,7 @@ _MORE = {
     "is_cross_attention": "cross attention",
     "is_decoder": "is_decoder",
     "scale_attn_by_inverse_layer_idx": "scale_attn_by_inverse_layer_idx",
+    "molex_rpc": "RPC attention, which was installed in them",
     "attn_logit_softcapping": "a soft cap on its scores (attn_logit_softcapping)",
 }
 
@@ -193,7 +194,9 @@ def _facts(layout: Layout, layer: nn.Module) -> Facts:
     width = int(part(layer, layout.head_width))
     rows = {}
     for name in ("q", "k"):
-        weight, _ = linear_parts(part(layer, layout.linears.get(name, layout.linears.get("qkv", ""))))
+        weight, _ = linear_parts(
+            part(layer, layout.linears.get(name, layout.linears.get("qkv", "")))
+        )
         rows[name] = weight.shape[1 if layout.transposed else 0]
         rows[name] //= 1 if name in layout.linears else 3
     config = getattr(attention, "config", None)
