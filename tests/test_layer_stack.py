@@ -122,6 +122,111 @@ def test_the_model_shares_the_stack_and_a_cache_is_refused(generator):
         stack(torch.zeros(1, 2, WIDTH, dtype=torch.float64, device=DEVICE), cache=object())
 
 
+def _widened(model):
+    for layer in layers_of(model):
+        layer.mlp.register_parameter("temperature", torch.nn.Parameter(torch.ones(1)))
+    return model
+
+
+def _other(model_type, **options):
+    """A model whose layers have the parts of Llama's and do something else."""
+    sizes = {**MODELS["llama"][1], "pad_token_id": 0, **options}
+    config = transformers.AutoConfig.for_model(model_type, **sizes)
+    return transformers.AutoModel.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("of", "text"),
+    [
+        (lambda g: _other("granite"), "got GraniteDecoderLayer, which has the same parts"),
+        (lambda g: _other("helium"), "got HeliumDecoderLayer, which has the same parts"),
+        (lambda g: _other("gemma2"), "a soft cap on its scores"),
+        (lambda g: _other("gemma3_text"), "more parameters than are known: pre_feedforward_lay"),
+        (lambda g: _widened(make("llama", g)), "more parameters than are known: mlp.temperature"),
+        (lambda g: make("gpt2", g, add_cross_attention=True), "layers without cross attention"),
+        (
+            lambda g: make(
+                "qwen2", g, use_sliding_window=True, sliding_window=3, max_window_layers=1
+            ),
+            "the same sliding window, or none, got None in layer 0 and 3 in layer 1",
+        ),
+        (lambda g: transformers.T5Config, "expected a module"),
+        (lambda g: layers_of(make("llama", g)), "beside the module rotary_emb"),
+    ],
+    ids=lambda value: value.split(",")[0][:30] if isinstance(value, str) else "",
+)
+def test_layers_that_do_more_are_refused(of, text, generator):
+    with pytest.raises((TypeError, ValueError), match=text):
+        mk.LayerExpertStack.from_transformers(of(generator))
+
+
+def test_adapters_that_are_not_loras_are_refused(generator):
+    peft = pytest.importorskip("peft", exc_type=ImportError)
+    config = peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[])
+    model = peft.get_peft_model(make("llama", generator), config)
+    with pytest.raises(ValueError, match="expected no adapters but LoRA's"):
+        mk.LayerExpertStack.from_transformers(model)
+
+
+def test_positions_may_be_given(generator):
+    model = make("llama", generator)
+    stack = mk.LayerExpertStack.from_transformers(model, layers_to_use=0)
+    z = torch.randn(2, 5, WIDTH, generator=generator, dtype=torch.float64).to(DEVICE)
+    steps = torch.tensor([[0, 1, 4, 5, 9], [2, 3, 4, 6, 7]], device=DEVICE)
+    want = z
+    for layer in layers_of(model):
+        want = layer(want, position_embeddings=model.rotary_emb(z, steps))
+    _close(stack(z, position_ids=steps).hidden, want)
+    with pytest.raises(ValueError, match=r"position_ids: expected shape \[B, N\] or \[1, N\]"):
+        stack(z, position_ids=steps[[0, 1, 1]])
+    other = mk.LayerExpertStack.from_transformers(make("opt", generator))
+    with pytest.raises(ValueError, match="position_ids: expected None in opt layers"):
+        other(z, position_ids=steps)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "distilbert"])
+def test_dropout_is_drawn_where_the_model_has_it(kind, generator):
+    names = {"llama": ["attention_dropout"], "distilbert": ["dropout", "attention_dropout"]}
+    options = dict.fromkeys(names.get(kind, ["hidden_dropout", "attention_dropout"]), 0.5)
+    stack = mk.LayerExpertStack.from_transformers(make(kind, generator, **options))
+    facts = stack.facts
+    after = 0.5 if kind == "gpt_neox" else 0.0
+    assert (facts.out_dropout, facts.attention_dropout) == (after, 0.5)
+    assert facts.down_dropout == (0.0 if kind == "llama" else 0.5)
+    z = torch.randn(2, 7, WIDTH, generator=generator, dtype=torch.float64).to(DEVICE)
+    assert torch.equal(stack(z).hidden, stack(z).hidden)
+    stack.train()
+    assert not torch.equal(stack(z).hidden, stack(z).hidden)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "qwen3", "gpt_neox"])
+def test_in_bf16_and_under_autocast_as_the_model(kind, generator):
+    """No further from fp32 than a few roundings of the model's own layers in bf16."""
+    model = make(kind, generator, dtype=torch.float32)
+    z = torch.randn(2, 7, WIDTH, generator=generator).to(DEVICE)
+    stack = mk.LayerExpertStack.from_transformers(copy.deepcopy(model), layers_to_use=0)
+    want = stack(z).hidden
+    run, halves = runner(model), copy.deepcopy(model).bfloat16()
+    theirs = z.bfloat16()
+    for layer in layers_of(halves):
+        theirs = run(layer, theirs)
+    allowed = 2 * (theirs.float() - want).abs().max() + 0.02 * want.abs().max()
+    ours = mk.LayerExpertStack.from_transformers(halves, layers_to_use=0)(z.bfloat16()).hidden
+    assert ours.dtype == torch.bfloat16
+    assert (ours.float() - want).abs().max() <= allowed
+    with torch.autocast(z.device.type, torch.bfloat16):
+        mixed = stack(z).hidden
+    assert (mixed.float() - want).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_compiles_without_a_graph_break(kind, generator):
+    stack = mk.LayerExpertStack.from_transformers(make(kind, generator, dtype=torch.float32))
+    z = torch.randn(2, 7, WIDTH, generator=generator).to(DEVICE)
+    compiled = torch.compile(stack, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(z).hidden, stack(z).hidden)
+
+
 def test_a_cosine_gate_is_the_cosine_with_learned_directions(generator):
     stack = mk.LayerExpertStack.from_transformers(make("bert", generator), cosine_dim=5)
     (gate,) = stack.gates
@@ -138,10 +243,18 @@ def test_a_cosine_gate_is_the_cosine_with_learned_directions(generator):
     _close(published.gates[0](z), 2 * over @ directions)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+_TARGETS = {
+    "gpt2": ["c_attn"],
+    "bert": ["query", "value"],
+    "llama": ["q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "gpt_neox": ["query_key_value", "dense_h_to_4h"],
+}
+
+
+@pytest.mark.parametrize("kind", _TARGETS)
 def test_adapters_of_peft_are_taken_over(kind, generator):
     peft = pytest.importorskip("peft", exc_type=ImportError)
-    targets = ["c_attn"] if kind == "gpt2" else ["query", "value"]
+    targets = _TARGETS[kind]
     config = peft.LoraConfig(
         r=2, lora_alpha=6, target_modules=targets, fan_in_fan_out=kind == "gpt2"
     )
@@ -203,11 +316,12 @@ def test_adapters_of_peft_in_single_precision(kind, dtype, dropout, generator):
         torch.testing.assert_close(again(z).hidden, out)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama", "gpt_neox"])
 def test_new_adapters_add_their_product_to_the_weights(kind, generator):
     model = make(kind, generator)
     plain = copy.deepcopy(model)
-    options = {"lora_rank": 3, "lora_alpha": 6.0, "lora_targets": ("q", "v", "up")}
+    targets = ("q", "v", "up", "gate") if kind == "llama" else ("q", "v", "up")
+    options = {"lora_rank": 3, "lora_alpha": 6.0, "lora_targets": targets}
     stack = mk.LayerExpertStack.from_transformers(model, **options)
     assert not any(parameter.requires_grad for parameter in stack.weights.values())
     layout = stack.facts.layout
@@ -219,13 +333,15 @@ def test_new_adapters_add_their_product_to_the_weights(kind, generator):
                 fused = name not in layout.linears
                 weight = layer.get_submodule(layout.linears["qkv" if fused else name]).weight
                 rows = weight.T if layout.transposed else weight
-                start = {"q": 0, "v": 2 * WIDTH}[name] if fused else 0
-                rows[start : start + moved.shape[1]] += moved[t]
+                if fused and kind == "gpt_neox":
+                    rows = rows.view(2, 3, WIDTH // 2, WIDTH)[:, "qkv".index(name)]
+                elif fused:
+                    rows = rows[WIDTH * "qkv".index(name) :][:WIDTH]
+                rows += moved[t].view(rows.shape)
     z = torch.randn(2, 7, WIDTH, generator=generator, dtype=torch.float64).to(DEVICE)
     mixing = stack.mixing.detach()[0]
-    want, _, _ = published(
-        runner(plain), layers_of(plain), copy.deepcopy(stack.gates), lambda t: mixing, z, {}
-    )
+    gates = copy.deepcopy(stack.gates)
+    want, _, _ = published(runner(plain), layers_of(plain), gates, lambda t: mixing, z, {})
     _close(stack(z).hidden, want)
 
 

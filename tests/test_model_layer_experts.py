@@ -194,7 +194,7 @@ def test_text_is_generated_without_a_cache(generator):
         expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
     options = {"max_new_tokens": 3, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
     options["eos_token_id"] = None
-    with pytest.raises(NotImplementedError, match="cache: expected .* with install_layer_experts"):
+    with pytest.raises(NotImplementedError, match="expected None with install_layer_experts"):
         model.generate(tokens, **options)
     assert torch.equal(model.generate(tokens, use_cache=False, **options), expected)
     with pytest.raises(NotImplementedError, match="output_attentions: expected False"):
@@ -236,7 +236,7 @@ def test_bad_calls_are_refused_and_change_nothing(generator):
         with pytest.raises(error, match=text):
             install_layer_experts(model, **options)
     layers_of(model)[1].self_attn.q_proj.register_forward_hook(lambda *args: None)
-    with pytest.raises(ValueError, match="self_attn.q_proj without hooks"):
+    with pytest.raises(ValueError, match="q_proj without hooks"):
         install_layer_experts(model)
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert all(p.requires_grad for p in model.parameters())

@@ -23,7 +23,7 @@ class Layout:
         down_dropout: behind the MLP; "" for none.
         head_norms: norms of every head of q and k, "norm_q" and "norm_k"; layers may have none.
         pre_norm: whether norms come before, or where that is said.
-        parallel: whether attention and MLP both start from the block's input, or where that is said.
+        parallel: whether attention and MLP both start from the block's input, or where it says so.
         causal: whether a token attends to those before it alone.
         rotary: whether q and k are rotated by position.
         transposed: weights are [D, N], as GPT-2's Conv1D has them.
