@@ -218,9 +218,10 @@ def install_layer_experts(model: nn.Module, **options: Any) -> LayerExpertStack:
     for the loss, `chosen` layers, and the decoder's `hidden`. A loss of Trainer adds it in
     `compute_loss`.
 
-    Adapters of PEFT are the model's: trained where they are and saved by PEFT, before or after
-    this call. A checkpoint of the model has what is new as well; a model of `from_pretrained` gets
-    it by this call with the same options and then `load_state_dict`.
+    Adapters of PEFT are the model's, trained where they are and saved by PEFT, whether they come
+    before this call or after it; PEFT freezes what it finds, so that gates train where it comes
+    before. A checkpoint of the model has what is new as well; a model of `from_pretrained` gets it
+    by this call with the same options and then `load_state_dict`.
 
     Training, `gradient_checkpointing_enable()` in its non-reentrant kind, which is the default of
     transformers, several forward passes before their backward passes, `torch.compile`, deepcopy and
@@ -247,8 +248,8 @@ def install_layer_experts(model: nn.Module, **options: Any) -> LayerExpertStack:
         raise TypeError(f"options: expected some of {sorted(allowed)[1:]}, got {unknown}")
     layers = parts.layers_of(model).layers
     decoder = _decoder(model, layers)
-    before = getattr(decoder, "molex_experts", None)
-    if isinstance(before, _Experts):
+    before = _experts(decoder)
+    if before is not None:
         before.take_out(decoder)
     experts = _Experts.from_transformers(model, **options)
     assert isinstance(experts, _Experts)
@@ -268,13 +269,19 @@ def install_layer_experts(model: nn.Module, **options: Any) -> LayerExpertStack:
     return experts
 
 
-def take_layer_experts_out(model: nn.Module) -> bool:
+def take_out(model: nn.Module) -> bool:
     """Undoes `install_layer_experts`; False where there is nothing."""
-    found = [m for m in model.modules() if isinstance(getattr(m, "molex_experts", None), _Experts)]
-    for decoder in found:
-        experts: Any = decoder.molex_experts
+    found = [(module, _experts(module)) for module in model.modules()]
+    installed = [(decoder, experts) for decoder, experts in found if experts is not None]
+    for decoder, experts in installed:
         experts.take_out(decoder)
-    return bool(found)
+    return bool(installed)
+
+
+def _experts(decoder: nn.Module) -> _Experts | None:
+    """Its own: wrappers such as PEFT's answer for what they wrap."""
+    child = decoder._modules.get("molex_experts")
+    return child if isinstance(child, _Experts) else None
 
 
 def _decoder(model: nn.Module, layers: nn.ModuleList) -> nn.Module:

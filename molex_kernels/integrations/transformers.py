@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from molex_kernels import _modules
-from molex_kernels.integrations import _attention
+from molex_kernels.integrations import _attention, _layer_experts
 from molex_kernels.integrations._attention import install_rpc_attention
 from molex_kernels.integrations._handover import Handover, Stack
-from molex_kernels.integrations._layer_experts import install_layer_experts, take_layer_experts_out
+from molex_kernels.integrations._layer_experts import install_layer_experts
 from molex_kernels.integrations._momentum import install_momentum
 from molex_kernels.integrations._routers import install_ac_router
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
@@ -119,7 +119,7 @@ def uninstall(model: nn.Module) -> bool:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
     handed_over = any(isinstance(vars(m).get("molex_handover"), Handover) for m in model.modules())
-    was_there = take_layer_experts_out(model) or (handed_over and Stack(model).uninstall())
+    was_there = _layer_experts.take_out(model) or (handed_over and Stack(model).uninstall())
     return _attention.uninstall(model) or was_there
 
 
