@@ -150,7 +150,7 @@ def _other(model_type, **options):
             ),
             "the same sliding window, or none, got None in layer 0 and 3 in layer 1",
         ),
-        (lambda g: transformers.T5Config, "expected a module"),
+        (lambda g: torch.nn.Linear(2, 2), "expected layers as in transformers' GPT-2"),
         (lambda g: layers_of(make("llama", g)), "beside the module rotary_emb"),
     ],
     ids=lambda value: value.split(",")[0][:30] if isinstance(value, str) else "",

@@ -115,9 +115,10 @@ def test_checkpointed_layers_repeat_what_they_did(kind, generator):
     expected = gradients()
     assert any("gates" in name for name in expected)
     model.gradient_checkpointing_enable()
-    runs = []
-    layers_of(model)[1].register_forward_hook(lambda *args: runs.append(1))
+    runs, layer = [], experts._layer
+    experts._layer = lambda *args: (runs.append(args[0]), layer(*args))[1]
     got = gradients()
+    assert sorted(runs) == sorted(4 * list(range(LAYERS)))
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
         assert torch.equal(got[name], gradient), name
@@ -194,7 +195,7 @@ def test_text_is_generated_without_a_cache(generator):
         expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
     options = {"max_new_tokens": 3, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
     options["eos_token_id"] = None
-    with pytest.raises(NotImplementedError, match="expected None with install_layer_experts"):
+    with pytest.raises(NotImplementedError, match=r"expected (None|False) with install_layer_exp"):
         model.generate(tokens, **options)
     assert torch.equal(model.generate(tokens, use_cache=False, **options), expected)
     with pytest.raises(NotImplementedError, match="output_attentions: expected False"):
@@ -216,13 +217,11 @@ def test_under_autocast_and_in_bf16(generator):
     inputs = _inputs("qwen3", generator)
     plain = model(**inputs, labels=inputs["input_ids"]).loss
     install_layer_experts(model, layers_to_use=0)
-    with torch.autocast(
-        DEVICE.type if isinstance(DEVICE, torch.device) else DEVICE, torch.bfloat16
-    ):
+    with torch.autocast(plain.device.type, torch.bfloat16):
         loss = model(**inputs, labels=inputs["input_ids"]).loss
-    torch.testing.assert_close(loss.float(), plain, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(loss.float(), plain, rtol=0.1, atol=0.1)
     half = model.to(torch.bfloat16)(**inputs, labels=inputs["input_ids"]).loss
-    torch.testing.assert_close(half.float(), plain, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(half.float(), plain, rtol=0.1, atol=0.1)
 
 
 def test_bad_calls_are_refused_and_change_nothing(generator):
