@@ -158,7 +158,7 @@ ROOMS = {
     "balance.py": "public",
     "module.py": "public",
     "types.py": "public",
-    "layout.py": "public",
+    "parts.py": "public",
 }
 ROOMS |= {"op.py": "schema", "reference.py": "reference", "kernels": "kernel"}
 
