@@ -93,7 +93,8 @@ class _Experts(LayerExpertStack):
 
     def begin(self, decoder: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Before the decoder: parameters and adapters are those that the layers have now."""
-        names = decoder.molex_handover.arguments  # type: ignore[union-attr]
+        handover: Any = decoder.molex_handover
+        names = handover.arguments
         named = {**dict(zip(names, args, strict=False)), **kwargs}
         if named.get("use_cache"):
             raise NotImplementedError(f"use_cache: expected False with {_KIND}: {_NO_CACHE}")
@@ -110,8 +111,8 @@ class _Experts(LayerExpertStack):
 
     def end(self, decoder: nn.Module, args: Any, output: Any) -> None:
         """After the decoder: what its layers have chosen."""
-        last = decoder.molex_handover.last  # type: ignore[union-attr]
-        made = () if last is None else last.made.get(_KIND, ())
+        handover: Any = decoder.molex_handover
+        made = () if handover.last is None else handover.last.made.get(_KIND, ())
         if not made:
             return
         losses = [loss for _, loss in made if loss is not None]

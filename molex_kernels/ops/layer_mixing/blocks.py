@@ -76,7 +76,8 @@ class Blocks:
         `normed` is that of z, as the block before has returned it.
         """
         facts = self.facts
-        x, standard = z, None
+        x: Tensor = z
+        standard: Tensor | None = None
         if facts.pre_norm:
             standard = self._standard(z) if normed is None else normed
             x = self._scaled("norm1", standard, index, z.dtype)
@@ -89,9 +90,10 @@ class Blocks:
         else:
             inner = self._norm("norm2", h, index)
         f = self._dropout(self._mlp(inner, index), facts.down_dropout)
+        residual: Tensor | None = h
         if not facts.pre_norm:
-            f, h = self._norm("norm2", h + f, index), None
-        options: dict[str, Any] = {"residual": h, "impl": self.impl, **mixture}
+            f, residual = self._norm("norm2", h + f, index), None
+        options: dict[str, Any] = {"residual": residual, "impl": self.impl, **mixture}
         if facts.pre_norm and not facts.norm.is_rms:
             return layer_mix(f, norm=(None, None, facts.norm.eps), **options)
         return layer_mix(f, **options), None
