@@ -364,7 +364,7 @@ def test_options_that_it_does_not_take(generator):
         with pytest.raises(error, match=message):
             install_rpc_attention(model, **options)
     install_rpc_attention(model)
-    with pytest.raises(ValueError, match="model: expected layers without molex_rpc"):
+    with pytest.raises(ValueError, match="model: expected layers without RPC attention"):
         mk.LayerExpertStack.from_transformers(model)
     uninstall(model)
     with pytest.raises(TypeError, match="model: expected a module, got dict"):

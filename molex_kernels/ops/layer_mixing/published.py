@@ -31,11 +31,18 @@ class _Conv1D(nn.Module):
 
 
 class _Attention(nn.Module):
-    """What tells the number of heads."""
+    """What tells the width of a head."""
 
-    def __init__(self, num_heads: int) -> None:
+    def __init__(self, head_dim: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.head_dim = head_dim
+
+
+class GPT2Block(nn.Module):
+    """The parts of transformers' layer of this name, by which a stack knows them; nothing runs."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        raise NotImplementedError("forward: expected a call of the stack that has these layers")
 
 
 def gpt2_layers(
@@ -45,7 +52,7 @@ def gpt2_layers(
     model = nn.Module()
     model.h = nn.ModuleList()
     for _ in range(num_layers):
-        layer, attention, mlp = nn.Module(), _Attention(num_heads), nn.Module()
+        layer, attention, mlp = GPT2Block(), _Attention(d_model // num_heads), nn.Module()
         attention.c_attn = _Conv1D(d_model, 3 * d_model, where)
         attention.c_proj = _Conv1D(d_model, d_model, where)
         mlp.c_fc = _Conv1D(d_model, width, where)
