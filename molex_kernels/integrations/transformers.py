@@ -20,6 +20,7 @@ Weights, names and checkpoints stay as they are, adapters of PEFT on the expert 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -180,7 +181,18 @@ def experts_forward(
     Returns:
         [T, D].
     """
-    w_up, w_down, b_up, b_down = _weights(experts)
+    return _compute(experts, hidden_states, top_k_index, top_k_weights)
+
+
+def _compute(
+    experts: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    stacked: Callable[[str], Tensor] | None = None,
+) -> Tensor:
+    """`stacked` gives the parameters of the experts by name: the module's own, or a rank's part."""
+    w_up, w_down, b_up, b_down = _weights(experts, stacked or functools.partial(getattr, experts))
     weights = top_k_weights.to(torch.promote_types(top_k_weights.dtype, hidden_states.dtype))
     activation = _activation(experts)
     if activation is not None:
@@ -208,15 +220,17 @@ def experts_forward(
     return (by_token * weights[..., None]).sum(1, dtype=weights.dtype).to(hidden_states.dtype)
 
 
-def _weights(experts: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _weights(
+    experts: Any, stacked: Callable[[str], Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """w_up and w_down as `moe_mlp` has them (views), and their biases."""
     name = "gate_up_proj" if _says(experts, "has_gate") else "up_proj"
-    w_up, w_down = getattr(experts, name), experts.down_proj
+    w_up, w_down = stacked(name), stacked("down_proj")
     if experts.is_transposed:
         w_up, w_down = w_up.mT, w_down.mT
     if not experts.has_bias:
         return w_up, w_down, None, None
-    return w_up, w_down, getattr(experts, f"{name}_bias"), experts.down_proj_bias
+    return w_up, w_down, stacked(f"{name}_bias"), stacked("down_proj_bias")
 
 
 def _says(experts: Any, name: str) -> bool:

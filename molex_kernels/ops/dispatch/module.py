@@ -26,6 +26,9 @@ PUBLISHED = {
 # Which those checkpoints have not.
 SHARED = tuple(f"shared.{name}" for name in (*PUBLISHED, "w_gate"))
 
+# w_up, w_down, b_up, b_down.
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
 
 def check_experts(
     d_model: int,
@@ -82,10 +85,54 @@ class _Experts(_modules.Module):
         self.register_parameter("b_up", parameter(rows) if bias else None)
         self.register_parameter("b_down", parameter(d_model) if bias else None)
 
+    def _weights(self) -> Weights:
+        """Each parameter is read once: one that is parametrized is computed when it is read."""
+        return self.w_up, self.w_down, self.b_up, self.b_down
+
     def reset_parameters(self) -> None:
         """Draws all parameters anew."""
         for weight, bias in ((self.w_up, self.b_up), (self.w_down, self.b_down)):
             _draw_like_linear(weight, bias)
+
+
+def compute(
+    experts: _Experts,
+    x: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    weights: Weights,
+    plan: RoutePlan | None = None,
+) -> Tensor:
+    """`moe_mlp` with the options of these experts, and with their weights or a rank's part."""
+    w_up, w_down, b_up, b_down = weights
+    return moe_mlp(
+        x,
+        expert_index,
+        expert_weight,
+        w_up,
+        w_down,
+        b_up=b_up,
+        b_down=b_down,
+        activation=experts.activation,
+        gate_layout=experts.gate_layout,
+        plan=plan,
+        impl=experts.impl,
+    )
+
+
+def routed_tokens(
+    x: Tensor, routing: Sequence[Tensor], w_up: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `MoEMLP` is called with, checked: x [T, D], expert_index and expert_weight [T, K]."""
+    expert_index, expert_weight = _modules.routing_pair("routing", routing)
+    width = w_up.shape[2]
+    _check.trailing("x", x, "..., D", width=width)
+    _modules.check_dtype(x, w_up)
+    return (
+        x.reshape(-1, width),
+        expert_index.reshape(-1, expert_index.shape[-1]),
+        expert_weight.reshape(-1, expert_weight.shape[-1]),
+    )
 
 
 def _draw_like_linear(weight: Tensor, bias: Tensor | None = None) -> None:
@@ -145,19 +192,11 @@ class SharedExpert(_Experts):
             weight = tokens.new_ones(index.shape, dtype=dtype)
         else:
             weight = F.linear(tokens, self.w_gate).to(dtype).sigmoid()
-        y = moe_mlp(
-            tokens,
-            index,
-            weight,
-            self.w_up[None],
-            self.w_down[None],
-            b_up=None if self.b_up is None else self.b_up[None],
-            b_down=None if self.b_down is None else self.b_down[None],
-            activation=self.activation,
-            gate_layout=self.gate_layout,
-            impl=self.impl,
-        )
-        return y.view(x.shape)
+        w_up, w_down, b_up, b_down = self._weights()
+        b_up = None if b_up is None else b_up[None]
+        b_down = None if b_down is None else b_down[None]
+        weights = (w_up[None], w_down[None], b_up, b_down)
+        return compute(self, tokens, index, weight, weights).view(x.shape)
 
     def extra_repr(self) -> str:
         d_model, width = self.w_down.shape
@@ -243,24 +282,9 @@ class MoEMLP(_Experts):
         Returns:
             [..., D].
         """
-        expert_index, expert_weight = _modules.routing_pair("routing", routing)
-        w_up = self.w_up
-        width = w_up.shape[2]
-        _check.trailing("x", x, "..., D", width=width)
-        _modules.check_dtype(x, w_up)
-        y = moe_mlp(
-            x.reshape(-1, width),
-            expert_index.reshape(-1, expert_index.shape[-1]),
-            expert_weight.reshape(-1, expert_weight.shape[-1]),
-            w_up,
-            self.w_down,
-            b_up=self.b_up,
-            b_down=self.b_down,
-            activation=self.activation,
-            gate_layout=self.gate_layout,
-            plan=plan,
-            impl=self.impl,
-        )
+        weights = self._weights()
+        tokens = routed_tokens(x, routing, weights[0])
+        y = compute(self, *tokens, weights, plan)
         y = y.view(x.shape)
         return y if self.shared is None else y + self.shared(x)
 
