@@ -22,7 +22,11 @@ FILE = Path(__file__).with_suffix(".json")
 def names() -> dict[str, Any]:
     """The signature of each public name; of a class also its public methods' and properties."""
     found = {name: _signatures(getattr(molex_kernels, name)) for name in molex_kernels.__all__}
-    for place in ("published", *(f"integrations.{library}" for library in INTEGRATIONS)):
+    for place in (
+        "parallel",
+        "published",
+        *(f"integrations.{library}" for library in INTEGRATIONS),
+    ):
         module = importlib.import_module(f"molex_kernels.{place}")
         for name in module.__all__:
             found[f"{place}.{name}"] = _signatures(getattr(module, name))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import molex_kernels as mk
-from molex_kernels import integrations, published
+from molex_kernels import integrations, parallel, published
 
 docstring_parser = pytest.importorskip("docstring_parser", exc_type=ImportError)
 
@@ -26,8 +26,9 @@ def _public() -> Iterator[tuple[str, Any]]:
             yield from ((f"{name}.{method}", member) for method, member in _methods(value))
         elif inspect.isfunction(value):
             yield name, value
-    for name in published.__all__:
-        yield f"published.{name}", getattr(published, name)
+    for module in (parallel, published):
+        for name in module.__all__:
+            yield f"{module.__name__.rpartition('.')[2]}.{name}", getattr(module, name)
     for info in pkgutil.iter_modules(integrations.__path__):
         if info.name.startswith("_"):
             continue  # parts of the others

@@ -21,7 +21,7 @@ def test_all_are_listed():
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_learns(name, monkeypatch, seed):
-    if name != "train_moe":
+    if name not in ("train_moe", "expert_parallel"):
         pytest.importorskip("transformers", exc_type=ImportError)
         pytest.importorskip("transformers.integrations.moe", exc_type=ImportError)
     monkeypatch.syspath_prepend(str(FOLDER))

@@ -19,6 +19,7 @@ FILES = {
     "test_derivatives.py": "functorch's tensors have no memory that could be executed on",
     "test_docstrings.py": _NO_PACKAGES,
     "test_dtensor.py": "starts processes, which are not emulated",
+    "test_expert_parallel.py": "starts processes, which are not emulated",
     "test_flops.py": _DRIVER,
     "test_gpu.py": _DRIVER,
     "test_launch.py": "has a driver of its own, in processes of its own",

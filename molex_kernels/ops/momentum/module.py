@@ -62,8 +62,8 @@ class MomentumMoE(_modules.Module):
 
     Experts, step and norm are one op as long as `experts` and `norm` are the modules made here,
     without hooks and without a shared expert. Experts that have one, and a child that is hooked,
-    wrapped (PEFT), parametrized, sharded (FSDP), offloaded or replaced are called by themselves,
-    between ops that do the rest: the same layer, not the same speed.
+    wrapped (PEFT), parametrized, sharded (FSDP, `ExpertParallel`), offloaded or replaced are called
+    by themselves, between ops that do the rest: the same layer, not the same speed.
 
     Args:
         d_model: D.
