@@ -140,11 +140,12 @@ def _saved(mesh: DeviceMesh, folder: str) -> None:
     for source in (copy.deepcopy(whole), Layer(_moe_mlp())):
         style = ExpertParallel("all_gather")
         models.append(parallelize_module(source, mesh, {"experts": style}))
-    dcp.save(models[0].state_dict(), checkpoint_id=f"{folder}/saved")
+    where = {"checkpoint_id": f"{folder}/saved", "process_group": mesh.get_group()}
+    dcp.save(models[0].state_dict(), **where)
     for target in (models[1], Layer(_moe_mlp())):
         state = target.state_dict()
         assert not torch.equal(*(_full(m["experts.w_up"]) for m in (state, whole.state_dict())))
-        dcp.load(state, checkpoint_id=f"{folder}/saved")
+        dcp.load(state, **where)
         target.load_state_dict(state)
         for name, value in whole.state_dict().items():
             assert torch.equal(_full(target.state_dict()[name]), value), name
