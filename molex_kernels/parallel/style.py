@@ -38,10 +38,10 @@ class ExpertParallel(ParallelStyle):
     they are sent, however unevenly.
 
     `all_gather`: all ranks get the tokens of all, with ids and weights, and compute what their own
-    experts contribute, which is summed and scattered. The host reads nothing, so that it can be
-    captured in a CUDA graph. Sent are about 2 T (P - 1) rows a rank and pass, whatever K is; parts
-    of the sums are rounded to the tokens' dtype on each rank. Every rank has equally many tokens,
-    or at most `max_tokens`. On a CPU other numbers are refused; on a GPU PyTorch does not look
+    experts contribute, which is summed and scattered. The host reads nothing that a device has
+    computed. Sent are about 2 T (P - 1) rows a rank and pass, whatever K is; parts of the sums are
+    rounded to the tokens' dtype on each rank. Every rank has equally many tokens, or at most
+    `max_tokens`. On a CPU other numbers are refused; on a GPU PyTorch does not look
     (`TORCH_DISTRIBUTED_DEBUG=DETAIL` makes it).
 
     For `MoEMLP`, `MomentumMoE` (its `experts`) and transformers' experts on "molex". The shared
@@ -58,8 +58,7 @@ class ExpertParallel(ParallelStyle):
 
     All ranks of the group call the module equally often, forward and backward, with inputs that
     agree in whether they need a gradient: a rank without tokens, too. One that does not keeps the
-    others waiting until the time-out of the process group; one that dies makes them raise. Its
-    checks read nothing of other ranks.
+    others waiting until the time-out of the process group; one that dies makes them raise.
 
     `fully_shard` (FSDP2) over another mesh dimension comes after this. State dicts hold DTensors,
     as `torch.distributed.checkpoint` saves and loads them. Load other checkpoints before the
