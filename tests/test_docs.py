@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 import molex_kernels
-from molex_kernels import published, testing
+from molex_kernels import parallel, published, testing
 from molex_kernels.integrations import timm, transformers
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +18,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 PUBLIC = {
     "molex_kernels": molex_kernels,
+    "molex_kernels.parallel": parallel,
     "molex_kernels.published": published,
     "molex_kernels.testing": testing,
     "molex_kernels.integrations.timm": timm,

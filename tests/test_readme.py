@@ -44,6 +44,9 @@ def test_examples_run(
         "model": _model(transformers, generator),
         "vit": _ViT(),
         "encoder": transformers.BertModel(config),
+        "decoder": transformers.GPT2Model(
+            transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=16, vocab_size=32)
+        ),
     }
     for example in EXAMPLES[page]:
         exec(compile(example, page, "exec"), names)
