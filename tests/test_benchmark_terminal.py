@@ -220,6 +220,17 @@ def test_a_goal_inside_the_interval_is_undecided():
     assert goals.against(around) == "1 faster, 1 slower, 1 undecided"
 
 
+@pytest.mark.parametrize("goal", [g for each in goals.GOALS.values() for g in each], ids=str)
+def test_a_goal_stands_in_the_pages(goal: goals.Goal):
+    text = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
+    said = (
+        f"{goal.factor:g}x `{goal.baseline}`"
+        if goal.factor != 1
+        else f"as fast as `{goal.baseline}`"
+    )
+    assert any(row.startswith(f"| `{goal.op}`") and said in row for row in text.splitlines()), said
+
+
 def test_a_comparison_in_the_noise_is_undecided():
     old, new = (runs.run(*runs.pair(4.0, width=0.5)) for _ in range(2))
     changes = compare.changes(old, new)
