@@ -23,7 +23,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*/*)
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest
 PARALLEL = $(shell $(PY) -c "import xdist; print('-n $(JOBS)')" 2>/dev/null)
 
-.PHONY: bench bench-compare bench-train test aot-facts emulate gpu gpu-build gpu-test gpu-bench gpu-sanitize gpu-pack \
+.PHONY: bench bench-compare bench-train test test-models aot-facts emulate gpu gpu-build gpu-test gpu-bench gpu-sanitize gpu-pack \
 	sanitize rehearse rehearse-tree rehearse-build rehearse-kernels rehearse-tests \
 	build ready wheel wheel-cuda wheels sdist env docs lint style types format dev clean
 
@@ -44,6 +44,10 @@ bench-compare: $(READY)
 TESTS ?=
 test: $(READY)
 	$(PYTEST) $(PARALLEL) -q $(TESTS)
+
+# Tries every function of the integrations on a tiny model of each family: docs/models.md.
+test-models: $(READY)
+	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(PY) tests/model_table.py
 
 # Keeps what the compiler makes of the Triton kernels; the diff of the file is what a change does to it.
 aot-facts: $(READY)

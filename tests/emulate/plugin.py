@@ -8,6 +8,7 @@ launched it. Named in PYTEST_PLUGINS rather than with `-p`, which xdist's worker
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cache, partial
@@ -24,6 +25,8 @@ import molex_kernels
 from molex_kernels._triton import chips
 
 HERE = Path(__file__).parent
+# The library that the tree may hold is for every Python: loaded, it would take the CPU's tensors.
+sys.modules["molex_kernels._C"] = None  # type: ignore[assignment]
 
 _SESSION = pytest.StashKey[sanitize.Session]()
 _ir: dict[tuple[Any, ...], str] = {}
