@@ -1,9 +1,11 @@
 """Trains the model of `train_moe.py` with its experts, and the batch, over several ranks.
 
 torchrun --nproc-per-node 2 examples/expert_parallel.py
+torchrun --nproc-per-node 4 examples/expert_parallel.py all_gather
 """
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from train_moe import Block
 from molex_kernels.parallel import ExpertParallel
 
 
-def main(steps: int = 300, width: int = 64) -> list[float]:
+def main(steps: int = 300, width: int = 64, strategy: str = "all_to_all") -> list[float]:
     if "RANK" in os.environ:  # set by torchrun
         dist.init_process_group("gloo")
     else:
@@ -29,7 +31,7 @@ def main(steps: int = 300, width: int = 64) -> list[float]:
     blocks = nn.ModuleList(Block(width) for _ in range(2))
     ends = {"embedding": nn.Embedding(256, width), "head": nn.Linear(width, 256)}
     model = nn.ModuleDict({**ends, "layers": blocks})
-    parallelize_module(model, mesh["ep"], {"layers.*.experts": ExpertParallel()})
+    parallelize_module(model, mesh["ep"], {"layers.*.experts": ExpertParallel(strategy)})
     on_every_rank = [p for p in model.parameters() if not isinstance(p, DTensor)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
@@ -59,4 +61,4 @@ def main(steps: int = 300, width: int = 64) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    main(strategy=sys.argv[1] if len(sys.argv) > 1 else "all_to_all")
