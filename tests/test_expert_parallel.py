@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.utils import parametrize
 
 import molex_kernels as mk
 from molex_kernels.parallel import ExpertParallel
@@ -223,6 +224,9 @@ def _refused(mesh: DeviceMesh) -> None:
         parallelize_module(model, mesh, ExpertParallel())
     with pytest.raises(ValueError, match="w_up: expected a plain parameter, got a DTensor"):
         parallelize_module(fully_shard(_moe_mlp(), mesh=mesh), mesh, ExpertParallel())
+    derived = parametrize.register_parametrization(mk.MoEMLP(D, 6, E), "b_up", nn.Identity())
+    with pytest.raises(ValueError, match="expected parameters of its own, got ParametrizedMoEMLP"):
+        parallelize_module(derived, mesh, ExpertParallel())
     wide = mk.MoEMLP(D, 6, E)
     wide.more = nn.Parameter(torch.ones(D))
     with pytest.raises(ValueError, match=r"more: expected shape \[E, ...\] with E=4, got \[8\]"):

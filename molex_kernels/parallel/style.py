@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
+from torch.nn.utils.parametrize import is_parametrized
 
 from molex_kernels import _check
 from molex_kernels.ops.dispatch.module import MoEMLP, compute, routed_tokens
@@ -195,6 +196,11 @@ def _check_implementation(module: Any) -> None:
 
 
 def _check_untouched(module: nn.Module, has_own_forward: bool) -> None:
+    if is_parametrized(module):
+        raise ValueError(
+            f"module: expected parameters of its own, got {type(module).__name__}, whose "
+            "parametrizations have them: remove those first"
+        )
     if not has_own_forward or "forward" in module.__dict__:
         raise ValueError(
             f"module: expected {type(module).__name__} with the forward of its class, got one that "
