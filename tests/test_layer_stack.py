@@ -128,6 +128,11 @@ def _widened(model):
     return model
 
 
+def _shared(model):
+    model.layers = torch.nn.ModuleList([model.layers[0]] * 3)
+    return model
+
+
 def _other(model_type, **options):
     """A model whose layers have the parts of Llama's and do something else."""
     sizes = {**MODELS["llama"][1], "pad_token_id": 0, **options}
@@ -143,6 +148,7 @@ def _other(model_type, **options):
         (lambda g: _other("gemma2"), "a soft cap on its scores"),
         (lambda g: _other("gemma3_text"), "more parameters than are known: pre_feedforward_lay"),
         (lambda g: _widened(make("llama", g)), "more parameters than are known: mlp.temperature"),
+        (lambda g: _shared(make("llama", g)), "parameters of their own, got shared ones"),
         (lambda g: make("gpt2", g, add_cross_attention=True), "layers without cross attention"),
         (
             lambda g: make(
@@ -166,6 +172,17 @@ def test_adapters_that_are_not_loras_are_refused(generator):
     model = peft.get_peft_model(make("llama", generator), config)
     with pytest.raises(ValueError, match="expected no adapters but LoRA's"):
         mk.LayerExpertStack.from_transformers(model)
+
+
+def test_new_adapters_are_refused_before_weights_move(generator):
+    peft = pytest.importorskip("peft", exc_type=ImportError)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    model = peft.get_peft_model(make("llama", generator), config)
+    weight = layers_of(model)[0].mlp.up_proj.weight
+    before = weight.data_ptr()
+    with pytest.raises(ValueError, match="lora_rank: expected 0 where the model has adapters"):
+        mk.LayerExpertStack.from_transformers(model, lora_rank=2)
+    assert weight.data_ptr() == before
 
 
 def test_positions_may_be_given(generator):

@@ -181,6 +181,9 @@ class LayerExpertStack(_modules.Module):
             _check.choice("lora_targets", target, TARGETS)
         if "gate" in lora_targets and "gate" not in found.layout.linears:
             raise ValueError(f"lora_targets: expected no 'gate' in {found.layout.name} layers")
+        linears = parts.linears_of(found.layout, list(found.layers))
+        if lora_rank and any(parts.adapter_parts(linear) is not None for _, linear in linears):
+            raise ValueError("lora_rank: expected 0 where the model has adapters")
 
         norm = parts.part(found.layers[0], found.layout.norm1)
         stack = cls(
@@ -202,8 +205,6 @@ class LayerExpertStack(_modules.Module):
         )
         stack._take(found, freeze)
         if lora_rank:
-            if stack.lora_scaling:
-                raise ValueError("lora_rank: expected 0 where the model has adapters")
             stack._new_adapters(lora_rank, lora_alpha / lora_rank, lora_dropout, lora_targets)
         return stack.train(model.training)
 

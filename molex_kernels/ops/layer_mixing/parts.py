@@ -102,6 +102,9 @@ def layers_of(model: nn.Module) -> Found:
 
 def facts_of(layout: Layout, layers: Sequence[nn.Module]) -> Facts:
     """What the layers have in common; ValueError where they differ or do more than is known."""
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    if len(set(parameters)) < len(parameters):
+        raise ValueError("model: expected layers with parameters of their own, got shared ones")
     found = [_facts(layout, layer) for layer in layers]
     for number, facts in enumerate(found):
         if facts.window != found[0].window:
@@ -115,6 +118,12 @@ def facts_of(layout: Layout, layers: Sequence[nn.Module]) -> Facts:
     return found[0]
 
 
+def linears_of(layout: Layout, layers: Sequence[nn.Module]) -> list[tuple[str, Any]]:
+    """The linear layers of all layers, each with its path."""
+    paths = layout.linears.values()
+    return [(path, part(layer, path)) for layer in layers for path in paths]
+
+
 def linear_parts(linear: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a linear layer, under PEFT's adapters too."""
     base = getattr(linear, "base_layer", linear)
@@ -122,10 +131,15 @@ def linear_parts(linear: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def adapter_parts(linear: Any) -> tuple[Tensor, Tensor, float, float] | None:
-    """PEFT's (A [r, D], B [N, r], scaling, dropout) of a linear layer's one active adapter."""
+    """PEFT's (A [r, D], B [N, r], scaling, dropout) of a linear layer's one active adapter.
+
+    None where there is no adapter, or while adapters are switched off (PEFT's disable_adapter).
+    """
     if not hasattr(linear, "lora_A"):
         if hasattr(linear, "base_layer"):
             raise ValueError(f"model: expected no adapters but LoRA's, got {type(linear).__name__}")
+        return None
+    if linear.disable_adapters and not linear.merged:
         return None
     active = list(linear.active_adapters)
     if len(active) != 1 or active[0] not in linear.lora_A:
@@ -231,7 +245,8 @@ def _account(layout: Layout, norms: dict[str, str], layer: nn.Module) -> None:
                 f"{list(weight.shape)} {weight.dtype}"
             )
         known |= {id(weight), id(bias)}
-        if adapter_parts(linear) is not None:  # whose own are the active adapter and idle ones
+        adapter_parts(linear)  # refuses what it does not know
+        if hasattr(linear, "lora_A"):  # whose own are the active adapter and idle ones
             known |= {id(p) for p in linear.parameters()} - {
                 id(p) for p in linear.base_layer.parameters()
             }
