@@ -12,7 +12,11 @@ from mixtures import gradients, words
 import molex_kernels as mk
 from molex_kernels.integrations import _attention
 from molex_kernels.integrations._masks import key_mask_of
-from molex_kernels.integrations.transformers import install_rpc_attention, uninstall
+from molex_kernels.integrations.transformers import (
+    install_layer_experts,
+    install_rpc_attention,
+    uninstall,
+)
 
 transformers = pytest.importorskip("transformers", minversion="5.0", exc_type=ImportError)
 
@@ -366,6 +370,10 @@ def test_options_that_it_does_not_take(generator):
     install_rpc_attention(model)
     with pytest.raises(ValueError, match="model: expected layers without RPC attention"):
         mk.LayerExpertStack.from_transformers(model)
+    uninstall(model)
+    install_layer_experts(model)
+    with pytest.raises(ValueError, match=r"layers that call their attention, got layers\.0 with"):
+        install_rpc_attention(model)
     uninstall(model)
     with pytest.raises(TypeError, match="model: expected a module, got dict"):
         install_rpc_attention({})

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from molex_kernels import _check
+from molex_kernels.integrations._layer_experts import is_mixed
 from molex_kernels.integrations._layers import Layers, check_open
 from molex_kernels.integrations._masks import key_mask_of, require
 from molex_kernels.ops.rpc_attention.api import CAUSAL, rpc_attention
@@ -110,8 +111,9 @@ def install_rpc_attention(
         TypeError: an unknown option or one of a wrong type, an index that is no int, a model that
             is no module.
         ValueError: no such layers, an index that there is not, an option out of range, a layer with
-            more than one attention, cross-attention, or attention with a position bias, sinks, a
-            soft cap, a selection of keys or a forward of its own. Nothing is changed then.
+            more than one attention, cross-attention, attention with a position bias, sinks, a soft
+            cap, a selection of keys or a forward of its own, or layers that run as experts
+            (`install_layer_experts`). Nothing is changed then.
         NotImplementedError: transformers is missing or before 5.0. At a call: tokens in a cache,
             keys of other lengths, values of another width, `output_attentions`, a sliding window
             below N, packed sequences or another argument that changes what attention computes.
@@ -194,6 +196,11 @@ def _attention(stack: Layers, index: int) -> Any:
         )
     ((name, module),) = found.items()
     where = f"layers.{index}.{name}".removesuffix(".")
+    if is_mixed(stack.layers[index]):
+        raise ValueError(
+            f"model: expected layers that call their attention, got layers.{index} with "
+            "install_layer_experts, which computes it in their place"
+        )
     check_open(where, module)
     words = _words(module)
     is_cross = "Cross" in type(module).__name__ or getattr(module, "is_cross_attention", False)

@@ -270,6 +270,11 @@ def install_layer_experts(model: nn.Module, **options: Any) -> LayerExpertStack:
     return experts
 
 
+def is_mixed(layer: nn.Module) -> bool:
+    """Whether it runs as an expert, so that the modules in it are not called."""
+    return isinstance(layer, _Layer)
+
+
 def take_out(model: nn.Module) -> bool:
     """Undoes `install_layer_experts`; False where there is nothing."""
     found = [(module, _experts(module)) for module in model.modules()]
