@@ -119,8 +119,9 @@ def uninstall(model: nn.Module) -> bool:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
-    handed_over = any(isinstance(vars(m).get("molex_handover"), Handover) for m in model.modules())
-    was_there = _layer_experts.take_out(model) or (handed_over and Stack(model).uninstall())
+    was_there = _layer_experts.take_out(model)
+    if any(isinstance(vars(m).get("molex_handover"), Handover) for m in model.modules()):
+        was_there = Stack(model).uninstall() or was_there
     return _attention.uninstall(model) or was_there
 
 
