@@ -9,9 +9,14 @@ import pytest
 import torch
 from conftest import DEVICE
 from layer_models import LAYERS, MODELS, layers_of, make
+from mixtures import mixture
 
 import molex_kernels as mk
-from molex_kernels.integrations.transformers import install_layer_experts, uninstall
+from molex_kernels.integrations.transformers import (
+    install_layer_experts,
+    install_momentum,
+    uninstall,
+)
 
 pytest.importorskip("transformers", exc_type=ImportError)
 
@@ -166,6 +171,7 @@ def test_adapters_of_peft_stay_the_models(kind, first, generator):
         experts = install_layer_experts(model)
     twin = copy.deepcopy(model)
     uninstall(twin)
+    assert all("lora_" in name for name, p in twin.named_parameters() if p.requires_grad)
     stack = mk.LayerExpertStack.from_transformers(twin)
     stack.gates.load_state_dict(experts.gates.state_dict())
     inputs = _inputs(kind, generator)
@@ -185,6 +191,20 @@ def test_adapters_of_peft_stay_the_models(kind, first, generator):
             _close(part.lora_B["default"].weight.grad, stack.lora_b[name].grad[t])
     with pytest.raises(ValueError, match="lora_rank: expected 0 where the model has adapters"):
         install_layer_experts(model, lora_rank=2)
+
+
+def test_adapters_that_are_switched_off_add_nothing(generator):
+    peft = pytest.importorskip("peft", exc_type=ImportError)
+    model = make("llama", generator)
+    inputs = _inputs("llama", generator)
+    plain = model(**inputs).last_hidden_state
+    targets = ["q_proj", "down_proj"]
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    model = peft.get_peft_model(model, config).to(torch.float64).eval()
+    install_layer_experts(model, layers_to_use=0)
+    with model.disable_adapter():
+        _close(model(**inputs).last_hidden_state, plain)
+    assert not torch.allclose(model(**inputs).last_hidden_state, plain)
 
 
 def test_text_is_generated_without_a_cache(generator):
@@ -234,8 +254,36 @@ def test_bad_calls_are_refused_and_change_nothing(generator):
     ):
         with pytest.raises(error, match=text):
             install_layer_experts(model, **options)
+    experts = install_layer_experts(model)
+    with pytest.raises(ValueError, match="vote: expected"):
+        install_layer_experts(model, vote="most")
+    assert model.molex_experts is experts
+    model(**_inputs("llama", generator))
+    assert experts.last is not None
+    assert not layers_of(model)[0].mlp.up_proj.weight.requires_grad
+    uninstall(model)
     layers_of(model)[1].self_attn.q_proj.register_forward_hook(lambda *args: None)
     with pytest.raises(ValueError, match="q_proj without hooks"):
         install_layer_experts(model)
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_weights_that_were_put_there_since_train_after_it(generator):
+    model = make("llama", generator, dtype=torch.float32)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    install_layer_experts(model)
+    model.load_state_dict(weights, strict=False, assign=True)
+    assert not layers_of(model)[0].mlp.up_proj.weight.requires_grad
+    uninstall(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_models_beside_each_other_are_uninstalled_together(generator):
+    models = {"dense": make("llama", generator), "sparse": mixture("mixtral", generator)}
+    both = torch.nn.ModuleDict(models)
+    classes = [type(module) for module in both.modules()]
+    install_layer_experts(both["dense"])
+    install_momentum(both["sparse"], mk.HeavyBall(0.7))
+    assert uninstall(both)
+    assert [type(module) for module in both.modules()] == classes

@@ -61,7 +61,8 @@ class _Experts(LayerExpertStack):
         self.last = None
         self._now: Held | None = None
         self._all: tuple[nn.Module, ...] = ()  # a tuple, so that they are no children
-        self._frozen: list[nn.Parameter] = []
+        # By module and name, since loading and moving may put other parameters in their place.
+        self._frozen: list[tuple[nn.Module, str]] = []
         self._hooks: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -121,14 +122,31 @@ class _Experts(LayerExpertStack):
         self.last = LayerExpertOutput(hidden, balance, torch.cat([pick for pick, _ in made]))
 
     def freeze(self) -> None:
-        """Lets the weights of the layers train no more."""
-        assert self._now is not None
-        held = (*self._now.weights.values(), *self._now.biases.values())
+        """From `put_in` to `take_out`, weights of the layers that train do so no more."""
+        linears = [linear for _, linear in parts.linears_of(self.facts.layout, self._all)]
+        norms = [parts.part(each, path) for each in self._all for path in self.facts.norms.values()]
         self._frozen = [
-            p for each in held for p in each if isinstance(p, nn.Parameter) and p.requires_grad
+            (module, name)
+            for module in (getattr(each, "base_layer", each) for each in (*linears, *norms))
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.requires_grad
         ]
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
+
+    def put_in(self, decoder: nn.Module, layers: nn.ModuleList) -> None:
+        """The layers run in here while the decoder runs."""
+        handover = Handover(decoder, layers)
+        handover.no_cache[_KIND] = _NO_CACHE
+        decoder.molex_handover = handover  # type: ignore[assignment]
+        decoder.molex_experts = self
+        self._hooks = [
+            decoder.register_forward_pre_hook(self.begin, with_kwargs=True),
+            decoder.register_forward_hook(self.end, prepend=True),
+        ]
+        for number, layer in enumerate(layers):
+            names = list(inspect.signature(type(layer).forward).parameters)[1:]
+            mix_in(layer, _Layer, _Place(self, number, names))
+        for module, name in self._frozen:
+            getattr(module, name).requires_grad_(False)
 
     def take_out(self, decoder: nn.Module) -> None:
         """The model as it was."""
@@ -136,20 +154,18 @@ class _Experts(LayerExpertStack):
         _handover.take_out(decoder, layers)
         for hook in self._hooks:
             hook.remove()
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        # PEFT freezes what it adapts, and could not do so where it was frozen already.
+        linears = parts.linears_of(self.facts.layout, self._all)
+        if not any(hasattr(linear, "base_layer") for _, linear in linears):
+            for module, name in self._frozen:
+                getattr(module, name).requires_grad_(True)
         del decoder.molex_experts
 
     def _take(self, found: parts.Found, freeze: bool) -> None:
         self._all = tuple(found.layers)
-        linears = [
-            (path, parts.part(layer, path))
-            for layer in found.layers
-            for path in found.layout.linears.values()
-        ]
         for layer in found.layers:
             check_open(type(layer).__name__, layer)
-        for path, linear in linears:
+        for path, linear in parts.linears_of(found.layout, self._all):
             base = getattr(linear, "base_layer", linear)
             if not _modules.is_plain(base, type(base)):
                 raise ValueError(
@@ -229,7 +245,8 @@ def install_layer_experts(model: nn.Module, **options: Any) -> LayerExpertStack:
     pickling work as without it. A cache is refused (`generate(..., use_cache=False)` runs), and so
     are attention weights as an output, cross attention, packed sequences and the masks of flex
     attention, for attention is PyTorch's `scaled_dot_product_attention`. Installed again, it starts
-    anew. `uninstall` takes it out and lets the weights train again that it has frozen.
+    anew. `uninstall` takes it out and lets the weights train again that it has frozen, where PEFT
+    has not come since.
 
     Args:
         model: a transformers model (any head), alone or wrapped by PEFT with LoRA.
@@ -241,7 +258,7 @@ def install_layer_experts(model: nn.Module, **options: Any) -> LayerExpertStack:
     Raises:
         TypeError: an unknown option, a wrong type.
         ValueError: an unknown kind of model, layers that differ or do more than is known, a wrong
-            option, a linear layer with hooks or a parametrization. Nothing is installed then.
+            option, a linear layer with hooks or a parametrization. Nothing is changed then.
     """
     allowed = inspect.signature(LayerExpertStack.from_transformers).parameters
     unknown = sorted(set(options) - (set(allowed) - {"model"}))
@@ -252,21 +269,16 @@ def install_layer_experts(model: nn.Module, **options: Any) -> LayerExpertStack:
     before = _experts(decoder)
     if before is not None:
         before.take_out(decoder)
-    experts = _Experts.from_transformers(model, **options)
+    try:
+        experts = _Experts.from_transformers(model, **options)
+    except Exception:
+        if before is not None:
+            before.put_in(decoder, layers)
+        raise
     assert isinstance(experts, _Experts)
     if options.get("freeze", True):
         experts.freeze()
-    handover = Handover(decoder, layers)
-    handover.no_cache[_KIND] = _NO_CACHE
-    decoder.molex_handover = handover  # type: ignore[assignment]
-    decoder.molex_experts = experts
-    experts._hooks = [
-        decoder.register_forward_pre_hook(experts.begin, with_kwargs=True),
-        decoder.register_forward_hook(experts.end, prepend=True),
-    ]
-    for number, layer in enumerate(layers):
-        names = list(inspect.signature(type(layer).forward).parameters)[1:]
-        mix_in(layer, _Layer, _Place(experts, number, names))
+    experts.put_in(decoder, layers)
     return experts
 
 
