@@ -26,6 +26,9 @@ def entries(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Ten
         raise TypeError(f"state_dict: expected tensors by name, got {type(state_dict).__name__}")
     if not isinstance(prefix, str):
         raise TypeError(f"prefix: expected a str, got {type(prefix).__name__}")
+    for key in state_dict:
+        if not isinstance(key, str):
+            raise TypeError(f"state_dict: expected tensors by name, got a key {key!r}")
     prefix = _dotted(prefix)
     found = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
     if state_dict and not found:

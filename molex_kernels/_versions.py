@@ -29,7 +29,7 @@ class Versions:
     """Tensors by name as they are now; `check` raises where one of them is not that any more.
 
     Not seen is what goes past PyTorch: a change by way of `.data`, or when a CUDA graph is
-    replayed.
+    replayed. `with_gradients` are the names of those that a graph was recorded for, if one was.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -40,6 +40,8 @@ class Versions:
                     "torch.inference_mode()"
                 )
         self._keep(tensors, set())
+        is_recorded = torch.is_grad_enabled()
+        self.with_gradients = {n for n, t in tensors.items() if is_recorded and t.requires_grad}
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which are of their own tensors and count anew."""
@@ -49,6 +51,7 @@ class Versions:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._keep(state["tensors"], state["changed"])
+        self.with_gradients = set()  # a graph is not copied
 
     def _keep(self, tensors: Mapping[str, Tensor], changed: set[str]) -> None:
         # The alias keeps the memory, so that no other tensor has its address.

@@ -110,13 +110,7 @@ _AC_OPTIONS = {
 def _per_layer(layer: _Layer, name: str) -> Any:
     """An option of this layer: its own of a list."""
     value = layer.options[name]
-    if not isinstance(value, list):
-        return value
-    if layer.number >= len(value):
-        raise ValueError(
-            f"{name}: expected one for each layer, got {len(value)} and a layer {layer.number}"
-        )
-    return value[layer.number]
+    return value[layer.number] if isinstance(value, list) else value
 
 
 def _experts(layer: _Layer) -> MomentumMoE:
@@ -195,7 +189,10 @@ class _Mixed(NamedTuple):
         gated = {name.partition("gate.")[0] for name in layer.names if "gate." in name}
         individual = "h.0." in gated
         forward = individual and f"h.{count - 1}." not in gated
-        limit = count if forward else min(layer.options["layers_to_use"], count)
+        limit = layer.options["layers_to_use"]
+        if limit is not None:
+            _check.integer("layers_to_use", limit, 0)
+        limit = count if forward or limit is None else min(limit, count)
         return cls(count, individual, forward, limit)
 
 
@@ -378,8 +375,9 @@ def load(
 
     Raises:
         TypeError: an option that the kind does not have; a value that is no floating tensor.
-        ValueError: an unknown kind, no layer of it, a missing name, another shape, or (`strict`)
-            names that no module takes: the message has them.
+        ValueError: an unknown kind, no layer of it, an option for layers that there are not, a
+            missing name, another shape, or (`strict`) names that no module takes: the message has
+            them.
     """
     _check.choice("kind", kind, tuple(_KINDS))
     _check.flags(strict=strict)
@@ -395,10 +393,12 @@ def load(
             f"state_dict: expected names of {kind!r}, which look like {model.layer!r}, "
             f"got {_published.listed(list(given)) or 'none'}"
         )
+    given_options = {**allowed, **options}
+    _check_by_layer(given_options, len(found))
     layers: dict[str, nn.Module] = {}
     idle: set[str] = set()
     for number, prefix in enumerate(found):
-        layer = _layer(model, given, number, prefix, {**allowed, **options})
+        layer = _layer(model, given, number, prefix, given_options)
         module = model.make(layer)
         idle.update(prefix + name for name in model.idle(layer))
         if model.gates:
@@ -416,6 +416,23 @@ def load(
             f"{_published.listed(lost)}; strict=False leaves them out"
         )
     return Published(layers, unused)
+
+
+def _check_by_layer(options: Mapping[str, Any], num_layers: int) -> None:
+    """The options that say something by the numbers of layers, of which there are so many."""
+    rule, layers = options.get("rule"), options.get("layers")
+    if isinstance(rule, list) and len(rule) != num_layers:
+        raise ValueError(
+            f"rule: expected one for each layer, got {len(rule)} for {num_layers} layers"
+        )
+    if layers is None:
+        return
+    if isinstance(layers, str) or not isinstance(layers, Collection):
+        raise TypeError(
+            f"layers: expected the numbers of layers or None, got {type(layers).__name__}"
+        )
+    for number in layers:
+        _check.integer("layers", number, 0, num_layers - 1)
 
 
 def _prefixes(model: _Kind, state_dict: Mapping[str, Tensor]) -> list[str]:

@@ -86,6 +86,7 @@ OURS: dict[str, Callable[[], nn.Module]] = {
         mk.TopKRouter(WIDTH, 4, 2, expert_bias=True), shared_width=8, shared_gate=True
     ),
     "ACRouter": lambda: Routed(mk.ACRouter(WIDTH, 4, 2)),
+    "CosineRouter": lambda: Routed(mk.CosineRouter(WIDTH, 4, 2)),
     "ACRouter mixed": lambda: Routed(mk.ACRouter(WIDTH, 4, 2, mix=True, cosine=True)),
     "CAMExLinear": lambda: mk.CAMExLinear(WIDTH, WIDTH, 3, bias=True),
     "CAMExLinear by segments": lambda: mk.CAMExLinear(WIDTH, WIDTH, 3, segment=7, top_k=1),
@@ -151,3 +152,24 @@ def test_between_neighbours(seed: int, ours: str, before: str, dtype: torch.dtyp
         if parameter.grad is not None:
             assert got[name].dtype == parameter.dtype
             assert got[name].isfinite().all(), name
+
+
+@pytest.mark.parametrize("reduced", [8, None])
+def test_a_cosine_router_is_fp32_throughout(reduced: int | None, generator: torch.Generator):
+    """Its reduction, too: of a rounded product other experts would be chosen."""
+    router = mk.CosineRouter(WIDTH, 6, 2, reduced=reduced, device=DEVICE)
+    x = torch.randn(20, WIDTH, generator=generator).to(DEVICE)
+    plain = router(x)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert torch.equal(router(x).logits, plain.logits)
+    # Without autocast, its parameters being fp32 as a router's mostly are, or as x is.
+    half = x.bfloat16().requires_grad_()
+    found = router(half).logits
+    torch.testing.assert_close(found, router(half.float()).logits, rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(found.square().sum(), half)
+    assert gradient.dtype == torch.bfloat16
+    router = router.bfloat16()
+    wide = mk.CosineRouter(WIDTH, 6, 2, reduced=reduced, device=DEVICE)
+    wide.load_state_dict(router.state_dict())
+    want = wide(half.float()).logits
+    torch.testing.assert_close(router(half).logits, want, rtol=1e-5, atol=1e-5)

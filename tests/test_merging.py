@@ -305,13 +305,29 @@ def test_autocast_makes_the_deltas_before_it_casts(generator):
         weights = mk.camex_merge(base, experts, v["gates"])
     assert y.dtype == torch.bfloat16
     assert weights.dtype == torch.float32
-    if DEVICE.type == "cpu":
-        assert torch.equal(weights, mk.camex_merge(base, experts, v["gates"]))
+    assert torch.equal(weights, mk.camex_merge(base, experts, v["gates"]))
     zero = torch.zeros_like(base)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         moved = mk.camex_linear(v["x"], zero, None, v["gates"], deltas=experts - base)
     moved_exactly = torch.bmm(v["x"], (weights - base).mT)
     assert (moved.float() - moved_exactly).abs().max() < 0.02 * moved_exactly.abs().max()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_rounds_no_merged_weight(impl, generator):
+    v = inputs_for(generator, torch.float32)
+    curvature = KroneckerCurvature(v["out1"], v["out2"], v["in1"], v["in2"])
+    options = {"curvature": curvature, "mask": "ties", "impl": impl}
+    weights = mk.camex_merge(v["base"], v["experts"], v["gates"], **options)
+    deltas = mk.camex_deltas(v["base"], v["experts"], **options)
+    zeros = {n: torch.zeros_like(v[n]) for n in ("x", "base", "experts")}
+    biases = ours({**v, **zeros}, "ties", impl=impl)
+    with torch.autocast(DEVICE.type, torch.float16):
+        cast = mk.camex_merge(v["base"], v["experts"], v["gates"], **options)
+        assert torch.equal(cast, weights)
+        assert torch.equal(mk.camex_deltas(v["base"], v["experts"], **options), deltas)
+        # Biases are merged before they are rounded, once.
+        assert torch.equal(ours({**v, **zeros}, "ties", impl=impl), biases.half())
 
 
 @pytest.mark.parametrize("impl", IMPLS)

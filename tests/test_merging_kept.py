@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -223,6 +224,32 @@ def test_gradients_that_would_be_lost(v: Values):
     given = {"x": v["x"]}
     want = with_gradients(whole(v, mask="ties"), given)
     assert identical(with_gradients(use(v, deltas), given), want)
+
+
+def test_gradients_of_what_was_frozen(v: Values):
+    """A gradient that the deltas have beside is no gradient of it."""
+    for name, t in v.items():
+        t.requires_grad_(name in ("x", "up.base", "down.base"))
+    deltas = kept(v, "ties")
+    assert identical(
+        with_gradients(use(v, deltas), {"up.base": v["up.base"]}),
+        with_gradients(whole(v, mask="ties"), {"up.base": v["up.base"]}),
+    )
+    v["down.experts"].requires_grad_()
+    with pytest.raises(ValueError, match=r"^deltas\.down: .* for experts\.down requires"):
+        use(v, deltas)
+    with torch.no_grad():
+        use(v, deltas)
+
+
+def test_a_copy_has_no_graph(bare: Values):
+    both: dict[str, Any] = {"v": {n: t.detach().requires_grad_() for n, t in bare.items()}}
+    both["deltas"] = kept(both["v"], "ties")
+    copied = pickle.loads(pickle.dumps(both))
+    with torch.no_grad():
+        assert torch.equal(use(**copied), use(**both))
+    with pytest.raises(ValueError, match=r"^deltas\.up: expected deltas made with gradients"):
+        use(**copied)
 
 
 def test_a_second_backward_pass(v: Values):

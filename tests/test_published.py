@@ -99,8 +99,39 @@ def test_rules_by_layer(seed: int):
     rules = [mk.Adam(decay=1.0), mk.HeavyBall(0.7)]
     layers, _ = published.load("momentum-lm", state, rule=rules)
     assert [layer.rule for layer in layers.values()] == rules
-    with pytest.raises(ValueError, match="rule: expected one for each layer, got 1"):
-        published.load("momentum-lm", state, rule=rules[:1])
+    for others in (rules[:1], [*rules, rules[0]]):
+        message = f"rule: expected one for each layer, got {len(others)} for 2 layers"
+        with pytest.raises(ValueError, match=message):
+            published.load("momentum-lm", state, rule=others)
+
+
+def test_layers_that_there_are_not(seed: int):
+    """Which would leave every layer as it is without a word."""
+    state = checkpoints.make(checkpoints.vision(2), seed)
+    for layers, error, message in (
+        ((-1,), ValueError, "layers: expected at least 0 and at most 2, got -1"),
+        ([0, 3], ValueError, "layers: expected at least 0 and at most 2, got 3"),
+        (0, TypeError, "layers: expected the numbers of layers or None, got int"),
+        ("0", TypeError, "layers: expected the numbers of layers or None, got str"),
+    ):
+        with pytest.raises(error, match=message):
+            published.load("rpc-vit", state, num_heads=HEADS, layers=layers)
+
+
+def test_how_many_layers_are_mixed(seed: int):
+    kind, state, options = _made("molex-gpt2", seed)
+    for layers_to_use, count in ((None, checkpoints.LAYERS), (12, checkpoints.LAYERS), (1, 1)):
+        given = {**options, "layers_to_use": layers_to_use}
+        ((_, stack),) = published.load(kind, state, **given).layers.items()
+        assert stack.limit == count
+    with pytest.raises(TypeError, match="layers_to_use: expected an int, got str"):
+        published.load(kind, state, **{**options, "layers_to_use": "1"})
+
+
+def test_a_key_that_is_no_name(seed: int):
+    state = checkpoints.make(checkpoints.language_model(["linear"]), seed)
+    with pytest.raises(TypeError, match="state_dict: expected tensors by name, got a key 0"):
+        published.load("momentum-lm", {0: torch.ones(2), **state})
 
 
 @pytest.mark.parametrize("cosine", [True, False])

@@ -1,4 +1,4 @@
-"""Merging in plain PyTorch: the specification."""
+"""Merging in plain PyTorch: the specification. Autocast or not, weights are merged in fp32."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from molex_kernels._dtypes import accumulate_dtype
+from molex_kernels._dtypes import accumulate_dtype, without_autocast
 
 # Without an election a sum of weights below it, in size, divides nothing: as mergekit has it.
 SMALLEST_SUM = 1e-8
@@ -20,7 +20,10 @@ def deltas(base: Tensor, experts: Tensor, factors: Sequence[Tensor] | None, ties
     """
     dtype = accumulate_dtype(experts.dtype)
     tau = experts.to(dtype) - base.to(dtype)
-    delta = tau if factors is None else _curved(tau, [f.to(dtype) for f in factors])
+    delta = tau
+    if factors is not None:
+        with without_autocast(tau):
+            delta = _curved(tau, [f.to(dtype) for f in factors])
     if ties:
         agrees = torch.sign(tau) == torch.sign(tau.sum(0))
         delta = torch.where(agrees, delta, 0)
@@ -30,7 +33,8 @@ def deltas(base: Tensor, experts: Tensor, factors: Sequence[Tensor] | None, ties
 def merge(base: Tensor, deltas: Tensor, gates: Tensor) -> Tensor:
     """W_s = base + sum_e gates_se deltas_e, rounded once."""
     dtype = accumulate_dtype(base.dtype)
-    moved = torch.matmul(gates.to(dtype), deltas.to(dtype).flatten(1))
+    with without_autocast(base):
+        moved = torch.matmul(gates.to(dtype), deltas.to(dtype).flatten(1))
     return (base.to(dtype) + moved.unflatten(1, base.shape)).to(base.dtype)
 
 

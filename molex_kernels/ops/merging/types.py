@@ -130,8 +130,8 @@ class CamexDeltas:
         Raises:
             TypeError: no pair.
             ValueError: another mask; a parameter, which the message names, that is not the one of
-                which the deltas were made, or has changed; gradients are wanted and were not when
-                the deltas were made.
+                which the deltas were made, or has changed; a parameter whose gradient is wanted
+                and was not when the deltas were made, or of a copy of them.
             NotImplementedError: a graph is being traced.
         """
         if torch.compiler.is_compiling():
@@ -145,14 +145,12 @@ class CamexDeltas:
         self.versions.check(parameters, "deltas")
         if not torch.is_grad_enabled():
             return
-        for part in PARTS:
-            for name, parameter in parameters.items():
-                is_cut = parameter.requires_grad and not getattr(self, part).requires_grad
-                if is_cut and part in name.split("."):
-                    raise ValueError(
-                        f"deltas.{part}: expected deltas made with gradients, for {name} requires "
-                        "one. Make deltas anew, or use them under torch.no_grad()"
-                    )
+        for name, parameter in parameters.items():
+            if parameter.requires_grad and name not in self.versions.with_gradients:
+                raise ValueError(
+                    f"deltas.{name.split('.')[1]}: expected deltas made with gradients, for {name} "
+                    "requires one. Make deltas anew, or use them under torch.no_grad()"
+                )
 
 
 def parameters_by_name(base: Any, experts: Any, curvature: Any) -> dict[str, Tensor]:

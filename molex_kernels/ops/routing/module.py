@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.utils import parametrize
 
 from molex_kernels import _backends, _check, _modules, _published
-from molex_kernels._dtypes import HALF_DTYPES, accumulate_dtype
+from molex_kernels._dtypes import HALF_DTYPES, accumulate_dtype, without_autocast
 from molex_kernels.ops.routing import choice, recipes
 from molex_kernels.ops.routing.api import ac_route, normalized_gate, topk_route
 from molex_kernels.ops.routing.balance import update_expert_bias
@@ -122,6 +122,17 @@ def _rescale_rows(router: _Gate) -> None:
         router.weight = scaled  # and so what it is computed from
     else:
         router.weight.copy_(scaled)
+
+
+def _reduced(tokens: Tensor, matrix: Tensor) -> Tensor:
+    """In fp32, whatever autocast says: of rounded logits other experts would be chosen."""
+    dtype = accumulate_dtype(tokens.dtype)
+    if matrix.dtype == dtype:
+        _check.device("x", tokens, matrix)
+    else:
+        _modules.check_dtype(tokens, matrix)
+    with without_autocast(tokens):
+        return F.linear(tokens.to(dtype), matrix.to(dtype))
 
 
 def _check_token_mask(mask: Tensor | None, x: Tensor) -> None:
@@ -432,7 +443,8 @@ class CosineRouter(_Gate):
         z_j = <R x, e_j> / max(|e_j|, 1e-4);   weights = softmax of the K largest z
 
     XMoE has a reduction to 8 dimensions, StableMoE none. Both papers divide by |R x| as well and
-    learn a temperature, which the published code does not.
+    learn a temperature, which the published code does not. All of it is computed in fp32 (fp64 for
+    fp64), also under autocast, as in `topk_route`; parameters are of x's dtype or fp32.
 
     Parameters: `weight` [E, r] (e) and `reduction` [r, D] (R), or `weight` [E, D] alone. The rows
     start orthogonal with norm 1.5. As in `ACRouter` the published code rescales them to that norm
@@ -499,8 +511,7 @@ class CosineRouter(_Gate):
         """
         tokens = _rows("x", x, self.weight if self.reduction is None else self.reduction)
         if self.reduction is not None:
-            _modules.check_dtype(x, self.reduction)
-            tokens = F.linear(tokens, self.reduction)
+            tokens = _reduced(tokens, self.reduction)
         return topk_route(tokens, normalized_gate(self.weight), top_k=self.top_k, impl=self.impl)
 
     def _published_names(self) -> tuple[dict[str, str], tuple[str, ...]]:
