@@ -145,6 +145,21 @@ def test_one_function_starts_kernels():
     assert [place.partition(":")[0] for place in found] == ["_triton/direct.py"], found
 
 
+def test_no_kernel_leaves_the_order_of_elements_to_the_compiler():
+    """A chip's compiler mixes rows then; whatever executes the IR without one keeps the order."""
+    found = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}"
+        for path in [*PACKAGE.glob("_triton/*.py"), *PACKAGE.glob("ops/*/kernels/*.py")]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and (
+            any(keyword.arg == "can_reorder" for keyword in node.keywords)
+            or ast.unparse(node.func) in ("tl.ravel", "tl.cat")
+        )
+    ]
+    assert not found
+
+
 def _code(path: Path) -> str:
     """The file's names and attributes, without docstrings and comments."""
     return ast.unparse(

@@ -19,7 +19,7 @@ def _store_inner(
     and all of them would write it to the shared memory of the second.
     """
     inner = delta.to(tl.float32) * dweight[None, :, :]
-    inner = tl.sum(tl.reshape(inner, (BLOCK_E, SIZE), can_reorder=True), axis=1)
+    inner = tl.sum(tl.reshape(inner, (BLOCK_E, SIZE)), axis=1)
     ptrs = nth(partial, segment) + along(offs_e, partial.row) + along(tile, partial.col)
     tl.store(ptrs, inner, mask=mask_e)
 
