@@ -49,6 +49,7 @@ int block();
 char* shared();
 
 void sync();
+inline void sync_branches() { sync(); }
 void sync_warp();
 void arrive_cluster();
 void wait_cluster();

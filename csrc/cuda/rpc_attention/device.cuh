@@ -39,6 +39,8 @@ MOLEX_DEVICE int threads() { return static_cast<int>(blockDim.x); }
 MOLEX_DEVICE int block() { return static_cast<int>(blockIdx.x); }
 
 MOLEX_DEVICE void sync() { __syncthreads(); }
+// The same, where some warps come from another line of the code than the others.
+MOLEX_DEVICE void sync_branches() { asm volatile("barrier.sync 1, %0;" : : "r"(threads()) : "memory"); }
 MOLEX_DEVICE void sync_warp() { __syncwarp(); }
 
 // The block's dynamic shared memory, 16-byte aligned.

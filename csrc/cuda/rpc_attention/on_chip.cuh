@@ -111,7 +111,7 @@ void rpc_forward_on_chip(MOLEX_PARAMS OnChipForward<E, D, Alone> s) {
       device::wait_cluster();
       device::arrive_cluster();
       device::wait_cluster();
-      if (t == 0) device::sync();
+      if (t == 0) device::sync_branches();
       if (t + 1 < p.iterations) device::arrive_cluster();
     }
     return;
@@ -125,7 +125,7 @@ void rpc_forward_on_chip(MOLEX_PARAMS OnChipForward<E, D, Alone> s) {
   const auto values_arrive = [&] {
     if (!waits) return;
     device::wait_copies<0>();
-    device::sync();
+    device::sync_branches();
     waits = false;
   };
   MOLEX_NO_UNROLL for (int t = 0; t < p.iterations; ++t) {
