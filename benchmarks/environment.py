@@ -77,7 +77,8 @@ def commit() -> str:
 def available_bytes(device: torch.device) -> int:
     """Memory that a benchmark may count on."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     return _memory_bytes() // 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import statistics
 import time
 import warnings
@@ -274,8 +275,9 @@ class Meter:
         if seconds > self.preset.case_seconds:
             return f"too large: {seconds:.1f} s a step at this machine's ceiling"
         inputs = group.info.cost(group.case, group.dtype, False).bytes
-        if 8 * inputs > environment.available_bytes(group.device):
-            return f"too large: {inputs / 2**30:.1f} GiB of inputs and outputs"
+        if 8 * inputs > (free := environment.available_bytes(group.device)):
+            needs = f"{inputs / 2**30:.1f} GiB of inputs and outputs"
+            return f"too large: {needs}, {free / 2**30:.1f} GiB are free"
         return ""
 
 
@@ -362,6 +364,7 @@ def _differs(replayed: check.Tensors, eager: check.Tensors) -> str:
 
 def _free(group: Group) -> None:
     if group.device.type == "cuda":
+        gc.collect()  # graphs and failed calls are held in cycles
         torch.cuda.empty_cache()
 
 

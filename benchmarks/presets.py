@@ -149,10 +149,10 @@ PRESETS = {
             sweeps="sweeps",
             mode_seconds=0.15,
             min_rounds=5,
-            ops_seconds=290,
+            ops_seconds=430,
             sweep_mode_seconds=0.05,
             sweep_seconds=25,
-            compile_seconds=45,
+            compile_seconds=70,
             case_seconds=0.5,
             call_seconds=0.2,
             check_seconds=0.5,
@@ -172,7 +172,7 @@ PRESETS = {
             images=ImagesPlan(seconds=15, dim=64, layers=4, heads=2),
             finetune=FinetunePlan(seconds=20, length=128, per_package=400),
             needs_cuda=True,
-            limit_seconds=360,
+            limit_seconds=500,
         ),
     )
 }
