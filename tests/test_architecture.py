@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from emulate import left_out
 
 PACKAGE = Path(__file__).parents[1] / "molex_kernels"
 
@@ -244,6 +245,26 @@ def test_importing_the_package_imports_nothing_heavy():
     )
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout == torch_alone.stdout
+
+
+def test_emulation_leaves_out_the_tests_whose_packages_it_has_not():
+    tests = Path(__file__).parent
+    pins = (tests.parent / ".ci/emulate.txt").read_text().splitlines()
+    has = {pin.partition("==")[0] for pin in pins}
+    for path in sorted({*tests.glob("test_*.py")} - {tests / name for name in left_out.FILES}):
+        for statement in ast.parse(path.read_text()).body:
+            if isinstance(statement, ast.For):  # over the packages' names
+                asked = ast.literal_eval(statement.iter) if _skips(statement.body[0]) else ()
+            else:
+                asked = [ast.literal_eval(c.args[0]) for c in _skips(statement)]
+            assert has >= {*asked}, f"{path.name} is not in tests/emulate/left_out.py"
+
+
+def _skips(statement: ast.stmt) -> list[ast.Call]:
+    """The statement itself, where it is `pytest.importorskip(...)` or assigns that."""
+    value = getattr(statement, "value", None)
+    is_it = isinstance(value, ast.Call) and ast.unparse(value.func) == "pytest.importorskip"
+    return [value] if is_it else []
 
 
 def test_no_file_is_long():

@@ -76,6 +76,16 @@ def keep_mask(seed, position, threshold):
 
 
 @triton.jit
+def rounded_product(left, right):
+    """left * right element by element, in fp32, which the sum that comes next does not fuse.
+
+    Where a thread has one element of a row, each of a row's threads would fuse its own product and
+    round the others': they would hold, and write, sums that differ in the last bit.
+    """
+    return tl.fma(left, right, tl.zeros_like(left))
+
+
+@triton.jit
 def add_product(total, left, right, PRECISION: tl.constexpr):
     """total + left right, in fp32.
 

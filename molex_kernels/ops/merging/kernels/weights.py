@@ -4,22 +4,18 @@ import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import along, at, int64, nth, store
-from molex_kernels._triton.tiles import add_product
+from molex_kernels._triton.tiles import add_product, rounded_product
 from molex_kernels.ops.merging.kernels.merge import stack_places
 
 
 @triton.jit
-def _store_inner(
-    partial, segment, tile, offs_e, mask_e, delta, dweight,
-    BLOCK_E: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
-    """partial_se = <dW_s, deltas_e> over a tile of SIZE elements.
+def _store_inner(partial, segment, tile, offs_e, mask_e, delta, dweight):
+    """partial_se = <dW_s, deltas_e> over a tile.
 
-    One sum, not one for each axis: behind the first, several threads would hold the same number,
-    and all of them would write it to the shared memory of the second.
+    A sum for each axis: Triton 3.6 confuses rows where a reshaped tile is held more than once.
     """
-    inner = delta.to(tl.float32) * dweight[None, :, :]
-    inner = tl.sum(tl.reshape(inner, (BLOCK_E, SIZE)), axis=1)
+    inner = rounded_product(delta.to(tl.float32), dweight[None, :, :])
+    inner = tl.sum(tl.sum(inner, axis=2), axis=1)
     ptrs = nth(partial, segment) + along(offs_e, partial.row) + along(tile, partial.col)
     tl.store(ptrs, inner, mask=mask_e)
 
@@ -93,10 +89,7 @@ def _merging_bwd_weights(
                 gate = tl.load(at(gates, segment, offs_e), mask=mask_e, other=0.0)
                 delta_sums += gate[:, None, None] * dweight[None, :, :]
             if partial is not None:
-                _store_inner(
-                    partial, segment, tile, offs_e, mask_e, delta, dweight,
-                    BLOCK_E, BLOCK_N * BLOCK_D,
-                )  # fmt: skip
+                _store_inner(partial, segment, tile, offs_e, mask_e, delta, dweight)
             dweight = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
 
     if dbase is not None:
@@ -149,10 +142,7 @@ def _merging_bwd_segments(
             gate = tl.load(at(gates, segment, offs_e), mask=mask_e, other=0.0)
             delta_sums += gate[:, None, None] * dweight[None, :, :]
         if partial is not None:
-            _store_inner(
-                partial, segment, tile, offs_e, mask_e, delta, dweight,
-                BLOCK_E, BLOCK_N * BLOCK_D,
-            )  # fmt: skip
+            _store_inner(partial, segment, tile, offs_e, mask_e, delta, dweight)
     if dbase is not None:
         # Every group of experts has the same sum: the first writes it.
         dbase_ptrs = at(dbase, offs_n[:, None], offs_d[None, :])

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import Mat
-from molex_kernels._triton.tiles import add_product, keep_mask
+from molex_kernels._triton.tiles import add_product, keep_mask, rounded_product
 from molex_kernels.ops.rpc_attention.kernels.heads import (
     block_of_head,
     load_bound,
@@ -131,7 +131,7 @@ def _rpc_bwd_rows(
         # What the products see: the inner product has to go with it.
         dlow = dlow.to(dlow_ptr.dtype.element_ty)
         store_rows(dlow_ptr + own, dlow, offs_i, inside, offs_d, num_features)
-        inner = tl.sum(dlow.to(tl.float32) * low, axis=1)
+        inner = tl.sum(rounded_product(dlow.to(tl.float32), low), axis=1)
         tl.store(inner_ptr + head * num_tokens + offs_i, inner, mask=inside)
 
 
