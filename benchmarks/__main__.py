@@ -23,6 +23,7 @@ from benchmarks import (
     compare,
     environment,
     folders,
+    goals,
     noise,
     presets,
     report,
@@ -55,6 +56,7 @@ def main() -> int:
     dtypes = tuple(presets.NAMED[name] for name in options.dtype) or presets.dtypes(device)
     ops = load_ops()
     groups = [g for g in rows.groups(ops, preset, device, dtypes) if options.filter in g.name]
+    groups.sort(key=lambda group: not goals.concerns(group))  # a limit cuts what has no goal
     if not groups:
         terminal.paragraph(
             f"--filter {options.filter}: expected a part of <op>/<shape>/<dtype>, such as one of "

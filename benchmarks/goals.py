@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from benchmarks import results
 from benchmarks.results import Results
-from benchmarks.rows import MODES
+from benchmarks.rows import MODES, Group
 from benchmarks.spread import Ratio
 
 MET, MISSED, UNDECIDED = "met", "missed", "undecided"
@@ -43,10 +43,13 @@ GOALS = {
     ),
     "cuda": (
         Goal("moe_mlp", "T3072-D352-.*/bf16$", "published", 5.0),
+        Goal("moe_mlp", "T(40960-D768|24576-D1536|32768-D4096)-.*-swiglu/bf16$", "library", 1.0),
+        Goal("moe_mlp", "-qwen3/bf16$", "liger", 1.0),
         Goal("ac_route", "T6144-D352-E16-K2-(cosine|swin|softmoe)/bf16$", "published", 5.0),
-        Goal("rpc_attention", "B256-H3-N197-d64-n4/bf16$", "library", 3.0),
-        Goal("rpc_attention", "B256-H3-N197-d64-n4/bf16$", "published", 8.0),
+        Goal("rpc_attention", "B256-H3-N197-d64-n4-.*/bf16$", "library", 3.0),
+        Goal("rpc_attention", "B256-H3-N197-d64-n4-.*/bf16$", "published", 8.0),
         Goal("camex_linear", "-r[18]-ties/bf16$", "published", 3.0),
+        Goal("layer_linear", "T(4096|8192)-.*/bf16$", "published", 1.0),
     ),
 }
 
@@ -59,6 +62,14 @@ class Verdict(NamedTuple):
     mode: str
     gain: Ratio
     outcome: str
+
+
+def concerns(group: Group) -> bool:
+    """Whether there is a goal for this shape."""
+    return any(
+        goal.op == group.info.name and re.search(goal.shape, group.name)
+        for goal in GOALS.get(group.device.type, ())
+    )
 
 
 def outcome(gain: Ratio, factor: float) -> str:
