@@ -257,6 +257,7 @@ OPTIONS = {
     },
     "layer_mixing": {
         "bias": (),
+        "sums": (),
         "linear": (BF16, 1024, 768, True, 8),
         "wgrad": (BF16, True),
         "mix": (768, True),
@@ -286,7 +287,7 @@ OPTIONS = {
         "weights": (16,),
     },
     "rpc_attention": {
-        "forward": (BF16, 64, True, False, True),
+        "forward": (BF16, 64, True, False, "long"),
         "backward": (BF16, 64, True, False),
         "rows": (64,),
     },

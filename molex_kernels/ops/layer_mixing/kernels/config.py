@@ -15,6 +15,22 @@ MAX_VOTERS = 64
 _WITH_ADAPTERS = ((128, 128, 8), (128, 64, 8), (64, 64, 4))  # BLOCK_T, BLOCK_N, warps
 
 
+_SLOTS = 264  # blocks of an H100, two to a multiprocessor
+_PIECE = 512  # rows of a piece, at least
+_MAX_PIECES = 32
+
+
+def pieces(programs: int, tokens: int) -> int:
+    """Into how many pieces of rows a gradient's programs are cut, where they would be too few."""
+    return max(1, min(cdiv(_SLOTS, max(programs, 1)), tokens // _PIECE, _MAX_PIECES))
+
+
+@kept
+def sums(chip: Chip) -> Options:
+    """For the sum of the pieces, in their order."""
+    return around(Config({"BLOCK_N": 8, "BLOCK_D": 128}, 4, 2), warps=(2, 8))
+
+
 @kept
 def bias(chip: Chip) -> Options:
     """For the gradient of the biases."""
@@ -48,11 +64,11 @@ def linear(
         if chip.shared < 227 * KIB:
             return (narrow, (small,)) if rank <= 16 else (small, (narrow,))
         return wide, (narrow, small)
-    return _product(128, 128, 64, 8, 3), (
-        _product(128, 256, 64, 8, 3),
-        _product(64, 128, 64, 4, 4),
-        _product(128, 64, 64, 4, 4),
-    )
+    usual, wide = _product(128, 128, 64, 8, 3), _product(128, 256, 64, 8, 3)
+    others = (_product(64, 128, 64, 4, 4), _product(128, 64, 64, 4, 4))
+    if chip.shared >= 227 * KIB and num_tokens >= 1024 and num_columns % 256 == 0:
+        return wide, (usual, *others)
+    return usual, (wide, *others)
 
 
 def rank_block(rank: int, aligned: bool) -> int:
@@ -67,7 +83,10 @@ def wgrad(chip: Chip, dtype: torch.dtype, aligned: bool) -> Options:
         return around(_product(32, 32, 32, 4, 2), warps=(8,))
     if dtype == torch.float32:
         return around(_product(32, 64, 64, 4, 2), warps=(8,))
-    return _product(64, 128, 64, 8, 3), (_product(64, 128, 128, 8, 3), _product(64, 64, 64, 4, 3))
+    usual, wide = _product(64, 128, 64, 8, 3), _product(64, 128, 128, 8, 3)
+    small = _product(64, 64, 64, 4, 3)
+    # Without wgmma the operands take registers, too.
+    return (wide, (usual, small)) if chip.shared >= 227 * KIB else (usual, (wide, small))
 
 
 @kept

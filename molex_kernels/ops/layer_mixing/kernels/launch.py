@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from molex_kernels.ops.layer_mixing.kernels.vote import (
 )
 from molex_kernels.ops.layer_mixing.kernels.wgrad import (
     _layer_mixing_bwd_bias,
+    _layer_mixing_bwd_pieces,
     _layer_mixing_bwd_wgrad,
 )
 
@@ -238,21 +239,20 @@ def _linear(
 def _wgrad(left: Tensor, right: Tensor, index: Tensor, out: Tensor, scaling: float) -> None:
     if out.numel() == 0:
         return
-
     num_columns, num_features = out.shape[1:]
 
-    def grid(blocks: Mapping[str, int]) -> tuple[int]:
-        tiles = cdiv(num_columns, blocks["BLOCK_N"])
-        return (index.shape[0] * tiles * cdiv(num_features, blocks["BLOCK_D"]),)
+    def tiles(blocks: Mapping[str, int]) -> int:
+        return cdiv(num_columns, blocks["BLOCK_N"]) * cdiv(num_features, blocks["BLOCK_D"])
 
-    launch(
+    _by_pieces(
         _layer_mixing_bwd_wgrad,
-        grid,
-        (
-            *map(strided, (left, right, index, out)),
-            *(float(scaling), out.shape[0], index.shape[0], left.shape[1]),
-            *(num_columns, num_features),
-        ),
+        tiles,
+        (*map(strided, (left, right, index, out)),),
+        (float(scaling),),
+        out,
+        index,
+        left.shape[1],
+        scaling,
         {"PRECISION": dot_precision(left.dtype)},
         config.wgrad(chips.of(out.device), left.dtype, tuning.aligned(left, right, out)),
     )
@@ -261,12 +261,62 @@ def _wgrad(left: Tensor, right: Tensor, index: Tensor, out: Tensor, scaling: flo
 def _bias(dy: Tensor, index: Tensor, out: Tensor) -> None:
     if out.numel() == 0:
         return
-    launch(
+    _by_pieces(
         _layer_mixing_bwd_bias,
-        lambda b: (index.shape[0] * cdiv(out.shape[1], b["BLOCK_N"]),),
-        (*map(strided, (dy, index, out)), out.shape[0], index.shape[0], *dy.shape[1:]),
+        lambda blocks: cdiv(out.shape[1], blocks["BLOCK_N"]),
+        (*map(strided, (dy, index, out)),),
+        (),
+        out,
+        index,
+        dy.shape[1],
+        1.0,
         {},
         config.bias(chips.of(out.device)),
+    )
+
+
+def _by_pieces(
+    kernel: Any,
+    tiles: Callable[[Mapping[str, int]], int],
+    matrices: tuple[Any, ...],
+    scalars: tuple[Any, ...],
+    out: Tensor,
+    index: Tensor,
+    num_tokens: int,
+    scaling: float,
+    flags: dict[str, Any],
+    options: tuning.Options,
+) -> None:
+    """Sums over each branch's rows into its layer of `out`; by pieces of rows if `out` is small."""
+    branches = index.shape[0]
+    parts: Tensor | None = None
+
+    def pieces(blocks: Mapping[str, int]) -> int:
+        return config.pieces(branches * tiles(blocks), num_tokens)
+
+    def arguments(blocks: Mapping[str, int]) -> tuple[Any, ...]:
+        nonlocal parts
+        many = pieces(blocks)
+        rows = cdiv(cdiv(num_tokens, many), blocks["BLOCK_T"]) * blocks["BLOCK_T"]
+        size = (many * branches, *out.shape[1:])
+        parts = None if many == 1 else out.new_empty(size, dtype=torch.float32)
+        given = (None if parts is None else strided(parts), rows, *scalars)
+        return (*matrices, *given, out.shape[0], branches, num_tokens, *out.shape[1:])
+
+    launch(kernel, lambda b: (pieces(b) * branches * tiles(b),), arguments, flags, options)
+    if parts is None:
+        return
+    if out.dim() == 2:  # biases are matrices of one row
+        parts, out = parts[:, None], out[:, None]
+    launch(
+        _layer_mixing_bwd_pieces,
+        lambda b: (branches * cdiv(out.shape[1], b["BLOCK_N"]) * cdiv(out.shape[2], b["BLOCK_D"]),),
+        (
+            *map(strided, (parts, index, out)),
+            *(float(scaling), parts.shape[0] // branches, out.shape[0], branches, *out.shape[1:]),
+        ),
+        {},
+        config.sums(chips.of(out.device)),
     )
 
 

@@ -24,6 +24,8 @@ def _layer_mixing_bwd_wgrad(
     right,  # [G, T, D]
     index,  # [G]
     out,  # [L, N, D], zero
+    parts,  # [pieces, G, N, D] fp32, or None: there is one piece
+    piece_rows,
     scaling,
     num_layers,
     num_branches,
@@ -35,11 +37,15 @@ def _layer_mixing_bwd_wgrad(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out_l = scaling * sum over the branches g of layer l of left_g^T right_g."""
+    """out_l = scaling * sum over the branches g of layer l of left_g^T right_g.
+
+    Or a piece of the rows to a program: parts_pg is the unscaled sum over the rows of piece p.
+    """
     pid = tl.program_id(0)
     tiles_d = tl.cdiv(num_features, BLOCK_D)
     tiles = tl.cdiv(num_columns, BLOCK_N) * tiles_d
-    first = pid // tiles
+    first = pid // tiles % num_branches
+    piece = pid // tiles // num_branches
     tile = pid % tiles
     layer, _ = chosen_layer(index, first, num_layers)
     if not _is_first_of_layer(index, first, layer, num_layers):
@@ -54,7 +60,8 @@ def _layer_mixing_bwd_wgrad(
         num_rows = tl.where(its_layer == layer, num_tokens, 0)
         left_columns = nth(left, g) + along(offs_n[:, None], left.col)
         right_columns = nth(right, g) + along(offs_d[None, :], right.col)
-        for row in range(0, num_rows, BLOCK_T):
+        num_rows = tl.minimum(num_rows, (piece + 1) * piece_rows)
+        for row in range(piece * piece_rows, num_rows, BLOCK_T):
             offs_t = row + tl.arange(0, BLOCK_T)
             mask_t = offs_t < num_rows
             offs_t = int64(offs_t)
@@ -69,9 +76,13 @@ def _layer_mixing_bwd_wgrad(
                 other=0.0,
             )
             total = add_product(total, left_tile, right_tile, PRECISION)
-    out_ptrs = nth(out, layer) + along(offs_n[:, None], out.row)
-    out_ptrs += along(offs_d[None, :], out.col)
-    store(out_ptrs, scaling * total, mask_n[:, None] & mask_d[None, :])
+    mask = mask_n[:, None] & mask_d[None, :]
+    if parts is None:
+        out_ptrs = nth(out, layer) + along(offs_n[:, None], out.row)
+        store(out_ptrs + along(offs_d[None, :], out.col), scaling * total, mask)
+    else:
+        part_ptrs = nth(parts, piece * num_branches + first) + along(offs_n[:, None], parts.row)
+        tl.store(part_ptrs + along(offs_d[None, :], parts.col), total, mask=mask)
 
 
 @triton.jit
@@ -79,6 +90,8 @@ def _layer_mixing_bwd_bias(
     dy,  # [G, T, N]
     index,  # [G]
     out,  # [L, N], zero
+    parts,  # [pieces, G, N] fp32, or None, as above
+    piece_rows,
     num_layers,
     num_branches,
     num_tokens,
@@ -89,7 +102,8 @@ def _layer_mixing_bwd_bias(
     """out_l = sum over the branches g of layer l, and over rows, of dy_g."""
     pid = tl.program_id(0)
     tiles = tl.cdiv(num_columns, BLOCK_N)
-    first = pid // tiles
+    first = pid // tiles % num_branches
+    piece = pid // tiles // num_branches
     layer, _ = chosen_layer(index, first, num_layers)
     if not _is_first_of_layer(index, first, layer, num_layers):
         return
@@ -99,10 +113,49 @@ def _layer_mixing_bwd_bias(
     for g in range(first, num_branches):
         its_layer, _ = chosen_layer(index, g, num_layers)
         num_rows = tl.where(its_layer == layer, num_tokens, 0)
-        for row in range(0, num_rows, BLOCK_T):
+        num_rows = tl.minimum(num_rows, (piece + 1) * piece_rows)
+        for row in range(piece * piece_rows, num_rows, BLOCK_T):
             offs_t = row + tl.arange(0, BLOCK_T)
             mask = (offs_t < num_rows)[:, None] & mask_n[None, :]
             dy_ptrs = nth(dy, g) + along(offs_t[:, None], dy.row)
             dy_ptrs += along(offs_n[None, :], dy.col)
             total += load_fp32(dy_ptrs, mask)
-    store(at(out, layer, offs_n), tl.sum(total, axis=0), mask_n)
+    if parts is None:
+        store(at(out, layer, offs_n), tl.sum(total, axis=0), mask_n)
+    else:
+        part_ptrs = at(parts, piece * num_branches + first, offs_n)
+        tl.store(part_ptrs, tl.sum(total, axis=0), mask=mask_n)
+
+
+@triton.jit
+def _layer_mixing_bwd_pieces(
+    parts,  # [pieces, G, N, D] fp32
+    index,  # [G]
+    out,  # [L, N, D], zero
+    scaling,
+    num_pieces,
+    num_layers,
+    num_branches,
+    num_columns,
+    num_features,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out_l = scaling * sum over the pieces p of parts_pg, g being the layer's first branch."""
+    pid = tl.program_id(0)
+    tiles_d = tl.cdiv(num_features, BLOCK_D)
+    tiles = tl.cdiv(num_columns, BLOCK_N) * tiles_d
+    first = pid // tiles
+    tile = pid % tiles
+    layer, _ = chosen_layer(index, first, num_layers)
+    if not _is_first_of_layer(index, first, layer, num_layers):
+        return
+    offs_n = int64(tile // tiles_d) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = int64(tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = (offs_n < num_columns)[:, None] & (offs_d < num_features)[None, :]
+    inside = along(offs_n[:, None], parts.row) + along(offs_d[None, :], parts.col)
+    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for piece in range(num_pieces):
+        total += tl.load(nth(parts, piece * num_branches + first) + inside, mask=mask, other=0.0)
+    out_ptrs = nth(out, layer) + along(offs_n[:, None], out.row)
+    store(out_ptrs + along(offs_d[None, :], out.col), scaling * total, mask)

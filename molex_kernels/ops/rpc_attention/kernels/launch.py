@@ -41,7 +41,7 @@ def rpc_attention_forward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     cleans = [a.k.new_empty(a.k.shape) for _ in range(min(a.num_iters - 1, 2))]
     rest = a.k.new_empty(a.k.shape, **fp32) if a.num_iters > 1 else None
     chip, is_aligned = chips.of(a.k.device), _aligned(a.k, a.v, a.q)
-    many = config.are_many(tokens)
+    length = config.length(tokens)
     _, steep, *dropout = _scales(a.scale, a.dropout_p)
     for t in range(a.num_iters):
         last = t == a.num_iters - 1
@@ -72,7 +72,7 @@ def rpc_attention_forward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
                 "IS_NEGATIVE": steep < 0,
                 "PRECISION": dot_precision(a.k.dtype),
             },
-            config.forward(chip, a.k.dtype, _padded(width), is_aligned, drops, many),
+            config.forward(chip, a.k.dtype, _padded(width), is_aligned, drops, length),
             updates=(rest,),
         )
     return out, sparse, out_rest, low_ranks, stats
