@@ -255,7 +255,8 @@ def cases(device: torch.device) -> tuple[Case, ...]:
         "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
     }  # fmt: skip
     experts["norm_topk_prob"] = True
-    tokens, tuned = ((2, 2048), (8, 128)) if is_large else ((2, 32), (2, 32))
+    # Hundreds of tokens at the least: of few, one that rounding routes elsewhere decides the error.
+    tokens, tuned = ((2, 2048), (8, 128)) if is_large else ((4, 128), (2, 32))
     return (
         Case("experts", "qwen3_moe", experts, *tokens, _EXPERTS),
         Case("layers", "llama", layers, *tuned, _LAYERS, has_adapters=True),

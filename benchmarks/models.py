@@ -259,7 +259,7 @@ def main() -> int:
     device = torch.device(options.device) if options.device else presets.default_device()
     console = terminal.console()
     if not importlib.util.find_spec("transformers"):
-        console.print("models: left out, they need transformers")
+        console.print("models: left out, they need pip install '.\\[hf]'")
         return 0
     versions = {name: _version(name) for name in ("transformers", "peft")}
     found: dict[str, Any] = {

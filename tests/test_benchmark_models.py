@@ -17,7 +17,9 @@ import torch
 for needed in ("rich", "matplotlib", "sklearn", "transformers"):
     pytest.importorskip(needed, exc_type=ImportError)
 
-from benchmarks import model_forms, models, timing
+import benchmark_runs as runs
+
+from benchmarks import model_forms, models, readme, timing
 from benchmarks.measure import FAILED, OK, SKIPPED, WRONG
 from benchmarks.model_forms import Form
 
@@ -45,22 +47,24 @@ def test_every_form_runs_agrees_and_is_stored(tmp_path: Path, monkeypatch: Any, 
     (stored,) = tmp_path.glob("*/models-*.json")
     found = json.loads(stored.read_text())
     rows = {(r["form"], r["mode"]): r for r in found["rows"]}
-    timed = [form for case in (EXPERTS, LAYERS) for form in case.forms if form.is_timed]
+    both = (EXPERTS, LAYERS)
+    timed = {form: case for case in both for form in case.forms if form.is_timed}
     assert set(rows) == {(form.name, mode) for form in timed for mode in models.MODES}
-    for form in timed:
+    for form, case in timed.items():
         for mode in models.MODES:
             row = rows[form.name, mode]
             assert row["status"] == OK, row
             assert "reason" not in row
             assert row["peak_bytes"] > 0
-            assert row["tokens_per_s"] == pytest.approx(64 / row["median_s"])
+            assert row["tokens_per_s"] == pytest.approx(case.batch * case.length / row["median_s"])
             assert set(row["versus"]) == set(form.against)
-            # Each of ours has a judge, and gradients that a wrong judge or none would not have.
+            # Each of ours has a judge, whose bf16 is near enough to fp32 for a limit to mean much.
             assert form.is_ours <= ("error" in row)
-            assert 0 < row.get("judge_error", 0.1) < 0.5
+            assert 0 < row.get("judge_error", 0.1) < 0.3
     for form in ("molex", "ac_router", "momentum", "layer_experts"):
         assert form in printed
-    text = "\n".join(models.lines(found, stored.name))
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    text = readme.page(stored.parent / "ops-x.json", runs.run(*runs.pair(2.0)))
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count("|") for line in table.splitlines()}) == 1
     assert f"({stored.name})" in text
@@ -69,7 +73,8 @@ def test_every_form_runs_agrees_and_is_stored(tmp_path: Path, monkeypatch: Any, 
 
 def test_what_is_installed_changes_the_model():
     """Else a form would be compared with itself under another name."""
-    model, batch = EXPERTS.build(CPU, torch.bfloat16), EXPERTS.draw(CPU)
+    case = dataclasses.replace(EXPERTS, batch=1, length=16)
+    model, batch = case.build(CPU, torch.bfloat16), case.draw(CPU)
     losses = {
         form.name: models.Step(form, model, batch).gradients()[0]
         for form in EXPERTS.forms
@@ -79,7 +84,8 @@ def test_what_is_installed_changes_the_model():
 
 
 def _with(*forms: Form) -> dict[str, dict[str, Any]]:
-    rows = models.measure(dataclasses.replace(EXPERTS, forms=(EAGER, *forms)), CPU, 0.0)
+    case = dataclasses.replace(EXPERTS, batch=1, length=16, forms=(EAGER, *forms))
+    rows = models.measure(case, CPU, 0.0)
     return {row["form"]: row for row in rows if row["mode"] == "step"}
 
 
@@ -94,8 +100,8 @@ def _changed(change: Any) -> Any:
 def test_another_loss_or_other_gradients_are_wrong():
     rows = _with(
         Form("same", EAGER.install, judge="eager", against=("eager",)),
-        Form("loss", _changed(lambda loss: loss + 0.05), judge="eager"),
-        Form("gradients", _changed(lambda loss: 1.5 * loss - 0.5 * loss.detach()), judge="eager"),
+        Form("loss", _changed(lambda loss: 1.01 * loss), judge="eager"),
+        Form("gradients", _changed(lambda loss: 3 * loss - 2 * loss.detach()), judge="eager"),
     )
     assert rows["same"]["status"] == OK
     assert rows["same"]["error"] == pytest.approx(rows["same"]["judge_error"])
