@@ -25,14 +25,14 @@ RANK = 8  # of the adapters, on queries and values
 class Form:
     """A way to compute a model.
 
-    `install` changes the model it is given and returns its loss. `judge` names the form that is the
-    same function by code that is not under test; `against` the forms that time is compared with.
+    `install` changes the model it is given and returns its loss. `oracle` names the form that is
+    the same function by other code; `against` the forms that its time is compared with.
     """
 
     name: str
     install: Callable[[Any], Loss]
     is_ours: bool = True
-    judge: str | None = None
+    oracle: str | None = None
     against: tuple[str, ...] = ()
     is_timed: bool = True
 
@@ -221,17 +221,17 @@ def _set_gates(gates: Sequence[Any]) -> None:
 
 _EXPERTS = (
     Form("eager", _experts("eager"), is_ours=False),
-    Form("grouped_mm", _experts("grouped_mm"), is_ours=False, judge="eager"),
-    Form("molex", _experts("molex"), judge="eager", against=("eager", "grouped_mm")),
+    Form("grouped_mm", _experts("grouped_mm"), is_ours=False, oracle="eager"),
+    Form("molex", _experts("molex"), oracle="eager", against=("eager", "grouped_mm")),
     Form("plain ac_router", _ac_router("eager", "reference"), is_timed=False),
-    Form("ac_router", _ac_router("molex"), judge="plain ac_router", against=("molex",)),
+    Form("ac_router", _ac_router("molex"), oracle="plain ac_router", against=("molex",)),
     Form("plain momentum", _momentum("eager", "reference"), is_timed=False),
-    Form("momentum", _momentum("molex"), judge="plain momentum", against=("molex",)),
+    Form("momentum", _momentum("molex"), oracle="plain momentum", against=("molex",)),
 )
 _LAYERS = (
     Form("model", _loss_of, is_ours=False),
     Form("two_in_sequence", _in_sequence, is_ours=False),
-    Form("layer_experts", _mixed, judge="two_in_sequence", against=("model", "two_in_sequence")),
+    Form("layer_experts", _mixed, oracle="two_in_sequence", against=("model", "two_in_sequence")),
 )
 
 

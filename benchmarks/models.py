@@ -40,62 +40,62 @@ from benchmarks.model_forms import Batch, Case, Form, Gradients, Step, cases
 from benchmarks.tables import Column
 
 MODES = ("step", "forward")
-# The loss against the judge's, relatively: one rounding of bf16. It is a mean over tokens, computed
-# in fp32 from logits that were rounded to bf16, in different directions.
+# The loss against the oracle's, relatively: one rounding of bf16. It is a mean over tokens,
+# computed in fp32 from logits that were rounded to bf16, in different directions.
 CLOSE = 2.0**-8
-# The gradients' distance from those in fp32, over the judge's own in bf16: two roundings of the
-# same function are about equally far from it. Another function is as far as the gradient is long.
+# The gradients' distance from those in fp32, over the oracle's own in bf16: two roundings of the
+# same function are about equally far from it; another function, as far as the gradient is long.
 TIMES = 2.0
 
 Row = dict[str, Any]
 
 
-class Judged(NamedTuple):
-    """A judge's loss in bf16, its gradients in fp32, and how far those in bf16 are from them."""
+class Expected(NamedTuple):
+    """An oracle's loss in bf16, its gradients in fp32, and how far those in bf16 are from them."""
 
     loss: float
     exact: Gradients
     error: float
 
 
-class Court:
-    """Compares forms with their judges. One judge's gradients are held at a time."""
+class Oracles:
+    """Compares forms with their oracles. One oracle's gradients are held at a time."""
 
     def __init__(self, case: Case, model: Any, batch: Batch) -> None:
         self._forms = {form.name: form for form in case.forms}
         self._model, self._batch = model, batch
-        self._name, self._judged = "", None  # type: tuple[str, Judged | None]
+        self._name, self._expected = "", None  # type: tuple[str, Expected | None]
 
     def check(self, form: Form, step: Step) -> Row:
-        """Whether its loss and gradients are the judge's but for rounding."""
+        """Whether its loss and gradients are the oracle's but for rounding."""
         loss, found = step.gradients()
         row: Row = {"status": OK, "loss": loss}
-        if form.judge is None:
+        if form.oracle is None:
             return row
-        if form.judge != self._name:
-            self._name, self._judged = form.judge, None
+        if form.oracle != self._name:
+            self._name, self._expected = form.oracle, None
             try:
-                self._judged = self._judge(self._forms[form.judge])
+                self._expected = self._expect(self._forms[form.oracle])
             except Exception as error:
-                row["reason"] = f"not checked, {form.judge} fails: {_first_line(error)}"
-        if self._judged is None:
-            return {"reason": f"not checked, {form.judge} fails"} | row
-        judge = self._judged
-        apart = distance(found, judge.exact)
-        row |= {"judge": form.judge, "judge_loss": judge.loss}
-        row |= {"error": apart, "judge_error": judge.error}
-        if not abs(loss - judge.loss) <= CLOSE * abs(judge.loss):
-            why = f"loss {loss:.5f}, that of {form.judge} is {judge.loss:.5f}"
+                row["reason"] = f"not checked, {form.oracle} fails: {_first_line(error)}"
+        if self._expected is None:
+            return {"reason": f"not checked, {form.oracle} fails"} | row
+        oracle = self._expected
+        apart = distance(found, oracle.exact)
+        row |= {"oracle": form.oracle, "oracle_loss": oracle.loss}
+        row |= {"error": apart, "oracle_error": oracle.error}
+        if not abs(loss - oracle.loss) <= CLOSE * abs(oracle.loss):
+            why = f"loss {loss:.5f}, that of {form.oracle} is {oracle.loss:.5f}"
             return row | {"status": WRONG, "reason": why}
-        if not apart <= TIMES * judge.error:
-            why = f"gradients {apart:.2g} from those in fp32, {form.judge} {judge.error:.2g}"
+        if not apart <= TIMES * oracle.error:
+            why = f"gradients {apart:.2g} from those in fp32, {form.oracle} {oracle.error:.2g}"
             return row | {"status": WRONG, "reason": why}
         return row
 
-    def _judge(self, form: Form) -> Judged:
+    def _expect(self, form: Form) -> Expected:
         _, exact = Step(form, copy.deepcopy(self._model).float(), self._batch).gradients()
         loss, found = Step(form, self._model, self._batch).gradients()
-        return Judged(loss, exact, distance(found, exact))
+        return Expected(loss, exact, distance(found, exact))
 
 
 def distance(found: Gradients, exact: Gradients) -> float:
@@ -119,16 +119,16 @@ def measure(case: Case, device: torch.device, budget: float) -> list[Row]:
     except Exception as error:
         checked = {name: _failure(error, form) for name, form in forms.items()}
     else:
-        court, checked = Court(case, model, batch), {}
+        oracles, checked = Oracles(case, model, batch), {}
         for name, form in forms.items():
             try:
                 step = Step(form, model, batch)
-                checked[name] = court.check(form, step)
+                checked[name] = oracles.check(form, step)
             except Exception as error:
                 checked[name] = _failure(error, form)
             if checked[name]["status"] == OK:
                 steps[name] = step
-        del court  # and the gradients that it holds
+        del oracles  # and the gradients that it holds
     head = {"case": case.name, "model": case.kind, "shape": case.shape, "dtype": "bf16"}
     rows = []
     for mode in MODES:
