@@ -1,7 +1,8 @@
 """Where runs are written and kept, and the options that say so.
 
 A report goes to benchmarks/reports, which git ignores; the data of a run that is to be kept to
-benchmarks/results/<machine>/<kind>-<date>-<commit>.json, whose kinds are "ops" and "training".
+benchmarks/results/<machine>/<kind>-<date>-<commit>.json, whose kinds are "ops",
+"training" and "models".
 """
 
 from __future__ import annotations
@@ -22,8 +23,18 @@ LATEST = REPORTS / "latest"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of every run."""
     parser.add_argument("--preset", choices=sorted(presets.PRESETS), default="quick")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    add_device(parser)
     parser.add_argument("--out", type=Path, help="report folder; default: benchmarks/reports/...")
+    add_save_results(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """`--device`."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+
+
+def add_save_results(parser: argparse.ArgumentParser) -> None:
+    """`--save-results`."""
     parser.add_argument(
         "--save-results",
         nargs="?",

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import folders, markdown, plots
+from benchmarks import folders, markdown, models, plots
 from benchmarks.end_to_end import markdown as training
 from benchmarks.results import Results
 
@@ -60,7 +60,7 @@ def section(runs: list[tuple[Path, Results]], folder: Path = DOCS.parent) -> str
 
 
 def page(path: Path, found: Results) -> str:
-    """The page of a machine: its run's summary, and what its models learned."""
+    """The page of a machine: its run's summary, what its models learned, and whole models."""
     facts = found["environment"]
     lines = [
         f"# {facts['chip']}",
@@ -73,7 +73,9 @@ def page(path: Path, found: Results) -> str:
         *markdown.summary(found),
     ]
     if trained := folders.latest_in(path.parent, "training"):
-        lines += training.verdicts(json.loads(trained.read_text()), trained.name)
+        lines += [*training.verdicts(json.loads(trained.read_text()), trained.name), ""]
+    if whole := folders.latest_in(path.parent, "models"):
+        lines += models.lines(json.loads(whole.read_text()), whole.name)
     return "\n".join(lines).rstrip("\n") + "\n"
 
 

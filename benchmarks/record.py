@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +70,17 @@ def _row(outcome: Outcome) -> dict[str, Any]:
     row = {**outcome.facts, "status": outcome.status}
     if outcome.status != OK:
         return row | {"reason": outcome.reason}
-    samples = list(outcome.samples.values())
-    quarters = (
-        statistics.quantiles(samples, n=4, method="inclusive") if samples[1:] else samples * 3
-    )
-    return row | {
-        "median_s": statistics.median(samples),
-        "min_s": min(samples),
+    return row | times(outcome.samples)
+
+
+def times(samples: Mapping[int, float]) -> dict[str, Any]:
+    """What is kept of the seconds per call of a row, which has at least one."""
+    taken = list(samples.values())
+    quarters = statistics.quantiles(taken, n=4, method="inclusive") if taken[1:] else taken * 3
+    return {
+        "median_s": statistics.median(taken),
+        "min_s": min(taken),
         "q1_s": quarters[0],
         "q3_s": quarters[2],
-        "rounds": len(samples),
+        "rounds": len(taken),
     }
