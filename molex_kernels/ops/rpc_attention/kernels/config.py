@@ -15,7 +15,7 @@ def _tiles(rows: int, keys: int, width: int, num_warps: int, num_stages: int) ->
 
 
 def length(tokens: int) -> str:
-    """`ragged` where tokens fill tiles of 128 less well than tiles of 64, else `short` or `long`."""
+    """`ragged` where they fill tiles of 128 less well than tiles of 64, else `short` or `long`."""
     if tokens > 512:
         return "long"
     return "short" if -tokens % 128 < 64 else "ragged"
