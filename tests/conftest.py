@@ -6,6 +6,7 @@ import importlib
 import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
+from filelock import FileLock
 from interpreter import make_faster
 
 from molex_kernels._backends import CUDA
@@ -57,6 +59,8 @@ def dtypes_of(impl: str) -> tuple[torch.dtype, ...]:
     """The dtypes in which the implementation is tested here."""
     if impl == "triton" and DEVICE.type == "cpu":
         return (torch.float32, torch.float16)  # the interpreter gets bf16 wrong
+    if EMULATED:  # fp16 takes the same kernels, and the interpreter runs it
+        return (torch.float32, torch.bfloat16)
     return KERNEL_DTYPES
 
 
@@ -68,6 +72,18 @@ def is_slow(impl: str) -> bool:
 def calls_of(impl: str) -> int:
     """How many draws within the budget call the implementation."""
     return budget.SLOW_DRAWS if is_slow(impl) else budget.DRAWS
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A file that `make` writes, once for all workers."""
+    base = factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        base = base.parent
+    path = base / name
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            make(path)
+    return path
 
 
 def also_for_a_gpu(test: Callable[..., None]) -> Callable[..., None]:

@@ -180,9 +180,8 @@ def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def build(folder: Path) -> Library:
-    """Compiles the kernels and the machine that runs them."""
-    path = folder / "librpc_attention.so"
+def build(path: Path) -> None:
+    """Compiles the kernels and the machine that runs them into a `Library`'s file."""
     sources = [ROOT / "tests/cuda_on_cpu" / name for name in ("machine.cpp", "rpc_attention.cpp")]
     include = [f"-I{ROOT / folder}" for folder in ("tests/cuda_on_cpu", "csrc")]
     include += [f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
@@ -191,7 +190,6 @@ def build(folder: Path) -> Library:
         "-Wno-attributes"
     ]  # symbols stay visible, by which launches find their kernels' names
     subprocess.run(["g++", *flags, *include, *sources, "-o", path], check=True)
-    return Library(path)
 
 
 _CANARY = 256

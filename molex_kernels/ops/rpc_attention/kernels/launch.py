@@ -41,11 +41,11 @@ def rpc_attention_forward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     cleans = [a.k.new_empty(a.k.shape) for _ in range(min(a.num_iters - 1, 2))]
     rest = a.k.new_empty(a.k.shape, **fp32) if a.num_iters > 1 else None
     chip, is_aligned = chips.of(a.k.device), _aligned(a.k, a.v, a.q)
-    length = config.length(tokens)
     _, steep, *dropout = _scales(a.scale, a.dropout_p)
     for t in range(a.num_iters):
         last = t == a.num_iters - 1
         drops = last and a.seed is not None
+        length = config.length(tokens, is_middle=t > 0 and not last)
         launch(
             _rpc_fwd,
             lambda b: (_blocks(a.k, b),),
