@@ -91,8 +91,16 @@ def latest(
 
 def latest_in(folder: Path, kind: str = "ops", but: Path | None = None) -> Path | None:
     """The latest stored run of a kind in a machine's folder."""
-    runs = [p for p in folder.glob(f"{kind}-*.json") if but is None or p.resolve() != but.resolve()]
-    return max(runs, key=lambda p: json.loads(p.read_text())["environment"]["date"], default=None)
+    runs = [p for p in by_date(folder, kind) if but is None or p.resolve() != but.resolve()]
+    return runs[0] if runs else None
+
+
+def by_date(folder: Path, kind: str = "ops") -> list[Path]:
+    """The stored runs of a kind in a machine's folder, the latest first."""
+    runs = {
+        p: json.loads(p.read_text())["environment"]["date"] for p in folder.glob(f"{kind}-*.json")
+    }
+    return sorted(runs, key=lambda p: runs[p], reverse=True)
 
 
 def _point_latest(folder: Path) -> None:

@@ -1,20 +1,21 @@
 """`python -m benchmarks.readme`: writes what was measured into the pages, from the stored runs.
 
-Of each machine in benchmarks/results the latest run counts. One table and the overview go beside
-its data; docs/benchmarks.md gets a short table of each machine between two markers, the project's
-README one picture. Nothing of it is written by hand, and every other image is drawn from the data
-by `python -m benchmarks.report`.
+Of each machine in benchmarks/results the latest run counts, and those of the same day for what it
+had no time for. One table and the overview go beside its data; docs/benchmarks.md gets a short
+table of each machine between two markers, the project's README one picture. Nothing of it is
+written by hand, and every other image is drawn from the data by `python -m benchmarks.report`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import folders, markdown, models, plots
+from benchmarks import folders, markdown, models, plots, results
 from benchmarks.end_to_end import markdown as training
 from benchmarks.results import Results
 
@@ -27,9 +28,12 @@ OVERVIEW = "overview.svg"
 
 
 def latest(stored: Path = folders.STORED) -> list[tuple[Path, Results]]:
-    """The latest run of the ops on each machine, GPUs first."""
-    paths = [p for m in folders.machines(stored) if (p := folders.latest_in(m))]
-    found = [(path, json.loads(path.read_text())) for path in paths]
+    """The latest run of the ops on each machine, completed by those of its day; GPUs first."""
+    found = []
+    for machine in folders.machines(stored):
+        if paths := folders.by_date(machine):
+            run, *earlier = (json.loads(path.read_text()) for path in paths)
+            found.append((paths[0], functools.reduce(results.completed, earlier, run)))
     return sorted(found, key=lambda run: run[1]["environment"]["device"] == "cpu")
 
 
@@ -88,8 +92,9 @@ def replaced(text: str, part: str) -> str:
 
 def _origin(found: Results) -> str:
     facts = found["environment"]
+    word = "commits" if " and " in facts["commit"] else "commit"
     return (
-        f"`--preset {found['preset']}` on {facts['date'][:10]} at commit {facts['commit']}, torch "
+        f"`--preset {found['preset']}` on {facts['date'][:10]} at {word} {facts['commit']}, torch "
         f"{facts['torch']}, Triton {facts['triton']}."
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from benchmarks.measure import SKIPPED
 from benchmarks.rows import BASELINE, BASELINES, OURS, PROXY
 from benchmarks.spread import Ratio
 
@@ -30,6 +31,30 @@ def read(file: Path) -> Results:
         "rows": [row for row in every if not row["sweep"]],
         "sweeps": [row for row in every if row["sweep"]],
     }
+
+
+def completed(latest: Results, earlier: Results) -> Results:
+    """The latest run, with what it had no time for as an earlier run of its day measured it."""
+    days = {run["environment"]["date"][:10] for run in (latest, earlier)}
+    if len(days) > 1 or latest["preset"] != earlier["preset"]:
+        return latest
+    found = {**latest}
+    added = False
+    for kind in ("rows", "sweeps"):
+        reached = {_place(row) for row in latest[kind] if row["status"] != SKIPPED}
+        more = {_place(row) for row in earlier[kind] if row["status"] != SKIPPED} - reached
+        kept = [row for row in latest[kind] if _place(row) not in more]
+        found[kind] = kept + [row for row in earlier[kind] if _place(row) in more]
+        added = added or bool(more)
+    if added:
+        commits = (run["environment"]["commit"] for run in (earlier, latest))
+        found["environment"] = {**latest["environment"], "commit": " and ".join(commits)}
+    return found
+
+
+def _place(row: Row) -> tuple[str, ...]:
+    """What is measured side by side."""
+    return row["op"], row["shape"], row["dtype"], row["mode"], row["sweep"]
 
 
 def table(results: Results, file: Path) -> None:

@@ -99,13 +99,14 @@ def on_chip(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("chip", "sizes", "dtype", "impl"),
     [
-        ("sm_90", (256, 3, 197, 64), torch.bfloat16, ""),
-        ("sm_90", (256, 3, 197, 64), torch.float16, ""),
+        ("sm_90", (256, 3, 197, 64), torch.bfloat16, "cuda"),
+        ("sm_90", (256, 3, 197, 64), torch.float16, "cuda"),
         ("sm_90", (256, 3, 197, 64), torch.float32, "cuda"),
         ("sm_90", (96, 8, 256, 16), torch.bfloat16, "cuda"),
         ("sm_90", (96, 8, 257, 16), torch.bfloat16, ""),
         ("sm_90", (96, 8, 256, 32), torch.float16, "cuda"),
-        ("sm_90", (96, 8, 256, 33), torch.float16, ""),
+        ("sm_90", (96, 8, 256, 33), torch.float16, "cuda"),
+        ("sm_90", (96, 8, 256, 65), torch.float16, ""),
         ("sm_90", (96, 8, 256, 32), torch.float32, ""),
         ("sm_80", (96, 8, 197, 32), torch.float16, "cuda"),
         ("sm_80", (96, 8, 197, 64), torch.float32, ""),
