@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import DEVICE
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import molex_kernels as mk
 
@@ -20,6 +21,25 @@ def _drawn(generator, dtype=torch.float64) -> tuple[mk.Routing, Tensor]:
     index = torch.randint(-1, E + 1, (T, K), generator=generator).to(DEVICE)
     own = torch.randint(len(IDS), (T,), generator=generator)
     return mk.Routing(index, logits.new_zeros(T, K), logits), IDS[own].to(DEVICE)
+
+
+class _Operators(TorchDispatchMode):
+    """Counts what would be launched on a GPU."""
+
+    number = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.number += not (operator.is_view or operator is torch.ops.aten.detach.default)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_plain_losses_take_few_operators(generator: torch.Generator):
+    routing, _ = _drawn(generator, torch.bfloat16)
+    with _Operators() as balance:
+        mk.load_balance_loss(routing, impl="reference")
+    with _Operators() as z:
+        mk.router_z_loss(routing.logits, impl="reference")
+    assert (balance.number, z.number) == (12, 11)
 
 
 def _part(routing: mk.Routing, tokens: Tensor) -> mk.Routing:

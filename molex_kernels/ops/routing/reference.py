@@ -326,8 +326,13 @@ def load_balance(
     With sequences the mean of each one's; `totals` are those of all `ranks`, `balance_totals`.
     """
     experts, top_k = logits.shape[1], max(index.shape[1], 1)
-    z = selected(logits.to(accumulate_dtype(logits.dtype)), mask) / temperature
-    probability = selected(z.softmax(1), mask)
+    z = selected(logits.to(accumulate_dtype(logits.dtype)), mask)
+    probability = selected((z if temperature == 1.0 else z / temperature).softmax(1), mask)
+    if sequence is None and mask is None and totals is None:  # a number that the host knows
+        number = torch.sym_max(logits.shape[0], 1)
+        counts = _assignments(index, experts, None).to(probability.dtype)
+        share = top_k * top_k if per_assignment else top_k
+        return (counts * probability.sum(0)).sum() * (ranks * experts / (number * number * share))
     if sequence is None:
         totals = balance_totals(index, experts, mask, None) if totals is None else totals
         counts, tokens = totals[:-1], totals[-1]
@@ -347,10 +352,7 @@ def balance_totals(
 ) -> Tensor:
     """What ranks add up: assignments by expert and the tokens, or the number of sequences."""
     if sequence is None:
-        ids = _counted_ids(index, experts, mask).flatten()
-        # Integers, so that their order does not matter.
-        counts = ids.new_zeros(experts + 1).scatter_add(0, ids, torch.ones_like(ids))
-        return torch.cat([counts[:-1], token_number(index, mask)[None]])
+        return torch.cat([_assignments(index, experts, mask), token_number(index, mask)[None]])
     _, _, length = _by_sequence(index, experts, mask, sequence)
     return (length > 0).sum()[None]
 
@@ -369,12 +371,16 @@ def _by_sequence(
     return place, counts.view(-1, experts + 1)[:, :experts], length
 
 
+def _assignments(index: Tensor, experts: int, mask: Tensor | None) -> Tensor:
+    """How many there are of each expert, [E]: integers, so that their order does not matter."""
+    ids = _counted_ids(index, experts, mask).flatten()
+    return ids.new_zeros(experts + 1).scatter_add(0, ids, torch.ones_like(ids))[:-1]
+
+
 def _counted_ids(index: Tensor, experts: int, mask: Tensor | None) -> Tensor:
     """The ids; E for one outside [0, E), and of a token that does not count."""
-    inside = (index >= 0) & (index < experts)
-    if mask is not None:
-        inside = inside & mask[:, None]
-    return torch.where(inside, index, experts).long()
+    ids = index.long().clamp(-1, experts).remainder(experts + 1)  # of -1 that is E
+    return ids if mask is None else ids.masked_fill(~mask[:, None], experts)
 
 
 def token_number(rows: Tensor, mask: Tensor | None) -> Tensor:
@@ -387,12 +393,16 @@ def token_number(rows: Tensor, mask: Tensor | None) -> Tensor:
 def router_z(logits: Tensor, mask: Tensor | None, total: Tensor | None, ranks: int) -> Tensor:
     """The mean over tokens of logsumexp(logits_t)^2; `total` is their number on all ranks."""
     z = _logsumexp(selected(logits.to(accumulate_dtype(logits.dtype)), mask))
+    squares = selected(z * z, mask).sum()
+    if mask is None and total is None:  # a number that the host knows
+        return squares * (ranks / torch.sym_max(logits.shape[0], 1))
     number = token_number(logits, mask) if total is None else total
-    return ranks * selected(z * z, mask).sum() / number.clamp(min=1)
+    return ranks * squares / number.clamp(min=1)
 
 
 def _logsumexp(z: Tensor) -> Tensor:
     """[T, 1]. `torch.logsumexp` asks how many rows there are, which tracing need not know."""
     largest = z.detach().amax(1, keepdim=True)
-    largest = torch.where(largest.isfinite(), largest, 0)
+    most = torch.finfo(z.dtype).max
+    largest = largest.clamp(-most, most)  # finite
     return (z - largest).exp().sum(1, keepdim=True).log() + largest
