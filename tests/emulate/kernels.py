@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -61,7 +62,8 @@ def not_in_bf16(kernels: Iterable[str], launched: Mapping[str, Launches]) -> lis
 def _modules(package: types.ModuleType) -> Iterator[types.ModuleType]:
     yield package
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        yield importlib.import_module(module.name)
+        if sys.modules.get(module.name, module) is not None:  # the extension is hidden
+            yield importlib.import_module(module.name)
 
 
 def _jitted(values: Iterable[object]) -> Iterator[JITFunction]:
