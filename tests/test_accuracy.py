@@ -44,7 +44,6 @@ BEYOND = {
     ("camex_merge", "triton", "float16", "gradient of in2"): 1.51,
     ("camex_merge", "triton", "float16", "gradient of out2"): 1.54,
     ("camex_merge", "triton", "float16", "weights"): 1.50,
-    ("camex_merge", "triton", "float32", "gradient of out1"): 1.89,
     ("route_from_index", "cpu", "float32", "gradient of logits"): 1.21,
     ("topk_route", "triton", "float16", "expert_weight"): 1.40,
     ("topk_route", "triton", "float16", "logits"): 1.51,

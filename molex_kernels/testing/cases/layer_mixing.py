@@ -213,7 +213,7 @@ OPINFOS = (
             _product(1, 21, 18, 9, 1, 0, bias=False),
             _product(2, 0, 16, 17, 3, 2),
             _product(2, 65, 48, 32, 3, 0, shared=True, same=True),
-            _product(2, 1100, 16, 16, 3, 2),  # gradients in two pieces of the rows
+            _product(2, 1100, 16, 16, 3, 0),  # gradients in two pieces of the rows
         ),
         benchmarks=_PAPER,
         quick=(_product(2, 1024, 384, 1536, 6, 0), _product(2, 1024, 384, 384, 6, 8, shared=True)),
