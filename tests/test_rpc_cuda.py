@@ -147,7 +147,7 @@ CASES = {
     "N37-d58-peaked": (37, 58, FLOAT, {"sparse": 0.95, "mask": True, "causal": True}),
     "N37-d58-even": (37, 58, FLOAT, {"scale": 0.0, "mask": True, "heads": (2, 1)}),
     "N37-d58-even-q": (37, 58, HALF, {"scale": 0.0, "causal": True, "has_q": True}),
-    "N37-d64-negative": (37, 64, FLOAT, {"scale": -3.0, "causal": True}),
+    "N37-d64-negative": (37, 64, FLOAT, {"scale": -0.5, "causal": True}),
     "N37-d64-causal": (37, 64, FLOAT, {"sparse": 0.5, "causal": True}),
     "N37-d128-everything": (
         *(37, 128, FLOAT),
