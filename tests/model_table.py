@@ -244,6 +244,16 @@ def momentum(family: str) -> Result:
     )
 
 
+def camex(family: str) -> Result:
+    if not _with_experts(make(family)):
+        return Result("-")
+    return _tried(
+        family,
+        lambda model: ours.install_merged_experts(model, enabled=False),
+        lambda model: ours.install_merged_experts(model, segment=3),
+    )
+
+
 def robust(family: str) -> Result:
     return _tried(
         family,
@@ -264,6 +274,7 @@ METHODS: dict[str, Callable[[str], Result]] = {
     "experts as one op": experts,
     "ACMoE": acmoe,
     "MomentumSMoE": momentum,
+    "CAMEx": camex,
     "RPC-Attention": robust,
     "MoLEx": layers,
 }

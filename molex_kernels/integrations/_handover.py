@@ -28,13 +28,17 @@ class Given:
         before: by kind, what the layers before have made.
         made: by kind, what this layer has made.
         mask: bool [B, N], True for tokens that count, or None.
+        tokens: (B, N) of the hidden states that the layer gets.
         has_grad: whether gradients were wanted where the decoder called the layer.
     """
 
-    def __init__(self, before: dict[str, Any], mask: Tensor | None) -> None:
+    def __init__(
+        self, before: dict[str, Any], mask: Tensor | None, tokens: tuple[int, ...]
+    ) -> None:
         self.before = before
         self.made: dict[str, Any] = {}
         self.mask = mask
+        self.tokens = tokens
         self.has_grad = torch.is_grad_enabled()
 
 
@@ -89,7 +93,9 @@ class Handover:
                 "Use the model's gradient_checkpointing_enable() and no checkpoint around layers"
             )
         before = {} if self.last is None else {**self.last.before, **self.last.made}
-        self.last = Given(before, self.mask)
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        tokens = tuple(hidden.shape[:2]) if isinstance(hidden, Tensor) else ()
+        self.last = Given(before, self.mask, tokens)
         return args, {**kwargs, _NAME: self.last}
 
 
@@ -97,6 +103,10 @@ class Part(nn.Module):
     """Base of what is mixed into the class of another library's module, beside its own code."""
 
     molex_place: Place
+
+    def leave(self) -> None:
+        """Takes out of the module what was added to it."""
+        del self.molex_place
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         mixin, base = type(self).__bases__
@@ -177,8 +187,8 @@ def take_out(parent: nn.Module, layers: nn.ModuleList) -> bool:
                 "been wrapped since (by FSDP or a parametrization)"
             )
     for part in parts:
+        part.leave()
         part.__class__ = type(part).__bases__[1]
-        del part.molex_place
     for hook in handover.hooks:
         hook.remove()
     del parent.molex_handover

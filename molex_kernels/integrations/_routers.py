@@ -17,6 +17,7 @@ from molex_kernels.ops.routing.choice import route_from_index
 from molex_kernels.ops.routing.module import ACRouter
 
 _KIND = "routing"
+LOGITS = "logits"  # of this layer, for its experts
 _NAMES = ("gate", "router")
 _OPTIONS = set(inspect.signature(ac_route).parameters) & set(inspect.signature(ACRouter).parameters)
 _OPTIONS -= {"top_k"}
@@ -37,10 +38,23 @@ class _Habits(NamedTuple):
 
 
 class _Gate(Part):
-    """A gate that keeps its routing for the next layer's, and follows the one before, if asked."""
+    """A gate that keeps its routing for the next layer's, and follows the one before, if asked.
+
+    Attributes:
+        molex_options: of `ac_route`, or None for a gate that routes as it did.
+        molex_habits: how it weighs.
+        molex_shows: whether its layer's experts get the logits.
+    """
 
     molex_options: dict[str, Any] | None
     molex_habits: Any
+    molex_shows = False
+
+    def leave(self) -> None:
+        """Takes out of the module what was added to it."""
+        super().leave()
+        for name in ("molex_options", "molex_habits", "molex_shows"):
+            self.__dict__.pop(name, None)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         given = self.molex_place.given
@@ -51,6 +65,8 @@ class _Gate(Part):
             result = self._adaptive(hidden_states, index, weight, given.mask)
         if given is not None:
             given.made[_KIND] = (result[2], result[1].detach())
+            if self.molex_shows:
+                given.made[LOGITS] = result[0]
         return result
 
     def _adaptive(
@@ -129,8 +145,7 @@ def install_ac_router(
     with_experts = sorted(stack.blocks)
     chosen = [index for index in stack.chosen(layers) if index != with_experts[0]]
     before = {i: with_experts[with_experts.index(i) - 1] for i in chosen}
-    gates = {i: _gate(stack, i) for i in sorted({*chosen, *before.values()})}
-    habits = {i: _habits(f"layers.{i}", gate) for i, gate in gates.items()}
+    gates, habits = softmax_gates(stack, {*chosen, *before.values()})
     for i in chosen:
         gate, previous = gates[i], gates[before[i]]
         experts, width = gate.weight.shape
@@ -155,6 +170,36 @@ def install_ac_router(
             gate.molex_options = dict(options) if index in chosen else None
             gate.molex_habits = habits.get(index, gate.__dict__.get("molex_habits"))
     return chosen
+
+
+def softmax_gates(
+    stack: Stack, layers: Iterable[int]
+) -> tuple[dict[int, Any], dict[int, _Habits]]:
+    """By layer, gates that take the largest of a softmax over x W^T + b, and how they weigh.
+
+    Args:
+        stack: the decoder.
+        layers: the indices of layers with experts.
+
+    Returns:
+        (gates, habits).
+
+    Raises:
+        ValueError: a gate of another kind, which the message names.
+    """
+    gates = {i: _gate(stack, i) for i in sorted(layers)}
+    return gates, {i: _habits(f"layers.{i}", gate) for i, gate in gates.items()}
+
+
+def show_logits(stack: Stack, gates: dict[int, Any], habits: dict[int, _Habits]) -> None:
+    """From now on the experts of these layers find the logits in what their layer has made."""
+    for index, block in stack.blocks.items():
+        gate = _find(block)
+        if index in gates and not isinstance(gate, _Gate):
+            mix_in(gate, _Gate, stack.place(index))
+            gate.molex_options, gate.molex_habits = None, habits[index]
+        if isinstance(gate, _Gate):
+            gate.molex_shows = index in gates
 
 
 def _find(block: nn.Module) -> Any:

@@ -8,6 +8,9 @@
     install_ac_router(model)                      # routes by the clusters of the layer before
     install_momentum(model, mk.HeavyBall(mu=0.7)) # steps against the experts, with momentum
 
+    from molex_kernels.integrations.transformers import install_merged_experts
+    install_merged_experts(model)                 # one expert per segment, merged from all
+
     from molex_kernels.integrations.transformers import install_rpc_attention
     install_rpc_attention(model, layers=[0])      # BERT, ViT, GPT-2, Llama: robust attention
 
@@ -31,8 +34,10 @@ from molex_kernels.integrations import _attention, _layer_experts
 from molex_kernels.integrations._attention import install_rpc_attention
 from molex_kernels.integrations._handover import Handover, Stack
 from molex_kernels.integrations._layer_experts import install_layer_experts
+from molex_kernels.integrations._merged_experts import install_merged_experts
 from molex_kernels.integrations._momentum import install_momentum
 from molex_kernels.integrations._routers import install_ac_router
+from molex_kernels.integrations._stacked import says, weights
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
 from molex_kernels.ops.dispatch.types import Activation, ClampedSwiGLU
 from molex_kernels.ops.routing.api import route_plan
@@ -59,6 +64,7 @@ __all__ = [
     "install_ac_router",
     "install_experts",
     "install_layer_experts",
+    "install_merged_experts",
     "install_momentum",
     "install_rpc_attention",
     "uninstall",
@@ -69,8 +75,6 @@ _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": 
 _GPT_OSS = ("transformers.models.gpt_oss.modeling_gpt_oss", "GptOssExperts._apply_gate")
 
 NAME = "molex"
-# What the experts of releases before 5.24 do not say of themselves, and what held for all of them.
-_UNSAID = {"has_gate": True, "is_concatenated": True, "has_post_expert_norm": False}
 
 
 def install_experts() -> str:
@@ -193,57 +197,40 @@ def _compute(
     stacked: Callable[[str], Tensor] | None = None,
 ) -> Tensor:
     """`stacked` gives the parameters of the experts by name: the module's own, or a rank's part."""
-    w_up, w_down, b_up, b_down = _weights(experts, stacked or functools.partial(getattr, experts))
-    weights = top_k_weights.to(torch.promote_types(top_k_weights.dtype, hidden_states.dtype))
+    w_up, w_down, b_up, b_down = weights(experts, stacked or functools.partial(getattr, experts))
+    scores = top_k_weights.to(torch.promote_types(top_k_weights.dtype, hidden_states.dtype))
     activation = _activation(experts)
     if activation is not None:
         return moe_mlp(
             hidden_states,
             top_k_index,
-            weights,
+            scores,
             w_up,
             w_down,
             b_up=b_up,
             b_down=b_down,
             activation=activation,
-            gate_layout="concat" if _says(experts, "is_concatenated") else "interleaved",
+            gate_layout="concat" if says(experts, "is_concatenated") else "interleaved",
         )
     top_k = top_k_index.shape[1]
     plan = route_plan(top_k_index, w_down.shape[0])
     # Every row is taken once, so that the gradient of the gather adds nothing up in a free order.
     rows = hidden_states.repeat_interleave(top_k, 0)[plan.permutation]
     hidden = grouped_gemm(rows, w_up, plan.offsets, bias=b_up)
-    hidden = experts._apply_gate(hidden) if _says(experts, "has_gate") else experts.act_fn(hidden)
+    hidden = experts._apply_gate(hidden) if says(experts, "has_gate") else experts.act_fn(hidden)
     rows = grouped_gemm(hidden.to(rows.dtype), w_down, plan.offsets, bias=b_down)
-    if _says(experts, "has_post_expert_norm"):
+    if says(experts, "has_post_expert_norm"):
         rows = experts.post_expert_norm(rows)
     by_token = rows[plan.inverse].view(*top_k_index.shape, -1)
-    return (by_token * weights[..., None]).sum(1, dtype=weights.dtype).to(hidden_states.dtype)
-
-
-def _weights(
-    experts: Any, stacked: Callable[[str], Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """w_up and w_down as `moe_mlp` has them (views), and their biases."""
-    name = "gate_up_proj" if _says(experts, "has_gate") else "up_proj"
-    w_up, w_down = stacked(name), stacked("down_proj")
-    if experts.is_transposed:
-        w_up, w_down = w_up.mT, w_down.mT
-    if not experts.has_bias:
-        return w_up, w_down, None, None
-    return w_up, w_down, stacked(f"{name}_bias"), stacked("down_proj_bias")
-
-
-def _says(experts: Any, name: str) -> bool:
-    return getattr(experts, name, _UNSAID[name])
+    return (by_token * scores[..., None]).sum(1, dtype=scores.dtype).to(hidden_states.dtype)
 
 
 def _activation(experts: Any) -> Activation | None:
     """The activation that `moe_mlp` has for what these experts do; None for code of their own."""
-    if _says(experts, "has_post_expert_norm"):
+    if says(experts, "has_post_expert_norm"):
         return None
     pointwise = _pointwise(experts.act_fn) if hasattr(experts, "act_fn") else None
-    if not _says(experts, "has_gate"):
+    if not says(experts, "has_gate"):
         return pointwise
     gate = type(experts)._apply_gate
     if "_apply_gate" in experts.__dict__:

@@ -180,8 +180,14 @@ def _forward_of(style: ExpertParallel, module: Any) -> tuple[Callable[..., Tenso
             f"got {type(module).__name__}"
         )
     # Only now: whoever has experts of transformers has transformers.
+    from molex_kernels.integrations._merged_experts import is_merged
     from molex_kernels.integrations.transformers import _compute
 
+    if is_merged(module):
+        raise ValueError(
+            f"module: expected experts that run one by one, got {type(module).__name__}, whose "
+            "experts are merged (install_merged_experts)"
+        )
     _check_implementation(module)
     _check_untouched(module, True)
     return functools.partial(_transformers, style, _compute, module), module.down_proj

@@ -28,6 +28,7 @@ FILES = {
     "test_layer_stack.py": _NO_PACKAGES,
     "test_meta.py": _DRIVER,
     "test_model_layer_experts.py": _NO_PACKAGES,
+    "test_model_merged_experts.py": _NO_PACKAGES,
     "test_model_rpc.py": _NO_PACKAGES,
     "test_models.py": _NO_PACKAGES,
     "test_module_protocol.py": _NO_PACKAGES,
@@ -51,7 +52,7 @@ TESTS = {
 }
 
 # Asserted, so that leaving something out takes two deliberate changes.
-LENGTH = 31
+LENGTH = 32
 
 
 def pattern_for(name: str) -> str | None:

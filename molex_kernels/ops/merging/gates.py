@@ -112,9 +112,7 @@ def noisy_topk_gates(
         noise = torch.empty_like(clean).normal_(generator=generator)
         noisy = clean + noise * deviation
     largest, index = noisy.topk(min(top_k + 1, num_experts), dim=1)
-    chosen = torch.softmax(largest[:, :top_k], 1)
-    gates = torch.zeros_like(noisy).scatter(1, index[:, :top_k], chosen)
-    gates = selected(gates, mask)
+    gates = chosen_gates(noisy, largest[:, :top_k], index[:, :top_k], mask)
     if deviation is None or top_k == num_experts:
         return gates, (gates > 0).sum(0).to(dtype)
     # To stay in, a logit must beat the best one outside; to come in, the last one inside.
@@ -122,6 +120,22 @@ def noisy_topk_gates(
     threshold = torch.where(noisy > outside, outside, inside)
     chance = torch.special.ndtr((clean - threshold) / deviation)
     return gates, selected(chance, mask).sum(0)
+
+
+def chosen_gates(logits: Tensor, largest: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
+    """The softmax over the chosen logits, 0 for the others and in rows that do not count.
+
+    Args:
+        logits: [S, E].
+        largest: [S, K], the chosen ones.
+        index: [S, K], where they are.
+        mask: [S] bool, True for rows that count; None counts all.
+
+    Returns:
+        [S, E].
+    """
+    gates = torch.zeros_like(logits).scatter(1, index, torch.softmax(largest, 1))
+    return selected(gates, mask)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
