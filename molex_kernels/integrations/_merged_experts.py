@@ -78,9 +78,7 @@ class _Experts(Part):
         self.__dict__.pop("molex_merging", None)
         self._modules.pop("molex_curvature", None)
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         given, merging = self.molex_place.given, self.molex_merging
         if given is None or merging is None:
             return super().forward(hidden_states, top_k_index, top_k_weights)

@@ -172,9 +172,7 @@ def install_ac_router(
     return chosen
 
 
-def softmax_gates(
-    stack: Stack, layers: Iterable[int]
-) -> tuple[dict[int, Any], dict[int, _Habits]]:
+def softmax_gates(stack: Stack, layers: Iterable[int]) -> tuple[dict[int, Any], dict[int, _Habits]]:
     """By layer, gates that take the largest of a softmax over x W^T + b, and how they weigh.
 
     Args:
