@@ -44,9 +44,9 @@ class _Curvature(nn.Module):
         super().__init__()
         self.rank, self.scale = rank, scale
         for part, weight in zip(PARTS, (w_up, w_down), strict=True):
-            factors = KroneckerCurvature.identity(
-                *weight.shape, rank, scale, device=weight.device, dtype=weight.dtype
-            )
+            placed: Any = {"device": weight.device, "dtype": weight.dtype}
+            num_experts, rows, columns = weight.shape
+            factors = KroneckerCurvature.identity(num_experts, rows, columns, rank, scale, **placed)
             for name, factor in factors._asdict().items():
                 self.register_parameter(f"{part}_{name}", nn.Parameter(factor))
 

@@ -30,14 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from molex_kernels import _modules
-from molex_kernels.integrations import _attention, _layer_experts
+from molex_kernels.integrations import _attention, _layer_experts, _stacked
 from molex_kernels.integrations._attention import install_rpc_attention
 from molex_kernels.integrations._handover import Handover, Stack
 from molex_kernels.integrations._layer_experts import install_layer_experts
 from molex_kernels.integrations._merged_experts import install_merged_experts
 from molex_kernels.integrations._momentum import install_momentum
 from molex_kernels.integrations._routers import install_ac_router
-from molex_kernels.integrations._stacked import says, weights
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
 from molex_kernels.ops.dispatch.types import Activation, ClampedSwiGLU
 from molex_kernels.ops.routing.api import route_plan
@@ -197,7 +196,8 @@ def _compute(
     stacked: Callable[[str], Tensor] | None = None,
 ) -> Tensor:
     """`stacked` gives the parameters of the experts by name: the module's own, or a rank's part."""
-    w_up, w_down, b_up, b_down = weights(experts, stacked or functools.partial(getattr, experts))
+    read = stacked or functools.partial(getattr, experts)
+    w_up, w_down, b_up, b_down = _stacked.weights(experts, read)
     scores = top_k_weights.to(torch.promote_types(top_k_weights.dtype, hidden_states.dtype))
     activation = _activation(experts)
     if activation is not None:
@@ -210,16 +210,20 @@ def _compute(
             b_up=b_up,
             b_down=b_down,
             activation=activation,
-            gate_layout="concat" if says(experts, "is_concatenated") else "interleaved",
+            gate_layout="concat" if _stacked.says(experts, "is_concatenated") else "interleaved",
         )
     top_k = top_k_index.shape[1]
     plan = route_plan(top_k_index, w_down.shape[0])
     # Every row is taken once, so that the gradient of the gather adds nothing up in a free order.
     rows = hidden_states.repeat_interleave(top_k, 0)[plan.permutation]
     hidden = grouped_gemm(rows, w_up, plan.offsets, bias=b_up)
-    hidden = experts._apply_gate(hidden) if says(experts, "has_gate") else experts.act_fn(hidden)
+    hidden = (
+        experts._apply_gate(hidden)
+        if _stacked.says(experts, "has_gate")
+        else experts.act_fn(hidden)
+    )
     rows = grouped_gemm(hidden.to(rows.dtype), w_down, plan.offsets, bias=b_down)
-    if says(experts, "has_post_expert_norm"):
+    if _stacked.says(experts, "has_post_expert_norm"):
         rows = experts.post_expert_norm(rows)
     by_token = rows[plan.inverse].view(*top_k_index.shape, -1)
     return (by_token * scores[..., None]).sum(1, dtype=scores.dtype).to(hidden_states.dtype)
@@ -227,10 +231,10 @@ def _compute(
 
 def _activation(experts: Any) -> Activation | None:
     """The activation that `moe_mlp` has for what these experts do; None for code of their own."""
-    if says(experts, "has_post_expert_norm"):
+    if _stacked.says(experts, "has_post_expert_norm"):
         return None
     pointwise = _pointwise(experts.act_fn) if hasattr(experts, "act_fn") else None
-    if not says(experts, "has_gate"):
+    if not _stacked.says(experts, "has_gate"):
         return pointwise
     gate = type(experts)._apply_gate
     if "_apply_gate" in experts.__dict__:
