@@ -133,3 +133,12 @@ LORA = mk.LoRA(torch.zeros(3, 2, 4), torch.zeros(3, 6, 2))
 def test_bad_input_names_the_argument(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_every_number_of_16_bits_is_read_and_rounded_once(dtype: torch.dtype):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    rows = every.view(1, 32, 2048)[..., :2045]  # whole vectors and a tail
+    scale = torch.tensor([0.3337])
+    expected = (rows[0].float() * scale).to(dtype)
+    torch.testing.assert_close(mk.layer_mix(rows, scale), expected, rtol=0, atol=0, equal_nan=True)

@@ -36,16 +36,60 @@ struct Target {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// Whether a register's worth of halves takes one instruction each way (F16C). All processors with AVX2 have
+// it.
+template <class Registers>
+constexpr bool converts_halves(Registers) {
+#if defined(MOLEX_SEVERAL)
+  return Registers::kLanes >= 8;
+#elif defined(__F16C__) && defined(__GNUC__) && !defined(__clang__)
+  return true;
+#else
+  return false;
+#endif
+}
+
+#if defined(MOLEX_SEVERAL) || (defined(__F16C__) && defined(__GNUC__) && !defined(__clang__))
+constexpr int kHalves = 8;  // that one instruction converts
+typedef short HalfBits __attribute__((vector_size(kHalves * sizeof(short))));
+
+MOLEX_INLINE void widen_halves(const c10::Half* from, float* to) {
+  HalfBits bits;
+  __builtin_memcpy(&bits, from, sizeof(bits));
+  store(to, __builtin_ia32_vcvtph2ps256(bits));
+}
+
+MOLEX_INLINE void narrow_halves(const float* from, c10::Half* to) {
+  constexpr int kToNearestEven = 0;
+  const HalfBits bits = __builtin_ia32_vcvtps2ph256(load<kHalves>(from), kToNearestEven);
+  __builtin_memcpy(to, &bits, sizeof(bits));
+}
+#else
+constexpr int kHalves = 1;
+MOLEX_INLINE void widen_halves(const c10::Half* from, float* to) { *to = static_cast<float>(*from); }
+MOLEX_INLINE void narrow_halves(const float* from, c10::Half* to) { *to = static_cast<c10::Half>(*from); }
+#endif
+
 // Converts from c10::BFloat16 or c10::Half to fp32.
 inline constexpr auto widen =
-    versions([](auto, const auto* from, float* to, int64_t count) MOLEX_LAMBDA_INLINE {
-      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+    versions([](auto registers, const auto* from, float* to, int64_t count) MOLEX_LAMBDA_INLINE {
+      using Narrow = std::remove_cv_t<std::remove_pointer_t<decltype(from)>>;
+      int64_t i = 0;
+      if constexpr (std::is_same_v<Narrow, c10::Half> && converts_halves(decltype(registers){})) {
+        for (; i + kHalves <= count; i += kHalves) widen_halves(from + i, to + i);
+      }
+      for (; i < count; ++i) to[i] = static_cast<float>(from[i]);
     });
 
-// Rounds fp32 to c10::BFloat16 or c10::Half.
+// Rounds fp32 to c10::BFloat16 or c10::Half, to the nearest, ties to even.
 inline constexpr auto narrow =
-    versions([](auto, const float* from, auto* to, int64_t count) MOLEX_LAMBDA_INLINE {
-      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<std::remove_pointer_t<decltype(to)>>(from[i]);
+    versions([](auto registers, const float* from, auto* to, int64_t count) MOLEX_LAMBDA_INLINE {
+      using Narrow = std::remove_pointer_t<decltype(to)>;
+      int64_t i = 0;
+      if constexpr (std::is_same_v<Narrow, c10::Half> && converts_halves(decltype(registers){})) {
+        for (; i + kHalves <= count; i += kHalves) narrow_halves(from + i, to + i);
+      }
+      for (; i < count; ++i) to[i] = static_cast<Narrow>(from[i]);
     });
 
 // Returns floats [first, first + count) of a source: its own memory if that is fp32, else `scratch`.

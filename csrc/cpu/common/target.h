@@ -49,7 +49,8 @@ inline const bool kHasV4 = __builtin_cpu_supports("x86-64-v4");
 inline const bool kHasV3 = __builtin_cpu_supports("x86-64-v3");
 #else
 inline const bool kHasV3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+                           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                           __builtin_cpu_supports("f16c");
 inline const bool kHasV4 = kHasV3 && __builtin_cpu_supports("avx512f") &&
                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
