@@ -20,12 +20,13 @@ _GROUPED = {**_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_
 _NAMES = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 2, "vocab_size": 20}
 _DISTILBERT = {"dim": WIDTH, "n_layers": LAYERS, "n_heads": 2, "hidden_dim": 24, "vocab_size": 20}
 _OPT = {**_SIZES, "ffn_dim": 24, "word_embed_proj_dim": WIDTH}
+_IMAGES = {**_SIZES, "image_size": 8, "patch_size": 4}
 # By name: the model type and what its configuration has.
 MODELS = {
     "gpt2": ("gpt2", _NAMES),
     "bert": ("bert", _SIZES),
     "roberta": ("roberta", _SIZES),
-    "vit": ("vit", {**_SIZES, "image_size": 8, "patch_size": 4}),
+    "vit": ("vit", _IMAGES),
     "llama": ("llama", _GROUPED),
     "llama-biased": ("llama", {**_GROUPED, "attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", {**_GROUPED, "sliding_window": None}),
@@ -38,8 +39,18 @@ MODELS = {
     "gpt_neox": ("gpt_neox", _SIZES),
     "gpt_neox-sequential": ("gpt_neox", {**_SIZES, "use_parallel_residual": False}),
     "distilbert": ("distilbert", _DISTILBERT),
+    "granite": (
+        "granite",
+        {**_GROUPED, "residual_multiplier": 0.3, "attention_multiplier": 0.7},
+    ),
+    "stablelm": ("stablelm", {**_SIZES, "num_key_value_heads": 1, "use_qkv_bias": True}),
+    "starcoder2": ("starcoder2", {**_SIZES, "num_key_value_heads": 1, "sliding_window": 3}),
+    "ijepa": ("ijepa", _IMAGES),
+    "clip": ("clip_vision_model", _IMAGES),
+    "siglip": ("siglip_vision_model", _IMAGES),
 }
 FIRST = ("gpt2", "bert", "roberta", "vit")
+OF_IMAGES = ("vit", "ijepa", "clip", "siglip")
 OTHERS = tuple(kind for kind in MODELS if kind not in FIRST)
 
 
@@ -78,7 +89,8 @@ def layers_of(model):
 def runner(model):
     """Runs one of the model's layers on z [B, N, D]; `there` [B, N]: which tokens are keys."""
     rotary = next((m.rotary_emb for m in model.modules() if hasattr(m, "rotary_emb")), None)
-    causal = model.config.model_type not in ("bert", "roberta", "vit", "distilbert")
+    images = {MODELS[kind][0] for kind in OF_IMAGES}
+    causal = model.config.model_type not in {"bert", "roberta", "distilbert", *images}
     window = getattr(model.config, "sliding_window", None)
 
     def run(layer, z, there=None):

@@ -133,6 +133,12 @@ def _shared(model):
     return model
 
 
+def _clip_text():
+    sizes = {**MODELS["clip"][1], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.AutoConfig.for_model("clip_text_model", **sizes)
+    return transformers.AutoModel.from_config(config)
+
+
 def _other(model_type, **options):
     """A model whose layers have the parts of Llama's and do something else."""
     sizes = {**MODELS["llama"][1], "pad_token_id": 0, **options}
@@ -143,7 +149,12 @@ def _other(model_type, **options):
 @pytest.mark.parametrize(
     ("of", "text"),
     [
-        (lambda g: _other("granite"), "got GraniteDecoderLayer, which has the same parts"),
+        (lambda g: _other("smollm3"), "got SmolLM3DecoderLayer, which has the same parts"),
+        (
+            lambda g: _other("stablelm", use_parallel_residual=True, hidden_size=24),
+            "expected layers as in transformers' GPT-2",
+        ),
+        (lambda g: _clip_text(), "got clip_text_model, whose layers are causal by their masks"),
         (lambda g: _other("helium"), "got HeliumDecoderLayer, which has the same parts"),
         (lambda g: _other("gemma2"), "a soft cap on its scores"),
         (lambda g: _other("gemma3_text"), "more parameters than are known: pre_feedforward_lay"),

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from conftest import DEVICE
-from layer_models import LAYERS, MODELS, layers_of, make
+from layer_models import LAYERS, MODELS, OF_IMAGES, layers_of, make
 from mixtures import mixture
 
 import molex_kernels as mk
@@ -22,7 +22,7 @@ pytest.importorskip("transformers", exc_type=ImportError)
 
 
 def _inputs(kind, generator):
-    if kind == "vit":
+    if kind in OF_IMAGES:
         return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator).to(DEVICE)}
     ids = torch.randint(3, 20, (2, 7), generator=generator).to(DEVICE)
     mask = torch.ones_like(ids)
@@ -44,7 +44,7 @@ def test_layers_in_the_model_are_those_of_the_stack(kind, generator):
     options = {"straight_through": True, "learn_mixing": True, "lora_rank": 2}
     stack = mk.LayerExpertStack.from_transformers(copy.deepcopy(model), **options)
     inputs = _inputs(kind, generator)
-    if kind == "vit":
+    if kind in OF_IMAGES:
         inputs["pixel_values"] = inputs["pixel_values"].double()
     names = list(model.state_dict())
     plain = model(**inputs).last_hidden_state

@@ -82,14 +82,14 @@ class Blocks:
             standard = self._standard(z) if normed is None else normed
             x = self._scaled("norm1", standard, index, z.dtype)
         attended = self._attention(x, index, shared=not facts.pre_norm)
-        h = z + self._dropout(self._linear("out", attended, index), facts.out_dropout)
+        h = z + self._branch(self._linear("out", attended, index), facts.out_dropout)
         if not facts.pre_norm:
             inner = h = self._norm("norm1", h, index)
         elif facts.parallel and standard is not None:
             inner = self._scaled("norm2", standard, index, z.dtype)
         else:
             inner = self._norm("norm2", h, index)
-        f = self._dropout(self._mlp(inner, index), facts.down_dropout)
+        f = self._branch(self._mlp(inner, index), facts.down_dropout)
         residual: Tensor | None = h
         if not facts.pre_norm:
             f, residual = self._norm("norm2", h + f, index), None
@@ -226,8 +226,11 @@ class Blocks:
     def _norm(self, name: str, x: Tensor, index: Tensor) -> Tensor:
         return self._scaled(name, self._standard(x), index, x.dtype)
 
-    def _dropout(self, x: Tensor, p: float) -> Tensor:
-        return F.dropout(x, p, training=self.is_training) if p else x
+    def _branch(self, x: Tensor, p: float) -> Tensor:
+        """What is added to the residual: dropped out, and scaled where a model does that."""
+        x = F.dropout(x, p, training=self.is_training) if p else x
+        scale = self.facts.residual_scale
+        return x if scale == 1.0 else x * scale
 
 
 def _each(function: Callable[[Tensor], Tensor], layers: Layers) -> Layers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Layout:
         rotary: whether q and k are rotated by position.
         transposed: weights are [D, N], as GPT-2's Conv1D has them.
         by_heads: rows of "qkv" are in the order of heads, each with its q, k and v.
+        residual_scale: what attention and MLP are multiplied by before they are added; "" for 1.
+        refused: model types whose layers are of these classes and get a mask of another kind.
     """
 
     name: str
@@ -47,10 +49,15 @@ class Layout:
     rotary: bool = False
     transposed: bool = False
     by_heads: bool = False
+    residual_scale: str = ""
+    refused: tuple[str, ...] = ()
 
     def paths(self) -> tuple[str, ...]:
         """Every path that a layer of this kind has."""
-        maybe = (self.out_dropout, self.down_dropout, self.pre_norm, self.parallel)
+        maybe = (
+            *(self.out_dropout, self.down_dropout, self.pre_norm, self.parallel),
+            self.residual_scale,
+        )
         return (
             *self.linears.values(),
             *(self.norm1, self.norm2, self.activation, self.attention_dropout, self.head_width),
@@ -72,6 +79,34 @@ def _self_attention(inner: str) -> dict[str, str]:
         "down": "output.dense",
     }
 
+
+_LLAMA = Layout(
+    name="llama",
+    classes=(
+        "LlamaDecoderLayer",
+        "MistralDecoderLayer",
+        "Qwen2DecoderLayer",
+        "Qwen3DecoderLayer",
+        "GemmaDecoderLayer",
+    ),
+    linears={
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "out": "self_attn.o_proj",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    },
+    norm1="input_layernorm",
+    norm2="post_attention_layernorm",
+    activation="mlp.act_fn",
+    attention_dropout="self_attn.attention_dropout",
+    head_width="self_attn.head_dim",
+    head_norms={"norm_q": "self_attn.q_norm", "norm_k": "self_attn.k_norm"},
+    causal=True,
+    rotary=True,
+)
 
 LAYOUTS = (
     Layout(
@@ -127,7 +162,7 @@ LAYOUTS = (
     ),
     Layout(
         name="vit",
-        classes=("ViTLayer", "DeiTLayer"),
+        classes=("ViTLayer", "DeiTLayer", "IJepaLayer"),
         linears={
             "q": "attention.q_proj",
             "k": "attention.k_proj",
@@ -199,30 +234,57 @@ LAYOUTS = (
         by_heads=True,
     ),
     Layout(
-        name="llama",
-        classes=(
-            "LlamaDecoderLayer",
-            "MistralDecoderLayer",
-            "Qwen2DecoderLayer",
-            "Qwen3DecoderLayer",
-            "GemmaDecoderLayer",
-        ),
+        name="clip",
+        classes=("CLIPEncoderLayer", "SiglipEncoderLayer"),
+        linears={
+            "q": "self_attn.q_proj",
+            "k": "self_attn.k_proj",
+            "v": "self_attn.v_proj",
+            "out": "self_attn.out_proj",
+            "up": "mlp.fc1",
+            "down": "mlp.fc2",
+        },
+        norm1="layer_norm1",
+        norm2="layer_norm2",
+        activation="mlp.activation_fn",
+        attention_dropout="self_attn.dropout",
+        head_width="self_attn.head_dim",
+        refused=("clip_text_model",),
+    ),
+    Layout(
+        name="starcoder2",
+        classes=("Starcoder2DecoderLayer",),
         linears={
             "q": "self_attn.q_proj",
             "k": "self_attn.k_proj",
             "v": "self_attn.v_proj",
             "out": "self_attn.o_proj",
-            "gate": "mlp.gate_proj",
-            "up": "mlp.up_proj",
-            "down": "mlp.down_proj",
+            "up": "mlp.c_fc",
+            "down": "mlp.c_proj",
         },
         norm1="input_layernorm",
         norm2="post_attention_layernorm",
-        activation="mlp.act_fn",
+        activation="mlp.act",
         attention_dropout="self_attn.attention_dropout",
         head_width="self_attn.head_dim",
-        head_norms={"norm_q": "self_attn.q_norm", "norm_k": "self_attn.k_norm"},
+        out_dropout="self_attn.residual_dropout",
+        down_dropout="mlp.residual_dropout",
         causal=True,
         rotary=True,
     ),
+    # Those with one part more come before Llama's, which every one of them would pass for.
+    replace(
+        _LLAMA,
+        name="granite",
+        classes=("GraniteDecoderLayer",),
+        residual_scale="residual_multiplier",
+    ),
+    replace(
+        _LLAMA,
+        name="stablelm",
+        classes=("StableLmDecoderLayer",),
+        down_dropout="dropout",
+        head_norms={},
+    ),
+    _LLAMA,
 )

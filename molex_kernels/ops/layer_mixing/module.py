@@ -40,12 +40,14 @@ class LayerExpertStack(_modules.Module):
     of their products is one `layer_linear`, their attention one call, and the choice stays on the
     device. With a gate on layer t it may choose itself, and is then computed twice, as published.
 
-    Made by `from_transformers` of GPT-2, OPT, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3, Gemma, BERT,
-    RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, ViT and DeiT models, with rotary
-    positions, grouped queries, gated MLPs, RMSNorm and norms of heads where those have them, and a
-    sliding window where all layers have the same. It takes the place of the model's layers only:
-    embeddings, a final norm and heads stay with the model. Weights are parameters stacked over
-    layers, frozen unless asked otherwise; the model's own parameters become views of them.
+    Made by `from_transformers` of GPT-2, OPT, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3, Gemma,
+    Granite, StableLM (not its parallel residual), StarCoder2, BERT, RoBERTa, XLM-RoBERTa,
+    CamemBERT, ELECTRA, DistilBERT, ViT, DeiT, I-JEPA, SigLIP and CLIP's vision models, with rotary
+    positions, grouped queries, gated MLPs, RMSNorm, norms of heads and scaled residuals where those
+    have them, and a sliding window where all layers have the same. It takes the place of the
+    model's layers only: embeddings, a final norm and heads stay with the model. Weights are
+    parameters stacked over layers, frozen unless asked otherwise; the model's own parameters become
+    views of them.
 
     Options, and what the published code does:
 

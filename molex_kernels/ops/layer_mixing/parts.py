@@ -58,6 +58,7 @@ class Facts:
     out_dropout: float
     down_dropout: float
     attention_dropout: float
+    residual_scale: float
     activation: Callable[[Tensor], Tensor] = field(compare=False)
 
 
@@ -95,8 +96,9 @@ def layers_of(model: nn.Module) -> Found:
                     )
                 return Found(layout, module, rotary if layout.rotary else None)
     raise ValueError(
-        "model: expected layers as in transformers' GPT-2, BERT, RoBERTa, DistilBERT, ViT, OPT, "
-        f"GPT-NeoX, Llama, Mistral, Qwen2, Qwen3 or Gemma, got {type(model).__name__}"
+        "model: expected layers as in transformers' GPT-2, BERT, RoBERTa, DistilBERT, ViT, CLIP, "
+        "SigLIP, OPT, GPT-NeoX, StarCoder2, StableLM, Granite, Llama, Mistral, Qwen2, Qwen3 or "
+        f"Gemma, got {type(model).__name__}"
     )
 
 
@@ -214,6 +216,11 @@ def _facts(layout: Layout, layer: nn.Module) -> Facts:
         rows[name] = weight.shape[1 if layout.transposed else 0]
         rows[name] //= 1 if name in layout.linears else 3
     config = getattr(attention, "config", None)
+    if (model_type := getattr(config, "model_type", None)) in layout.refused:
+        raise ValueError(
+            f"model: expected {runs} of a model that says in its layers which tokens they attend "
+            f"to, got {model_type}, whose layers are causal by their masks alone"
+        )
     return Facts(
         layout,
         norms,
@@ -229,6 +236,7 @@ def _facts(layout: Layout, layer: nn.Module) -> Facts:
         out_dropout=_dropout(layer, layout.out_dropout),
         down_dropout=_dropout(layer, layout.down_dropout),
         attention_dropout=_dropout(layer, layout.attention_dropout),
+        residual_scale=float(part(layer, layout.residual_scale)) if layout.residual_scale else 1.0,
         activation=part(layer, layout.activation),
     )
 
@@ -295,7 +303,6 @@ def _dropout(layer: nn.Module, path: str) -> float:
 
 def _has(layer: nn.Module, path: str) -> bool:
     try:
-        part(layer, path)
+        return part(layer, path) is not None
     except AttributeError:
         return False
-    return True
