@@ -195,7 +195,9 @@ def install_merged_experts(
     the start of the published code. Without mask, curvature and with alpha=1 both are
     W_s = sum_e g_s'e W_e. Shared experts run beside, as they did.
 
-    With the defaults no token sees a later one. A cache is refused all the same
+    With the defaults no token sees a later one, and the gate of a sequence's last segment has no
+    effect: where sequences are no longer than a segment, the model's gate gets a gradient from its
+    balancing loss alone. A cache is refused all the same
     (`generate(..., use_cache=False)` runs), for a call with one has not the segment before. Tokens
     that an `attention_mask` [B, N] leaves out take no part in the means; segments count from the
     first column, and the last may be shorter. With AC routers (`install_ac_router`) the logits are
