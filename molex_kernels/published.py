@@ -8,6 +8,7 @@ kind stand in `docs/published.md`.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from molex_kernels import _check, _published
 from molex_kernels.ops.layer_mixing.module import LayerExpertStack
-from molex_kernels.ops.layer_mixing.published import gpt2_layers
+from molex_kernels.ops.layer_mixing.published import gpt2_layers, roberta_layers
 from molex_kernels.ops.merging.module import CAMExMLP
 from molex_kernels.ops.momentum.module import MomentumMoE
 from molex_kernels.ops.momentum.types import HeavyBall
@@ -174,7 +175,7 @@ def _scaled(layer: _Layer) -> ScaledAttention:
 
 
 class _Mixed(NamedTuple):
-    """What the names of MoLEx' GPT-2 say."""
+    """What the names of a MoLEx model say."""
 
     num_layers: int
     individual: bool  # a gate to a layer
@@ -182,13 +183,14 @@ class _Mixed(NamedTuple):
     limit: int  # layers that are mixed
 
     @classmethod
-    def of(cls, layer: _Layer) -> _Mixed:
-        """Looks at the names of a model."""
-        matches = (re.match(r"h\.(\d+)\.", name) for name in layer.names)
+    def of(cls, layer: _Layer, layers: str) -> _Mixed:
+        """Looks at the names of a model, which calls its layers so."""
+        matches = (re.match(rf"{layers}\.(\d+)\.", name) for name in layer.names)
         count = len({match[1] for match in matches if match})
         gated = {name.partition("gate.")[0] for name in layer.names if "gate." in name}
-        individual = "h.0." in gated
-        forward = individual and f"h.{count - 1}." not in gated
+        individual = f"{layers}.0." in gated
+        # RoBERTa has no such variant: there a gate that lacks is an error.
+        forward = individual and layers == "h" and f"h.{count - 1}." not in gated
         limit = layer.options["layers_to_use"]
         if limit is not None:
             _check.integer("layers_to_use", limit, 0)
@@ -196,29 +198,42 @@ class _Mixed(NamedTuple):
         return cls(count, individual, forward, limit)
 
 
-def _stack(layer: _Layer) -> LayerExpertStack:
-    sizes, options, mixed = layer.sizes, layer.options, _Mixed.of(layer)
+def _gpt2(layer: _Layer) -> LayerExpertStack:
+    return _stack(layer, "h", gpt2_layers, layer.sizes["a"] // 2)
+
+
+def _roberta(layer: _Layer) -> LayerExpertStack:
+    dropout = layer.options["dropout"]
+    _check.probability("dropout", dropout)
+    make = functools.partial(roberta_layers, dropout=dropout)
+    return _stack(layer, "layer", make, layer.sizes["a"])
+
+
+def _stack(
+    layer: _Layer, layers: str, make: Callable[..., nn.Module], rank: int
+) -> LayerExpertStack:
+    sizes, options, mixed = layer.sizes, layer.options, _Mixed.of(layer, layers)
     where = {"device": options["device"], "dtype": options["dtype"]}
     kept = ("vote", "mixing", "lora_alpha", "lora_dropout", "freeze", "impl")
     return LayerExpertStack.from_transformers(
-        gpt2_layers(mixed.num_layers, sizes["C"], sizes["I"], _heads(layer), where),
+        make(mixed.num_layers, sizes["C"], sizes["I"], _heads(layer), where),
         layers_to_use=mixed.limit,
         individual_gates=mixed.individual,
         cosine_dim=sizes["p"] or sizes["P"] or None,
         learn_mixing=any(name.endswith("weight_main") for name in layer.names),
-        individual_mixing="h.0.weight_main" in layer.names,
+        individual_mixing=f"{layers}.0.weight_main" in layer.names,
         forward_only=mixed.forward,
-        lora_rank=sizes["a"] // 2,
+        lora_rank=rank,
         published=True,
         **{name: options[name] for name in kept},
     )
 
 
-def _unread(layer: _Layer) -> list[str]:
+def _unread(layer: _Layer, layers: str) -> list[str]:
     """The causal mask, and gates of layers that are not mixed or have no choice."""
-    mixed = _Mixed.of(layer)
+    mixed = _Mixed.of(layer, layers)
     limit = mixed.num_layers - 2 if mixed.forward else mixed.limit
-    gates = [(n, re.match(r"h\.(\d+)\.gate\.", n)) for n in layer.names]
+    gates = [(n, re.match(rf"{layers}\.(\d+)\.gate\.", n)) for n in layer.names]
     beyond = [name for name, match in gates if match and int(match[1]) >= limit]
     return beyond + [name for name in layer.names if re.fullmatch(r"h\.\d+\.attn\.bias", name)]
 
@@ -297,7 +312,7 @@ _KINDS: dict[str, _Kind] = {
             "?gate.sim_matrix": "pL",
             "?h.0.gate.sim_matrix": "PL",
         },
-        make=_stack,
+        make=_gpt2,
         options={
             "num_heads": None,
             "layers_to_use": 12,
@@ -307,7 +322,29 @@ _KINDS: dict[str, _Kind] = {
             "lora_dropout": 0.0,
             "freeze": True,
         },
-        idle=_unread,
+        idle=functools.partial(_unread, layers="h"),
+    ),
+    "molex-roberta": _Kind(
+        layer=r"(.*?\bencoder\.)layer\.\d+\.",
+        owned=("layer.", "gate.", "weight_main", "weight_other"),
+        sizes={
+            "layer.0.intermediate.dense.weight": "IC",
+            "?layer.0.attention.self.query.lora_A": "aC",
+            "?gate.sim_matrix": "pL",
+            "?layer.0.gate.sim_matrix": "PL",
+        },
+        make=_roberta,
+        options={
+            "num_heads": None,
+            "layers_to_use": 13,
+            "vote": "mode",
+            "mixing": (0.95, 0.05),
+            "lora_alpha": 16.0,
+            "lora_dropout": 0.0,
+            "dropout": 0.1,
+            "freeze": True,
+        },
+        idle=functools.partial(_unread, layers="layer"),
     ),
     "rpc-vit": _Kind(
         **_ATTENTION,  # type: ignore[arg-type]
@@ -350,7 +387,7 @@ def load(
     | momentum-lm | expert layer of MomentumSMoE's language models | `MomentumMoE` |
     | acmoe-lm | expert layer of ACMoE's language models | `MomentumMoE` without momentum |
     | camex-t5, camex-gpt2 | MLP of CAMEx' models | `CAMExMLP` |
-    | molex-gpt2 | model: MoLEx' GPT-2, its layers | `LayerExpertStack` |
+    | molex-gpt2, molex-roberta | model: MoLEx' GPT-2 or RoBERTa, its layers | `LayerExpertStack` |
     | rpc-vit | attention of RPC-Attention's vision models | `RPCAttention` |
     | scaled-vit | attention of its scaled attention's models | `ScaledAttention` |
 

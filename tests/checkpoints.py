@@ -170,6 +170,37 @@ def mixed(
     return shapes | _norm("module.transformer.ln_f") | {"module.lm_head.decoder.weight": (11, D)}
 
 
+def encoder(
+    gate: str = "gate.", weights: str | None = None, rank: int = 2, cosine: int = 0
+) -> Shapes:
+    """MoLEx' RoBERTa: what stands before the gates' names, and before the mixing weights'."""
+    shapes: Shapes = {}
+    for number in range(LAYERS):
+        at = f"layer.{number}."
+        for name in ("query", "key", "value"):
+            shapes |= _linear(f"{at}attention.self.{name}", D, D)
+            if rank and name != "key":
+                shapes |= {f"{at}attention.self.{name}.lora_A": (rank, D)}
+                shapes |= {f"{at}attention.self.{name}.lora_B": (D, rank)}
+        shapes |= _linear(f"{at}attention.output.dense", D, D)
+        shapes |= _norm(f"{at}attention.output.LayerNorm")
+        shapes |= _linear(f"{at}intermediate.dense", 4 * D, D)
+        shapes |= _linear(f"{at}output.dense", D, 4 * D) | _norm(f"{at}output.LayerNorm")
+        at = gate.replace("N", str(number))
+        if cosine:
+            shapes |= _linear(f"{at}cosine_projector", cosine, D)
+            shapes |= {f"{at}sim_matrix": (cosine, LAYERS), f"{at}temperature": (1,)}
+        else:
+            shapes |= _linear(at.rstrip("."), LAYERS, D)
+        if weights is not None:
+            at = weights.replace("N", str(number))
+            shapes |= {f"{at}weight_main": (1,), f"{at}weight_other": (1,)}
+    shapes = {f"roberta.encoder.{name}": size for name, size in shapes.items()}
+    shapes |= {"roberta.embeddings.word_embeddings.weight": (11, D)}
+    shapes |= _norm("roberta.embeddings.LayerNorm")
+    return shapes | _linear("classifier.dense", D, D) | _linear("classifier.out_proj", 2, D)
+
+
 MODELS: dict[str, tuple[str, Callable[[], Shapes], dict[str, object]]] = {
     "momentum-lm": ("momentum-lm", lambda: language_model(["linear"] * LAYERS), {}),
     "momentum-lm-glam": (
@@ -199,6 +230,17 @@ MODELS: dict[str, tuple[str, Callable[[], Shapes], dict[str, object]]] = {
         "molex-gpt2",
         lambda: mixed("h.N.gate.", "h.N.", forward=True),
         {"num_heads": HEADS},
+    ),
+    "molex-roberta": ("molex-roberta", encoder, {"num_heads": HEADS, "dropout": 0.0}),
+    "molex-roberta-learned": (
+        "molex-roberta",
+        lambda: encoder(weights="", rank=0),
+        {"num_heads": HEADS, "dropout": 0.0},
+    ),
+    "molex-roberta-each": (
+        "molex-roberta",
+        lambda: encoder("layer.N.gate.", "layer.N.", cosine=3),
+        {"num_heads": HEADS, "dropout": 0.0, "layers_to_use": 2},
     ),
     "rpc-vit": ("rpc-vit", lambda: vision(2), {"num_heads": HEADS}),
     "scaled-vit": ("scaled-vit", lambda: vision(3, (1,)), {"num_heads": HEADS}),

@@ -279,6 +279,23 @@ def _gpt2_block(x: Tensor, part: State) -> Tensor:
     return x + linear(hidden, "mlp.c_proj")
 
 
+def _roberta_block(x: Tensor, part: State) -> Tensor:
+    def linear(x: Tensor, name: str) -> Tensor:
+        y = F.linear(x, part[f"{name}.weight"], part[f"{name}.bias"])
+        if f"{name}.lora_A" not in part:
+            return y
+        a, b = part[f"{name}.lora_A"], part[f"{name}.lora_B"]
+        return y + 16 / len(a) * x @ a.T @ b.T
+
+    names = ("query", "key", "value")
+    projected = (linear(x, f"attention.self.{name}") for name in names)
+    heads = [y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in projected]
+    out = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    x = _norm(x + linear(out, "attention.output.dense"), part, "attention.output.LayerNorm")
+    inner = F.gelu(linear(x, "intermediate.dense"))
+    return _norm(x + linear(inner, "output.dense"), part, "output.LayerNorm")
+
+
 def _choice(x: Tensor, part: State) -> int:
     if "gate.sim_matrix" in part:
         z = F.linear(x, part["gate.cosine_projector.weight"], part["gate.cosine_projector.bias"])
@@ -295,10 +312,11 @@ def test_mixed_layers_compute_what_the_authors_do(name: str, seed: int, generato
     x = _tokens(generator, 2, TOKENS, D)
     result = stack(x)
     shared = _part(state, prefix)
-    parts = [_part(shared, f"h.{t}.") for t in range(checkpoints.LAYERS)]
+    layers, block = ("h", _gpt2_block) if kind == "molex-gpt2" else ("layer", _roberta_block)
+    parts = [_part(shared, f"{layers}.{t}.") for t in range(checkpoints.LAYERS)]
     last = checkpoints.LAYERS - 1
     for t, part in enumerate(parts):
-        main, chosen = _gpt2_block(x, part), t
+        main, chosen = block(x, part), t
         if t < options.get("layers_to_use", 12) and not (name.endswith("forward") and t == last):
             is_next = name.endswith("forward") and t == last - 1
             chosen = last if is_next else _choice(x, {**shared, **part})
@@ -307,7 +325,8 @@ def test_mixed_layers_compute_what_the_authors_do(name: str, seed: int, generato
                 weights = torch.cat((part["weight_main"], part["weight_other"])).softmax(0)
             elif "weight_main" in shared:
                 weights = torch.cat((shared["weight_main"], shared["weight_other"]))
-            main = weights[0] * main + weights[1] * _gpt2_block(x, parts[chosen])
+                weights = weights if layers == "h" else weights.softmax(0)  # raw there, see docs
+            main = weights[0] * main + weights[1] * block(x, parts[chosen])
         x = main
         assert int(result.chosen[t]) == chosen
     torch.testing.assert_close(result.hidden, x, rtol=1e-9, atol=1e-9)
@@ -342,9 +361,10 @@ def test_every_name_is_used_or_returned(name: str, seed: int):
     assert [key for key in state if key in set(unused)] == unused
     left = [key for key in unused if key.startswith(owned)]
     # The linear gate beside a cosine one, and the other way round; masks; gates that do not choose.
-    idle = r"smoe\.gate\.(gate\.\w+|expert_embeddings)$|attn\.bias$|h\.[12]\.gate\."
+    idle = r"smoe\.gate\.(gate\.\w+|expert_embeddings)$|attn\.bias$|(h|layer)\.[12]\.gate\."
     assert all(re.search(idle, key) for key in left)
-    assert bool(left) == (kind == "molex-gpt2" or "xmoe" in name or kind == "acmoe-lm")
+    some = kind in ("molex-gpt2", "acmoe-lm") or "xmoe" in name or name == "molex-roberta-each"
+    assert bool(left) == some
     taken = sum(state[key].numel() for key in state if key not in set(unused))
     constants = sum(key.endswith((".mean", ".std")) for key in state)
     held = sum(p.numel() for layer in layers.values() for p in layer.parameters())
@@ -554,6 +574,6 @@ def test_the_table_has_every_name():
             for key in shapes():
                 if not key.startswith(owned):
                     continue
-                row = re.sub(r"^h\.\d+\.", "", key.removeprefix(prefix))
+                row = re.sub(r"^(h|layer)\.\d+\.", "", key.removeprefix(prefix))
                 row = re.sub(r"^(smoe\.gate|wi|wo|c_fc|c_proj)\.", "", row)
                 assert f"`{row}`" in text, (name, key)

@@ -290,12 +290,14 @@ class LayerExpertStack(_modules.Module):
         return Blocks(self.facts, held, adapters, given, self.training, self.impl)
 
     def load_published(self, state_dict: Mapping[str, Tensor], *, prefix: str = "") -> None:
-        """Copies a whole stack from the names of MoLEx' GPT-2: weights, adapters, gates, mixing.
+        """Copies a whole stack from MoLEx' GPT-2 or RoBERTa: weights, adapters, gates, mixing.
 
-        The names stand behind that of the model without its head (`transformer.`): `h.N.ln_1.*`,
-        `h.N.attn.c_attn.*` with loralib's `lora_A` [2 r, D] and `lora_B` [2 D, r] (q's half, then
-        v's), and so on; `gate.*` or `h.N.gate.*`; `weight_main` and `weight_other`, there or in
-        `h.N.`. Weights that are views of a model's change there, too.
+        The names stand behind that of the model without its head (`transformer.`, or
+        `roberta.encoder.`): `h.N.ln_1.*`, `h.N.attn.c_attn.*` with loralib's `lora_A` [2 r, D] and
+        `lora_B` [2 D, r] (q's half, then v's), and so on; in RoBERTa transformers' own behind
+        `layer.N.`, with `lora_A` [r, D] and `lora_B` [D, r] of `query` and `value`; `gate.*`,
+        `weight_main` and `weight_other` there or in each layer. Weights that are views of a model's
+        change there, too.
 
         Args:
             state_dict: of the checkpoint, or of a whole model.
@@ -303,7 +305,7 @@ class LayerExpertStack(_modules.Module):
 
         Raises:
             TypeError: a value that is no floating tensor.
-            ValueError: a stack of other layers than GPT-2's, a missing name, another shape, a name
+            ValueError: a stack of other layers than these, a missing name, another shape, a name
                 under two prefixes (the message says which), no name with this prefix, or adapters
                 and mixing weights that this stack has no place for.
         """

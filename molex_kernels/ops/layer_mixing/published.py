@@ -1,4 +1,4 @@
-"""MoLEx' GPT-2 by the names of its code: its layers without transformers, and what is loaded."""
+"""MoLEx' GPT-2 and RoBERTa by the names of their code: layers without transformers, and loading."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _COSINE_GATE = {
     "temperature": "temperature",
 }
 _ADAPTED = ("q", "v")  # of the fused projection, in the order of the adapters' rows
+_LISTS = {"gpt2": "h", "bert": "layer"}  # what the code calls its layers, by the kind of layer
 
 
 class _Conv1D(nn.Module):
@@ -45,6 +46,13 @@ class GPT2Block(nn.Module):
         raise NotImplementedError("forward: expected a call of the stack that has these layers")
 
 
+class RobertaLayer(nn.Module):
+    """Likewise."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        raise NotImplementedError("forward: expected a call of the stack that has these layers")
+
+
 def gpt2_layers(
     num_layers: int, d_model: int, width: int, num_heads: int, where: Mapping[str, Any]
 ) -> nn.Module:
@@ -65,16 +73,52 @@ def gpt2_layers(
     return model
 
 
+def roberta_layers(
+    num_layers: int,
+    d_model: int,
+    width: int,
+    num_heads: int,
+    where: Mapping[str, Any],
+    dropout: float = 0.0,
+) -> nn.Module:
+    """Likewise of RoBERTa, whose probabilities of attention are dropped out as often."""
+
+    def output(into: int) -> nn.Module:
+        part = nn.Module()
+        part.dense = nn.Linear(into, d_model, **where)
+        part.LayerNorm = nn.LayerNorm(d_model, **where)
+        part.dropout = nn.Dropout(dropout)
+        return part
+
+    model = nn.Module()
+    model.layer = nn.ModuleList()
+    for _ in range(num_layers):
+        layer, attention, projections = RobertaLayer(), nn.Module(), nn.Module()
+        for name in ("query", "key", "value"):
+            projections.add_module(name, nn.Linear(d_model, d_model, **where))
+        projections.attention_head_size = d_model // num_heads  # type: ignore[assignment]
+        projections.dropout = nn.Dropout(dropout)
+        attention.add_module("self", projections)
+        attention.output = output(d_model)
+        layer.attention, layer.intermediate, layer.output = attention, nn.Module(), output(width)
+        layer.intermediate.dense = nn.Linear(d_model, width, **where)
+        layer.intermediate.intermediate_act_fn = nn.GELU()
+        model.layer.append(layer)
+    return model
+
+
 @torch.no_grad()
 def load(stack: Any, held: Any, state_dict: Mapping[str, Tensor], prefix: str) -> None:
-    """Copies into a stack of GPT-2's layers and its tensors `held`; checks everything before."""
-    if stack.facts.layout.name != "gpt2":
+    """Copies into a stack and its tensors `held`; checks everything before."""
+    layout = stack.facts.layout
+    if layout.name not in _LISTS:
         raise ValueError(
-            "load_published: expected a stack of GPT-2's layers, which is what the published "
-            f"names are of, got {stack.facts.layout.name}"
+            "load_published: expected a stack of GPT-2's or RoBERTa's layers, which is what the "
+            f"published names are of, got {layout.name}"
         )
     state_dict = _published.entries(state_dict, prefix)
-    start = _published.start_of(state_dict, "h.0.ln_1.weight", prefix)
+    first = f"{_LISTS[layout.name]}.0.{layout.norm1}.weight"
+    start = _published.start_of(state_dict, first, prefix)
     pairs = []
     for name, targets in _targets(stack, held):
         value = state_dict.get(start + name)
@@ -105,16 +149,22 @@ def _targets(stack: Any, held: Any) -> Iterator[tuple[str, list[Tensor]]]:
     """Each published name, with what its rows are copied into, one after the other."""
     layout = stack.facts.layout
     paths = {**layout.linears, "norm1": layout.norm1, "norm2": layout.norm2}
+    layers = _LISTS[layout.name]
     for t in range(stack.num_layers):
         for own, path in paths.items():
-            yield f"h.{t}.{path}.weight", [held.weights[own][t]]
-            yield f"h.{t}.{path}.bias", [held.biases[own][t]]
-        if held.lora_a:
-            path = f"h.{t}.{layout.linears['qkv']}"
+            yield f"{layers}.{t}.{path}.weight", [held.weights[own][t]]
+            yield f"{layers}.{t}.{path}.bias", [held.biases[own][t]]
+        if "qkv" not in layout.linears:
+            for own in held.lora_a:
+                path = f"{layers}.{t}.{layout.linears[own]}"
+                yield f"{path}.lora_A", [held.lora_a[own][t]]
+                yield f"{path}.lora_B", [held.lora_b[own][t]]
+        elif held.lora_a:
+            path = f"{layers}.{t}.{layout.linears['qkv']}"
             yield f"{path}.lora_A", [held.lora_a[own][t] for own in _ADAPTED]
             yield f"{path}.lora_B", [held.lora_b[own][t] for own in _ADAPTED]
     for t, gate in enumerate(stack.gates):
-        where = f"h.{t}.gate" if stack.individual_gates else "gate"
+        where = f"{layers}.{t}.gate" if stack.individual_gates else "gate"
         names = _LINEAR_GATE if isinstance(gate, nn.Linear) else _COSINE_GATE
         for name, own in names.items():
             yield f"{where}.{name}", [gate.get_parameter(own)]
@@ -122,6 +172,6 @@ def _targets(stack: Any, held: Any) -> Iterator[tuple[str, list[Tensor]]]:
         each = len(stack.mixing) > 1
         # The last layer of the forward variant is not mixed.
         for t in range(len(stack.mixing) - (each and stack.forward_only)):
-            where = f"h.{t}." if each else ""
+            where = f"{layers}.{t}." if each else ""
             yield f"{where}weight_main", [stack.mixing[t, :1]]
             yield f"{where}weight_other", [stack.mixing[t, 1:]]
