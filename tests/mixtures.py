@@ -49,6 +49,16 @@ def mixture(kind, generator, **options):
     return model.eval()
 
 
+def blocks(model):
+    """By layer: the module with experts."""
+    return {
+        index: module
+        for index, layer in enumerate(model.model.layers)
+        for module in layer.modules()
+        if hasattr(module, "experts")
+    }
+
+
 def words(generator, *shape):
     return torch.randint(WORDS, shape, generator=generator)
 

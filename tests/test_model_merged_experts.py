@@ -22,16 +22,6 @@ B, N, SEGMENT = 2, 11, 4
 CUTS = [(0, 4), (4, 8), (8, 11)]
 
 
-def _blocks(model):
-    """By layer: the module with experts."""
-    return {
-        index: module
-        for index, layer in enumerate(model.model.layers)
-        for module in layer.modules()
-        if hasattr(module, "experts")
-    }
-
-
 def _stir(model, generator):
     """Factors of the curvature that are no identities."""
     with torch.no_grad():
@@ -119,7 +109,7 @@ def test_experts_are_the_merged_ones(kind, options, generator):
     model = mixtures.mixture(kind, generator).double()
     tokens = mixtures.words(generator, B, N)
     logits = model(tokens).logits
-    blocks = _blocks(model)
+    blocks = mixtures.blocks(model)
     assert install_merged_experts(model, **options) == list(blocks)
     _stir(model, generator)
     seen = {}
@@ -147,9 +137,7 @@ def test_switched_off_it_is_the_model(generator):
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     install_merged_experts(model, layers=[1], segment=SEGMENT)
-    assert not torch.equal(
-        model(tokens).logits, mixtures.mixture("mixtral", generator)(tokens).logits
-    )
+    assert mixtures.gradients(model, tokens)[0] != loss
     install_merged_experts(model, layers=[])
     assert mixtures.gradients(model, tokens)[0] == loss
 
@@ -157,7 +145,7 @@ def test_switched_off_it_is_the_model(generator):
 def test_equal_experts_stay_what_they_are(generator):
     model = mixtures.mixture("mixtral", generator).double()
     with torch.no_grad():
-        for block in _blocks(model).values():
+        for block in mixtures.blocks(model).values():
             for weight in (block.experts.gate_up_proj, block.experts.down_proj):
                 weight.copy_(weight[:1].expand_as(weight).clone())
     tokens = mixtures.words(generator, B, N)
@@ -251,6 +239,19 @@ def test_adapters_of_peft_and_text(generator):
         expected = torch.cat([expected, adapted(expected).logits[:, -1:].argmax(-1)], 1)
     options = {"max_new_tokens": 3, "do_sample": False, "use_cache": False}
     assert torch.equal(adapted.generate(input_ids=tokens, **options), expected)
+
+
+def test_factors_train_that_peft_saves(generator):
+    peft = pytest.importorskip("peft", exc_type=ImportError)
+    model = mixtures.mixture("mixtral", generator)
+    install_merged_experts(model, segment=SEGMENT)
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["molex_curvature"]}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, **options))
+    tokens = mixtures.words(generator, B, N)
+    adapted(input_ids=tokens, labels=tokens).loss.backward()
+    wanted = {n: p for n, p in adapted.named_parameters() if p.requires_grad and "curvature" in n}
+    assert len(wanted) == 2 * 8  # layers, factors of both projections
+    assert all(p.grad is not None and p.grad.any() for p in wanted.values())
 
 
 def test_models_and_options_that_it_does_not_take(generator):

@@ -29,23 +29,13 @@ RULES = [
 ]
 
 
-def _blocks(model):
-    """By layer: the module with experts."""
-    return {
-        index: module
-        for index, layer in enumerate(model.model.layers)
-        for module in layer.modules()
-        if hasattr(module, "experts")
-    }
-
-
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("kind", mixtures.MODELS)
 def test_layers_step_against_their_experts(kind, rule, generator):
     model = mixtures.mixture(kind, generator, num_hidden_layers=4).double()
     tokens = mixtures.words(generator, 2, 11)
     logits = model(tokens).logits
-    blocks = _blocks(model)
+    blocks = mixtures.blocks(model)
     assert install_momentum(model, rule) == list(blocks)
     seen, hooks = {}, []
     for index, block in blocks.items():
@@ -120,7 +110,7 @@ def test_gradients_are_those_of_autograd(generator):
         carried["p"] = 0.7 * carried["p"] + 0.5 * output
         return carried["p"]
 
-    for block in _blocks(plain).values():
+    for block in mixtures.blocks(plain).values():
         block.register_forward_hook(step)
     tokens = mixtures.words(generator, 2, 11)
     losses, expected = mixtures.gradients(plain, tokens)
