@@ -55,12 +55,17 @@ def main() -> int:
         return 2
     dtypes = tuple(presets.NAMED[name] for name in options.dtype) or presets.dtypes(device)
     ops = load_ops()
-    groups = [g for g in rows.groups(ops, preset, device, dtypes) if options.filter in g.name]
+    groups = [
+        g
+        for g in rows.groups(ops, preset, device, dtypes)
+        if any(text in g.name for text in options.filter)
+    ]
     groups.sort(key=lambda group: not goals.concerns(group))  # a limit cuts what has no goal
     if not groups:
+        given = " ".join(options.filter)
         terminal.paragraph(
-            f"--filter {options.filter}: expected a part of <op>/<shape>/<dtype>, such as one of "
-            f"{', '.join(ops)}; no shape of preset {preset.name} has it",
+            f"--filter {given}: expected a part of <op>/<shape>/<dtype>, such as "
+            f"one of {', '.join(ops)}; no shape of preset {preset.name} has it",
             console,
         )
         return 2
@@ -119,9 +124,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-k",
         "--filter",
-        default="",
+        nargs="+",
+        default=[""],
         metavar="TEXT",
-        help="only shapes with this in <op>/<shape>/<dtype>, as moe_mlp or grouped_gemm/T6144",
+        help="only shapes with one of these in <op>/<shape>/<dtype>, as moe_mlp or "
+        "grouped_gemm/T6144",
     )
     parser.add_argument(
         "--dtype",

@@ -7,6 +7,7 @@ thousandth of its elements outside, where a kink of the function lies.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,6 +65,10 @@ class Workload:
             out = self.function(**self.inputs)
         del out
         return sum(held.values())
+
+    def on_new_leaves(self) -> Workload:
+        """The same work on the same memory, whose leaves no pass has seen."""
+        return dataclasses.replace(self, inputs=require_grad(self.info, self.inputs))
 
     def _leaves(self) -> list[tuple[str, Tensor]]:
         wanted = ((name, self.inputs.get(name)) for name in self.info.differentiable)

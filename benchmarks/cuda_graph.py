@@ -23,6 +23,8 @@ def capture(call: Callable[[], Result]) -> Captured[Result] | str:
     """The graph, or the reason why there is none; the current stream is what it was before.
 
     A host synchronisation is looked for first: one inside a capture would upset later captures.
+    `call` and its leaves are used on one side stream alone: a leaf that another stream has used may
+    have its gradient's node there, and the backward pass would wait for that stream.
     """
     torch.cuda.synchronize()
     before = torch.cuda.current_stream()
@@ -38,7 +40,8 @@ def capture(call: Callable[[], Result]) -> Captured[Result] | str:
                 torch.cuda.set_sync_debug_mode("default")
         before.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # A backward pass runs in a thread of its own; what other threads do concerns no capture.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             result = call()
     except RuntimeError as error:
         torch.cuda.set_stream(before)  # a capture that fails leaves its own as the current one

@@ -240,11 +240,12 @@ class Meter:
             if statistics.median(outcomes[label, mode].samples.values()) > GRAPH_BELOW:
                 continue
             eager = {name: t.clone() for name, t in work.tensors().items()}
-            captured = cuda_graph.capture(work.tensors)
+            alone = work if mode == "forward" else work.on_new_leaves()
+            captured = cuda_graph.capture(alone.tensors)
             if isinstance(captured, str):
                 facts["graph"] = captured
                 continue
-            check.poison(work, captured.result)
+            check.poison(alone, captured.result)
             captured.graph.replay()
             if wrong := _differs(captured.result, eager):
                 outcomes[label, mode].status, outcomes[label, mode].reason = WRONG, wrong

@@ -401,7 +401,7 @@ def test_what_a_limit_leaves_is_listed(monkeypatch: Any, tmp_path: Path, capsys:
 
 
 def test_results_go_to_standard_output_alone(monkeypatch: Any, tmp_path: Path, capsys: Any):
-    given = ("--filter", "T64", "--dtype", "bf16", "--json", "--out", str(tmp_path))
+    given = ("--filter", "none", "T64", "--dtype", "bf16", "--json", "--out", str(tmp_path))
     _command(monkeypatch, runs.scale_op(), *given)
     with _handlers():
         assert main.main() == 0
@@ -412,7 +412,7 @@ def test_results_go_to_standard_output_alone(monkeypatch: Any, tmp_path: Path, c
     assert list(found["ceilings"]) == ["bf16"]
     assert "T64-D8/bf16" in err
     assert found == json.loads((tmp_path / "results.json").read_text())
-    _command(monkeypatch, runs.scale_op(), *given[:5], str(tmp_path / "r.json"), *given[5:])
+    _command(monkeypatch, runs.scale_op(), *given[:6], str(tmp_path / "r.json"), *given[6:])
     with _handlers():
         assert main.main() == 0
     assert "T64-D8/bf16" in capsys.readouterr().out

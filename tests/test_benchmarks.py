@@ -226,8 +226,9 @@ def test_a_failed_capture_leaves_the_current_stream_as_it_was(monkeypatch: Any):
         set_stream(before)
 
     @contextlib.contextmanager
-    def graph(_: Any) -> Any:
-        set_stream(Stream())
+    def graph(_: Any, *, stream: Any, capture_error_mode: str) -> Any:
+        assert stream is not default
+        set_stream(stream)
         yield
 
     class Generator:
@@ -259,6 +260,22 @@ def test_a_failed_capture_leaves_the_current_stream_as_it_was(monkeypatch: Any):
     assert failed == "no CUDA graph: operation not permitted when stream is capturing"
     assert current is default
     assert torch.cuda.default_generators[0].state == "fresh"
+
+
+def test_a_step_is_captured_on_leaves_that_no_stream_has_seen():
+    info = runs.scale_op()
+    group = rows.groups({info.name: info}, presets.PRESETS["quick"], CPU, (torch.float32,))[0]
+    inputs, upstream = measure.make(group, "step", group.case)
+    work = check.Workload(info, group.function("reference"), inputs, upstream)
+    work.call()
+    alone = work.on_new_leaves()
+    for name in info.differentiable:
+        leaf, new = work.inputs[name], alone.inputs[name]
+        assert new is not leaf
+        assert new.requires_grad
+        assert new.data_ptr() == leaf.data_ptr()
+    for name, t in work.tensors().items():
+        assert torch.equal(alone.tensors()[name], t)
 
 
 # A run that is cut
