@@ -90,9 +90,10 @@ def add_product(total, left, right, PRECISION: tl.constexpr):
     """total + left right, in fp32.
 
     fp32 tiles are summed by themselves first: one chain of fused multiply-adds through the whole
-    depth would lose bits that a product in PyTorch keeps.
+    depth, or of a tensor core's sums, which are cut off, would lose bits that a product in PyTorch
+    keeps.
     """
-    if left.dtype == tl.float32 and PRECISION == "ieee":
+    if left.dtype == tl.float32 and PRECISION != "tf32":
         # The last argument, which means nothing in fp32, keeps the compiler from making one chain.
         return total + tl.dot(left, right, input_precision=PRECISION, max_num_imprecise_acc=1)
     else:

@@ -55,6 +55,7 @@ _SMALL_HALF_HIDDEN = {
 _UNALIGNED = {rows: _gemm(min(rows, 32), 32, 32, 4, 2) for rows in _HALF}
 # With H beside them, four warps would have registers for half as many warps in all.
 _SMALL_HIDDEN = {rows: _gemm(min(rows, 32), 32, 32, 8, 2) for rows in _HALF}
+_SINGLE_HIDDEN = {rows: _gemm(min(rows, 64), 32, 32, 4, 2) for rows in _HALF}
 _HALF_CANDIDATES = (
     _gemm(32, 128, 64, 4, 4),
     _gemm(64, 128, 64, 4, 4),
@@ -117,7 +118,7 @@ def hidden(chip: Chip, dtype: torch.dtype, rows: int, aligned: bool) -> Options:
     if not aligned:
         return around(_sliced(_SMALL_HIDDEN[rows], 1), warps=(2, 4))
     if dtype == torch.float32:
-        return _sliced(_SMALL_HIDDEN[rows], 1), tuple(_sliced(c, 1) for c in _SINGLE_CANDIDATES)
+        return _sliced(_SINGLE_HIDDEN[rows], 1), tuple(_sliced(c, 1) for c in _SINGLE_CANDIDATES)
     candidates = tuple(_sliced(c, 2) for c in _HALF_HIDDEN_CANDIDATES)
     table = _SMALL_HALF_HIDDEN if chip.shared <= 99 * KIB else _HALF_HIDDEN
     return _sliced(*table[rows]), candidates

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from molex_kernels._dtypes import dot_precision
 from molex_kernels._triton import chips, tuning
 from molex_kernels._triton.arguments import blocks_of, strided
 from molex_kernels._triton.chips import Chip
 from molex_kernels._triton.launch import launch
+from molex_kernels._triton.precision import of_product
 from molex_kernels._triton.sizes import cdiv, next_power_of_2
 from molex_kernels.ops.dispatch.kernels import config
 from molex_kernels.ops.dispatch.kernels.combine import _dispatch_bwd_weight, _dispatch_fwd_combine
@@ -111,7 +111,7 @@ def gemm(
             "HAS_ZERO_TAIL": zero_tail,
             "ACTIVATION": activation,
             "TOP_K": rows.top_k,
-            "PRECISION": dot_precision(x.dtype),
+            "PRECISION": of_product(x, is_aligned),
             "BLOCK_E": rows.block_e,
             "GROUP": config.GROUP,
         },
@@ -197,7 +197,7 @@ def hidden(
             "IS_GATED": layout != "plain",
             "ACTIVATION": activation,
             "TOP_K": rows.top_k,
-            "PRECISION": dot_precision(dy.dtype),
+            "PRECISION": of_product(dy, is_aligned),
             "BLOCK_E": rows.block_e,
             "GROUP": config.GROUP,
         },
@@ -241,7 +241,7 @@ def wgrad(
             "IS_LEFT_GATHERED": left_gathered,
             "IS_RIGHT_GATHERED": right_gathered,
             "TOP_K": rows.top_k,
-            "PRECISION": dot_precision(left.dtype),
+            "PRECISION": of_product(left, is_aligned, over_rows=True),
             "BLOCK_E": rows.block_e if cuts else 1,
         },
         config.wgrad(

@@ -53,8 +53,6 @@ def linear(
     if not aligned:
         return around(_product(32, 32, 16 if rank else 32, 4, 2), warps=(2, 8))
     if dtype == torch.float32:
-        if rank:
-            return around(_product(32, 64, 32, 4, 2), warps=(8,))
         return _product(64, 64, 32, 4, 2), (_product(64, 64, 16, 4, 2),)
     if num_tokens <= 64:
         return around(_product(64, 64, 64, 4, 3), warps=(8,), stages=(2, 4))

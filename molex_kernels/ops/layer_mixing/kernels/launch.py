@@ -13,6 +13,7 @@ from molex_kernels._dtypes import dot_precision
 from molex_kernels._triton import chips, tuning
 from molex_kernels._triton.arguments import Stack, strided
 from molex_kernels._triton.launch import launch
+from molex_kernels._triton.precision import of_product
 from molex_kernels._triton.replay import lasting
 from molex_kernels._triton.sizes import cdiv, next_power_of_2
 from molex_kernels.ops.layer_mixing import types
@@ -229,7 +230,7 @@ def _linear(
             "IS_ALIGNED": is_aligned,
             "ADAPTERS_ALIGNED": all(g is None or g.is_aligned for g in (a, b)),
             "STEP": _step(rank, *(g.tensor for g in (a, b) if g is not None)),
-            "PRECISION": dot_precision(x.dtype),
+            "PRECISION": of_product(x, is_aligned),
             "BLOCK_R": config.rank_block(rank, is_aligned),
         },
         config.linear(chips.of(x.device), x.dtype, num_tokens, num_columns, is_aligned, rank),

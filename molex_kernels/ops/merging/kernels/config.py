@@ -122,7 +122,8 @@ def weights(chip: Chip, dtype: torch.dtype, aligned: bool) -> Options:
     A tile of all BLOCK_E experts is held in registers, twice: their deltas and their gradients.
     """
     if dtype == torch.float32:
-        return around(_linear(16, 32, 16, 4, 3), warps=(8,), stages=(2,))
+        blocks = (16, 32, 32) if aligned else (16, 32, 16)
+        return around(_linear(*blocks, 4, 2), warps=(8,), stages=(3,))
     if not aligned:
         return around(_linear(32, 32, 32, 4, 2), warps=(8,))
     return _linear(64, 64, 32, 8, 3), (_linear(64, 64, 32, 4, 3), _linear(32, 64, 32, 8, 3))

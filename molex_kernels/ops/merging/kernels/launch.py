@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molex_kernels._dtypes import dot_precision
+from molex_kernels._triton.precision import of_product
 from molex_kernels.ops.merging.kernels import config, merged, order, starts
 
 
@@ -135,4 +135,4 @@ def _tau(base: Tensor, experts: Tensor, group: int) -> Iterator[tuple[slice, Ten
 
 def _precision(base: Tensor) -> str:
     """TF32 holds what 16-bit inputs hold; the intermediate results round to it."""
-    return dot_precision(base.dtype) if base.dtype == torch.float32 else "tf32"
+    return of_product(base, True) if base.dtype == torch.float32 else "tf32"

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molex_kernels._dtypes import dot_precision
 from molex_kernels._triton import chips, tuning
 from molex_kernels._triton.arguments import Mat, strided
 from molex_kernels._triton.launch import launch
+from molex_kernels._triton.precision import of_product
 from molex_kernels._triton.sizes import cdiv, next_power_of_2
 from molex_kernels.ops.merging.kernels import config
 from molex_kernels.ops.merging.kernels.linear import _merging_fwd_linear
@@ -129,7 +129,7 @@ def linear(
         {
             "NUM_UNROLLED": num_experts if num_experts <= config.MAX_UNROLLED else 0,
             "IS_PAIRED": paired,
-            "PRECISION": dot_precision(x.dtype),
+            "PRECISION": of_product(x, is_aligned),
         },
         config.linear(chips.of(x.device), x.dtype, num_tokens, is_aligned, paired),
     )
@@ -149,6 +149,7 @@ def weights(
     num_features = x.shape[2]
     num_experts = deltas.shape[0]
     block_e = min(config.MAX_BLOCK_E, next_power_of_2(num_experts))
+    is_aligned = tuning.aligned(dy, x, deltas)
     partial: Tensor | None = None
     if num_columns * num_features == 0:
         return torch.zeros_like(gates) if needs_gates else None
@@ -169,8 +170,8 @@ def weights(
         _merging_bwd_weights,
         lambda b: (tiles(b) * cdiv(num_experts, block_e),),
         arguments,
-        {"PRECISION": dot_precision(x.dtype), "BLOCK_E": block_e},
-        config.weights(chips.of(x.device), x.dtype, tuning.aligned(dy, x, deltas)),
+        {"PRECISION": of_product(x, is_aligned), "BLOCK_E": block_e},
+        config.weights(chips.of(x.device), x.dtype, is_aligned),
     )
     return None if partial is None else partial.sum(2)
 
