@@ -113,21 +113,29 @@ def summary(found: Results) -> Iterator[str]:
     yield ""
 
 
-def brief(found: Results) -> Iterator[str]:
-    """An op a line: against `published` and against the fastest baseline of each shape."""
+def brief(found: Results, *, graphs: bool = False) -> Iterator[str]:
+    """An op a line: against `published` and against the fastest baseline of each shape.
+
+    graphs: of the kernels' own times, as CUDA graphs, and of the ops that have one.
+    """
     places = [(dtype, mode) for dtype in found["ceilings"] for mode in MODES]
-    names = results.baselines(found["rows"])
+    gains_of = results.graph_gains if graphs else results.gains
     yield cells(["op", *(f"{dtype}, {mode}" for dtype, mode in places)])
     yield f"|---|{'---|' * len(places)}"
     for op in results.ops(found):
         shown = []
         for dtype, mode in places:
-            chosen, _ = _fastest(found, op, mode, dtype)
-            against = [[g for name in names for g in _gains([ours], name)] for ours in chosen]
-            least = [min(gains) for gains in against if gains]
-            published, fastest = ratio(_mean(_gains(chosen, "published"))), ratio(_mean(least))
-            shown.append(f"{published} / {fastest}" if least else "-")
-        yield cells([f"`{op}`", *shown])
+            groups = [
+                results.members(found, op, mode, shape)
+                for shape in results.shapes(found, op, mode)
+                if shape.endswith(f"/{dtype}")
+            ]
+            against = [gains for group in groups if (gains := gains_of(group))]
+            published = [gains["published"] for gains in against if "published" in gains]
+            fastest = ratio(_mean([min(gains.values()) for gains in against]))
+            shown.append(f"{ratio(_mean(published))} / {fastest}" if against else "-")
+        if set(shown) != {"-"} or not graphs:
+            yield cells([f"`{op}`", *shown])
     yield ""
 
 

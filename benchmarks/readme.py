@@ -126,6 +126,14 @@ def _machine(path: Path, found: Results, folder: Path) -> Iterator[str]:
     )
     yield ""
     yield from markdown.brief(found)
+    if any("graph_s" in row for row in found["rows"]):
+        yield (
+            "The same of calls replayed as CUDA graphs, which is the kernels' own time: a short "
+            "plain call waits for Python on the host. What cannot be captured, as most `published` "
+            "code that reads sizes from the device, is left out."
+        )
+        yield ""
+        yield from markdown.brief(found, graphs=True)
     if (path.parent / OVERVIEW).exists():
         yield f"![Speed-up against each baseline]({where}/{OVERVIEW})"
         yield ""

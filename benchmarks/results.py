@@ -100,6 +100,20 @@ def speedup(ours: Row, other: str) -> Ratio | None:
     return Ratio(*found) if found else None
 
 
+def gains(rows: list[Row]) -> dict[str, float]:
+    """How many times longer each baseline of a shape takes than the fastest of ours."""
+    ours = best(rows)
+    found = {r["impl"]: speedup(ours, r["impl"]) for r in rows if r["kind"] == BASELINE and ours}
+    return {name: gain.median for name, gain in found.items() if gain}
+
+
+def graph_gains(rows: list[Row]) -> dict[str, float]:
+    """The same of what has been timed as a CUDA graph."""
+    ours = [r["graph_s"] for r in rows if r["kind"] == OURS and "graph_s" in r]
+    others = {r["impl"]: r["graph_s"] for r in rows if r["kind"] == BASELINE and "graph_s" in r}
+    return {name: seconds / min(ours) for name, seconds in others.items()} if ours else {}
+
+
 def measured(results: Results) -> bool:
     """Whether any row has a time."""
     return any("median_s" in row for row in results["rows"] + results["sweeps"])

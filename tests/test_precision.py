@@ -9,12 +9,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from molex_kernels._triton import chips
+from molex_kernels._triton import chips, precision
 from molex_kernels._triton.precision import of_product
 
 
 def _product(monkeypatch, chip: str, dtype: torch.dtype, *options, **named) -> str:
     monkeypatch.setattr(chips, "of", lambda device: replace(chips.CHIPS[chip]))
+    monkeypatch.setattr(precision, "interpreted", lambda: False)
     return of_product(torch.empty(2, dtype=dtype), *options, **named)
 
 

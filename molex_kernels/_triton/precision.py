@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from molex_kernels._backends import interpreted
 from molex_kernels._dtypes import dot_precision
 from molex_kernels._triton import chips
 
@@ -26,4 +27,5 @@ def of_product(x: Tensor, is_aligned: bool, *, over_rows: bool = False) -> str:
     takes_parts = precision == "ieee" and x.dtype == torch.float32 and is_aligned
     if not takes_parts or chips.of(x.device).is_amd:
         return precision
-    return "bf16x6" if over_rows else "tf32x3"
+    # Triton's interpreter, which multiplies fp32 as it is, has no name for it.
+    return "bf16x6" if over_rows and not interpreted() else "tf32x3"
