@@ -28,19 +28,32 @@ def _all(names: str, dim: int = 0) -> dict[str, int]:
     return dict.fromkeys(names.split(), dim)
 
 
+def _cuts_samples(a: Any, like: Any) -> bool:
+    """Whether shards of the tokens part what an update takes the norm of."""
+    if a.kind != "mars":
+        return False
+    tokens = like.shape[0]
+    return tokens == 0 or (tokens // a.sample_tokens) % like.mesh.size() != 0
+
+
 def _momentum(a: Any) -> Any:
-    if a.expert_weight is not None or a.seed is not None:
+    if a.expert_weight is not None or a.seed is not None or _cuts_samples(a, a.x):
         return None  # rows by expert; dropout counts elements from the first
     # States that a rule does not have are empty, and so is what is kept.
-    return _all("x f s0 s1 s2"), [0 if i <= a.num_states else None for i in range(5)]
+    squares = 0 if a.kind == "mars" else None
+    found = [0 if i <= a.num_states else None for i in range(5)]
+    return _all("x f f_prev s0 s1 s2"), [*found, squares]
 
 
 def _momentum_backward(a: Any) -> Any:
-    if a.seed is not None:
+    if a.seed is not None or _cuts_samples(a, a.like):
         return None
     wanted = [0 if need else None for need in a.needs[:5]]
     sums = [SUM if need else None for need in a.needs[5:]]
-    return _all("like dy g0 g1 g2 x f s0 s1 s2"), [*wanted, *sums]
+    inputs = _all("like dy g0 g1 g2 x f f_prev s0 s1 s2")
+    if a.squares is not None:
+        inputs["squares"] = 0
+    return inputs, [*wanted, *sums]
 
 
 def _is_half(x: Any) -> bool:

@@ -77,6 +77,8 @@ def _layers(x: Tensor, weights: Tensor) -> Tensor:
 def _update(rule: mk.Rule) -> Callable[..., Tensor]:
     def update(x: Tensor, f: Tensor, s: Tensor, weight: Tensor) -> Tensor:
         state = (s,) if isinstance(rule, mk.HeavyBall) else (s, s * s)
+        if isinstance(rule, mk.Mars):
+            state = (*state, 0.5 * f.detach())
         return mk.momentum_update(x, f, state, rule, norm=(weight, None, 1e-5))[0]
 
     return update
@@ -97,6 +99,12 @@ CASES: dict[str, tuple[Any, ...]] = {
     "adam": (
         _update(mk.Adam()),
         [(7, 4), (7, 4), (7, 4), (4,)],
+        [0, 0, 0, None],
+        [0, 0, 0, 0, "sum"],
+    ),
+    "mars": (  # whose norms are over samples: four, two for each rank
+        _update(mk.Mars()),
+        [(4, 3, 5), (4, 3, 5), (4, 3, 5), (5,)],
         [0, 0, 0, None],
         [0, 0, 0, 0, "sum"],
     ),
@@ -125,6 +133,12 @@ CASES: dict[str, tuple[Any, ...]] = {
     "permute": (_permuted, [(7, 5)], [0], [None] * 2),
     "unpermute": (_unpermuted, [(14, 5), (7, 2)], [0, 0], [None] * 3),
     "router_z_loss": (mk.router_z_loss, [(7, 5)], [0], [None] * 2),
+    "mars over one sample": (
+        _update(mk.Mars()),
+        [(8, 4), (8, 4), (8, 4), (4,)],
+        [0, 0, 0, None],
+        [None, None, None, 0, None],  # the state's is of its square, too, a product of shards
+    ),
     "layer_linear": (_layers, [(2, 7, 5), (3, 6, 5)], [1, None], [None] * 3),
 }
 

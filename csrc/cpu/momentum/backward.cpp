@@ -6,6 +6,7 @@
 #include "cpu/common/layer_norm.h"
 #include "cpu/common/memory.h"
 #include "cpu/common/philox.h"
+#include "cpu/momentum/correction.h"
 #include "cpu/momentum/rules.h"
 #include "registration.h"
 
@@ -33,12 +34,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd(
     std::optional<Tensor> norm_weight,
     std::optional<Tensor> mu,
     std::optional<Tensor> gamma,
+    std::optional<Tensor> f_prev,
+    std::optional<Tensor> squares,
     std::optional<Tensor> seed,
     std::vector<double> numbers,
     std::string kind,
     int64_t num_states,
     std::optional<double> norm_eps,
     double dropout_p,
+    int64_t sample_tokens,
     bool from_state,
     ScalarType x_dtype,
     ScalarType f_dtype,
@@ -71,25 +75,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd(
                                  : new_result(like, {0}, dtypes[i]));
     if (needs[i]) to[i] = target_of(gradients[i]);
   }
+  std::optional<Correction> correction;
+  if (squares) {
+    correction.emplace(*f, f_prev, c.variance_reduction, sample_tokens);
+    correction->take_squares(*squares);
+  }
+  // With a correction, `df` is first that of the corrected f, which stays fp32 until it is corrected itself.
+  const bool corrects = correction && needs[kDf];
+  std::optional<Tensor> pushed;
+  if (corrects && f_dtype != ScalarType::Float) {
+    pushed = new_result(like, {tokens, width}, ScalarType::Float);
+    to[kDf] = target_of(*pushed);
+  }
+  std::vector<float> products(corrects ? tokens : 0);
   const bool needs_norm = needs[5], needs_numbers = needs[6];
   const std::optional<Tensor> weight_of_norm = packed(norm_weight);
   Scratch parameters(1, norm_eps ? width : 0);
   const float* scale = nullptr;
   if (norm_eps && weight_of_norm) scale = read(source_of(weight_of_norm), 0, width, parameters[0]);
 
-  const int64_t span = norm_eps ? width : kSpan;
+  const int64_t span = norm_eps || correction ? width : kSpan;
   const int64_t spans = (total + span - 1) / span;
   // The chunks, and so their sums, depend on the shape alone.
   const int64_t chunks = std::min(kChunks, spans);
   std::vector<float> norm_sums(needs_norm ? chunks * 2 * width : 0);
   std::vector<double> number_sums(chunks * 2);
   torch::stable::parallel_for(0, chunks, total < kGrain ? chunks : 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(kInputs + kOutputs + 5, span);
+    Scratch scratch(kInputs + kOutputs + 6, span);
     float* const zeros = scratch[kInputs + kOutputs];  // a vector starts as zeros
     float* const normed = scratch[kInputs + kOutputs + 1];
     float* const dmu = scratch[kInputs + kOutputs + 2];
     float* const dgamma = scratch[kInputs + kOutputs + 3];
     float* const before = scratch[kInputs + kOutputs + 4];
+    float* const earlier = scratch[kInputs + kOutputs + 5];
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       float* dweight = needs_norm ? norm_sums.data() + chunk * 2 * width : nullptr;
       for (int64_t index = chunk * spans / chunks; index < (chunk + 1) * spans / chunks; ++index) {
@@ -98,6 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd(
         for (int i = 0; i < kInputs; ++i) {
           in[i] = from[i] ? read(from[i], first, count, scratch[i]) : nullptr;
         }
+        if (correction) in[kF] = correction->clipped(scratch[kF], in[kF], index, earlier);
         float* out[kOutputs];
         for (int i = 0; i < kOutputs; ++i) {
           float* spare = scratch[kInputs + i];
@@ -133,12 +152,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_bwd(
           add_sum(&number_sums[2 * chunk + 1], dgamma, count);
         }
         if (dropping.on && to[kDf]) drop(dropping, out[kDf], first, count);
+        if (corrects) products[index] = dot(out[kDf], in[kF], count);
         for (int i = 0; i < kOutputs; ++i) {
           if (to[i]) write(to[i], first, count, out[i]);
         }
       }
     }
   });
+  if (corrects) {
+    const Tensor& g = pushed ? *pushed : gradients[kDf];
+    correction->backward(g.const_data_ptr<float>(), products, target_of(gradients[kDf]));
+  }
   Tensor dnorm = needs_norm ? torch::stable::new_zeros(like, {2, width}, ScalarType::Float)
                             : new_result(like, {0}, ScalarType::Float);
   Tensor dnumbers = needs_numbers ? torch::stable::new_zeros(like, {2}, ScalarType::Float)

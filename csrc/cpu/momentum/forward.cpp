@@ -7,6 +7,7 @@
 #include "cpu/common/layer_norm.h"
 #include "cpu/common/memory.h"
 #include "cpu/common/philox.h"
+#include "cpu/momentum/correction.h"
 #include "cpu/momentum/rules.h"
 #include "registration.h"
 
@@ -14,25 +15,27 @@ namespace molex::momentum {
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd(const Tensor& x,
-                                                                const Tensor& f,
-                                                                std::optional<Tensor> s0,
-                                                                std::optional<Tensor> s1,
-                                                                std::optional<Tensor> s2,
-                                                                std::optional<Tensor> expert_weight,
-                                                                std::optional<Tensor> offsets,
-                                                                std::optional<Tensor> inverse,
-                                                                std::optional<Tensor> norm_weight,
-                                                                std::optional<Tensor> norm_bias,
-                                                                std::optional<Tensor> mu,
-                                                                std::optional<Tensor> gamma,
-                                                                std::optional<Tensor> seed,
-                                                                std::vector<double> numbers,
-                                                                std::string kind,
-                                                                int64_t num_states,
-                                                                std::optional<double> norm_eps,
-                                                                double dropout_p,
-                                                                bool keeps_f) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd(const Tensor& x,
+                                                                        const Tensor& f,
+                                                                        std::optional<Tensor> f_prev,
+                                                                        std::optional<Tensor> s0,
+                                                                        std::optional<Tensor> s1,
+                                                                        std::optional<Tensor> s2,
+                                                                        std::optional<Tensor> expert_weight,
+                                                                        std::optional<Tensor> offsets,
+                                                                        std::optional<Tensor> inverse,
+                                                                        std::optional<Tensor> norm_weight,
+                                                                        std::optional<Tensor> norm_bias,
+                                                                        std::optional<Tensor> mu,
+                                                                        std::optional<Tensor> gamma,
+                                                                        std::optional<Tensor> seed,
+                                                                        std::vector<double> numbers,
+                                                                        std::string kind,
+                                                                        int64_t num_states,
+                                                                        std::optional<double> norm_eps,
+                                                                        double dropout_p,
+                                                                        int64_t sample_tokens,
+                                                                        bool keeps_f) {
   const int64_t tokens = x.size(0), width = x.size(1), total = tokens * width;
   const Numbers c = numbers_of(numbers, mu, gamma);
   const Rule& rule = rule_of(kind);
@@ -75,10 +78,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd(const Tensor& x,
     local_rows = ends.const_data_ptr<int32_t>()[ends.size(0) - 1];
   }
 
-  const int64_t span = combined || norm_eps ? width : kSpan;
+  std::optional<Correction> correction;
+  if (kind == "mars") correction.emplace(f, f_prev, c.variance_reduction, sample_tokens);
+  Tensor squares = correction ? correction->sum_squares(x) : new_result(x, {0}, ScalarType::Float);
+
+  const int64_t span = combined || correction || norm_eps ? width : kSpan;
   const int64_t spans = (total + span - 1) / span;
   torch::stable::parallel_for(0, spans, std::max<int64_t>(1, kGrain / span), [&](int64_t begin, int64_t end) {
-    Scratch scratch(10, span);
+    Scratch scratch(11, span);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t first = index * span, count = std::min(span, total - first);
       const float* mine = nullptr;
@@ -103,6 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd(const Tensor& x,
         }
       } else {
         mine = read(from_f, first, count, scratch[1]);
+        if (correction) mine = correction->clipped(scratch[1], mine, index, scratch[10]);
       }
       Forward a{};
       a.x = read(from_x, first, count, scratch[2]);
@@ -124,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> momentum_fwd(const Tensor& x,
       for (int64_t i = 0; i < num_states; ++i) write(to_n[i], first, count, n[i]);
     }
   });
-  return {y, states[0], states[1], states[2], kept};
+  return {y, states[0], states[1], states[2], kept, squares};
 }
 
 }  // namespace

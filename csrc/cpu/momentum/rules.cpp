@@ -180,6 +180,7 @@ constexpr Rule kRules[] = {rule<Kind::kLinear>("linear"),
                            rule<Kind::kNesterov>("nesterov"),
                            rule<Kind::kSignum>("signum"),
                            rule<Kind::kAdam>("adam"),
+                           rule<Kind::kAdam>("mars"),  // of an f that has been corrected
                            rule<Kind::kAdEMAMix>("ademamix")};
 
 }  // namespace
@@ -195,7 +196,7 @@ Numbers numbers_of(const std::vector<double>& values,
                    const std::optional<Tensor>& mu,
                    const std::optional<Tensor>& gamma) {
   STD_TORCH_CHECK(
-      values.size() == sizeof(Numbers) / sizeof(float), "numbers: expected 13, got ", values.size());
+      values.size() == sizeof(Numbers) / sizeof(float), "numbers: expected 14, got ", values.size());
   Numbers numbers;
   float* fields = reinterpret_cast<float*>(&numbers);
   for (size_t i = 0; i < values.size(); ++i) fields[i] = static_cast<float>(values[i]);

@@ -20,6 +20,7 @@ constexpr int64_t kGrain = 8192;  // elements below which a thread is not worth 
 // In the order of `Coefficients` in the op's types.py.
 struct Numbers {
   float mu, gamma, beta1, rest1, beta2, rest2, beta3, rest3, alpha, eps, keep, scale1, scale2;
+  float variance_reduction;
 };
 
 Numbers numbers_of(const std::vector<double>& values,

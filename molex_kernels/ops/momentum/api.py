@@ -226,9 +226,8 @@ def _update(
 ) -> tuple[Tensor, State]:
     width = x.shape[-1]
     step = states.step_number(state, rule)
-    pushed = f
-    if isinstance(rule, Mars):
-        pushed = rule.corrected(f, None if state is None else state[2])
+    f_prev = states.output_before(state, rule)
+    pushed = rule.corrected(f, f_prev) if chosen == "reference" and isinstance(rule, Mars) else f
     flat = (x.reshape(-1, width), pushed.reshape(-1, width), states.averages(state, rule, width))
     within, apart = _split(norm, rule, x, chosen)
     if chosen == "reference":
@@ -236,7 +235,12 @@ def _update(
         learned = (rule.learned_mu, rule.learned_gamma)
         out = reference.update(*flat, rule.kind, numbers, *learned, within, count)
     else:
-        out = op.update(impl, _arguments(*flat, rule, step, within))
+        arguments = _arguments(*flat, rule, step, within)
+        if isinstance(rule, Mars):
+            before = None if f_prev is None else f_prev.detach().reshape(-1, width)
+            sample_tokens = x.shape[-2] if x.dim() > 1 else 1
+            arguments = arguments._replace(f_prev=before, sample_tokens=sample_tokens)
+        out = op.update(impl, arguments)
     return _normalised(out[0], apart).view(x.shape), states.after(out[1:], rule, x, f, step)
 
 

@@ -17,18 +17,24 @@ from molex_kernels._differentiable import Differentiable
 from molex_kernels._dtypes import HALF_DTYPES
 from molex_kernels.ops.dispatch import op as dispatch
 from molex_kernels.ops.momentum import reference
-from molex_kernels.ops.momentum.types import Coefficients
+from molex_kernels.ops.momentum.types import Coefficients, corrected
 
 Tensors = tuple[Tensor, ...]
 
 KEEP = 10  # where 1 - decay stands among the numbers
 _PLACES: Any = {"triton": "molex_kernels.ops.momentum.kernels.launch", "native": ("cpu",)}
 _STATES = "Tensor? s0, Tensor? s1, Tensor? s2"
-_OPTIONS = "float[] numbers, str kind, int num_states, float? norm_eps, float dropout_p"
+_OPTIONS = (
+    "float[] numbers, str kind, int num_states, float? norm_eps, float dropout_p, "
+    "SymInt sample_tokens"
+)
 
 
 class Arguments(NamedTuple):
-    """Of an update: f, or the experts that give it; x and f are [T, D]."""
+    """Of an update: f, or the experts that give it; x, f and f_prev are [T, D].
+
+    The kind "mars" alone takes f_prev, and a norm over each `sample_tokens` rows in turn.
+    """
 
     x: Tensor
     f: Tensor | None
@@ -44,6 +50,8 @@ class Arguments(NamedTuple):
     num_states: int
     norm_eps: float | None
     dropout_p: float
+    sample_tokens: int = 0
+    f_prev: Tensor | None = None
     seed: Tensor | None = None
     expert_input: Any = None
     expert_weight: Any = None
@@ -66,12 +74,12 @@ class Arguments(NamedTuple):
     @property
     def options(self) -> tuple[Any, ...]:
         """As the operators take them."""
-        return self[9:14]
+        return self[9:15]
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """What may want a gradient."""
-        return (*self[:9], *self[15:21])
+        return (*self[:9], *self[17:23])
 
     @property
     def from_state(self) -> bool:
@@ -97,11 +105,18 @@ class Arguments(NamedTuple):
 _arguments: Any = Arguments  # of other values, in the same places
 
 
+def num_samples(kind: str, tokens: int, sample_tokens: int) -> int:
+    """How many norms an update takes first."""
+    return tokens // sample_tokens if kind == "mars" and tokens > 0 else 0
+
+
 def _forward_fake(a: Any) -> Tensors:
     dtype = torch.float32 if a.s0 is None else a.s0.dtype
     sizes = [a.x.shape if index < a.num_states else (0,) for index in range(3)]
     new = [a.x.new_empty(size, dtype=dtype) for size in sizes]
-    return a.x.new_empty(a.x.shape), *new, a.f.new_empty(a.x.shape if a.returns_f else (0,))
+    kept = a.f.new_empty(a.x.shape if a.returns_f else (0,))
+    samples = num_samples(a.kind, a.x.shape[0], a.sample_tokens)
+    return a.x.new_empty(a.x.shape), *new, kept, a.x.new_empty((samples,), dtype=torch.float32)
 
 
 def _backward_fake(a: Any) -> Tensors:
@@ -114,24 +129,28 @@ def _backward_fake(a: Any) -> Tensors:
 
 
 def _reference(a: Any) -> Tensors:
-    f = a.f
+    f, numbers = a.f, Coefficients(*a.numbers)
     if a.expert_weight is not None:
         zeros = f.new_zeros(1, f.shape[1])  # in the rows of experts that live on another rank
         rows = torch.cat([f, zeros])[a.inverse.where(a.inverse < a.offsets[-1], f.shape[0])]
         rows = rows.view(*a.expert_weight.shape, -1).float()
         f = (rows * a.expert_weight.float()[:, :, None]).sum(1)
         f = reference.dropout(f.to(a.f.dtype), a.dropout_p, a.seed)
+    if samples := num_samples(a.kind, a.x.shape[0], a.sample_tokens):
+        previous = None if a.f_prev is None else a.f_prev.unflatten(0, (samples, -1))
+        c = corrected(f.unflatten(0, (samples, -1)), previous, numbers.variance_reduction)
+        f = c.view(a.x.shape)
     state = [s for s in (a.s0, a.s1, a.s2) if s is not None]
     norm = None if a.norm_eps is None else (a.norm_weight, a.norm_bias, a.norm_eps)
-    numbers = Coefficients(*a.numbers)
     return reference.update(a.x, f, state, a.kind, numbers, a.mu, a.gamma, norm, a.num_states)
 
 
 _forward = _operators.operator(
     "momentum_fwd",
-    f"(Tensor x, Tensor f, {_STATES}, Tensor? expert_weight, Tensor? offsets, Tensor? inverse, "
-    "Tensor? norm_weight, Tensor? norm_bias, Tensor? mu, Tensor? gamma, Tensor? seed, "
-    f"{_OPTIONS}, bool returns_f) -> (Tensor y, Tensor n0, Tensor n1, Tensor n2, Tensor kept)",
+    f"(Tensor x, Tensor f, Tensor? f_prev, {_STATES}, Tensor? expert_weight, Tensor? offsets, "
+    "Tensor? inverse, Tensor? norm_weight, Tensor? norm_bias, Tensor? mu, Tensor? gamma, "
+    f"Tensor? seed, {_OPTIONS}, bool returns_f) -> (Tensor y, Tensor n0, Tensor n1, "
+    "Tensor n2, Tensor kept, Tensor squares)",
     _forward_fake,
     function="momentum_forward",
     reference=_reference,
@@ -140,18 +159,18 @@ _forward = _operators.operator(
 _backward = _operators.operator(
     "momentum_bwd",
     "(Tensor like, Tensor? dy, Tensor? g0, Tensor? g1, Tensor? g2, Tensor? x, Tensor? f, "
-    f"{_STATES}, Tensor? norm_weight, Tensor? mu, Tensor? gamma, Tensor? seed, {_OPTIONS}, "
-    "bool from_state, ScalarType x_dtype, ScalarType f_dtype, ScalarType state_dtype, "
-    "bool[] needs) -> (Tensor dx, Tensor df, Tensor ds0, Tensor ds1, Tensor ds2, Tensor dnorm, "
-    "Tensor dnumbers)",
+    f"{_STATES}, Tensor? norm_weight, Tensor? mu, Tensor? gamma, Tensor? f_prev, Tensor? squares, "
+    f"Tensor? seed, {_OPTIONS}, bool from_state, ScalarType x_dtype, ScalarType f_dtype, "
+    "ScalarType state_dtype, bool[] needs) -> (Tensor dx, Tensor df, Tensor ds0, Tensor ds1, "
+    "Tensor ds2, Tensor dnorm, Tensor dnumbers)",
     _backward_fake,
     function="momentum_backward",
     **_PLACES,
 )
 
 
-def _run(a: Arguments, impl: tuple[str, ...], keeps: bool) -> tuple[Tensors, Tensor, Any]:
-    """y and the new state; f, or what is kept of it; the experts' pre-activations."""
+def _run(a: Arguments, impl: tuple[str, ...], keeps: bool) -> tuple[Tensors, Tensor, Any, Tensor]:
+    """y and the new state; f, or what is kept; the pre-activations; squares of norms."""
     f, pre_activation = a.f, None
     if f is None:
         experts = (a.w_up, a.w_down, a.b_up, a.b_down, a.expert_weight.shape[1])
@@ -160,19 +179,19 @@ def _run(a: Arguments, impl: tuple[str, ...], keeps: bool) -> tuple[Tensors, Ten
             *impl,
         )
     returns_f = keeps and a.f is None and a.needs_step and not a.from_state
-    *results, kept = _forward(
-        *(a.x, f, a.s0, a.s1, a.s2, a.expert_weight, a.offsets, a.inverse),
+    *results, kept, squares = _forward(
+        *(a.x, f, a.f_prev, a.s0, a.s1, a.s2, a.expert_weight, a.offsets, a.inverse),
         *(a.norm_weight, a.norm_bias, a.mu, a.gamma, a.seed, *a.options, returns_f),
         *impl,
     )
-    return tuple(results[: 1 + a.num_states]), kept if returns_f else f, pre_activation
+    return tuple(results[: 1 + a.num_states]), kept if returns_f else f, pre_activation, squares
 
 
 class _Momentum(Differentiable):
     def call(self, impl: tuple[str, ...], *given: Any) -> tuple[Any, ...]:
         a = _arguments(*given)
-        results, f, pre_activation = _run(a, impl, True)
-        rule: tuple[Tensor | None, ...] = (None,) * 8
+        results, f, pre_activation, squares = _run(a, impl, True)
+        rule: tuple[Tensor | None, ...] = (None,) * 10
         learned: Any = (None,) * 4
         from_state = False
         if a.needs_step:
@@ -180,6 +199,7 @@ class _Momentum(Differentiable):
             from_state = a.from_state
             f = results[1] if from_state else f
             rule = (x, f, a.s0, a.s1, a.s2, a.norm_weight, a.mu, a.gamma)
+            rule = (*rule, a.f_prev, squares if a.kind == "mars" else None)
             parameters = (a.norm_weight, a.norm_bias, a.mu, a.gamma)
             learned = [None if p is None else (p.dtype, p.shape) for p in parameters]
         experts: tuple[Tensor | None, ...] = ()
@@ -206,14 +226,14 @@ class _Momentum(Differentiable):
     ) -> Sequence[Tensor | None]:
         impl, acts, rule = constants
         named = _arguments(*needs[1:])  # what wants a gradient
-        experts = [*named[15:21]]
-        found = self._rule(impl, upstream, saved[:9], rule, named, named.f or any(experts))
+        experts = [*named[17:23]]
+        found = self._rule(impl, upstream, saved[:11], rule, named, named.f or any(experts))
         gradients: list[Tensor | None] = [None] * len(needs)
         gradients[1:10] = found
         if found[1] is not None and any(experts):
             gradients[2] = None
-            inner = dispatch.moe_mlp.backward(found[1], *saved[9:], *acts, experts, *impl)
-            gradients[16:22] = [g if n else None for g, n in zip(inner, experts, strict=True)]
+            inner = dispatch.moe_mlp.backward(found[1], *saved[11:], *acts, experts, *impl)
+            gradients[18:24] = [g if n else None for g, n in zip(inner, experts, strict=True)]
         return gradients
 
     def _rule(
@@ -256,5 +276,5 @@ def update(impl: str | None, a: Arguments) -> Tensors:
     name = (impl,) if impl else ()
     _momentum.refuse_tangents(a)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in a.differentiable):
-        return _momentum.apply(name, *(a if a.f is None else a[:14]))
+        return _momentum.apply(name, *(a if a.f is None else a[:16]))
     return _run(a, name, False)[0]

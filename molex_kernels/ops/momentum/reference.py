@@ -88,6 +88,7 @@ _STEPS = {
     "nesterov": _nesterov,
     "signum": _signum,
     "adam": _adam,
+    "mars": _adam,  # of an f that has been corrected
     "ademamix": _ademamix,
 }
 

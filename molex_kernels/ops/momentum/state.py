@@ -55,6 +55,11 @@ def averages(state: State | None, rule: Rule, width: int) -> list[Tensor]:
     return [s.reshape(-1, width) for s in state[: num_averages(rule)]]
 
 
+def output_before(state: State | None, rule: Rule) -> Tensor | None:
+    """The f of the layer before, for the rule that takes it."""
+    return state[2] if state is not None and isinstance(rule, Mars) else None
+
+
 def step_number(state: State | None, rule: Rule) -> int:
     """The number of the update that is about to be made, from 1, for rules that count them."""
     if state is None or not isinstance(rule, AdEMAMix):

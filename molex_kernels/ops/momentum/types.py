@@ -22,7 +22,8 @@ Number = float | Tensor
 class Coefficients(NamedTuple):
     """What a step is computed from; each rule uses some of them. `keep` is 1 - decay.
 
-    `rest` are 1 - beta in double precision, `scale` the bias corrections 1 / (1 - beta^t).
+    `rest` are 1 - beta in double precision, `scale` the bias corrections 1 / (1 - beta^t),
+    `variance_reduction` is the weight of f - f_prev.
     """
 
     mu: float = 0.0
@@ -38,6 +39,7 @@ class Coefficients(NamedTuple):
     keep: float = 1.0
     scale1: float = 1.0
     scale2: float = 1.0
+    variance_reduction: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -334,8 +336,11 @@ class Mars(Rule):
     The norm is over a sample, the last two dimensions [M, D] of f. No gradient goes through f_prev,
     as published. f_prev has the dtype of f, and is 0 before the first layer, as published: MARS
     itself would have c = f there. The published code writes both f and its step with the opposite
-    sign, which is the same update. The correction and the norm run in PyTorch, the rest in a
-    kernel.
+    sign, which is the same update.
+
+    On a CPU and under Triton, a first pass over f and f_prev sums the squares of c; the update
+    corrects and clips what it reads, so neither c nor c^ is written. The backward pass is two more:
+    the update's, which sums c^ times its gradient over a sample, and one from that to df.
 
     Attributes:
         gamma: as in `Adam`.
@@ -352,15 +357,19 @@ class Mars(Rule):
     eps: float = 1e-8
     decay: float = 0.0
     correction: float = 1.0
-    kind: ClassVar[str] = "adam"
+    kind: ClassVar[str] = "mars"
     states: ClassVar[tuple[str, ...]] = ("p", "v", "f_prev")
 
     def __post_init__(self) -> None:
         _check_adam(self)
         _check.number("correction", self.correction, 0.0)
 
+    @property
+    def _weight(self) -> float:
+        return self.correction * self.beta1 / (1 - self.beta1)
+
     def coefficients(self, step: int) -> Coefficients:
-        return _adam(self)
+        return _adam(self)._replace(variance_reduction=self._weight)
 
     def corrected(self, f: Tensor, f_prev: Tensor | None) -> Tensor:
         """The clipped c^ of the equations, in at least fp32.
@@ -372,15 +381,19 @@ class Mars(Rule):
         Returns:
             Like f.
         """
-        wide = f.to(torch.promote_types(f.dtype, torch.float32))
-        weight = self.correction * self.beta1 / (1 - self.beta1)
-        c = (1 + weight) * wide
-        if f_prev is not None:
-            c = c - weight * f_prev.detach().to(wide.dtype)
-        dims = tuple(range(max(c.dim() - 2, 0), c.dim()))
-        # The clamp keeps the root's slope finite for a sample of zeros, where it does not count.
-        norm = c.square().sum(dims, keepdim=True).clamp_min(1.0).sqrt()
-        return c / norm
+        return corrected(f, f_prev, self._weight)
+
+
+def corrected(f: Tensor, f_prev: Tensor | None, weight: float) -> Tensor:
+    """c^ of `Mars` in plain PyTorch, which specifies it; `weight` is that of f - f_prev."""
+    wide = f.to(torch.promote_types(f.dtype, torch.float32))
+    c = (1 + weight) * wide
+    if f_prev is not None:
+        c = c - weight * f_prev.detach().to(wide.dtype)
+    dims = tuple(range(max(c.dim() - 2, 0), c.dim()))
+    # The clamp keeps the root's slope finite for a sample of zeros, where it does not count.
+    norm = c.square().sum(dims, keepdim=True).clamp_min(1.0).sqrt()
+    return c / norm
 
 
 def _adam(rule: Any) -> Coefficients:

@@ -171,6 +171,8 @@ def _cost_update(case: Case, dtype: torch.dtype, backward: bool) -> Cost:
     norm = case.options.get("norm")
     held = states if case.options.get("state", True) else 0
     per_element = 3 * narrow + 4 * (held + states)  # x, f and y; the old and the new states
+    if held and "f_prev" in rule.states:
+        per_element += narrow
     flops = 6 * states + (8 if norm else 0)
     if backward:
         per_element += 2 * narrow + 4 * (held + states)  # dy and df; the states' gradients
@@ -254,6 +256,7 @@ OPINFOS = (
             _update(64, 1024, "heavy_ball", norm="affine", learned=True),
             _update(64, 4096, "heavy_ball", norm="affine", learned=True),
             _update(64, 4096, "adam", norm="affine", learned=True),
+            _update(64, 4096, "mars", norm="affine", learned=True),
             _update(64, 4096, "ademamix", norm="affine", learned=True),
             _update(64, 2048, "ademamix", learned=True),
             _update(64, 2048, "ademamix", norm="affine", learned=True),

@@ -5,13 +5,23 @@ import triton.language as tl
 
 from molex_kernels._triton.arguments import at, int64, load_fp32, places, store
 from molex_kernels._triton.tiles import keep_mask
+from molex_kernels.ops.momentum.kernels.correction import clipped
 from molex_kernels.ops.momentum.kernels.step import step_backward, step_forward
 
 
 @triton.jit
-def _operands(f, s0, s1, s2, rows, columns, mask):
-    """f and the old states, 0 where there are none."""
-    output = load_fp32(at(f, rows, columns), mask)
+def _operands(
+    f, f_prev, squares_ptr, s0, s1, s2, offs_t, mask_t, columns, mask,
+    num_tokens, sample_tokens, weight,
+):  # fmt: skip
+    """f, corrected where there are squares, and the old states, 0 where there are none."""
+    rows = offs_t[:, None]
+    if squares_ptr is not None:
+        output = clipped(
+            f, f_prev, squares_ptr, offs_t, mask_t, columns, mask, num_tokens, sample_tokens, weight
+        )
+    else:
+        output = load_fp32(at(f, rows, columns), mask)
     old0 = tl.zeros_like(output)
     old1, old2 = old0, old0
     if s0 is not None:
@@ -40,11 +50,12 @@ def _momentum_bwd(
     g2,
     x,
     f,  # the new state where FROM_STATE; None: the gradients depend on the upstream ones alone
+    f_prev,  # of the rule that corrects f
     s0,  # old states
     s1,
     s2,
     dx,
-    df,
+    df,  # with squares: the gradient of the corrected and clipped f
     d0,  # gradients of the old states
     d1,
     d2,
@@ -54,9 +65,12 @@ def _momentum_bwd(
     mu_ptr,  # [1]
     gamma_ptr,  # [1]
     seed_ptr,  # [] int64
+    squares_ptr,  # [samples] fp32, of the norms that clip a corrected f
+    product_parts_ptr,  # [tiles of a row, T] fp32: of that f and its gradient
     num_tokens,
     num_features,
     num_tiles,
+    sample_tokens,
     threshold,
     inverse_kept,
     norm_eps,
@@ -85,12 +99,16 @@ def _momentum_bwd(
         offs_t = int64(tile // tiles_d) * BLOCK_T + tl.arange(0, BLOCK_T)
         offs_d = int64(tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask_d = offs_d < num_features
-        mask = (offs_t < num_tokens)[:, None] & mask_d[None, :]
+        mask_t = offs_t < num_tokens
+        mask = mask_t[:, None] & mask_d[None, :]
         rows, columns = offs_t[:, None], offs_d[None, :]
         zero = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         d = _upstream(dy, rows, columns, mask, zero)
         if HAS_NORM:
-            output, old0, old1, old2 = _operands(f, s0, s1, s2, rows, columns, mask)
+            output, old0, old1, old2 = _operands(
+                f, f_prev, squares_ptr, s0, s1, s2, offs_t, mask_t, columns, mask,
+                num_tokens, sample_tokens, numbers.variance_reduction,
+            )  # fmt: skip
             step, _, _, _ = step_forward(
                 output, old0, old1, old2, mu, gamma, numbers, KIND, FROM_STATE
             )
@@ -114,7 +132,10 @@ def _momentum_bwd(
         output, old0, old1, old2, new0, new1, new2 = zero, zero, zero, zero, zero, zero, zero
         if f is not None:
             # Read again rather than held through the norm's sums: registers are scarcer than cache.
-            output, old0, old1, old2 = _operands(f, s0, s1, s2, rows, columns, mask)
+            output, old0, old1, old2 = _operands(
+                f, f_prev, squares_ptr, s0, s1, s2, offs_t, mask_t, columns, mask,
+                num_tokens, sample_tokens, numbers.variance_reduction,
+            )  # fmt: skip
             _, new0, new1, new2 = step_forward(
                 output, old0, old1, old2, mu, gamma, numbers, KIND, FROM_STATE
             )
@@ -129,6 +150,10 @@ def _momentum_bwd(
                 keeps = keep_mask(tl.load(seed_ptr), rows * num_features + columns, threshold)
                 doutput = tl.where(keeps, doutput * inverse_kept, 0.0)
             store(at(df, rows, columns), doutput, mask)
+        if product_parts_ptr is not None:
+            product = tl.sum(tl.where(mask, doutput * output, 0.0), axis=1)
+            ptrs = product_parts_ptr + int64(tile % tiles_d) * num_tokens + offs_t
+            tl.store(ptrs, product, mask=mask_t)
         if d0 is not None:
             store(at(d0, rows, columns), dold0, mask)
         if d1 is not None:

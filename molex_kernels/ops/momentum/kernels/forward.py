@@ -5,6 +5,7 @@ import triton.language as tl
 
 from molex_kernels._triton.arguments import at, int64, load_fp32, places, store
 from molex_kernels._triton.tiles import keep_mask, sum_expert_rows
+from molex_kernels.ops.momentum.kernels.correction import clipped
 from molex_kernels.ops.momentum.kernels.step import step_forward
 
 
@@ -12,6 +13,7 @@ from molex_kernels.ops.momentum.kernels.step import step_forward
 def _momentum_fwd(
     x,  # [T, D]
     f,  # [T, D]; the experts' rows [R, D] where there is an expert_weight
+    f_prev,  # [T, D], of the rule that corrects f
     s0,  # [T, D] old states
     s1,
     s2,
@@ -28,10 +30,12 @@ def _momentum_fwd(
     mu_ptr,  # [1]
     gamma_ptr,  # [1]
     seed_ptr,  # [] int64
+    squares_ptr,  # [samples] fp32, of the norms that clip a corrected f
     num_tokens,
     num_features,
     num_experts,
     top_k,
+    sample_tokens,
     threshold,
     inverse_kept,
     norm_eps,
@@ -61,6 +65,11 @@ def _momentum_fwd(
         output = sum_expert_rows(
             f, expert_weight, offsets_ptr, inverse_ptr,
             offs_t, offs_d, mask_t, mask_d, num_experts, top_k, BLOCK_T, BLOCK_D,
+        )  # fmt: skip
+    elif squares_ptr is not None:
+        output = clipped(
+            f, f_prev, squares_ptr, offs_t, mask_t, columns, mask,
+            num_tokens, sample_tokens, numbers.variance_reduction,
         )  # fmt: skip
     else:
         output = load_fp32(at(f, rows, columns), mask)

@@ -19,7 +19,7 @@ def step_forward(
     """
     n0, n1, n2 = s0, s1, s2
     step = f
-    if KIND == "adam":
+    if KIND == "adam" or KIND == "mars":
         n0 = numbers.beta1 * s0 + numbers.rest1 * f
         n1 = numbers.beta2 * s1 + numbers.rest2 * f * f
         step = gamma * n0 / tl.sqrt(n1 + numbers.eps)
@@ -56,7 +56,7 @@ def step_backward(
     """
     zero = tl.zeros_like(d)
     d0, d1, d2, dmu, dgamma = zero, zero, zero, zero, zero
-    if KIND == "adam":
+    if KIND == "adam" or KIND == "mars":
         inverse = 1.0 / tl.sqrt(n1 + numbers.eps)
         t0 = g0 + d * gamma * inverse
         t1 = g1 - 0.5 * d * gamma * n0 * inverse * inverse * inverse
