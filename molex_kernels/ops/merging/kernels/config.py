@@ -143,7 +143,7 @@ def mode(chip: Chip, size: int, inner: int, precision: str) -> Options:
 def contraction(chip: Chip, size: int, precision: str) -> Options:
     """For a factor's gradient."""
     block = _block(size)
-    depth = 16 if precision == "ieee" and block < 64 else 32
+    depth = 32 if precision == "tf32" or block >= 64 else 16
     pinned = Config({"BLOCK_I": block, "BLOCK_J": block, "BLOCK_N": depth}, 4, 2)
     return around(pinned, warps=(2, 8))
 
