@@ -108,6 +108,21 @@ def _cuda_missing() -> str | None:
 
 
 @_constant
+def cpu_product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which a CPU is to multiply: fp32 for 16 bits that oneDNN does not take on this machine.
+
+    ATen's own loops over 16 bits take several times as long as a product in fp32.
+    """
+    takes = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    if dtype not in takes or (torch.backends.mkldnn.is_available() and takes[dtype]()):
+        return dtype
+    return torch.float32
+
+
+@_constant
 def block_memory(device: int) -> int:
     """Bytes of shared memory that a block may have on this CUDA device."""
     properties = torch.cuda.get_device_properties(device)

@@ -11,8 +11,9 @@ import sys
 import pytest
 import torch
 
-from molex_kernels import _backends
+from molex_kernels import LoRA, _backends, layer_linear
 from molex_kernels._backends import CPU, CUDA, REFERENCE, TRITON
+from molex_kernels.ops.layer_mixing import cpu
 
 X = torch.zeros(2)
 BROKEN = dataclasses.replace(CPU, why_not=lambda: "it is broken")
@@ -137,3 +138,39 @@ def test_the_environment_is_read():
         env={**os.environ, "MOLEX_IMPL": "reference"},
     )
     assert run.stdout.strip() == "reference", run.stderr
+
+
+# Products of 16 bits on a CPU
+
+
+def test_products_are_fp32_where_a_cpu_has_none_of_16_bits(monkeypatch):
+    takes = {"bf16": False, "fp16": True}
+    for name in takes:
+        ask = f"_is_mkldnn_{name}_supported"
+        monkeypatch.setattr(torch.ops.mkldnn, ask, lambda name=name: takes[name], raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert _backends.cpu_product_dtype(torch.bfloat16) == torch.float32
+    assert _backends.cpu_product_dtype(torch.float16) == torch.float16
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert _backends.cpu_product_dtype(torch.float16) == torch.float32
+    for dtype in (torch.float32, torch.float64):
+        assert _backends.cpu_product_dtype(dtype) == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_in_fp32_is_rounded_once(monkeypatch, generator, dtype: torch.dtype):
+    """Forward and backward, with a bias and adapters, which would round on the way in 16 bits."""
+    monkeypatch.setattr(cpu, "cpu_product_dtype", lambda dtype: torch.float32)
+    sizes = (2, 9, 16), (3, 11, 16), (3, 11), (3, 2, 16), (3, 11, 2)
+    given = [torch.randn(s, generator=generator).to(dtype) for s in sizes]
+    upstream = torch.randn(2, 9, 11, generator=generator).to(dtype)
+
+    def run(dtype: torch.dtype) -> list[torch.Tensor]:
+        x, weight, bias, a, b = leaves = [t.to(dtype).requires_grad_() for t in given]
+        lora = LoRA(a, b, 0.5)
+        index = torch.tensor([2, 0])
+        out = layer_linear(x, weight, index, biases=bias, lora=lora, impl="cpu")
+        return [out, *torch.autograd.grad(out, leaves, upstream.to(dtype))]
+
+    for got, want in zip(run(dtype), run(torch.float32), strict=True):
+        torch.testing.assert_close(got, want.to(dtype), rtol=0, atol=0)

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molex_kernels._backends import cpu_product_dtype
 from molex_kernels.ops.layer_mixing import types
 
 Tensors = tuple[Tensor, ...]
 
 
 def layer_linear_forward(given: Any) -> Tensor:
-    x = given.x
+    x = given.x.to(cpu_product_dtype(given.x.dtype))
     x = types.branches(x, given.index, given.shared)
     out = x.new_empty(*x.shape[:2], given.weights[0].shape[-2])
     for g, layer in enumerate(_layers(given.index, given.weights)):
@@ -28,45 +29,46 @@ def layer_linear_forward(given: Any) -> Tensor:
         if given.a:
             down = x[g] @ _one(given.a, layer, 3).to(x.dtype).mT
             out[g].addmm_(down, _one(given.b, layer, 3).to(x.dtype).mT, alpha=given.scaling)
-    return out
+    return out.to(given.x.dtype)
 
 
 def layer_linear_backward(given: Any) -> Tensors:
     """Gradients of x, weights, biases, a and b, stacked; those not needed are empty."""
-    x = given.x
     needs_x, needs_weight, needs_bias, needs_a, needs_b = given.needs
+    dtype = cpu_product_dtype(given.x.dtype)
+    x, dy = given.x.to(dtype), given.dy.to(dtype)
     size = x.shape if needs_x else (0,)
     x = types.branches(x, given.index, given.shared)
-    dx = torch.zeros(size, dtype=torch.float32 if given.shared else x.dtype)
+    dx = torch.zeros(size, dtype=torch.float32 if given.shared else given.x.dtype)
     dweight = _zeros(given.weights, 3, x, needs_weight)
     dbias = _zeros(given.biases, 2, x, needs_bias)
     da = _zeros(given.a, 3, x, needs_a)
     db = _zeros(given.b, 3, x, needs_b)
     for g, layer in enumerate(_layers(given.index, given.weights)):
         if needs_x:
-            part = given.dy[g] @ _one(given.weights, layer, 3).to(x.dtype)
+            part = dy[g] @ _one(given.weights, layer, 3).to(x.dtype)
         if needs_weight:
-            dweight[layer] += given.dy[g].mT.float() @ x[g].float()
+            dweight[layer] += dy[g].mT.float() @ x[g].float()
         if needs_bias:
-            dbias[layer] += given.dy[g].sum(0, dtype=torch.float32)
+            dbias[layer] += dy[g].sum(0, dtype=torch.float32)
         if given.a and (needs_x or needs_a):
-            up = given.dy[g] @ _one(given.b, layer, 3).to(x.dtype)
+            up = dy[g] @ _one(given.b, layer, 3).to(x.dtype)
             if needs_x:
                 part.addmm_(up, _one(given.a, layer, 3).to(x.dtype), alpha=given.scaling)
             if needs_a:
                 da[layer] += given.scaling * (up.mT.float() @ x[g].float())
         if needs_b:
             down = x[g] @ _one(given.a, layer, 3).to(x.dtype).mT
-            db[layer] += given.scaling * (given.dy[g].mT.float() @ down.float())
+            db[layer] += given.scaling * (dy[g].mT.float() @ down.float())
         if needs_x:
             if given.shared:
                 dx += part
             else:
                 dx[g] = part
     return (
-        dx.to(x.dtype),
+        dx.to(given.x.dtype),
         *(
-            gradient.to(owner[0].dtype if owner else x.dtype)
+            gradient.to(owner[0].dtype if owner else given.x.dtype)
             for gradient, owner in zip(
                 (dweight, dbias, da, db),
                 (given.weights, given.biases, given.a, given.b),

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molex_kernels import _check, _dtypes, _philox
-from molex_kernels._backends import CPU, CUDA, REFERENCE, SDPA, TRITON, declare, select
+from molex_kernels._backends import (
+    CPU,
+    CUDA,
+    REFERENCE,
+    SDPA,
+    TRITON,
+    cpu_product_dtype,
+    declare,
+    select,
+)
 from molex_kernels._differentiable import Once
 from molex_kernels.ops.rpc_attention import op, placement, reference
 
@@ -185,13 +194,15 @@ def scaled_attention(
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     if chosen == "reference":
         return reference.scaled_attention(q, k, v, s, scale)
-    q, k, v, s = _scaled(q, k, v, s.to(v.dtype))
+    dtype = v.dtype
+    products = cpu_product_dtype(dtype) if v.is_cpu else dtype
+    q, k, v, s = _scaled(*(t.to(products) for t in (q, k, v, s)))
     if s.dim() == 3:
         # matmul would write s once for each of the batch.
         part = torch.einsum("hij,bhjd->bhid", s, v)
     else:
         part = s * F.scaled_dot_product_attention(k, k, v, scale=scale)
-    return F.scaled_dot_product_attention(q, k, v - part, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v - part, scale=scale).to(dtype)
 
 
 def _check_heads(name: str, x: Any) -> None:
