@@ -15,7 +15,6 @@ from molex_kernels.ops.dispatch.module import MoEMLP
 from molex_kernels.ops.dispatch.permute import permute, unpermute
 from molex_kernels.ops.dispatch.types import ClampedSwiGLU
 from molex_kernels.ops.layer_mixing.api import (
-    check_layer_index,
     layer_linear,
     layer_mix,
     layer_vote,
@@ -93,7 +92,6 @@ __all__ = [
     "camex_experts_deltas",
     "camex_linear",
     "camex_merge",
-    "check_layer_index",
     "cv_squared_loss",
     "grouped_gemm",
     "layer_linear",

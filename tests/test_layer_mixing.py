@@ -17,18 +17,27 @@ def normal(generator, *sizes):
     return torch.randn(sizes, generator=generator).to(DEVICE)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_an_index_outside_is_clamped_and_reported_once(impl, generator):
-    x, weights = normal(generator, 2, 5, 4), normal(generator, 3, 6, 4)
-    mk.check_layer_index()
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_an_index_outside_is_clamped_on_the_device(impl, generator):
+    x, weights = normal(generator, 2, 5, 4).requires_grad_(), normal(generator, 3, 6, 4)
     y = mk.layer_linear(x, weights, torch.tensor([-4, 9], device=DEVICE), impl=impl)
-    want = torch.stack([x[0] @ weights[0].T, x[1] @ weights[2].T])
-    torch.testing.assert_close(y, want)
-    with pytest.raises(ValueError, match=r"index: expected layers in \[0, L\)"):
-        mk.check_layer_index()
-    mk.check_layer_index()
-    mk.layer_linear(x, weights, torch.tensor([0, 2], device=DEVICE), impl=impl)
-    mk.check_layer_index()
+    torch.testing.assert_close(y, torch.stack([x[0] @ weights[0].T, x[1] @ weights[2].T]))
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(dx, weights[[0, 2]].sum(1, keepdim=True).expand_as(x))
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_an_index_outside_raises_where_the_host_reads_it(wrong, generator, monkeypatch):
+    x, weights = normal(generator, 2, 5, 4), normal(generator, 3, 6, 4)
+    index = torch.tensor([0, wrong], device=DEVICE)
+    expected = rf"index: expected layers in \[0, 3\), got {wrong}"
+    if "cpu" in IMPLS:
+        with pytest.raises(ValueError, match=expected):
+            mk.layer_linear(x, weights, index, impl="cpu")
+    monkeypatch.setattr("molex_kernels.ops.layer_mixing.api.DEBUG", True)
+    with pytest.raises(ValueError, match=expected):
+        mk.layer_linear(x, weights, index, impl="reference")
+    mk.layer_linear(x, weights, index.clamp(0, 2), impl="reference")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -25,15 +25,6 @@ _NEW_EMPTY = torch.ops.aten.new_empty.default
 Step = Callable[[list[Any], Any], None]  # of all tensors so far, and the stream
 
 
-_lasting = WeakTensorKeyDictionary()
-
-
-def lasting(tensor: Tensor) -> Tensor:
-    """Says of a tensor that it lives as long as the process: a call may be recorded with it."""
-    _lasting[tensor] = True
-    return tensor
-
-
 class Replayed:
     """`function` of an operator's arguments in a named tuple, replayed where that is possible."""
 
@@ -84,7 +75,7 @@ def _add_to_key(arguments: Sequence[Any], key: list[Any], tensors: list[Any]) ->
 class Tape:
     """What a call did, in order, with places for its tensors: the arguments', then the made ones'.
 
-    It holds no tensor itself but lasting ones.
+    It holds no tensor itself.
     """
 
     def __init__(self) -> None:
@@ -149,8 +140,6 @@ class Tape:
         """The value with places for its tensors."""
         if isinstance(value, Tensor):
             place = self._places.get(value)
-            if value in _lasting:
-                return value
             if place is None:  # it was there before the call, or came past PyTorch's operators
                 self.is_whole = False
                 return None

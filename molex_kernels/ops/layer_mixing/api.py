@@ -82,12 +82,11 @@ def layer_linear(
 
     y_g = x_g W_l^T + bias_l + scaling (x_g A_l^T) B_l^T,  l = index_g.
 
-    The index is never read by the host: the kernels look up the weights. The adapter's first
-    product is accumulated beside the weight's, in the same launch.
+    The index of a GPU is never read by the host: the kernels look up the weights. The adapter's
+    first product is accumulated beside the weight's, in the same launch.
 
-    An index outside [0, L) is clamped on the device, so nothing outside the weights is ever read;
-    Triton and the CPU kernels record it for `check_layer_index`. With MOLEX_DEBUG=1 in the
-    environment at import the index is read and a wrong one raises at once.
+    An index outside [0, L) raises where the host reads it: with "cpu", and with MOLEX_DEBUG=1 in
+    the environment at import. Else it is clamped, so nothing outside the weights is ever read.
 
     Differentiable in x, weights, biases, a and b, once. Gradients are dense, 0 for layers that no
     branch chose; only chosen layers cost work, and parameters that want no gradient cost nothing.
@@ -112,8 +111,8 @@ def layer_linear(
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape or device, unequal layers, a rank that does not match; with
-            MOLEX_DEBUG=1 an index outside the layers.
+        ValueError: a wrong shape or device, unequal layers, a rank that does not match; with "cpu"
+            or MOLEX_DEBUG=1 an index outside the layers.
         NotImplementedError: the explicit `impl` cannot run.
     """
     _check.flags(shared=shared)
@@ -141,7 +140,7 @@ def layer_linear(
             raise ValueError("lora.a: expected a rank of at least 1, got r=0")
         b = _layers("lora.b", lora.b, "N, r", (columns, rank), x, wide, num_layers)
     if DEBUG:
-        _check_index(index, num_layers)
+        types.check_layers(index.tolist(), num_layers)
     (cast,) = _dtypes.autocast(x)
     assert cast is not None
     chosen = select("layer_linear", impl, cast)
@@ -239,35 +238,11 @@ def layer_mix(
     return y.view(shape) if normed is None or eps is None else (y.view(shape), normed.view(shape))
 
 
-def check_layer_index() -> None:
-    """Raises an error if `layer_linear` was given a layer that is not there since the last call.
-
-    Waits for the devices: call it now and then, never between the layers of a model. Records of
-    Triton and the CPU kernels; the reference only clamps.
-
-    Raises:
-        ValueError: a layer index was outside [0, L); the message names the devices.
-    """
-    devices = types.take_flags()
-    if devices:
-        where = ", ".join(map(str, devices))
-        raise ValueError(
-            f"index: expected layers in [0, L), got one outside in layer_linear on {where} since "
-            "the last check; it was clamped"
-        )
-
-
 def _rows(x: Tensor, shared: bool) -> Tensor:
     """[T, D] where shared, else [G, T, D]."""
     if shared:
         return x[None] if x.dim() == 1 else x.flatten(0, -2)
     return x[:, None] if x.dim() == 2 else x.flatten(1, -2)
-
-
-def _check_index(index: Tensor, num_layers: int) -> None:
-    outside = index[(index < 0) | (index >= num_layers)].tolist()
-    if outside:
-        raise ValueError(f"index: expected layers in [0, {num_layers}), got {outside[0]}")
 
 
 def _layers(

@@ -18,10 +18,11 @@ Tensors = tuple[Tensor, ...]
 
 
 def layer_linear_forward(given: Any) -> Tensor:
+    layers = _layers(given.index, given.weights)
     x = given.x.to(cpu_product_dtype(given.x.dtype))
     x = types.branches(x, given.index, given.shared)
     out = x.new_empty(*x.shape[:2], given.weights[0].shape[-2])
-    for g, layer in enumerate(_layers(given.index, given.weights)):
+    for g, layer in enumerate(layers):
         weight = _one(given.weights, layer, 3).to(x.dtype)
         torch.mm(x[g], weight.mT, out=out[g])
         if given.biases:
@@ -79,12 +80,9 @@ def layer_linear_backward(given: Any) -> Tensors:
 
 
 def _layers(index: Tensor, weights: Sequence[Tensor]) -> list[int]:
-    last = types.num_layers(weights, 3) - 1
-    layers = index.tolist()
-    clamped = [min(max(layer, 0), last) for layer in layers]
-    if clamped != layers:
-        types.flag(index.device).fill_(1)
-    return clamped
+    layers: list[int] = index.tolist()
+    types.check_layers(layers, types.num_layers(weights, 3))
+    return layers
 
 
 def _one(tensors: Sequence[Tensor], layer: int, dims: int) -> Tensor:

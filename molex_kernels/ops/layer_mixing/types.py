@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 MODES = ("mode", "mean_softmax", "mean_sigmoid")
@@ -25,30 +24,16 @@ class LoRA(NamedTuple):
     scaling: float = 1.0
 
 
-_flags: dict[torch.device, Tensor] = {}
-
-
-def flag(device: torch.device) -> Tensor:
-    """int32 [1] of this device: not 0 once a layer index was out of range.
-
-    One buffer for the life of the process, so that captured graphs may write to it.
-    """
-    if device not in _flags:
-        _flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _flags[device]
-
-
-def take_flags() -> list[torch.device]:
-    """The devices whose flag was set; clears all flags. Waits for the devices."""
-    raised = [device for device, value in _flags.items() if value.item()]
-    for value in _flags.values():
-        value.zero_()
-    return raised
-
-
 def num_layers(tensors: Sequence[Tensor], dims: int) -> int:
     """L of one stacked tensor with `dims` dimensions, or of a sequence of L tensors."""
     return tensors[0].shape[0] if tensors[0].dim() == dims else len(tensors)
+
+
+def check_layers(layers: Sequence[int], num_layers: int) -> None:
+    """Raises an error for a layer that is not there, of an index that the host has read."""
+    for layer in layers:
+        if not 0 <= layer < num_layers:
+            raise ValueError(f"index: expected layers in [0, {num_layers}), got {layer}")
 
 
 def gradient_size(tensors: Sequence[Tensor], dims: int) -> tuple[int, ...]:

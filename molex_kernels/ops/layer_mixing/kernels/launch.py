@@ -14,7 +14,6 @@ from molex_kernels._triton import chips, tuning
 from molex_kernels._triton.arguments import Stack, strided
 from molex_kernels._triton.launch import launch
 from molex_kernels._triton.precision import of_product
-from molex_kernels._triton.replay import lasting
 from molex_kernels._triton.sizes import cdiv, next_power_of_2
 from molex_kernels.ops.layer_mixing import types
 from molex_kernels.ops.layer_mixing.kernels import config
@@ -223,7 +222,7 @@ def _linear(
         (
             *(strided(x), strided(index)),
             *(argument for group in (weight, bias, a, b) for argument in _of_layers(group)),
-            *(strided(out), lasting(types.flag(x.device)), float(scaling), num_layers),
+            *(strided(out), float(scaling), num_layers),
             *(x.shape[0] // out.shape[0], num_tokens, num_columns, x.shape[2], rank),
         ),
         {

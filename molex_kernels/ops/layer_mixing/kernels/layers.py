@@ -8,10 +8,9 @@ from molex_kernels._triton.arguments import int64, places
 
 @triton.jit
 def chosen_layer(index, g, num_layers):
-    """The layer of branch g, clamped into range, and whether it had to be."""
+    """The layer of branch g, clamped into range."""
     given = int64(tl.load(places(index, g)))
-    layer = tl.minimum(tl.maximum(given, 0), num_layers - 1)
-    return layer, layer != given
+    return tl.minimum(tl.maximum(given, 0), num_layers - 1)
 
 
 @triton.jit

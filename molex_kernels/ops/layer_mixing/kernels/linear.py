@@ -25,7 +25,6 @@ def _layer_mixing_fwd_linear(
     b,  # [L, N, r], likewise
     b_table_ptr,
     out,  # [G, T, N]; [1, T, N] where summed
-    flag_ptr,  # [1] int32
     scaling,
     num_layers,
     num_summed,  # branches to a program: all of them, or 1
@@ -60,8 +59,7 @@ def _layer_mixing_fwd_linear(
     mask_n = offs_n < num_columns
     total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for g in range(first, first + num_summed):
-        layer, is_outside = chosen_layer(index, g, num_layers)
-        tl.store(flag_ptr, 1, mask=is_outside)
+        layer = chosen_layer(index, g, num_layers)
         rows = nth(x, g) + along(offs_t[:, None], x.row)
         x_ptrs = rows + along(offs_d[None, :], x.col)
         own = Mat(layer_ptr(weight, weight_table_ptr, layer, IS_ALIGNED), weight.row, weight.col)

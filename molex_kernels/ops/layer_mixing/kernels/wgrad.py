@@ -13,7 +13,7 @@ def _is_first_of_layer(index, g, layer, num_layers):
     """Whether no branch before g has chosen this layer."""
     earlier = 0
     for other in range(g):
-        its_layer, _ = chosen_layer(index, other, num_layers)
+        its_layer = chosen_layer(index, other, num_layers)
         earlier += (its_layer == layer).to(tl.int32)
     return earlier == 0
 
@@ -47,7 +47,7 @@ def _layer_mixing_bwd_wgrad(
     first = pid // tiles % num_branches
     piece = pid // tiles // num_branches
     tile = pid % tiles
-    layer, _ = chosen_layer(index, first, num_layers)
+    layer = chosen_layer(index, first, num_layers)
     if not _is_first_of_layer(index, first, layer, num_layers):
         return
     offs_n = int64(tile // tiles_d) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -56,7 +56,7 @@ def _layer_mixing_bwd_wgrad(
     mask_d = offs_d < num_features
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for g in range(first, num_branches):
-        its_layer, _ = chosen_layer(index, g, num_layers)
+        its_layer = chosen_layer(index, g, num_layers)
         num_rows = tl.where(its_layer == layer, num_tokens, 0)
         left_columns = nth(left, g) + along(offs_n[:, None], left.col)
         right_columns = nth(right, g) + along(offs_d[None, :], right.col)
@@ -104,14 +104,14 @@ def _layer_mixing_bwd_bias(
     tiles = tl.cdiv(num_columns, BLOCK_N)
     first = pid // tiles % num_branches
     piece = pid // tiles // num_branches
-    layer, _ = chosen_layer(index, first, num_layers)
+    layer = chosen_layer(index, first, num_layers)
     if not _is_first_of_layer(index, first, layer, num_layers):
         return
     offs_n = int64(pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_columns
     total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for g in range(first, num_branches):
-        its_layer, _ = chosen_layer(index, g, num_layers)
+        its_layer = chosen_layer(index, g, num_layers)
         num_rows = tl.where(its_layer == layer, num_tokens, 0)
         num_rows = tl.minimum(num_rows, (piece + 1) * piece_rows)
         for row in range(piece * piece_rows, num_rows, BLOCK_T):
@@ -147,7 +147,7 @@ def _layer_mixing_bwd_pieces(
     tiles = tl.cdiv(num_columns, BLOCK_N) * tiles_d
     first = pid // tiles
     tile = pid % tiles
-    layer, _ = chosen_layer(index, first, num_layers)
+    layer = chosen_layer(index, first, num_layers)
     if not _is_first_of_layer(index, first, layer, num_layers):
         return
     offs_n = int64(tile // tiles_d) * BLOCK_N + tl.arange(0, BLOCK_N)
