@@ -51,6 +51,7 @@ from molex_kernels.ops.routing.module import ACRouter, CosineRouter, TopKRouter
 from molex_kernels.ops.routing.types import RoutePlan, Routing
 from molex_kernels.ops.rpc_attention.api import rpc_attention, scaled_attention
 from molex_kernels.ops.rpc_attention.module import RPCAttention, ScaledAttention
+from molex_kernels.ops.soft_moe.module import SoftMoE, SoftMoEOutput
 
 _flops_of_operators.install()
 _sharding_of_operators.install()
@@ -83,6 +84,8 @@ __all__ = [
     "Rule",
     "ScaledAttention",
     "Signum",
+    "SoftMoE",
+    "SoftMoEOutput",
     "TopKRouter",
     "__version__",
     "ac_route",

@@ -23,6 +23,7 @@ from molex_kernels.ops.momentum.module import MomentumMoE
 from molex_kernels.ops.momentum.types import HeavyBall
 from molex_kernels.ops.routing.module import ACRouter, CosineRouter, TopKRouter
 from molex_kernels.ops.rpc_attention.module import RPCAttention, ScaledAttention
+from molex_kernels.ops.soft_moe.module import SoftMoE
 
 __all__ = ["Published", "kinds", "load"]
 
@@ -127,6 +128,16 @@ def _clustered(layer: _Layer) -> MomentumMoE:
     # Without momentum, and the experts' output added.
     options = {**layer.options, "rule": HeavyBall(0.0), "sign": -1}
     return _experts(layer._replace(options=options))
+
+
+def _soft(layer: _Layer) -> SoftMoE:
+    sizes = layer.sizes
+    return SoftMoE(
+        *(sizes["D"], sizes["I"], sizes["E"], sizes["P"]),
+        bias="experts.0.fc1.bias" in layer.names,
+        normalize="scale" in layer.names,
+        **layer.some(*(name for name in layer.options if name not in _COMMON)),
+    )
 
 
 def _merged(layer: _Layer) -> CAMExMLP:
@@ -288,6 +299,20 @@ _KINDS: dict[str, _Kind] = {
         options={"top_k": 2, "dropout": 0.0, **_AC_OPTIONS},
         gates=(_XMOE, _CLUSTERS, _STABLE, _LINEAR),
     ),
+    "acmoe-softmoe": _Kind(
+        layer=r"(.*?\bblocks\.\d+\.mlp\.)(?:phi$|experts\.)",
+        owned=("",),
+        sizes={"phi": "DEP", "experts.0.fc1.weight": "ID"},
+        make=_soft,
+        options={
+            "top_k": 8,
+            "mix": False,
+            **dict.fromkeys(("stat", "eps", "clip", "norm")),
+            "empty": "published",
+            "slot_inputs": "routed",
+            "activation": "gelu",
+        },
+    ),
     "camex-t5": _Kind(
         layer=r"(.*?\bDenseReluDense\.)",
         owned=("",),
@@ -386,6 +411,7 @@ def load(
     |---|---|---|
     | momentum-lm | expert layer of MomentumSMoE's language models | `MomentumMoE` |
     | acmoe-lm | expert layer of ACMoE's language models | `MomentumMoE` without momentum |
+    | acmoe-softmoe | MLP of ACMoE's vision models that is a soft mixture | `SoftMoE` |
     | camex-t5, camex-gpt2 | MLP of CAMEx' models | `CAMExMLP` |
     | molex-gpt2, molex-roberta | model: MoLEx' GPT-2 or RoBERTa, its layers | `LayerExpertStack` |
     | rpc-vit | attention of RPC-Attention's vision models | `RPCAttention` |

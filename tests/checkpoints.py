@@ -11,6 +11,7 @@ D, WIDE, E = 8, 6, 4  # width, experts' width, experts
 HEADS, TOKENS = 2, 5
 RANK = 2
 LAYERS = 3
+SLOTS = 2
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -132,6 +133,22 @@ def vision(parts: int, s: tuple[int, ...] | None = None) -> Shapes:
     return shapes | _norm("norm") | _linear("head", 3, D)
 
 
+def soft_moe(bias: bool = True) -> Shapes:
+    """ACMoE's vision transformer with soft mixtures, a plain MLP in its first block."""
+    start = "module."
+    shapes: Shapes = {f"{start}cls_token": (1, 1, D), **_linear(f"{start}head", 3, D)}
+    for number in range(LAYERS):
+        at = f"{start}blocks.{number}."
+        shapes |= _norm(f"{at}norm1") | _norm(f"{at}norm2")
+        shapes |= _linear(f"{at}attn.qkv", 3 * D, D) | _linear(f"{at}attn.proj", D, D)
+        places = [f"{at}mlp.experts.{expert}." for expert in range(E)] if number else [f"{at}mlp."]
+        for place in places:
+            shapes |= _linear(f"{place}fc1", WIDE, D, bias) | _linear(f"{place}fc2", D, WIDE, bias)
+        if number:
+            shapes |= {f"{at}mlp.phi": (D, E, SLOTS), f"{at}mlp.scale": (1,)}
+    return shapes
+
+
 def mixed(
     gate: str = "gate.",
     weights: str | None = None,
@@ -215,6 +232,7 @@ MODELS: dict[str, tuple[str, Callable[[], Shapes], dict[str, object]]] = {
         lambda: language_model(["linear", "clusters"]),
         {"cosine": False},
     ),
+    "acmoe-softmoe": ("acmoe-softmoe", soft_moe, {}),
     "camex-t5": ("camex-t5", t5, {}),
     "camex-t5-flat": ("camex-t5", lambda: t5(0), {}),
     "camex-gpt2": ("camex-gpt2", gpt2, {}),

@@ -53,6 +53,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
         lambda: mk.MomentumMoE(D, 6, E, K, mk.HeavyBall(0.7), shared_width=5, sign=-1),
         ("m",),
     ),
+    "SoftMoE": (lambda: mk.SoftMoE(D, 6, E, 2, top_k=3, mix=True), ("routing",)),
     "CAMExLinear": (lambda: mk.CAMExLinear(D, 6, E, mask=None, bias=True, segment=2), ()),
     "CAMExMLP": (lambda: mk.CAMExMLP(D, 6, E, mask=None), ()),
     "RPCAttention": (lambda: mk.RPCAttention(D, 2, num_iters=2, lam=0.3, projection="qkv"), ()),

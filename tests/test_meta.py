@@ -56,6 +56,7 @@ MODULES = {
     "MomentumMoE-shared": lambda: mk.MomentumMoE(
         8, 6, 4, 2, mk.HeavyBall(0.7), shared_width=5, shared_gate=True, device="meta"
     ),
+    "SoftMoE": lambda: mk.SoftMoE(8, 6, 4, 2, top_k=3, device="meta"),
     "CAMExLinear": lambda: mk.CAMExLinear(8, 6, 3, bias=True, device="meta"),
     "CAMExMLP": lambda: mk.CAMExMLP(8, 6, 3, device="meta"),
     "RPCAttention": lambda: mk.RPCAttention(8, 2, num_iters=2, device="meta"),
