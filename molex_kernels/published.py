@@ -142,11 +142,14 @@ def _soft(layer: _Layer) -> SoftMoE:
 
 def _merged(layer: _Layer) -> CAMExMLP:
     sizes = layer.sizes
+    options = layer.some(*(name for name in layer.options if name not in _COMMON))
+    if sizes["t"]:  # the task's gate, which has no segments
+        options |= {"task_dim": sizes["t"], "task_reduced": sizes["g"], "segment": None}
     return CAMExMLP(
         *(sizes["D"], sizes["I"], sizes["E"]),
         rank=sizes["r"],
         bias="c_fc.bias" in layer.names,
-        **layer.some(*(name for name in layer.options if name not in _COMMON)),
+        **options,
     )
 
 
@@ -316,14 +319,14 @@ _KINDS: dict[str, _Kind] = {
     "camex-t5": _Kind(
         layer=r"(.*?\bDenseReluDense\.)",
         owned=("",),
-        sizes={"wi.weight": "EID", "?wi.curve1_out": "rEoo"},
+        sizes={"wi.weight": "EID", "?wi.curve1_out": "rEoo", "?wi.task_proj.weight": "gt"},
         make=_merged,
         options=_CAMEX,
     ),
     "camex-gpt2": _Kind(
         layer=r"(.*?\bh\.\d+\.mlp\.)",
         owned=("",),
-        sizes={"c_fc.weight": "EID", "?c_fc.curve1_out": "rEoo"},
+        sizes={"c_fc.weight": "EID", "?c_fc.curve1_out": "rEoo", "?c_fc.task_proj.weight": "gt"},
         make=_merged,
         options={**_CAMEX, "segment": 256, "loss_coef": 1e-5, "activation": "gelu_tanh"},
         loading={"names": ("c_fc", "c_proj")},

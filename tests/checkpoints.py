@@ -12,6 +12,7 @@ HEADS, TOKENS = 2, 5
 RANK = 2
 LAYERS = 3
 SLOTS = 2
+TASK = 33  # width of a description
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -72,16 +73,21 @@ def _factors(size: int) -> tuple[int, int]:
     return first, size // first
 
 
-def _merged(prefix: str, out: int, into: int, rank: int, bias: bool = False) -> Shapes:
-    """A `CAMEx` or `Conv1D_CAMEx` layer."""
+def _merged(
+    prefix: str, out: int, into: int, rank: int, bias: bool = False, task: bool = False
+) -> Shapes:
+    """A `CAMEx` or `Conv1D_CAMEx` layer; with a task's gate, the second."""
+    gate = TASK // 16 if task else into
     shapes: Shapes = {
         f"{prefix}mean": (1,),
         f"{prefix}std": (1,),
-        f"{prefix}w_gate": (into, E),
-        f"{prefix}w_noise": (into, E),
+        f"{prefix}w_gate": (gate, E),
+        f"{prefix}w_noise": (gate, E),
         f"{prefix}res_weight": (out, into),
         f"{prefix}weight": (E, out, into),
     }
+    if task:
+        shapes |= _linear(f"{prefix}task_proj", gate, TASK)
     if bias:
         shapes |= {f"{prefix}bias": (E, out), f"{prefix}res_bias": (1, out)}
     if rank:
@@ -106,7 +112,7 @@ def t5(rank: int = RANK) -> Shapes:
     return shapes | {"lm_head.weight": (11, D)}
 
 
-def gpt2(rank: int = RANK, bias: bool = False) -> Shapes:
+def gpt2(rank: int = RANK, bias: bool = False, task: bool = False) -> Shapes:
     """CAMEx' GPT-2."""
     shapes: Shapes = {"transformer.wte.weight": (11, D), "transformer.wpe.weight": (16, D)}
     for number in range(2):
@@ -114,8 +120,8 @@ def gpt2(rank: int = RANK, bias: bool = False) -> Shapes:
         shapes |= _norm(f"{at}ln_1") | _norm(f"{at}ln_2")
         shapes |= {f"{at}attn.c_attn.weight": (D, 3 * D), f"{at}attn.c_attn.bias": (3 * D,)}
         shapes |= {f"{at}attn.c_proj.weight": (D, D), f"{at}attn.c_proj.bias": (D,)}
-        shapes |= _merged(f"{at}mlp.c_fc.", WIDE, D, rank, bias)
-        shapes |= _merged(f"{at}mlp.c_proj.", D, WIDE, rank, bias)
+        shapes |= _merged(f"{at}mlp.c_fc.", WIDE, D, rank, bias, task)
+        shapes |= _merged(f"{at}mlp.c_proj.", D, WIDE, rank, bias, task)
     return shapes | _norm("transformer.ln_f") | {"lm_head.weight": (11, D)}
 
 
@@ -237,6 +243,7 @@ MODELS: dict[str, tuple[str, Callable[[], Shapes], dict[str, object]]] = {
     "camex-t5-flat": ("camex-t5", lambda: t5(0), {}),
     "camex-gpt2": ("camex-gpt2", gpt2, {}),
     "camex-gpt2-bias": ("camex-gpt2", lambda: gpt2(0, True), {}),
+    "camex-gpt2-task": ("camex-gpt2", lambda: gpt2(task=True), {}),
     "molex-gpt2": ("molex-gpt2", mixed, {"num_heads": HEADS}),
     "molex-gpt2-each": (
         "molex-gpt2",

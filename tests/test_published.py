@@ -174,10 +174,15 @@ def _merged_weight(part: State, gates: Tensor) -> Tensor:
     return base + torch.einsum("se,eod->sod", gates, deltas * mask)
 
 
-def _merged(x: Tensor, part: State, segment: int | None = None) -> Tensor:
+def _merged(
+    x: Tensor, part: State, segment: int | None = None, task: Tensor | None = None
+) -> Tensor:
     batch, length, width = x.shape
     pieces = x.reshape(-1, segment or length, width)
-    gates = (pieces.mean(1) @ part["w_gate"]).softmax(-1)
+    seen = pieces
+    if task is not None:
+        seen = F.linear(task, part["task_proj.weight"], part["task_proj.bias"])
+    gates = (seen.mean(1) @ part["w_gate"]).softmax(-1)
     if segment:
         gates = gates.view(batch, -1, E)
         gates = torch.cat((gates[:, :1], gates[:, :-1]), 1).flatten(0, 1)
@@ -198,11 +203,14 @@ def test_merged_layers_compute_what_the_authors_do(
     layers, _ = published.load(kind, state, **({"segment": segment} if segment else {}))
     one, two = ("c_fc.", "c_proj.") if segment else ("wi.", "wo.")
     x = _tokens(generator, 2, 6, D)
+    options = {}
+    if name.endswith("task"):
+        segment, options = None, {"task": _tokens(generator, 2, 5, checkpoints.TASK)}
     for prefix, layer in layers.items():
-        hidden = _merged(x, _part(state, prefix + one), segment)
-        hidden = F.gelu(hidden, approximate="tanh") if segment else hidden.relu()
-        expected = _merged(hidden, _part(state, prefix + two), segment)
-        torch.testing.assert_close(layer.eval()(x)[0], expected, rtol=1e-9, atol=1e-9)
+        hidden = _merged(x, _part(state, prefix + one), segment, **options)
+        hidden = F.gelu(hidden, approximate="tanh") if one == "c_fc." else hidden.relu()
+        expected = _merged(hidden, _part(state, prefix + two), segment, **options)
+        torch.testing.assert_close(layer.eval()(x, **options)[0], expected, rtol=1e-9, atol=1e-9)
 
 
 def _heads(x: Tensor, part: State) -> Tensor:
@@ -392,6 +400,7 @@ def test_a_missing_name_is_named(name: str, seed: int):
         "c_fc.curve1_out",
         "wi.curve1_out",
         "mlp.scale",
+        "c_fc.task_proj.weight",
     )
     for key in own:
         if key.endswith((*others, "lora_A")) or (kind == "acmoe-lm" and "embeddings" in key):

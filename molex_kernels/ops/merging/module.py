@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molex_kernels import _backends, _check, _modules, _published
+from molex_kernels import _backends, _check, _modules
+from molex_kernels.ops.merging import published, task_gate
 from molex_kernels.ops.merging.api import MASKS, camex_deltas, camex_linear
 from molex_kernels.ops.merging.experts import ACTIVATIONS, activate
 from molex_kernels.ops.merging.gates import (
@@ -23,60 +24,27 @@ from molex_kernels.ops.merging.types import SCALES, KroneckerCurvature, nearest_
 
 INIT_STD = 0.02
 
-# The names in the published checkpoints.
-PUBLISHED = {
-    "w_gate": "w_gate",
-    "w_noise": "w_noise",
-    "experts": "weight",
-    "base": "res_weight",
-    "bias": "bias",
-    "base_bias": "res_bias",
-    "out1": "curve1_out",
-    "out2": "curve2_out",
-    "in1": "curve1_in",
-    "in2": "curve2_in",
-    "bias_out1": "curve1_bias",
-    "bias_out2": "curve2_bias",
-}
-# Which they have besides, never trained: of the noise's distribution.
-CONSTANTS = {"mean": 0.0, "std": 1.0}
-
-
-def _load_published(
-    module: nn.Module, state_dict: Mapping[str, Tensor], parts: Mapping[str, str], prefix: str
-) -> None:
-    """Into the layers of a module, by what their parameters and published names start with."""
-    names = {
-        f"{own}{parameter}": f"{published}{name}"
-        for own, published in parts.items()
-        for parameter, name in PUBLISHED.items()
-    }
-    _published.load(
-        module,
-        state_dict,
-        names,
-        prefix=prefix,
-        rows=[f"{own}base_bias" for own in parts],
-        foreign=[f"{published}task_proj.weight" for published in parts.values()],
-        constants={
-            f"{published}{name}": value
-            for published in parts.values()
-            for name, value in CONSTANTS.items()
-        },
-    )
-
 
 class CAMExLinear(_modules.Module):
     """A linear layer merged anew for every sequence, or every causal segment of one.
 
     CAMEx (arXiv 2502.18821): a noisy top-k gate on the mean of the tokens, then `camex_linear`.
 
-    Parameters: `w_gate`, `w_noise` [D, E]; `base` [O, D], `experts` [E, O, D]; with bias
+    With `task_dim` the gate is the task's (`moe_level="task"` of the published code): of the mean
+    over the N tokens of a description, embedded in Dt dimensions,
+
+        gates = noisy_topk_gates(V mean_n task_n + v, w_gate, w_noise)
+
+    in fp32. No token of x is in it, so that it is causal without segments. The published layer
+    lets no gradient but the loss's through to such a gate; here it gets both.
+
+    Parameters: `w_gate`, `w_noise` [D, E], or [Dg, E] with `task_weight` [Dg, Dt] (V) and
+    `task_bias` [Dg] (v); `base` [O, D], `experts` [E, O, D]; with bias
     `base_bias` [O], `bias` [E, O]; with a curvature `out1`, `out2`, `in1`, `in2` and, with bias,
     `bias_out1`, `bias_out2`, as in `KroneckerCurvature`.
 
     Weights start as N(0, 0.02), biases as 0, w_noise as 0 (GPT-2 as published: unset), the
-    curvature as the identity.
+    curvature as the identity, V and v as `nn.Linear` has them.
 
     Args:
         in_features: D.
@@ -101,6 +69,10 @@ class CAMExLinear(_modules.Module):
             "unit" (Delta = tau).
         loss_coef: of the balancing loss; published 1e-2 (T5), 1e-5 (GPT-2).
         own_base: False leaves out `base`, which forward then needs: the dynamic merging.
+        task_dim: Dt, width of the embedded description that the gate sees in place of x; None is a
+            gate on x. Not with `segment`.
+        task_reduced: Dg, to which a description is projected; None is Dt // 16, as in the published
+            GPT-2.
         impl: passed to the ops at each call.
         device: of the parameters.
         dtype: of the parameters.
@@ -111,6 +83,8 @@ class CAMExLinear(_modules.Module):
     base_bias: nn.Parameter | None
     bias_out1: nn.Parameter | None
     bias_out2: nn.Parameter | None
+    task_weight: nn.Parameter | None
+    task_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -129,6 +103,8 @@ class CAMExLinear(_modules.Module):
         scale: str = "published",
         loss_coef: float = 1e-2,
         own_base: bool = True,
+        task_dim: int | None = None,
+        task_reduced: int | None = None,
         impl: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -149,6 +125,7 @@ class CAMExLinear(_modules.Module):
         _check.probability("expert_dropout", expert_dropout)
         _check.number("alpha", alpha, -float("inf"))
         _check.number("loss_coef", loss_coef, -float("inf"))
+        gate_width = task_gate.width(in_features, segment, task_dim, task_reduced)
         _backends.check_impl(impl)
         self.top_k = num_experts if top_k is None else top_k
         self.mask, self.expert_dropout = mask, expert_dropout
@@ -158,8 +135,13 @@ class CAMExLinear(_modules.Module):
         def parameter(*sizes: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(sizes, device=device, dtype=dtype))
 
-        self.w_gate = parameter(in_features, num_experts)
-        self.w_noise = parameter(in_features, num_experts)
+        self.w_gate = parameter(gate_width, num_experts)
+        self.w_noise = parameter(gate_width, num_experts)
+        task = (
+            None if task_dim is None else (parameter(gate_width, task_dim), parameter(gate_width))
+        )
+        self.register_parameter("task_weight", task and task[0])
+        self.register_parameter("task_bias", task and task[1])
         self.experts = parameter(num_experts, out_features, in_features)
         self.register_parameter("base", parameter(out_features, in_features) if own_base else None)
         self.register_parameter("bias", parameter(num_experts, out_features) if bias else None)
@@ -181,6 +163,9 @@ class CAMExLinear(_modules.Module):
                 nn.init.normal_(value, std=INIT_STD)
             elif name in ("w_noise", "bias", "base_bias"):
                 nn.init.zeros_(value)
+            elif self.task_weight is not None and name.startswith("task"):
+                bound = self.task_weight.shape[1] ** -0.5
+                nn.init.uniform_(value, -bound, bound)
             else:
                 value.copy_(torch.eye(value.shape[-1], dtype=value.dtype, device=value.device))
                 if self.scale == "unit" and name.endswith("out1"):
@@ -279,36 +264,52 @@ class CAMExLinear(_modules.Module):
         deltas = self.deltas(base) if deltas is None else deltas
         return propagate_base(self._base(base), deltas, gamma)
 
-    def gates(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def gates(
+        self,
+        x: Tensor,
+        token_mask: Tensor | None = None,
+        *,
+        task: Tensor | None = None,
+        task_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """The gates of the segments of x; S = 1 for whole sequences.
 
         Args:
             x: [B, L, D].
             token_mask: [B, L] bool, as in forward.
+            task: as in forward.
+            task_mask: as in forward.
 
         Returns:
-            (gates [B, S, E], load [E]).
+            (gates [B, S, E], load [E]); with a task that all sequences share, gates [1, 1, E].
 
         Raises:
-            ValueError: `segment` does not divide L.
+            ValueError: `segment` does not divide L, or the module wants a task or has no place for
+                one.
         """
         num_segments = self._num_segments(x)
         _modules.check_dtype(x, self.w_gate)
-        length = x.shape[1] // num_segments
-        counted, any_counts = None, None
-        if token_mask is not None:
-            _check.tensor("token_mask", token_mask, "B, L", x.shape[:2], (torch.bool,), x)
-            counted = token_mask.reshape(-1, length)
-            any_counts = counted.any(1)
+        task_gate.check(x, self.task_weight, task, task_mask, token_mask)
+        weights: tuple[Tensor, Tensor] = (self.w_gate, self.w_noise)
+        if task is None or self.task_weight is None or self.task_bias is None:
+            length = x.shape[1] // num_segments
+            counted = None
+            if token_mask is not None:
+                _check.tensor("token_mask", token_mask, "B, L", x.shape[:2], (torch.bool,), x)
+                counted = token_mask.reshape(-1, length)
+            rows = mean_of_tokens(x.reshape(-1, length, x.shape[2]), counted)
+        else:
+            counted = task_mask
+            rows = task_gate.projected_mean(task, self.task_weight, self.task_bias, task_mask)
+            weights = (self.w_gate.to(rows.dtype), self.w_noise.to(rows.dtype))
         gates, load = noisy_topk_gates(
-            mean_of_tokens(x.reshape(-1, length, x.shape[2]), counted),
-            self.w_gate,
-            self.w_noise,
+            rows,
+            *weights,
             top_k=self.top_k,
             training=self.training,
-            mask=any_counts,
+            mask=None if counted is None else counted.any(1),
         )
-        return gates.view(x.shape[0], num_segments, gates.shape[1]), load
+        return gates.unflatten(0, (-1, num_segments)), load
 
     @_modules.fx_leaf
     def forward(
@@ -318,6 +319,8 @@ class CAMExLinear(_modules.Module):
         base: Tensor | None = None,
         deltas: Tensor | None = None,
         token_mask: Tensor | None = None,
+        task: Tensor | None = None,
+        task_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Applies the layer to every sequence, or segment, with a weight of its own.
 
@@ -328,28 +331,37 @@ class CAMExLinear(_modules.Module):
             token_mask: [B, L] bool, True for tokens that count in the gates' means; None counts
                 all, as published. A sequence or segment without such a token has gates of 0: the
                 base alone, and no part in the loss. The layer is applied to masked tokens as well.
+            task: [B, N, Dt], the embedded description of each sequence's task, or [1, N, Dt], of
+                one that all share: the weight is then merged once. Needed with `task_dim` alone.
+            task_mask: [B, N] ([1, N]) bool, True for tokens of the description that count; None
+                counts all, padding too, as published.
 
         Returns:
             (y [B, L, O], the balancing loss), which is `loss_coef` (CV^2 of the gates' sum + CV^2
             of the load).
 
         Raises:
-            ValueError: `segment` does not divide L, or there is no base.
+            ValueError: `segment` does not divide L, there is no base, or the module wants a task or
+                has no place for one.
         """
         if isinstance(x, _modules.Loan):
             return x.use(self)
-        gates, load = self.gates(x, token_mask)
+        gates, load = self.gates(x, token_mask, task=task, task_mask=task_mask)
         loss = self.loss_coef * cv_squared_loss(gates, load)
         if self.segment is not None:
             gates = segment_gates(gates, first=self.first)
         bias_curvature = None
         if self.bias_out1 is not None and self.bias_out2 is not None:
             bias_curvature = (self.bias_out1, self.bias_out2)
+        length = x.shape[1] // gates.shape[1]
+        if task is not None and task.shape[0] == 1:
+            length = length * x.shape[0]  # all sequences are merged for at once
+        gates = gates.flatten(0, 1)
         y = camex_linear(
-            x.reshape(-1, x.shape[1] // gates.shape[1], x.shape[2]),
+            x.reshape(gates.shape[0], length, x.shape[2]),
             self._base(base),
             self.experts if deltas is None else None,
-            gates.flatten(0, 1),
+            gates,
             curvature=self.curvature() if deltas is None else None,
             mask=self.mask,
             deltas=deltas,
@@ -367,9 +379,9 @@ class CAMExLinear(_modules.Module):
 
         They are `w_gate`, `w_noise` [D, E], `weight` [E, O, D], `res_weight` [O, D], `bias` [E, O],
         `res_bias` [1, O] or [O], and `curve1_out`, `curve2_out`, `curve1_in`, `curve2_in` (with
-        bias `curve1_bias`, `curve2_bias`) [r, E, m, m]; `mean` and `std`, which are 0 and 1. The
-        published forward is that with scale="published", which only matters for parameters that
-        start anew.
+        bias `curve1_bias`, `curve2_bias`) [r, E, m, m]; of a task's gate `task_proj.weight`
+        [Dg, Dt] and `task_proj.bias` [Dg]; `mean` and `std`, which are 0 and 1. The published
+        forward is that with scale="published", which only matters for parameters that start anew.
 
         Args:
             state_dict: of the checkpoint, or of a whole model.
@@ -380,7 +392,7 @@ class CAMExLinear(_modules.Module):
             ValueError: a missing name, a name under two prefixes (the message says which), another
                 shape, no name with this prefix, or weights that this module has no place for.
         """
-        _load_published(self, state_dict, {"": ""}, prefix)
+        published.load(self, state_dict, {"": ""}, prefix)
 
     def extra_repr(self) -> str:
         num_experts, out_features, in_features = self.experts.shape
@@ -399,7 +411,7 @@ class CAMExLinear(_modules.Module):
         return base
 
     def _num_segments(self, x: Tensor) -> int:
-        _check.floating("x", x, "B, L, D", (None, None, self.w_gate.shape[0]))
+        _check.floating("x", x, "B, L, D", (None, None, self.experts.shape[2]))
         length = x.shape[1]
         if length < 1:
             raise ValueError("x: expected shape [B, L, D] with L at least 1, got L=0")
@@ -501,6 +513,8 @@ class CAMExMLP(_modules.Module):
         bases: tuple[Tensor, Tensor] | None = None,
         deltas: tuple[Tensor, Tensor] | None = None,
         token_mask: Tensor | None = None,
+        task: Tensor | None = None,
+        task_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Applies both layers.
 
@@ -509,19 +523,21 @@ class CAMExMLP(_modules.Module):
             bases: stand in for the layers' own.
             deltas: what `deltas(bases)` returned; None makes them.
             token_mask: [B, L] bool, as in `CAMExLinear.forward`, for both layers.
+            task: as in `CAMExLinear.forward`, for both layers.
+            task_mask: as in `CAMExLinear.forward`, for both layers.
 
         Returns:
             (y [B, L, D], the sum of both balancing losses).
 
         Raises:
-            ValueError: `segment` does not divide L, or there is no base.
+            ValueError: as `CAMExLinear.forward` does.
         """
         base_up, base_down = _modules.pair_of_tensors("bases", bases)
         up, down = _modules.pair_of_tensors("deltas", deltas)
-        hidden, up_loss = self.up(x, base=base_up, deltas=up, token_mask=token_mask)
-        y, down_loss = self.down(
-            activate(hidden, self.activation), base=base_down, deltas=down, token_mask=token_mask
-        )
+        gate = {"token_mask": token_mask, "task": task, "task_mask": task_mask}
+        hidden, up_loss = self.up(x, base=base_up, deltas=up, **gate)
+        acted = activate(hidden, self.activation)
+        y, down_loss = self.down(acted, base=base_down, deltas=down, **gate)
         return y, up_loss + down_loss
 
     def load_published(
@@ -545,7 +561,7 @@ class CAMExMLP(_modules.Module):
         is_pair = isinstance(names, Sequence) and not isinstance(names, str) and len(names) == 2
         if not is_pair or not all(isinstance(name, str) for name in names):
             raise TypeError(f"names: expected those of the two layers, got {names!r}")
-        _load_published(self, state_dict, {"up.": f"{names[0]}.", "down.": f"{names[1]}."}, prefix)
+        published.load(self, state_dict, {"up.": f"{names[0]}.", "down.": f"{names[1]}."}, prefix)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
