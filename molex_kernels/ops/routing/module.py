@@ -20,6 +20,7 @@ from molex_kernels.ops.routing.balance import update_expert_bias
 from molex_kernels.ops.routing.types import Routing
 
 ROW_NORM = 1.5  # of the published cosine gate's rows
+INITIAL_TEMPERATURE, MAX_TEMPERATURE = math.log(2.0), math.log(100.0)
 # Options of the choice, which a router names where it has others.
 _USUAL = {
     "score": "softmax_topk",
@@ -73,8 +74,10 @@ class _Gate(_modules.Module):
         """Copies the gate from the published names, alone or under any prefix.
 
         They are FastMoE's `gate.weight` [E, D] and `gate.bias` [E]; of a cosine gate,
-        `expert_embeddings` [E, D] and, where it has a reduction, `inp_reduction.weight` [r, D]. A
-        published cosine gate may have the linear one beside it, which nothing reads.
+        `expert_embeddings` [E, D] and, where it has a reduction, `inp_reduction.weight` [r, D], or
+        with a temperature `sim_matrix` [E, r], `cosine_projector.weight` [r, D] and `.bias` [r],
+        and `temperature` [1]. A published cosine gate may have the linear one beside it, which
+        nothing reads.
 
         Args:
             state_dict: of the checkpoint, or of a whole model.
@@ -124,7 +127,7 @@ def _rescale_rows(router: _Gate) -> None:
         router.weight.copy_(scaled)
 
 
-def _reduced(tokens: Tensor, matrix: Tensor) -> Tensor:
+def _reduced(tokens: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """In fp32, whatever autocast says: of rounded logits other experts would be chosen."""
     dtype = accumulate_dtype(tokens.dtype)
     if matrix.dtype == dtype:
@@ -132,7 +135,8 @@ def _reduced(tokens: Tensor, matrix: Tensor) -> Tensor:
     else:
         _modules.check_dtype(tokens, matrix)
     with without_autocast(tokens):
-        return F.linear(tokens.to(dtype), matrix.to(dtype))
+        bias = None if bias is None else bias.to(dtype)
+        return F.linear(tokens.to(dtype), matrix.to(dtype), bias)
 
 
 def _check_token_mask(mask: Tensor | None, x: Tensor) -> None:
@@ -438,29 +442,42 @@ class ACRouter(_Gate):
 class CosineRouter(_Gate):
     """The gates of XMoE (arXiv 2204.09179) and StableMoE (2204.08396), and `topk_route`.
 
-    As MomentumSMoE's and ACMoE's code has them as baselines, with R the reduction and e_j the rows:
+    As MomentumSMoE's and ACMoE's language models have them as baselines, with R the reduction and
+    e_j the rows:
 
         z_j = <R x, e_j> / max(|e_j|, 1e-4);   weights = softmax of the K largest z
 
     XMoE has a reduction to 8 dimensions, StableMoE none. Both papers divide by |R x| as well and
-    learn a temperature, which the published code does not. All of it is computed in fp32 (fp64 for
+    learn a temperature, which that code does not. The gate of ACMoE's Swin (Tutel's) does both:
+
+        z_j = exp(min(theta, log 100)) <v, e_j> / (max(|v|, 1e-12) max(|e_j|, 1e-4)),   v = R x + r
+
+    with `normalize`, `temperature`, `reduction_bias` and, for a softmax over all E logits,
+    score="softmax". Its noise in training is left out. All of it is computed in fp32 (fp64 for
     fp64), also under autocast, as in `topk_route`; parameters are of x's dtype or fp32.
 
-    Parameters: `weight` [E, r] (e) and `reduction` [r, D] (R), or `weight` [E, D] alone. The rows
-    start orthogonal with norm 1.5. As in `ACRouter` the published code rescales them to that norm
-    at each forward pass (XMoE's alone), which changes only the gradient's scale.
+    Parameters: `weight` [E, r] (e) and `reduction` [r, D] (R), or `weight` [E, D] alone; where
+    asked for `reduction_bias` [r] and `temperature` [1] (theta, from log 2). The rows start
+    orthogonal with norm 1.5. As in `ACRouter` the published code rescales them to that norm at each
+    forward pass (StableMoE's does not), which changes only the gradient's scale.
 
     Args:
         d_model: D.
         num_experts: E.
         top_k: K.
         reduced: r; None is no reduction (StableMoE).
+        reduction_bias: whether the reduction has a bias.
+        normalize: divide by the length of the reduced token.
+        temperature: whether there is one to be learned.
+        score: as in `topk_route`.
         impl: passed to `topk_route` at each call.
         device: of the parameters.
         dtype: of the parameters.
     """
 
     reduction: nn.Parameter | None
+    reduction_bias: nn.Parameter | None
+    temperature: nn.Parameter | None
 
     def __init__(
         self,
@@ -469,6 +486,10 @@ class CosineRouter(_Gate):
         top_k: int,
         *,
         reduced: int | None = 8,
+        reduction_bias: bool = False,
+        normalize: bool = False,
+        temperature: bool = False,
+        score: str = "softmax_topk",
         impl: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -476,12 +497,21 @@ class CosineRouter(_Gate):
         _check.integer("d_model", d_model, 1)
         if reduced is not None:
             _check.integer("reduced", reduced, 1)
+        _check.flags(reduction_bias=reduction_bias, normalize=normalize, temperature=temperature)
+        if reduced is None and reduction_bias:
+            raise ValueError("reduction_bias: expected False with reduced=None, got True")
+        choice.resolve_weighing(score, False, 1.0)
         width = d_model if reduced is None else reduced
         super().__init__(width, num_experts, top_k, False, impl, device, dtype)
-        matrix = None
-        if reduced is not None:
-            matrix = nn.Parameter(torch.empty(reduced, d_model, device=device, dtype=dtype))
-        self.register_parameter("reduction", matrix)
+        self.normalize, self.score = normalize, score
+        sizes = {
+            "reduction": (width, d_model) if reduced is not None else None,
+            "reduction_bias": (width,) if reduction_bias else None,
+            "temperature": (1,) if temperature else None,
+        }
+        for name, size in sizes.items():
+            value = None if size is None else torch.empty(size, device=device, dtype=dtype)
+            self.register_parameter(name, None if value is None else nn.Parameter(value))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -490,6 +520,10 @@ class CosineRouter(_Gate):
         if self.reduction is not None:
             bound = 1 / math.sqrt(self.reduction.shape[1])
             nn.init.uniform_(self.reduction, -bound, bound)
+            if self.reduction_bias is not None:
+                nn.init.uniform_(self.reduction_bias, -bound, bound)
+        if self.temperature is not None:
+            nn.init.constant_(self.temperature, INITIAL_TEMPERATURE)
 
     def renormalize_(self) -> None:
         """Rescales the rows in place to norm 1.5."""
@@ -511,16 +545,28 @@ class CosineRouter(_Gate):
         """
         tokens = _rows("x", x, self.weight if self.reduction is None else self.reduction)
         if self.reduction is not None:
-            tokens = _reduced(tokens, self.reduction)
-        return topk_route(tokens, normalized_gate(self.weight), top_k=self.top_k, impl=self.impl)
+            tokens = _reduced(tokens, self.reduction, self.reduction_bias)
+        if self.normalize:
+            tokens = F.normalize(tokens.to(accumulate_dtype(tokens.dtype)), dim=1)
+        gate = normalized_gate(self.weight)
+        if self.temperature is not None:
+            gate = gate * self.temperature.to(gate.dtype).clamp(max=MAX_TEMPERATURE).exp()
+        return topk_route(tokens, gate, top_k=self.top_k, score=self.score, impl=self.impl)
 
     def _published_names(self) -> tuple[dict[str, str], tuple[str, ...]]:
-        return {"weight": "expert_embeddings", "reduction": "inp_reduction.weight"}, ()
+        if self.temperature is None:
+            names = {"weight": "expert_embeddings", "reduction": "inp_reduction.weight"}
+            return names, ()
+        names = {"weight": "sim_matrix", "temperature": "temperature"}
+        projector = {"reduction": "weight", "reduction_bias": "bias"}
+        return names | {own: f"cosine_projector.{name}" for own, name in projector.items()}, ()
 
     def extra_repr(self) -> str:
         num_experts, width = self.weight.shape
         reduced = None if self.reduction is None else width
         d_model = width if self.reduction is None else self.reduction.shape[1]
         return (
-            f"d_model={d_model}, num_experts={num_experts}, top_k={self.top_k}, reduced={reduced}"
+            f"d_model={d_model}, num_experts={num_experts}, top_k={self.top_k}, "
+            f"reduced={reduced}, normalize={self.normalize}, "
+            f"temperature={self.temperature is not None}, score={self.score!r}"
         )
