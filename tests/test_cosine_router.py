@@ -111,7 +111,9 @@ def test_published_names(seed: int):
         for own, name in names.items()
     }
     other.load_published(state)
-    assert all(torch.equal(a, b) for a, b in zip(router.parameters(), other.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(router.parameters(), other.parameters(), strict=True)
+    )
     for name in names.values():
         lacking = {key: value for key, value in state.items() if not key.endswith(name)}
         with pytest.raises(ValueError, match=name):
@@ -126,4 +128,4 @@ def test_bad_options():
     with pytest.raises(ValueError, match="score: expected one of"):
         mk.CosineRouter(D, E, K, score="cosine")
     with pytest.raises(TypeError, match="normalize: expected a bool"):
-        mk.CosineRouter(D, E, K, normalize=1)
+        mk.CosineRouter(D, E, K, reduced=None, normalize=1)
