@@ -257,6 +257,9 @@ def test_bad_input():
     index = torch.zeros(3, 1, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match=r"prev.expert_index: expected shape .*T=14"):
         layer(x, (index, index.double()))
+    index = torch.zeros(B * M, 2, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match=r"prev.expert_weight: expected shape .*K'=2"):
+        layer(x, (index, index[:, :1].double()))
     with pytest.raises(TypeError, match="prev: expected a Routing"):
         layer(x, x)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molex_kernels import _check, _modules
-from molex_kernels._dtypes import accumulate_dtype, without_autocast
+from molex_kernels._dtypes import FLOAT_DTYPES, accumulate_dtype, without_autocast
 from molex_kernels._masks import selected
 from molex_kernels.ops.dispatch.module import MoEMLP, check_experts
 from molex_kernels.ops.dispatch.types import Activation
@@ -224,7 +224,9 @@ class SoftMoE(_modules.Module):
         index, mixture = _modules.routing_pair("prev", prev)
         tokens = v.flatten(0, 1)
         index = index.reshape(-1, index.shape[-1])
+        mixture = mixture.reshape(-1, mixture.shape[-1])
         _check.index("prev.expert_index", index, "T, K'", (tokens.shape[0], None), v)
+        _check.tensor("prev.expert_weight", mixture, "T, K'", index.shape, FLOAT_DTYPES, v)
         if token_mask is not None:
             index = torch.where(token_mask.reshape(-1, 1), index, -1)
         table = ac_weights(
@@ -244,7 +246,7 @@ class SoftMoE(_modules.Module):
         index = torch.where((index >= 0) & (index < num_experts), index, num_experts)
         if not self.mix:
             return F.embedding(index[:, 0], table).view_as(v)
-        weight = mixture.reshape(index.shape).to(table.dtype)
+        weight = mixture.to(table.dtype)
         rows = F.embedding_bag(index, table, mode="sum", per_sample_weights=weight)
         return rows.view_as(v)
 
