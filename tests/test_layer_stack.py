@@ -7,7 +7,18 @@ import copy
 import pytest
 import torch
 from conftest import DEVICE
-from layer_models import FIRST, LAYERS, MODELS, OTHERS, WIDTH, layers_of, make, published, runner
+from layer_models import (
+    FIRST,
+    LAYERS,
+    MODELS,
+    OTHERS,
+    WIDTH,
+    bias_tables,
+    layers_of,
+    make,
+    published,
+    runner,
+)
 
 import molex_kernels as mk
 
@@ -101,7 +112,10 @@ def _agrees(kind, options, masked, generator):
     if start.requires_grad:
         _close(stack.mixing.grad, start.grad)
     named = {**stack.facts.layout.linears, **stack.facts.norms}
-    assert set(named) == set(stack.weights)
+    tables = bias_tables(plain)
+    assert {*named, *(["position_bias"] if tables else [])} == set(stack.weights)
+    for row, table in enumerate(tables):
+        _close(stack.weights["position_bias"].grad[row], table.weight.grad)
     for name, path in named.items():
         for t, layer in enumerate(layers_of(plain)):
             part = layer.get_submodule(path)
