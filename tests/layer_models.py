@@ -71,7 +71,8 @@ def make(kind, generator, head=None, dtype=torch.float64, **options):
     config = transformers.AutoConfig.for_model(model_type, **{**sizes, **options})
     if head is None:
         head = "AutoModelForTextEncoding" if kind in ENCODERS else "AutoModel"
-    model = getattr(transformers, head).from_config(config, attn_implementation="sdpa")
+    attention = "eager" if kind == "mpnet" else "sdpa"  # MPNet has no other
+    model = getattr(transformers, head).from_config(config, attn_implementation=attention)
     model = model.to(DEVICE, dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -244,7 +244,7 @@ class Blocks:
             return x
         largest = torch.finfo(x.dtype).max
         is_inf = x.isinf().flatten(1).any(1).view(-1, *(1,) * (x.dim() - 1))
-        limit = torch.where(is_inf, largest - 1000, largest)
+        limit = torch.where(is_inf, largest - 1000, largest).to(x.dtype)
         return x.clamp(-limit, limit)
 
     def _branch(self, x: Tensor, p: float) -> Tensor:
