@@ -80,7 +80,9 @@ def make(kind, generator, head=None, dtype=torch.float64, **options):
             parameter += (0.2 * noise).to(DEVICE, dtype)
     if dtype == torch.float64:
         for module in model.modules():
-            if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):  # theirs computes in fp32
+            if type(module).__name__.endswith(
+                ("RMSNorm", "T5LayerNorm")
+            ):  # theirs computes in fp32
                 module.forward = functools.partial(_rms_norm, module)
     return model
 

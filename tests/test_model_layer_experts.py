@@ -84,7 +84,9 @@ def test_layers_in_the_model_are_those_of_the_stack(kind, generator):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "gpt_neox", "gpt2", "bert", "opt", "t5"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen3", "gemma", "gpt_neox", "gpt2", "bert", "opt", "t5"]
+)
 def test_without_mixed_layers_it_is_the_model(kind, attention, generator):
     """Norms of the model's own here, which compute in fp32."""
     model = make(kind, generator, dtype=torch.float32)

@@ -42,12 +42,16 @@ class LayerExpertStack(_modules.Module):
 
     Made by `from_transformers` of GPT-2, OPT, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3, Gemma,
     Granite, StableLM (not its parallel residual), StarCoder2, BERT, RoBERTa, XLM-RoBERTa,
-    CamemBERT, ELECTRA, DistilBERT, ViT, DeiT, I-JEPA, SigLIP and CLIP's vision models, with rotary
-    positions, grouped queries, gated MLPs, RMSNorm, norms of heads and scaled residuals where those
-    have them, and a sliding window where all layers have the same. It takes the place of the
-    model's layers only: embeddings, a final norm and heads stay with the model. Weights are
-    parameters stacked over layers, frozen unless asked otherwise; the model's own parameters become
-    views of them.
+    CamemBERT, ELECTRA, DistilBERT, MPNet, the encoders of T5, mT5 and UMT5, ViT, DeiT, I-JEPA,
+    SigLIP and CLIP's vision models, with rotary positions, grouped queries, gated MLPs, RMSNorm,
+    norms of heads and scaled residuals where those have them, and a sliding window where all layers
+    have the same. It takes the place of the model's layers only: embeddings, a final norm and heads
+    stay with the model. Weights are parameters stacked over layers, frozen unless asked otherwise;
+    the model's own parameters become views of them.
+
+    A bias on the scores by the distance of two tokens (T5's, arXiv 1910.10683) is
+    weights["position_bias"], [1 or L, buckets, heads]. One table that the layers share, as T5's and
+    MPNet's, is not mixed; where each layer has its own (UMT5), a block uses its layer's.
 
     Options, and what the published code does:
 

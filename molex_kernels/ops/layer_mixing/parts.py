@@ -112,7 +112,9 @@ def layers_of(model: nn.Module) -> Found:
                 "model: expected one whose layers stand beside the module rotary_emb, "
                 f"got {type(model).__name__}"
             )
-        tables = () if layout.position_bias is None else _tables(layout.position_bias, module, owner)
+        tables = (
+            () if layout.position_bias is None else _tables(layout.position_bias, module, owner)
+        )
         return Found(layout, module, rotary if layout.rotary else None, tables)
     raise ValueError(
         "model: expected layers as in transformers' GPT-2, BERT, RoBERTa, DistilBERT, MPNet, T5, "
@@ -226,7 +228,9 @@ def _tables(
     holders = {"first": (layers[0],), "each": tuple(layers), "model": (owner,)}[bias.holder]
     tables = []
     for holder in holders:
-        table = part(holder, bias.table) if holder is not None and _has(holder, bias.table) else None
+        table = (
+            part(holder, bias.table) if holder is not None and _has(holder, bias.table) else None
+        )
         if not isinstance(table, nn.Embedding):
             raise ValueError(
                 f"model: expected an embedding {bias.table} for the positions' bias, got "
