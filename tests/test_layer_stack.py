@@ -21,6 +21,7 @@ from layer_models import (
 )
 
 import molex_kernels as mk
+from molex_kernels.ops.layer_mixing import positions
 
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
 
@@ -260,6 +261,18 @@ def test_dropout_is_drawn_where_the_model_has_it(kind, generator):
     for name in ("out_dropout", "down_dropout", "attention_dropout"):
         object.__setattr__(facts, name, 0.0)
     assert torch.equal(stack(z).hidden, stack(z).hidden) == (kind != "t5")  # inside of its MLP
+
+
+def test_buckets_are_those_of_the_models():
+    from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    steps = torch.arange(300, device=DEVICE)
+    relative = steps[None] - steps[:, None]
+    for sizes in ((32, 128), (8, 20), (64, 256)):
+        got = positions.relative_buckets(300, *sizes, steps.device)
+        assert torch.equal(got, T5Attention._relative_position_bucket(relative, True, *sizes))
+        assert torch.equal(got, MPNetEncoder.relative_position_bucket(relative, *sizes))
 
 
 @pytest.mark.parametrize("path", ["layer.0.SelfAttention.o", "layer.1.DenseReluDense.wo"])
