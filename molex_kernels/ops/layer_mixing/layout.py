@@ -49,7 +49,8 @@ class Layout:
         transposed: weights are [D, N], as GPT-2's Conv1D has them.
         by_heads: rows of "qkv" are in the order of heads, each with its q, k and v.
         residual_scale: what attention and MLP are multiplied by before they are added; "" for 1.
-        scaling: of the scores where the attention does not say it; None is 1 / sqrt(head width).
+        default_scaling: of the scores where the attention does not say it; None is 1 / sqrt(d), d
+            the width of a head.
         position_bias: added to the scores; None for none.
         clamps: in fp16, infinities behind attention and MLP become large numbers.
         returns: what a layer returns, by the names of its arguments; () is the hidden states alone.
@@ -75,7 +76,7 @@ class Layout:
     transposed: bool = False
     by_heads: bool = False
     residual_scale: str = ""
-    scaling: float | None = None
+    default_scaling: float | None = None
     position_bias: PositionBias | None = None
     clamps: bool = False
     returns: tuple[str, ...] = ()
@@ -154,7 +155,7 @@ _T5 = Layout(
     out_dropout="layer.0.dropout",
     down_dropout="layer.1.dropout",
     up_dropout="layer.1.DenseReluDense.dropout",
-    scaling=1.0,
+    default_scaling=1.0,
     position_bias=PositionBias(
         table="layer.0.SelfAttention.relative_attention_bias",
         holder="first",

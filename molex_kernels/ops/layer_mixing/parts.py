@@ -284,7 +284,7 @@ def _facts(layout: Layout, layer: nn.Module, tables: Sequence[int]) -> Facts:
         heads=rows["q"] // width,
         key_heads=rows["k"] // width,
         head_width=width,
-        scaling=getattr(attention, "scaling", layout.scaling or width**-0.5),
+        scaling=getattr(attention, "scaling", layout.default_scaling or width**-0.5),
         # Qwen says it in each attention, Mistral once.
         window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)),
         out_dropout=_dropout(layer, layout.out_dropout),
