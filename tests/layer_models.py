@@ -21,6 +21,11 @@ _NAMES = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 2, "vocab_size": 20}
 _DISTILBERT = {"dim": WIDTH, "n_layers": LAYERS, "n_heads": 2, "hidden_dim": 24, "vocab_size": 20}
 _OPT = {**_SIZES, "ffn_dim": 24, "word_embed_proj_dim": WIDTH}
 _IMAGES = {**_SIZES, "image_size": 8, "patch_size": 4}
+_T5 = {"d_model": WIDTH, "d_kv": 6, "d_ff": 24, "num_heads": 2, "vocab_size": 20}
+# So few buckets and so short a distance that 7 tokens reach every kind of bucket.
+_T5 |= {"num_layers": LAYERS, "relative_attention_num_buckets": 8}
+_T5 |= {"relative_attention_max_distance": 5}
+_GATED = {**_T5, "feed_forward_proj": "gated-gelu"}
 # By name: the model type and what its configuration has.
 MODELS = {
     "gpt2": ("gpt2", _NAMES),
@@ -48,18 +53,26 @@ MODELS = {
     "ijepa": ("ijepa", _IMAGES),
     "clip": ("clip_vision_model", _IMAGES),
     "siglip": ("siglip_vision_model", _IMAGES),
+    "t5": ("t5", _T5),
+    "mt5": ("mt5", _GATED),
+    "umt5": ("umt5", _GATED),
+    "mpnet": ("mpnet", _SIZES),
 }
+ENCODERS = ("t5", "mt5", "umt5")  # of encoders and decoders
 FIRST = ("gpt2", "bert", "roberta", "vit")
 OF_IMAGES = ("vit", "ijepa", "clip", "siglip")
 OTHERS = tuple(kind for kind in MODELS if kind not in FIRST)
 
 
-def make(kind, generator, head="AutoModel", dtype=torch.float64, **options):
+def make(kind, generator, head=None, dtype=torch.float64, **options):
     """A model with all its parameters moved, in evaluation."""
     transformers = pytest.importorskip("transformers", exc_type=ImportError)
     model_type, sizes = MODELS[kind]
     config = transformers.AutoConfig.for_model(model_type, **{**sizes, **options})
-    model = getattr(transformers, head).from_config(config, attn_implementation="sdpa")
+    if head is None:
+        head = "AutoModelForTextEncoding" if kind in ENCODERS else "AutoModel"
+    attention = "eager" if kind == "mpnet" else "sdpa"  # MPNet has no other
+    model = getattr(transformers, head).from_config(config, attn_implementation=attention)
     model = model.to(DEVICE, dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -67,7 +80,9 @@ def make(kind, generator, head="AutoModel", dtype=torch.float64, **options):
             parameter += (0.2 * noise).to(DEVICE, dtype)
     if dtype == torch.float64:
         for module in model.modules():
-            if type(module).__name__.endswith("RMSNorm"):  # theirs computes in fp32
+            if type(module).__name__.endswith(
+                ("RMSNorm", "T5LayerNorm")
+            ):  # theirs computes in fp32
                 module.forward = functools.partial(_rms_norm, module)
     return model
 
@@ -86,11 +101,18 @@ def layers_of(model):
     return next(layers for layers in lists if len(layers) == LAYERS)
 
 
+def bias_tables(model):
+    """The tables of biases by position, of all layers or of each."""
+    found = (getattr(m, "relative_attention_bias", None) for m in model.modules())
+    return [table for table in found if table is not None]
+
+
 def runner(model):
     """Runs one of the model's layers on z [B, N, D]; `there` [B, N]: which tokens are keys."""
     rotary = next((m.rotary_emb for m in model.modules() if hasattr(m, "rotary_emb")), None)
     images = {MODELS[kind][0] for kind in OF_IMAGES}
-    causal = model.config.model_type not in {"bert", "roberta", "distilbert", *images}
+    known = {"bert", "roberta", "distilbert", "mpnet", *ENCODERS, *images}
+    causal = model.config.model_type not in known
     window = getattr(model.config, "sliding_window", None)
 
     def run(layer, z, there=None):
@@ -109,6 +131,11 @@ def runner(model):
         if rotary is not None:
             positions = torch.arange(length, device=z.device)[None]
             more["position_embeddings"] = rotary(z, positions)
+        if model.config.model_type in {"t5", "mt5"}:
+            attention = layers_of(model)[0].layer[0].SelfAttention
+            more["position_bias"] = attention.compute_bias(length, length)
+        if model.config.model_type == "mpnet":
+            more["position_bias"] = model.encoder.compute_position_bias(z)
         out = layer(z, attention_mask=mask.masked_fill(~seen, -torch.inf), **more)
         return out[0] if isinstance(out, tuple) else out
 

@@ -60,6 +60,7 @@ _LATENT = {
     "first_k_dense_replace": 0,
     "num_key_value_heads": 4,
 }
+_T5 = {"d_kv": 8, "d_ff": 64}
 # What a family needs beside these, by transformers' name of it.
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {},
@@ -107,10 +108,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "distilbert": {"hidden_dim": 64},
     "albert": {"embedding_size": 16},
     "modernbert": {},
+    "deberta": {},
     "deberta-v2": {},
     "mpnet": {},
     "esm": {"position_embedding_type": "rotary"},
-    "t5": {"d_kv": 8, "d_ff": 64},
+    "t5": _T5,
+    "mt5": _T5,
+    "umt5": _T5,
     "vit": {},
     "deit": {},
     "ijepa": {},

@@ -7,9 +7,21 @@ import copy
 import pytest
 import torch
 from conftest import DEVICE
-from layer_models import FIRST, LAYERS, MODELS, OTHERS, WIDTH, layers_of, make, published, runner
+from layer_models import (
+    FIRST,
+    LAYERS,
+    MODELS,
+    OTHERS,
+    WIDTH,
+    bias_tables,
+    layers_of,
+    make,
+    published,
+    runner,
+)
 
 import molex_kernels as mk
+from molex_kernels.ops.layer_mixing import positions
 
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
 
@@ -101,7 +113,10 @@ def _agrees(kind, options, masked, generator):
     if start.requires_grad:
         _close(stack.mixing.grad, start.grad)
     named = {**stack.facts.layout.linears, **stack.facts.norms}
-    assert set(named) == set(stack.weights)
+    tables = bias_tables(plain)
+    assert {*named, *(["position_bias"] if tables else [])} == set(stack.weights)
+    for row, table in enumerate(tables):
+        _close(stack.weights["position_bias"].grad[row], table.weight.grad)
     for name, path in named.items():
         for t, layer in enumerate(layers_of(plain)):
             part = layer.get_submodule(path)
@@ -140,15 +155,32 @@ def _clip_text():
 
 
 def _other(model_type, **options):
-    """A model whose layers have the parts of Llama's and do something else."""
+    """A model of another kind, some with the parts of Llama's layers."""
     sizes = {**MODELS["llama"][1], "pad_token_id": 0, **options}
     config = transformers.AutoConfig.for_model(model_type, **sizes)
     return transformers.AutoModel.from_config(config)
 
 
+def _replaced(model):
+    """Its bias by positions comes from something else than a table."""
+    first = layers_of(model)[0].layer[0].SelfAttention
+    first.relative_attention_bias = torch.nn.Linear(2, 8)
+    return model
+
+
+def _narrow(model):
+    first = layers_of(model)[0].layer[0].SelfAttention
+    first.relative_attention_bias = torch.nn.Embedding(8, 3)
+    return model
+
+
 @pytest.mark.parametrize(
     ("of", "text"),
     [
+        (lambda g: _other("deberta"), "where disentangled attention adds products of q and k"),
+        (lambda g: _other("deberta-v2"), "adds products .* got DebertaV2Layer"),
+        (lambda g: _replaced(make("t5", g)), "bias for the positions' bias, got Linear"),
+        (lambda g: _narrow(make("t5", g)), r"8 buckets and 2 heads, got \[8, 3\]"),
         (lambda g: _other("smollm3"), "got SmolLM3DecoderLayer, which has the same parts"),
         (
             lambda g: _other("stablelm", use_parallel_residual=True, hidden_size=24),
@@ -212,22 +244,52 @@ def test_positions_may_be_given(generator):
         other(z, position_ids=steps)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "distilbert"])
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "distilbert", "t5"])
 def test_dropout_is_drawn_where_the_model_has_it(kind, generator):
     names = {"llama": ["attention_dropout"], "distilbert": ["dropout", "attention_dropout"]}
+    names["t5"] = ["dropout_rate"]
     options = dict.fromkeys(names.get(kind, ["hidden_dropout", "attention_dropout"]), 0.5)
     stack = mk.LayerExpertStack.from_transformers(make(kind, generator, **options))
     facts = stack.facts
-    after = 0.5 if kind == "gpt_neox" else 0.0
+    after = 0.5 if kind in ("gpt_neox", "t5") else 0.0
     assert (facts.out_dropout, facts.attention_dropout) == (after, 0.5)
     assert facts.down_dropout == (0.0 if kind == "llama" else 0.5)
     z = torch.randn(2, 7, WIDTH, generator=generator, dtype=torch.float64).to(DEVICE)
     assert torch.equal(stack(z).hidden, stack(z).hidden)
     stack.train()
     assert not torch.equal(stack(z).hidden, stack(z).hidden)
+    for name in ("out_dropout", "down_dropout", "attention_dropout"):
+        object.__setattr__(facts, name, 0.0)
+    assert torch.equal(stack(z).hidden, stack(z).hidden) == (kind != "t5")  # inside of its MLP
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma", "qwen3", "gpt_neox"])
+def test_buckets_are_those_of_the_models():
+    from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    steps = torch.arange(300, device=DEVICE)
+    relative = steps[None] - steps[:, None]
+    for sizes in ((32, 128), (8, 20), (64, 256)):
+        got = positions.relative_buckets(300, *sizes, steps.device)
+        assert torch.equal(got, T5Attention._relative_position_bucket(relative, True, *sizes))
+        assert torch.equal(got, MPNetEncoder.relative_position_bucket(relative, *sizes))
+
+
+@pytest.mark.parametrize("path", ["layer.0.SelfAttention.o", "layer.1.DenseReluDense.wo"])
+def test_infinities_of_fp16_are_clamped_as_in_the_model(path, generator):
+    model = make("t5", generator).half()
+    z = torch.randn(2, 7, WIDTH, generator=generator).to(DEVICE, torch.float16)
+    with torch.no_grad():
+        layers_of(model)[0].get_submodule(path).weight.mul_(60000)
+    want, run = z, runner(model)
+    for layer in layers_of(model):
+        want = run(layer, want)
+    got = mk.LayerExpertStack.from_transformers(model, layers_to_use=0)(z).hidden
+    assert (want.abs() == torch.tensor(64504.0).half()).any()
+    assert (got - want).abs().max() <= 0.02 * want.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "qwen3", "gpt_neox", "mt5"])
 def test_in_bf16_and_under_autocast_as_the_model(kind, generator):
     """No further from fp32 than a few roundings of the model's own layers in bf16."""
     model = make(kind, generator, dtype=torch.float32)
@@ -276,6 +338,7 @@ _TARGETS = {
     "bert": ["query", "value"],
     "llama": ["q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "gpt_neox": ["query_key_value", "dense_h_to_4h"],
+    "mt5": ["q", "v", "wi_0", "wo"],
 }
 
 

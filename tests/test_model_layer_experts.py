@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from conftest import DEVICE
-from layer_models import LAYERS, MODELS, OF_IMAGES, layers_of, make
+from layer_models import LAYERS, MODELS, OF_IMAGES, bias_tables, layers_of, make
 from mixtures import mixture
 
 import molex_kernels as mk
@@ -49,6 +49,7 @@ def test_layers_in_the_model_are_those_of_the_stack(kind, generator):
     names = list(model.state_dict())
     plain = model(**inputs).last_hidden_state
     experts = install_layer_experts(model, **options)
+    assert not any(table.weight.requires_grad for table in bias_tables(model))
     with torch.no_grad():
         for b in experts.lora_b.values():
             b += torch.randn(b.shape, generator=generator, dtype=b.dtype).to(DEVICE)
@@ -63,6 +64,7 @@ def test_layers_in_the_model_are_those_of_the_stack(kind, generator):
     hook.remove()
     there = inputs.get("attention_mask")
     want = stack(out.hidden_states[0].detach(), None if there is None else there.bool())
+    seen = [y[0] if isinstance(y, tuple) else y for y in seen]
     assert experts.last.chosen.tolist() == want.chosen.tolist()
     _close(seen[0], want.hidden)
     _close(experts.last.balance_loss, want.balance_loss)
@@ -82,7 +84,9 @@ def test_layers_in_the_model_are_those_of_the_stack(kind, generator):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "gpt_neox", "gpt2", "bert", "opt"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen3", "gemma", "gpt_neox", "gpt2", "bert", "opt", "t5"]
+)
 def test_without_mixed_layers_it_is_the_model(kind, attention, generator):
     """Norms of the model's own here, which compute in fp32."""
     model = make(kind, generator, dtype=torch.float32)
@@ -95,7 +99,7 @@ def test_without_mixed_layers_it_is_the_model(kind, attention, generator):
     assert experts.last.chosen.tolist() == list(range(LAYERS))
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5"])
 def test_checkpointed_layers_repeat_what_they_did(kind, generator):
     """Bit for bit, with two forward passes before their backward passes."""
     model = make(kind, generator, dtype=torch.float32).train()
@@ -115,7 +119,7 @@ def test_checkpointed_layers_repeat_what_they_did(kind, generator):
             loss.backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    for name in ("out_dropout", "down_dropout", "attention_dropout"):
+    for name in ("out_dropout", "down_dropout", "up_dropout", "attention_dropout"):
         object.__setattr__(experts.facts, name, 0.0)
     expected = gradients()
     assert any("gates" in name for name in expected)
@@ -132,17 +136,22 @@ def test_checkpointed_layers_repeat_what_they_did(kind, generator):
         gradients()
 
 
-def test_it_is_saved_and_loaded_with_the_model(generator, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "head"), [("llama", "AutoModelForCausalLM"), ("t5", "AutoModelForSeq2SeqLM")]
+)
+def test_it_is_saved_and_loaded_with_the_model(kind, head, generator, tmp_path):
     from safetensors.torch import load_file
 
-    model = make("llama", generator, "AutoModelForCausalLM", torch.float32)
+    model = make(kind, generator, head, torch.float32)
     options = {"individual_gates": True, "lora_rank": 2}
     install_layer_experts(model, **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "molex_experts" in name:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(DEVICE))
-    inputs = _inputs("llama", generator)
+    inputs = _inputs(kind, generator)
+    if kind == "t5":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
     want = model(**inputs).logits
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).to(DEVICE)
@@ -158,11 +167,14 @@ def test_it_is_saved_and_loaded_with_the_model(generator, tmp_path):
 
 
 @pytest.mark.parametrize("first", ["peft", "experts"])
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "t5"])
 def test_adapters_of_peft_stay_the_models(kind, first, generator):
     peft = pytest.importorskip("peft", exc_type=ImportError)
-    targets = ["q_proj", "k_proj", "gate_proj", "down_proj"]
-    targets = targets if kind == "llama" else ["query_key_value", "dense_4h_to_h"]
+    targets = {
+        "llama": ["q_proj", "k_proj", "gate_proj", "down_proj"],
+        "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+        "t5": ["q", "k", "wo"],
+    }[kind]
     config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     model = make(kind, generator)
     experts = install_layer_experts(model) if first == "experts" else None
@@ -179,6 +191,7 @@ def test_adapters_of_peft_stay_the_models(kind, first, generator):
     layers_of(model)[-1].register_forward_hook(lambda module, args, y: seen.append(y))
     out = model(**inputs, output_hidden_states=True)
     want = stack(out.hidden_states[0].detach(), inputs["attention_mask"].bool())
+    seen = [y[0] if isinstance(y, tuple) else y for y in seen]
     _close(seen[0], want.hidden)
     seen[0].square().sum().backward()
     want.hidden.square().sum().backward()
@@ -222,7 +235,21 @@ def test_text_is_generated_without_a_cache(generator):
         model(tokens, output_attentions=True)
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_mixed_encoder_has_a_decoder_with_a_cache(generator):
+    model = make("t5", generator, "AutoModelForSeq2SeqLM", torch.float32)
+    inputs = _inputs("t5", generator)
+    options = {**inputs, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    options |= {"decoder_start_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
+    plain = model.generate(**options).logits[0]
+    experts = install_layer_experts(model)
+    kept, again = (model.generate(**options, use_cache=use) for use in (True, False))
+    assert experts.last.chosen.shape == (LAYERS,)
+    assert not torch.allclose(kept.logits[0], plain)
+    for one, other in zip(kept.logits, again.logits, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5"])
 def test_compiles_without_a_graph_break(kind, generator):
     model = make(kind, generator, dtype=torch.float32)
     install_layer_experts(model)

@@ -40,7 +40,7 @@ class _Place(Place):
 class _Layer(Part):
     """A layer that runs mixed with the one that is chosen for the batch."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         place: Any = self.molex_place
         given = kwargs.pop(_handover._NAME, None)
         named = {**dict(zip(place.names, args, strict=False)), **kwargs}
@@ -61,6 +61,7 @@ class _Experts(LayerExpertStack):
         self.last = None
         self._now: Held | None = None
         self._all: tuple[nn.Module, ...] = ()  # a tuple, so that they are no children
+        self._tables: tuple[nn.Module, ...] = ()
         # By module and name, since loading and moving may put other parameters in their place.
         self._frozen: list[tuple[nn.Module, str]] = []
         self._hooks: list[Any] = []
@@ -72,8 +73,8 @@ class _Experts(LayerExpertStack):
         """Refused: the layers run in the model."""
         raise NotImplementedError("forward: expected a call of the model that has these experts")
 
-    def run(self, t: int, given: _handover.Given | None, named: dict[str, Any]) -> Tensor:
-        """Layer t of the model's forward pass."""
+    def run(self, t: int, given: _handover.Given | None, named: dict[str, Any]) -> Any:
+        """Layer t of the model's forward pass; what the model's own layer returns."""
         assert given is not None
         if given.has_grad and not torch.is_grad_enabled():
             raise RuntimeError(
@@ -88,9 +89,15 @@ class _Experts(LayerExpertStack):
         counted = None if self.published else given.mask
         rotary = named["position_embeddings"] if self.facts.layout.rotary else None
         inputs = Given(counted, mask, rotary)
-        out, _, pick, loss = self._lent(lambda held: self._layer(t, held, hidden, None, inputs))
+
+        def mixed(held: Held) -> tuple[Any, ...]:
+            biased, bias = self._biased(held, hidden, inputs, named.get("position_bias"))
+            return *self._layer(t, held, hidden, None, biased), bias
+
+        out, _, pick, loss, bias = self._lent(mixed)
         given.made[_KIND] = (*given.before.get(_KIND, ()), (pick, loss))
-        return out
+        returned = {"hidden_states": out, "position_bias": bias}
+        return tuple(map(returned.get, self.facts.layout.returns)) or out
 
     def begin(self, decoder: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Before the decoder: parameters and adapters are those that the layers have now."""
@@ -127,7 +134,10 @@ class _Experts(LayerExpertStack):
         norms = [parts.part(each, path) for each in self._all for path in self.facts.norms.values()]
         self._frozen = [
             (module, name)
-            for module in (getattr(each, "base_layer", each) for each in (*linears, *norms))
+            for module in (
+                *(getattr(each, "base_layer", each) for each in (*linears, *norms)),
+                *self._tables,
+            )
             for name, parameter in module.named_parameters(recurse=False)
             if parameter.requires_grad
         ]
@@ -163,6 +173,7 @@ class _Experts(LayerExpertStack):
 
     def _take(self, found: parts.Found, freeze: bool) -> None:
         self._all = tuple(found.layers)
+        self._tables = found.tables
         for layer in found.layers:
             check_open(type(layer).__name__, layer)
         for path, linear in parts.linears_of(found.layout, self._all):
@@ -205,6 +216,8 @@ class _Experts(LayerExpertStack):
             norms = [parts.part(layer, path) for layer in self._all]
             keep(0, name, [norm.weight for norm in norms])
             keep(1, name, [getattr(norm, "bias", None) for norm in norms])
+        if self._tables:
+            keep(0, "position_bias", [table.weight for table in self._tables])
         return held
 
     def _lent(self, use: Callable[[Held], Any]) -> Any:

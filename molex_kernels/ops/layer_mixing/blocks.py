@@ -12,6 +12,7 @@ from torch import Tensor
 from molex_kernels import _dtypes
 from molex_kernels.ops.layer_mixing.api import LoRA, layer_linear, layer_mix
 from molex_kernels.ops.layer_mixing.parts import Facts
+from molex_kernels.ops.layer_mixing.positions import position_bias, with_bias
 
 _THIRDS = {"q": 0, "k": 1, "v": 2}  # of a fused projection
 Layers = Tensor | tuple[Tensor, ...]  # one stacked tensor, or one of each layer
@@ -31,13 +32,16 @@ class Given(NamedTuple):
 
     Attributes:
         counted: bool [B, N], the tokens that vote; None for all.
-        mask: for the attention, [B or 1, H or 1, N, N] or wider.
+        mask: for the attention, [B or 1, H or 1, N, N] or wider; a bias by positions that all
+            layers share is in it.
         rotary: cos and sin [B or 1, N, r], r the features of a head that are rotated.
+        buckets: int64 [N, N], the rows of each layer's own table of a bias by positions.
     """
 
     counted: Tensor | None
     mask: Tensor | None
     rotary: tuple[Tensor, Tensor] | None
+    buckets: Tensor | None = None
 
 
 class Blocks:
@@ -82,7 +86,7 @@ class Blocks:
             standard = self._standard(z) if normed is None else normed
             x = self._scaled("norm1", standard, index, z.dtype)
         attended = self._attention(x, index, shared=not facts.pre_norm)
-        h = z + self._branch(self._linear("out", attended, index), facts.out_dropout)
+        h = self._clamped(z + self._branch(self._linear("out", attended, index), facts.out_dropout))
         if not facts.pre_norm:
             inner = h = self._norm("norm1", h, index)
         elif facts.parallel and standard is not None:
@@ -93,6 +97,8 @@ class Blocks:
         residual: Tensor | None = h
         if not facts.pre_norm:
             f, residual = self._norm("norm2", h + f, index), None
+        elif facts.layout.clamps and h.dtype == torch.float16:
+            f, residual = self._clamped(h + f), None
         options: dict[str, Any] = {"residual": residual, "impl": self.impl, **mixture}
         if facts.pre_norm and not facts.norm.is_rms:
             return layer_mix(f, norm=(None, None, facts.norm.eps), **options)
@@ -104,6 +110,8 @@ class Blocks:
             up = self.facts.activation(self._linear("gate", x, index)) * up
         else:
             up = self.facts.activation(up)
+        if self.facts.up_dropout:
+            up = F.dropout(up, self.facts.up_dropout, training=self.is_training)
         return self._linear("down", up, index)
 
     def _attention(self, x: Tensor, index: Tensor, shared: bool) -> Tensor:
@@ -119,8 +127,12 @@ class Blocks:
             q, k = (_rotated(each, *self.given.rotary).to(v.dtype) for each in (q, k))
         q, k, v = (each.flatten(0, 1).transpose(1, 2) for each in (q, k, v))
         has_groups = facts.key_heads != facts.heads
+        if self.given.buckets is not None:
+            tables = _chosen(self.held.weights["position_bias"], index)
+            bias = position_bias(tables.to(q.dtype), self.given.buckets)[:, None]
+            mask = with_bias(mask, bias).expand(-1, batch, -1, -1, -1).flatten(0, 1)
         if mask is not None:
-            if mask.shape[0] == batch:
+            if mask.shape[0] == batch and self.given.buckets is None:
                 mask = mask.expand(branches, *mask.shape).flatten(0, 1)
             if has_groups:  # no fused kernel takes both a mask and groups
                 repeats = facts.heads // facts.key_heads
@@ -226,6 +238,15 @@ class Blocks:
     def _norm(self, name: str, x: Tensor, index: Tensor) -> Tensor:
         return self._scaled(name, self._standard(x), index, x.dtype)
 
+    def _clamped(self, x: Tensor) -> Tensor:
+        """x [G, ...]; in fp16, and where a model does that, without infinities."""
+        if not self.facts.layout.clamps or x.dtype != torch.float16:
+            return x
+        largest = torch.finfo(x.dtype).max
+        is_inf = x.isinf().flatten(1).any(1).view(-1, *(1,) * (x.dim() - 1))
+        limit = torch.where(is_inf, largest - 1000, largest).to(x.dtype)
+        return x.clamp(-limit, limit)
+
     def _branch(self, x: Tensor, p: float) -> Tensor:
         """What is added to the residual: dropped out, and scaled where a model does that."""
         x = F.dropout(x, p, training=self.is_training) if p else x
@@ -237,10 +258,15 @@ def _each(function: Callable[[Tensor], Tensor], layers: Layers) -> Layers:
     return function(layers) if isinstance(layers, Tensor) else tuple(map(function, layers))
 
 
+def _chosen(layers: Layers, index: Tensor) -> Tensor:
+    """[G, ...]: what the chosen layers have."""
+    stack = layers if isinstance(layers, Tensor) else torch.stack(layers)
+    return stack.index_select(0, index)
+
+
 def _rows(layers: Layers, index: Tensor, dims: int) -> Tensor:
     """[G, 1, ..., D] with `dims` ones: the vectors of the chosen layers."""
-    stack = layers if isinstance(layers, Tensor) else torch.stack(layers)
-    rows = stack.index_select(0, index)
+    rows = _chosen(layers, index)
     return rows.view(-1, *(1,) * dims, rows.shape[-1])
 
 

@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class PositionBias:
+    """A bias on the scores by how far apart two tokens are: T5's table of buckets and heads.
+
+    Attributes:
+        table: the embedding's path.
+        holder: "first": the first layer has it, for all of them; "each": every layer has its own;
+            "model": the module around the layers has it.
+        num_buckets: of both directions together, or the path in a layer where that is said.
+        max_distance: from where on all tokens are in the last bucket, or the path likewise.
+    """
+
+    table: str
+    holder: str
+    num_buckets: int | str
+    max_distance: int | str
 
 
 @dataclass(frozen=True)
@@ -21,6 +40,7 @@ class Layout:
         head_width: the width of a head.
         out_dropout: behind the attention; "" for none.
         down_dropout: behind the MLP; "" for none.
+        up_dropout: inside of the MLP, before "down"; "" for none.
         head_norms: norms of every head of q and k, "norm_q" and "norm_k"; layers may have none.
         pre_norm: whether norms come before, or where that is said.
         parallel: whether attention and MLP both start from the block's input, or where it says so.
@@ -29,6 +49,11 @@ class Layout:
         transposed: weights are [D, N], as GPT-2's Conv1D has them.
         by_heads: rows of "qkv" are in the order of heads, each with its q, k and v.
         residual_scale: what attention and MLP are multiplied by before they are added; "" for 1.
+        default_scaling: of the scores where the attention does not say it; None is 1 / sqrt(d), d
+            the width of a head.
+        position_bias: added to the scores; None for none.
+        clamps: in fp16, infinities behind attention and MLP become large numbers.
+        returns: what a layer returns, by the names of its arguments; () is the hidden states alone.
         refused: model types whose layers are of these classes and get a mask of another kind.
     """
 
@@ -42,6 +67,7 @@ class Layout:
     head_width: str
     out_dropout: str = ""
     down_dropout: str = ""
+    up_dropout: str = ""
     head_norms: dict[str, str] = field(default_factory=dict)
     pre_norm: bool | str = True
     parallel: bool | str = False
@@ -50,13 +76,17 @@ class Layout:
     transposed: bool = False
     by_heads: bool = False
     residual_scale: str = ""
+    default_scaling: float | None = None
+    position_bias: PositionBias | None = None
+    clamps: bool = False
+    returns: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
 
     def paths(self) -> tuple[str, ...]:
         """Every path that a layer of this kind has."""
         maybe = (
-            *(self.out_dropout, self.down_dropout, self.pre_norm, self.parallel),
-            self.residual_scale,
+            *(self.out_dropout, self.down_dropout, self.up_dropout, self.residual_scale),
+            *(self.pre_norm, self.parallel),
         )
         return (
             *self.linears.values(),
@@ -107,6 +137,58 @@ _LLAMA = Layout(
     causal=True,
     rotary=True,
 )
+
+_T5 = Layout(
+    name="t5",
+    classes=("T5Block", "MT5Block"),
+    linears={
+        **{name: f"layer.0.SelfAttention.{name}" for name in ("q", "k", "v")},
+        "out": "layer.0.SelfAttention.o",
+        "up": "layer.1.DenseReluDense.wi",
+        "down": "layer.1.DenseReluDense.wo",
+    },
+    norm1="layer.0.layer_norm",
+    norm2="layer.1.layer_norm",
+    activation="layer.1.DenseReluDense.act",
+    attention_dropout="layer.0.SelfAttention.dropout",
+    head_width="layer.0.SelfAttention.key_value_proj_dim",
+    out_dropout="layer.0.dropout",
+    down_dropout="layer.1.dropout",
+    up_dropout="layer.1.DenseReluDense.dropout",
+    default_scaling=1.0,
+    position_bias=PositionBias(
+        table="layer.0.SelfAttention.relative_attention_bias",
+        holder="first",
+        num_buckets="layer.0.SelfAttention.relative_attention_num_buckets",
+        max_distance="layer.0.SelfAttention.relative_attention_max_distance",
+    ),
+    clamps=True,
+    returns=("hidden_states", "position_bias", "encoder_decoder_position_bias"),
+)
+
+
+def _t5_family() -> Iterator[Layout]:
+    """T5's and UMT5's blocks, each with the plain and the gated MLP."""
+    assert _T5.position_bias is not None
+    own = replace(_T5.position_bias, holder="each")
+    gated = {
+        **_T5.linears,
+        "gate": "layer.1.DenseReluDense.wi_0",
+        "up": "layer.1.DenseReluDense.wi_1",
+    }
+    for linears in (_T5.linears, gated):
+        plain = replace(_T5, linears=linears)
+        yield plain
+        yield replace(plain, name="umt5", classes=("UMT5Block",), position_bias=own, returns=())
+
+
+# Layers that no layout can describe: an attribute that tells them, and what is expected instead.
+UNFIT = {
+    "attention.self.pos_att_type": (
+        "positions that add to the scores what depends on distances alone, where disentangled "
+        "attention adds products of q and k with distances that each layer projects"
+    ),
+}
 
 LAYOUTS = (
     Layout(
@@ -272,6 +354,28 @@ LAYOUTS = (
         causal=True,
         rotary=True,
     ),
+    Layout(
+        name="mpnet",
+        classes=("MPNetLayer",),
+        linears={
+            **{name: f"attention.attn.{name}" for name in ("q", "k", "v")},
+            "out": "attention.attn.o",
+            "up": "intermediate.dense",
+            "down": "output.dense",
+        },
+        norm1="attention.LayerNorm",
+        norm2="output.LayerNorm",
+        activation="intermediate.intermediate_act_fn",
+        attention_dropout="attention.attn.dropout",
+        head_width="attention.attn.attention_head_size",
+        out_dropout="attention.dropout",
+        down_dropout="output.dropout",
+        pre_norm=False,
+        # The numbers that its encoder always takes, whatever its configuration says.
+        position_bias=PositionBias("relative_attention_bias", "model", 32, 128),
+        returns=("hidden_states",),
+    ),
+    *_t5_family(),
     # Those with one part more come before Llama's, which every one of them would pass for.
     replace(
         _LLAMA,

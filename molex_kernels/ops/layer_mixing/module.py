@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from molex_kernels import _backends, _check, _dtypes, _modules
-from molex_kernels.ops.layer_mixing import gates, parts
+from molex_kernels.ops.layer_mixing import gates, parts, positions
 from molex_kernels.ops.layer_mixing import published as checkpoint
 from molex_kernels.ops.layer_mixing.api import layer_vote
 from molex_kernels.ops.layer_mixing.blocks import Blocks, Given, Held
@@ -42,12 +42,16 @@ class LayerExpertStack(_modules.Module):
 
     Made by `from_transformers` of GPT-2, OPT, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3, Gemma,
     Granite, StableLM (not its parallel residual), StarCoder2, BERT, RoBERTa, XLM-RoBERTa,
-    CamemBERT, ELECTRA, DistilBERT, ViT, DeiT, I-JEPA, SigLIP and CLIP's vision models, with rotary
-    positions, grouped queries, gated MLPs, RMSNorm, norms of heads and scaled residuals where those
-    have them, and a sliding window where all layers have the same. It takes the place of the
-    model's layers only: embeddings, a final norm and heads stay with the model. Weights are
-    parameters stacked over layers, frozen unless asked otherwise; the model's own parameters become
-    views of them.
+    CamemBERT, ELECTRA, DistilBERT, MPNet, the encoders of T5, mT5 and UMT5, ViT, DeiT, I-JEPA,
+    SigLIP and CLIP's vision models, with rotary positions, grouped queries, gated MLPs, RMSNorm,
+    norms of heads and scaled residuals where those have them, and a sliding window where all layers
+    have the same. It takes the place of the model's layers only: embeddings, a final norm and heads
+    stay with the model. Weights are parameters stacked over layers, frozen unless asked otherwise;
+    the model's own parameters become views of them.
+
+    A bias on the scores by the distance of two tokens (T5's, arXiv 1910.10683) is
+    weights["position_bias"], [1 or L, buckets, heads]. One table that the layers share, as T5's and
+    MPNet's, is not mixed; where each layer has its own (UMT5), a block uses its layer's.
 
     Options, and what the published code does:
 
@@ -161,7 +165,7 @@ class LayerExpertStack(_modules.Module):
             published=published,
         )
         found = parts.layers_of(model)
-        facts = parts.facts_of(found.layout, list(found.layers))
+        facts = parts.facts_of(found)
         num_layers = len(found.layers)
         limit = num_layers if layers_to_use is None else layers_to_use
         _check.integer("layers_to_use", limit, 0, num_layers, " layers")
@@ -250,7 +254,9 @@ class LayerExpertStack(_modules.Module):
                 _modules.check_dtype(hidden, next(gate.parameters()), "hidden")
         counted, mask = self._masks(hidden, attention_mask)
         given = Given(counted, mask, self._positions(hidden, position_ids))
-        return self._lent(lambda held: self._layers(held, hidden, given))
+        return self._lent(
+            lambda held: self._layers(held, hidden, self._biased(held, hidden, given)[0])
+        )
 
     def _lent(self, use: Callable[[Held], Any]) -> Any:
         """What `use` makes of the parameters, inside the calls of the modules that hold them."""
@@ -266,6 +272,26 @@ class LayerExpertStack(_modules.Module):
             balance = balance if loss is None else balance + loss
             chosen.append(pick)
         return LayerExpertOutput(hidden, balance, torch.cat(chosen))
+
+    def _biased(
+        self, held: Held, hidden: Tensor, given: Given, bias: Tensor | None = None
+    ) -> tuple[Given, Tensor | None]:
+        """With the bias by positions; and that bias [1, H, N, N] where all layers share it.
+
+        `bias` is that, from a layer before. Where each layer has a table, the blocks look it up.
+        """
+        if self.facts.buckets is None:
+            return given, None
+        tables = held.weights["position_bias"]
+        if bias is None:
+            buckets = positions.relative_buckets(
+                hidden.shape[1], *self.facts.buckets, hidden.device
+            )
+            if len(tables) > 1:
+                return given._replace(buckets=buckets), None
+            bias = positions.position_bias(tables[0][None], buckets)
+        mask = positions.with_bias(given.mask, bias.to(hidden.dtype))
+        return given._replace(mask=mask), bias
 
     def _layer(
         self, t: int, held: Held, hidden: Tensor, normed: Tensor | None, given: Given
@@ -378,6 +404,9 @@ class LayerExpertStack(_modules.Module):
             self._own(self.weights, name, [n.weight for n in norms], path)
             biases = [getattr(n, "bias", None) for n in norms]
             self._own(self.biases, name, biases, f"{path}.bias")
+        if found.tables:
+            tables = [table.weight for table in found.tables]
+            self._own(self.weights, "position_bias", tables, "the positions' bias")
         for parameter in (*self.weights.values(), *self.biases.values()):
             parameter.requires_grad_(not freeze)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from molex_kernels.ops.layer_mixing.layout import LAYOUTS, Layout
+from molex_kernels.ops.layer_mixing.layout import LAYOUTS, UNFIT, Layout, PositionBias
 
 # What a layer or its attention may do beside the known, by the attribute that says so.
 _MORE = {
@@ -43,7 +43,11 @@ class Norm(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """What all layers of a stack have in common."""
+    """What all layers of a stack have in common.
+
+    Its names are the layout's; `buckets` is of a bias by positions, their number and the largest
+    distance, None where there is no such bias.
+    """
 
     layout: Layout
     norms: dict[str, str]
@@ -57,8 +61,10 @@ class Facts:
     window: int | None
     out_dropout: float
     down_dropout: float
+    up_dropout: float
     attention_dropout: float
     residual_scale: float
+    buckets: tuple[int, int] | None
     activation: Callable[[Tensor], Tensor] = field(compare=False)
 
 
@@ -69,11 +75,13 @@ class Found(NamedTuple):
         layout: their kind.
         layers: all of them, at least one.
         rotary: the module that makes cos and sin of positions; None where nothing is rotated.
+        tables: of the bias by positions, one for all layers, or each layer's; none without it.
     """
 
     layout: Layout
     layers: nn.ModuleList
     rotary: nn.Module | None
+    tables: tuple[nn.Embedding, ...]
 
 
 def layers_of(model: nn.Module) -> Found:
@@ -86,28 +94,43 @@ def layers_of(model: nn.Module) -> Found:
     for module, owner in parents.items():
         if not isinstance(module, nn.ModuleList) or not len(module):
             continue
-        for layout in LAYOUTS:
-            if all(_has(layer, path) for layer in module for path in layout.paths()):
-                rotary = getattr(owner, "rotary_emb", None)
-                if layout.rotary and not isinstance(rotary, nn.Module):
-                    raise ValueError(
-                        "model: expected one whose layers stand beside the module rotary_emb, "
-                        f"got {type(model).__name__}"
-                    )
-                return Found(layout, module, rotary if layout.rotary else None)
+        for path, expected in UNFIT.items():
+            if all(_has(layer, path) for layer in module):
+                raise ValueError(f"model: expected {expected}, got {type(module[0]).__name__}")
+        fitting = [
+            layout
+            for layout in LAYOUTS
+            if all(_has(layer, path) for layer in module for path in layout.paths())
+        ]
+        if not fitting:
+            continue
+        known = (layout for layout in fitting if _runs(module[0]) in layout.classes)
+        layout = next(known, fitting[0])
+        rotary = getattr(owner, "rotary_emb", None)
+        if layout.rotary and not isinstance(rotary, nn.Module):
+            raise ValueError(
+                "model: expected one whose layers stand beside the module rotary_emb, "
+                f"got {type(model).__name__}"
+            )
+        tables = (
+            () if layout.position_bias is None else _tables(layout.position_bias, module, owner)
+        )
+        return Found(layout, module, rotary if layout.rotary else None, tables)
     raise ValueError(
-        "model: expected layers as in transformers' GPT-2, BERT, RoBERTa, DistilBERT, ViT, CLIP, "
-        "SigLIP, OPT, GPT-NeoX, StarCoder2, StableLM, Granite, Llama, Mistral, Qwen2, Qwen3 or "
-        f"Gemma, got {type(model).__name__}"
+        "model: expected layers as in transformers' GPT-2, BERT, RoBERTa, DistilBERT, MPNet, T5, "
+        "ViT, CLIP, SigLIP, OPT, GPT-NeoX, StarCoder2, StableLM, Granite, Llama, Mistral, Qwen2, "
+        f"Qwen3 or Gemma, got {type(model).__name__}"
     )
 
 
-def facts_of(layout: Layout, layers: Sequence[nn.Module]) -> Facts:
+def facts_of(model: Found) -> Facts:
     """What the layers have in common; ValueError where they differ or do more than is known."""
+    layers = list(model.layers)
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
     if len(set(parameters)) < len(parameters):
         raise ValueError("model: expected layers with parameters of their own, got shared ones")
-    found = [_facts(layout, layer) for layer in layers]
+    tables = [id(table.weight) for table in model.tables]
+    found = [_facts(model.layout, layer, tables) for layer in layers]
     for number, facts in enumerate(found):
         if facts.window != found[0].window:
             raise ValueError(
@@ -117,7 +140,15 @@ def facts_of(layout: Layout, layers: Sequence[nn.Module]) -> Facts:
         same = type(facts.activation) is type(found[0].activation)
         if facts != found[0] or not same:
             raise ValueError(f"model: expected layers that are alike, layer {number} differs")
-    return found[0]
+    facts = found[0]
+    for table in model.tables:
+        assert facts.buckets is not None
+        if table.num_embeddings < facts.buckets[0] or table.embedding_dim != facts.heads:
+            raise ValueError(
+                f"model: expected a table of the positions' bias with {facts.buckets[0]} buckets "
+                f"and {facts.heads} heads, got {list(table.weight.shape)}"
+            )
+    return facts
 
 
 def linears_of(layout: Layout, layers: Sequence[nn.Module]) -> list[tuple[str, Any]]:
@@ -191,14 +222,37 @@ def stacked(parameters: Sequence[Tensor], name: str) -> Tensor:
     return stack
 
 
-def _facts(layout: Layout, layer: nn.Module) -> Facts:
+def _tables(
+    bias: PositionBias, layers: nn.ModuleList, owner: nn.Module | None
+) -> tuple[nn.Embedding, ...]:
+    holders = {"first": (layers[0],), "each": tuple(layers), "model": (owner,)}[bias.holder]
+    tables = []
+    for holder in holders:
+        table = (
+            part(holder, bias.table) if holder is not None and _has(holder, bias.table) else None
+        )
+        if not isinstance(table, nn.Embedding):
+            raise ValueError(
+                f"model: expected an embedding {bias.table} for the positions' bias, got "
+                f"{type(table).__name__}"
+            )
+        tables.append(table)
+    return tuple(tables)
+
+
+def _runs(layer: nn.Module) -> str:
+    """The class whose forward the layer runs."""
+    return type(layer).forward.__qualname__.split(".")[0]
+
+
+def _facts(layout: Layout, layer: nn.Module, tables: Sequence[int]) -> Facts:
     attention = part(layer, layout.head_width.rpartition(".")[0])
     for name, what in _MORE.items():
         if getattr(layer, name, None) or getattr(attention, name, None):
             raise ValueError(f"model: expected layers without {what}, got {type(layer).__name__}")
     norms = {name: path for name, path in layout.norms().items() if _has(layer, path)}
-    _account(layout, norms, layer)
-    runs = type(layer).forward.__qualname__.split(".")[0]
+    _account(layout, norms, layer, tables)
+    runs = _runs(layer)
     if runs not in layout.classes:
         raise ValueError(
             f"model: expected layers of {', '.join(layout.classes)}, got {runs}, which has the "
@@ -230,20 +284,25 @@ def _facts(layout: Layout, layer: nn.Module) -> Facts:
         heads=rows["q"] // width,
         key_heads=rows["k"] // width,
         head_width=width,
-        scaling=getattr(attention, "scaling", width**-0.5),
+        scaling=getattr(attention, "scaling", layout.default_scaling or width**-0.5),
         # Qwen says it in each attention, Mistral once.
         window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)),
         out_dropout=_dropout(layer, layout.out_dropout),
         down_dropout=_dropout(layer, layout.down_dropout),
+        up_dropout=_dropout(layer, layout.up_dropout),
         attention_dropout=_dropout(layer, layout.attention_dropout),
         residual_scale=float(part(layer, layout.residual_scale)) if layout.residual_scale else 1.0,
+        buckets=_buckets(layer, layout.position_bias),
         activation=part(layer, layout.activation),
     )
 
 
-def _account(layout: Layout, norms: dict[str, str], layer: nn.Module) -> None:
+def _account(
+    layout: Layout, norms: dict[str, str], layer: nn.Module, tables: Sequence[int]
+) -> None:
     """Every parameter of the layer is one that the block computes with."""
-    known = {id(p) for path in norms.values() for p in part(layer, path).parameters(recurse=False)}
+    known = set(tables)
+    known |= {id(p) for path in norms.values() for p in part(layer, path).parameters(recurse=False)}
     for path in layout.linears.values():
         linear = part(layer, path)
         weight, bias = linear_parts(linear)
@@ -294,6 +353,14 @@ def _norm(path: str, norm: Any) -> Norm:
 
 def _flag(layer: nn.Module, value: bool | str) -> bool:
     return bool(part(layer, value)) if isinstance(value, str) else value
+
+
+def _buckets(layer: nn.Module, bias: PositionBias | None) -> tuple[int, int] | None:
+    if bias is None:
+        return None
+    said = (bias.num_buckets, bias.max_distance)
+    number, distance = (part(layer, each) if isinstance(each, str) else each for each in said)
+    return int(number), int(distance)
 
 
 def _dropout(layer: nn.Module, path: str) -> float:
