@@ -42,6 +42,20 @@ struct Attention {
     float z[M][Columns / 8][4];
     clear(z);
     rows.template multiply<(D > 64 ? 8 : 16), true>(z, keys);
+    weigh<false>(z, visible, keeps, scale2, row, key);
+    values_arrive();
+    gemm_nn<E>(sum, z, values);
+  }
+
+  // Makes exp(score - largest score) of products z, and brings `sum` and the statistics up to date. Where a
+  // tile is `Whole` it has all keys, nothing came before it, and nothing is dropped.
+  template <bool Whole>
+  MOLEX_DEVICE void weigh(float (&z)[M][Columns / 8][4],
+                          const Mask& visible,
+                          const Dropout& keeps,
+                          float scale2,
+                          int row,
+                          int key) {
     if (scale2 < 0.0f) {  // then the largest score is the smallest product
       scale2 = -scale2;
       MOLEX_UNROLL for (int m = 0; m < M; ++m) {
@@ -53,7 +67,7 @@ struct Attention {
     mask(z, visible, row, key);
     MOLEX_UNROLL for (int m = 0; m < M; ++m) {
       MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-        float top = largest[m][i];
+        float top = Whole ? -device::infinity() : largest[m][i];
         MOLEX_UNROLL for (int n = 0; n < Columns / 8; ++n) {
           top = device::larger(device::larger(z[m][n][2 * i], z[m][n][2 * i + 1]), top);
         }
@@ -62,9 +76,9 @@ struct Attention {
         // largest score has exactly 1: of a row that sees one key the result is then that key's value, with
         // nothing of a rounding for the backward pass to find in it.
         const float origin = top == -device::infinity() ? 0.0f : top;
-        const float rescale = device::exp2((largest[m][i] - origin) * scale2);
+        const float rescale = Whole ? 0.0f : device::exp2((largest[m][i] - origin) * scale2);
         largest[m][i] = top;
-        const float before = total[m][i] * rescale;
+        const float before = Whole ? 0.0f : total[m][i] * rescale;
         float part = kCompensated ? lost[m][i] * rescale : before;
         MOLEX_UNROLL for (int n = 0; n < Columns / 8; ++n) {
           MOLEX_UNROLL for (int e = 2 * i; e < 2 * i + 2; ++e) {
@@ -74,13 +88,15 @@ struct Attention {
         }
         total[m][i] = kCompensated ? before + part : part;
         if (kCompensated) lost[m][i] = part - (total[m][i] - before);
-        MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
-          sum[m][n][2 * i] *= rescale;
-          sum[m][n][2 * i + 1] *= rescale;
+        if constexpr (!Whole) {
+          MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
+            sum[m][n][2 * i] *= rescale;
+            sum[m][n][2 * i + 1] *= rescale;
+          }
         }
       }
     }
-    if (keeps.active) {
+    if (!Whole && keeps.active) {
       MOLEX_UNROLL for (int m = 0; m < M; ++m) {
         MOLEX_UNROLL for (int n = 0; n < Columns / 8; ++n) {
           MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
@@ -89,8 +105,6 @@ struct Attention {
         }
       }
     }
-    values_arrive();
-    gemm_nn<E>(sum, z, values);
   }
 
   // The scores of what a row does not attend to become -infinity.

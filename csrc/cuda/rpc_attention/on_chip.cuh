@@ -69,6 +69,50 @@ MOLEX_DEVICE void publish(E* keys, const float (&own)[1][D / 8][4], int row, int
   }
 }
 
+// Replaces L and w of an iteration, this lane's of the rows `upper` and `upper` + 8, by K~ and w of the next
+// one. `own_rows` are this warp's rows of k in shared memory.
+template <class E, int D>
+MOLEX_DEVICE void split_rows(const Problem& p,
+                             int64_t head,
+                             int upper,
+                             const E* own_rows,
+                             float (&sum)[D / 8][4],
+                             float (&w)[D / 8][4],
+                             bool last) {
+  const E* own_lane = own_rows + lane_row() * kPitch<D> + lane_column();
+  MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+    const float bound = bound_of(p, head, upper + 8 * i);
+    MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
+      const float2 k = load_pair(own_lane + 8 * i * kPitch<D> + 8 * n);
+      MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
+        float &low_rank = sum[n][2 * i + c], &kept = w[n][2 * i + c];
+        const Split split = soft_threshold(c ? k.y : k.x, low_rank, kept - low_rank, bound);
+        low_rank = split.key;
+        kept = last ? split.sparse : split.w;  // nothing comes after the last w
+      }
+    }
+  }
+}
+
+// Writes what an iteration leaves of this warp's rows, from `first_row` on.
+template <class E, int D, int Columns>
+MOLEX_DEVICE void write_rows(const Results<E>& results,
+                             int first_row,
+                             Attention<E, D, 1, Columns>& attention,
+                             const float (&w)[D / 8][4],
+                             E* own_rows) {
+  const Problem& p = results.f.problem;
+  const int upper = first_row + lane_row();
+  const bool whole = !p.key_mask && first_row + 16 <= p.length;
+  MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+    const bool real = whole || exists(p, results.head, upper + 8 * i);
+    results.statistics(upper + 8 * i, real, attention.largest[0][i], attention.total[0][i]);
+    if (!whole && !real) attention.clear_row(0, i);
+  }
+  results.template low_rank<D>(first_row, attention.sum[0], own_rows);
+  results.template sparse<D>(first_row, w, own_rows);
+}
+
 template <class E, int D, bool Alone>
 struct OnChipForward {
   Forward f;
@@ -133,19 +177,7 @@ void rpc_forward_on_chip(MOLEX_PARAMS OnChipForward<E, D, Alone> s) {
     const Results<E> results{f, device::opaque(head), t};
     const int first_row = device::opaque(row), upper = first_row + lane_row();
     E* own_rows = own + (first_row - first) * kPitch<D>;
-    const E* own_lane = own_rows + lane_row() * kPitch<D> + lane_column();
-    MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-      const float bound = bound_of(p, head, upper + 8 * i);
-      MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
-        const float2 k = load_pair(own_lane + 8 * i * kPitch<D> + 8 * n);
-        MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
-          float &low_rank = attention.sum[0][n][2 * i + c], &kept = w[n][2 * i + c];
-          const Split split = soft_threshold(c ? k.y : k.x, low_rank, kept - low_rank, bound);
-          low_rank = split.key;
-          kept = results.last() ? split.sparse : split.w;  // nothing comes after the last w
-        }
-      }
-    }
+    split_rows<E, D>(p, head, upper, own_rows, attention.sum[0], w, results.last());
     device::wait_cluster();  // until every block has started, and read the keys of the iteration before
     publish<E, D>(keys, attention.sum, first_row, rank, plan.cluster);
     device::arrive_cluster();
@@ -164,14 +196,7 @@ void rpc_forward_on_chip(MOLEX_PARAMS OnChipForward<E, D, Alone> s) {
     if (!results.last()) device::arrive_cluster();
     attention.finish();
 
-    const bool whole = !p.key_mask && first_row + 16 <= p.length;
-    MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-      const bool real = whole || exists(p, head, upper + 8 * i);
-      results.statistics(upper + 8 * i, real, attention.largest[0][i], attention.total[0][i]);
-      if (!whole && !real) attention.clear_row(0, i);
-    }
-    results.template low_rank<D>(first_row, attention.sum[0], own_rows);
-    results.template sparse<D>(first_row, w, own_rows);
+    write_rows<E, D>(results, first_row, attention, w, own_rows);
   }
 }
 
