@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 SHARED_LIMIT = 227 * 1024  # of an H200
 CLUSTER_LIMIT = 8
+SOURCES = ("machine.cpp", "warp_groups.cpp", "rpc_attention.cpp")
 
 
 @dataclass
@@ -69,6 +70,18 @@ class Library:
             yield
         finally:
             self._c.set_clusters(True)
+
+    @contextmanager
+    def without_warp_groups(self) -> Iterator[None]:
+        """A device that has no products by warp groups."""
+        self._c.set_warp_groups(False)
+        try:
+            yield
+        finally:
+            self._c.set_warp_groups(True)
+
+    def runs_in_warp_groups(self, call: Call, **limits: int) -> bool:
+        return self._c.runs_in_warp_groups(self._problem(call, **limits))
 
     def barriers(self) -> list[tuple[int, int]]:
         """Those that a thread has met since `schedule`, by kind and number."""
@@ -182,7 +195,7 @@ def _pointer(t: Tensor | None) -> int:
 
 def build(path: Path) -> None:
     """Compiles the kernels and the machine that runs them into a `Library`'s file."""
-    sources = [ROOT / "tests/cuda_on_cpu" / name for name in ("machine.cpp", "rpc_attention.cpp")]
+    sources = [ROOT / "tests/cuda_on_cpu" / name for name in SOURCES]
     include = [f"-I{ROOT / folder}" for folder in ("tests/cuda_on_cpu", "csrc")]
     include += [f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
     flags = ["-std=c++20", "-O2", "-march=native", "-fPIC", "-shared", "-U_FORTIFY_SOURCE"]

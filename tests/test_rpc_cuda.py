@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import peaked
@@ -160,6 +161,10 @@ CASES = {
     "N197-d64-empty": (197, 64, BFLOAT, {"sparse": 0.0, "n": 3}),
     "N197-d64-dense": (197, 64, HALF, {"sparse": 0.95}),
     "N197-d128-causal-q": (197, 128, BFLOAT, {"causal": True, "has_q": True}),
+    "N65-d64-q": (65, 64, HALF, {"has_q": True, "heads": (1, 2)}),
+    "N128-d64-causal": (128, 64, BFLOAT, {"causal": True, "mask": True}),
+    "N129-d33-negative": (129, 33, BFLOAT, {"scale": -0.2, "n": 1}),
+    "N256-d64-mask-q": (256, 64, HALF, {"mask": True, "has_q": True}),
     "N600-d16": (600, 16, FLOAT, {"mask": True}),
     "N330-d16-empty": (330, 16, FLOAT, {"sparse": 0.0}),
     "N400-d58-q": (400, 58, FLOAT, {"has_q": True, "causal": True, "n": 1}),
@@ -169,7 +174,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("form", ["on_chip", "iterated"])
+@pytest.mark.parametrize("form", ["warp_groups", "on_chip", "iterated"])
 @pytest.mark.parametrize("name", CASES)
 def test_within_budget(library: Library, name: str, form: str, generator: torch.Generator):
     tokens, width, dtype, options = CASES[name]
@@ -178,9 +183,33 @@ def test_within_budget(library: Library, name: str, form: str, generator: torch.
     def make() -> Call:
         return _make(tokens, width, dtype, generator, **options)
 
-    if library.runs_on_chip(make(), **limits) != (form == "on_chip"):
-        pytest.skip("does not fit on the chip")
-    judge(lambda: _measured(library, make(), generator, **limits))
+    with nullcontext() if form == "warp_groups" else library.without_warp_groups():
+        if form == "warp_groups" and not library.runs_in_warp_groups(make()):
+            pytest.skip("another form has it")
+        if library.runs_on_chip(make(), **limits) != (form != "iterated"):
+            pytest.skip("does not fit on the chip")
+        judge(lambda: _measured(library, make(), generator, **limits))
+
+
+def test_what_runs_in_warp_groups(library: Library, generator: torch.Generator):
+    """16 bits, widths whose padded one is 64, up to 256 keys, without dropout."""
+
+    def runs(tokens: int, width: int, dtype: torch.dtype = BFLOAT, **options) -> bool:
+        return library.runs_in_warp_groups(_make(tokens, width, dtype, generator, **options))
+
+    assert runs(1, 33)
+    assert runs(197, 64, HALF)
+    assert runs(256, 64, causal=True, mask=True, has_q=True)
+    assert not runs(257, 64)
+    assert not runs(64, 32)
+    assert not runs(64, 65)
+    assert not runs(64, 64, FLOAT)
+    assert not runs(64, 64, dropout_p=0.1)
+    with library.without_clusters():
+        assert runs(64, 64)
+        assert not runs(65, 64)
+    with library.without_warp_groups():
+        assert not runs(64, 64)
 
 
 def test_what_fits_on_the_chip(library: Library, generator: torch.Generator):
@@ -318,13 +347,22 @@ def test_masked_tokens_do_not_exist(library: Library, form, generator: torch.Gen
     assert missing.equal(torch.arange(37) >= 20)
 
 
-@pytest.mark.parametrize("dtype", [BFLOAT, FLOAT])
-@pytest.mark.parametrize("part", ["on_chip", "iterated", "backward"])
+@pytest.mark.parametrize(
+    ("part", "dtype"),
+    [
+        *itertools.product(("on_chip", "iterated", "backward"), (BFLOAT, FLOAT)),
+        ("warp_groups", BFLOAT),
+    ],
+)
 def test_order_does_not_matter_and_every_barrier_does(
     library: Library, part: str, dtype: torch.dtype, generator: torch.Generator
 ):
-    """Bit for bit the same in every order of threads; a barrier left out is seen."""
-    call = _make(200, 16, dtype, generator)
+    """Bit for bit the same in every order of threads; a barrier left out is seen.
+
+    So is a fence of shared memory, and a wait for products.
+    """
+    call = _make(*((150, 64) if part == "warp_groups" else (200, 16)), dtype, generator)
+    assert library.runs_in_warp_groups(call) == (part == "warp_groups")
     grad_out, grad_sparse = _upstream(call, generator)
     state = library.forward(call)
 

@@ -47,6 +47,7 @@ int thread();
 int threads();
 int block();
 char* shared();
+uint32_t shared_address(const void* pointer);  // in the block's shared memory
 
 void sync();
 inline void sync_branches() { sync(); }

@@ -2,73 +2,18 @@
 
 #include "machine.h"
 
-#include <setjmp.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <utility>
-#include <vector>
 
-#include "cuda_on_cpu.h"
+#include "fibers.h"
 
 namespace molex::device {
+
+Machine machine;
+
 namespace {
-
-constexpr int kLanes = 32;
-constexpr size_t kStack = 64 * 1024;
-constexpr int kSharedLimit = 228 * 1024;
-
-[[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "cuda_on_cpu: %s\n", what);
-  std::abort();
-}
-
-struct Copy {
-  void* to;
-  const void* from;  // null for zeros
-};
-
-struct Block;
-
-struct Warp {
-  Block* block = nullptr;
-  int index = 0;
-  uint32_t ready = 0;          // lanes that can run
-  uint32_t arrived = 0;        // lanes at a warp-wide instruction
-  const void* kind = nullptr;  // which one
-  void* operands[kLanes];
-};
-
-struct Fiber {
-  Warp* warp = nullptr;
-  int lane = 0;
-  bool done = false;
-  int barriers[kKinds];   // passed so far, for leaving one out
-  bool left_out = false;  // whether this half of a cluster barrier's is
-  int awaited = 0;        // phase of the cluster barrier that it has arrived at
-  std::vector<std::vector<Copy>> groups;
-  std::vector<Copy> open;
-  jmp_buf context;
-  ucontext_t start;
-  std::unique_ptr<char[]> stack;
-};
-
-struct Block {
-  int64_t index = 0;
-  int threads = 0;
-  int waiting = 0, phase = 0;  // of the block's barrier
-  bool started = false;
-  char* shared = nullptr;
-  int shared_bytes = 0;
-  std::vector<Warp> warps;
-  std::vector<Fiber> fibers;
-};
 
 // Memory that ends where a page begins that nobody may touch.
 char* guarded_memory() {
@@ -77,51 +22,6 @@ char* guarded_memory() {
       mmap(nullptr, kSharedLimit + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   if (memory == MAP_FAILED || mprotect(memory + kSharedLimit, page, PROT_NONE)) fail("no memory");
   return memory;
-}
-
-struct Machine {
-  Options options;
-  uint64_t random = 1;
-  std::vector<Block> blocks;
-  std::vector<char*> memories;
-  int cluster_arrived = 0, cluster_phase = 0, cluster_threads = 0;
-  Fiber* current = nullptr;
-  jmp_buf scheduler;
-  void (*kernel)(const void*) = nullptr;
-  const void* params = nullptr;
-  int most_barriers[kKinds] = {};
-  bool clusters = true;
-
-  uint32_t draw(uint32_t below) {
-    random ^= random << 13;
-    random ^= random >> 7;
-    random ^= random << 17;
-    return static_cast<uint32_t>((random >> 32) * below >> 32);
-  }
-};
-
-Machine machine;
-
-Fiber& self() { return *machine.current; }
-
-void yield() {
-  if (!_setjmp(self().context)) _longjmp(machine.scheduler, 1);
-}
-
-// Takes this fiber off its warp's ready lanes until somebody puts it back.
-void block_until_woken() {
-  Fiber& fiber = self();
-  fiber.warp->ready &= ~(1u << fiber.lane);
-  yield();
-}
-
-void wake(Fiber& fiber) { fiber.warp->ready |= 1u << fiber.lane; }
-
-// Whether this barrier is the one that a test leaves out.
-bool leaves_out(Kind kind) {
-  const int number = self().barriers[kind]++;
-  machine.most_barriers[kind] = std::max(machine.most_barriers[kind], number + 1);
-  return kind == machine.options.left_out_kind && number == machine.options.left_out_barrier;
 }
 
 // The last of the 32 lanes computes for all of them.
@@ -169,6 +69,7 @@ void set_up(Block& block, int64_t index, int rank, const Grid& grid) {
   block.shared = machine.memories[rank] + kSharedLimit - block.shared_bytes;
   block.started = false;
   block.warps.assign(grid.threads / kLanes, Warp{});
+  block.groups.assign(grid.threads / kGroupThreads, WarpGroup{});
   block.fibers.resize(grid.threads);
   for (int i = 0; i < grid.threads; ++i) {
     Fiber& fiber = block.fibers[i];
@@ -183,6 +84,7 @@ void set_up(Block& block, int64_t index, int rank, const Grid& grid) {
     std::fill_n(fiber.barriers, int{kKinds}, 0);
     fiber.groups.clear();
     fiber.open.clear();
+    fiber.products = {};
     if (!fiber.stack) fiber.stack = std::make_unique<char[]>(kStack);
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = fiber.stack.get();
@@ -220,6 +122,7 @@ void run_cluster(int64_t first, const Grid& grid) {
     if (!warp.block->started) {
       // NaN in every floating type, whatever another block has written before.
       std::memset(warp.block->shared, 0xff, warp.block->shared_bytes);
+      warp.block->fenced.assign(warp.block->shared_bytes, static_cast<char>(0xff));
       warp.block->started = true;
     }
     while (warp.ready) {
@@ -235,28 +138,6 @@ void run_cluster(int64_t first, const Grid& grid) {
       if (!fiber.done) fail("a barrier that not all threads reach");
     }
   }
-}
-
-float half_of(uint16_t bits) { return to_float(Half{bits}); }
-float bfloat_of(uint16_t bits) { return to_float(BFloat{bits}); }
-
-// c + sum of `count` products as tensor cores are known to form it (Fasi et al. 2021, the A100): exact
-// products, every term cut off one bit behind the last of the largest one's fp32, their sum cut to fp32.
-// Nothing is rounded, so that a long sum in an accumulator drifts towards zero.
-float cut_sum(float c, const double* products, int count) {
-  double top = std::fabs(c), plain = c;
-  for (int i = 0; i < count; ++i) {
-    top = std::fmax(top, std::fabs(products[i]));
-    plain += products[i];
-  }
-  if (top == 0.0 || !std::isfinite(plain)) return static_cast<float>(plain);
-  const uint64_t exponent = std::bit_cast<uint64_t>(top) >> 52;
-  const double per_unit = std::bit_cast<double>((2 * 1023 + 24 - exponent) << 52);
-  int64_t units = static_cast<int64_t>(c * per_unit);
-  for (int i = 0; i < count; ++i) units += static_cast<int64_t>(products[i] * per_unit);
-  const double sum = static_cast<double>(units) / per_unit;
-  constexpr uint64_t kBehindFloat = (uint64_t{1} << 29) - 1;
-  return static_cast<float>(std::bit_cast<double>(std::bit_cast<uint64_t>(sum) & ~kBehindFloat));
 }
 
 // a b of 16 x Depth times Depth x 8, added to the lanes' accumulators `Together` products at a time.
@@ -340,12 +221,17 @@ void set_options(const Options& options) {
 }
 void set_clusters(bool fit) { machine.clusters = fit; }
 bool has_clusters() { return machine.clusters; }
+void set_warp_groups(bool exist) { machine.warp_groups = exist; }
+bool has_warp_groups() { return machine.warp_groups; }
 int most_barriers(int kind) { return machine.most_barriers[kind]; }
 
 int thread() { return self().warp->index * kLanes + self().lane; }
 int threads() { return self().warp->block->threads; }
 int block() { return static_cast<int>(self().warp->block->index); }
 char* shared() { return self().warp->block->shared; }
+uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const char*>(pointer) - shared());
+}
 
 void sync() {
   if (leaves_out(kBlock)) return;

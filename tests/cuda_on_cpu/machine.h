@@ -8,7 +8,7 @@ namespace molex::device {
 
 // Barriers are numbered as a thread meets them, those of a kind for themselves: some warps do not take part
 // in what others synchronise among their lanes.
-enum Kind { kBlock, kWarpLanes, kCopies, kKinds };
+enum Kind { kBlock, kWarpLanes, kCopies, kFences, kProducts, kKinds };
 
 struct Options {
   uint64_t seed = 1;  // of the order in which fibers run
@@ -18,6 +18,8 @@ struct Options {
 
 // Whether clusters of blocks have room, from now on.
 void set_clusters(bool fit);
+// Whether there are products by warp groups, from now on.
+void set_warp_groups(bool exist);
 
 void set_options(const Options& options);
 

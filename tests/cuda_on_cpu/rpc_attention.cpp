@@ -101,10 +101,13 @@ PYBIND11_MODULE(rpc_attention, module) {
   module.def("set_options",
              [](uint64_t seed, int kind, int number) { device::set_options({seed, kind, number}); });
   module.def("set_clusters", &device::set_clusters);
+  module.def("set_warp_groups", &device::set_warp_groups);
   module.def("most_barriers", &device::most_barriers);
 
   module.def("runs_on_chip",
              [](const rpc::Problem& p) { return rpc::forward_form(p) != rpc::Form::kIterated; });
+  module.def("runs_in_warp_groups",
+             [](const rpc::Problem& p) { return rpc::forward_form(p) == rpc::Form::kWarpGroups; });
   module.def("on_chip_block", &on_chip_block);
   module.def("step_shared_bytes", [](const rpc::Problem& problem) {
     return rpc::with_types(problem,

@@ -12,6 +12,7 @@
 #include "cuda/rpc_attention/forward.cuh"
 #include "cuda/rpc_attention/gradient.cuh"
 #include "cuda/rpc_attention/on_chip.cuh"
+#include "cuda/rpc_attention/warp_groups.cuh"
 
 namespace molex::rpc {
 
@@ -38,11 +39,24 @@ auto with_types(const Problem& p, const Function& function) {
   }
 }
 
-// How the forward pass runs: on chip by a cluster of blocks or by one block, or in a launch per iteration.
-enum class Form { kCluster, kAlone, kIterated };
+// How the forward pass runs: on chip by warp groups, by a cluster of blocks or by one block, or in a launch
+// per iteration.
+enum class Form { kWarpGroups, kCluster, kAlone, kIterated };
+
+template <class E, int D, int Keys>
+bool runs_in_warp_groups(const Problem& p) {
+  constexpr auto kKernel = rpc_forward_warp_groups<E, D, Keys>;
+  const WarpGroups<E, D, Keys> plan(p);
+  return plan.fits && device::has_wgmma<kKernel>(plan.kThreads) &&
+         device::clusters_fit<kKernel>(plan.grid(p));
+}
 
 template <class E, int D>
 Form form_of(const Problem& p) {
+  if constexpr (kRunsInWarpGroups<E, D>) {
+    const auto runs = [&]<int Keys>() { return runs_in_warp_groups<E, D, Keys>(p); };
+    if (p.length <= kMostKeys && with_keys(p.length, runs)) return Form::kWarpGroups;
+  }
   const OnChip<E, D> plan(p);
   if (plan.fits && device::clusters_fit<rpc_forward_on_chip<E, D, false>>(plan.grid(p)))
     return Form::kCluster;
@@ -70,6 +84,15 @@ template <class Stream>
 device::Status run_forward(const Forward& f, Form form, Stream stream) {
   const Problem& p = f.problem;
   return with_types(p, [&]<class E, int D>() {
+    if constexpr (kRunsInWarpGroups<E, D>) {
+      if (form == Form::kWarpGroups) {
+        return with_keys(p.length, [&]<int Keys>() {
+          const WarpGroups<E, D, Keys> plan(p);
+          return device::launch<rpc_forward_warp_groups<E, D, Keys>>(
+              plan.grid(p), WarpGroupForward<E, D, Keys>{f, plan}, stream);
+        });
+      }
+    }
     if (form == Form::kCluster) {
       const OnChip<E, D> plan(p);
       return device::launch<rpc_forward_on_chip<E, D, false>>(

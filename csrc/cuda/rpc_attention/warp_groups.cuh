@@ -1,11 +1,11 @@
 // RPC attention forward with all iterations on chip, in 16 bits, by warp groups of sm_90a: whole rows of
 // scores stand in registers, so that a softmax sees all of its row at once.
 //
-// No launcher names this kernel yet, and nothing has run it: it is compiled alone. A block has one warp group
-// and 64 rows, a head a cluster of at most four. Budget, without spills: 128 threads of 168 registers up to
-// 128 keys, of 255 up to 256 keys. Shared memory (R + Keys) 2 D bytes for R rows of K~, (D + 8) 128 bytes for
-// own rows of k, and with q 128 D bytes more. Dropout is left to the other forms: its words would take the
-// registers of the scores.
+// A warp group has 64 rows. Up to 128 keys a block is one group, and a head a cluster of at most two; of more
+// keys two groups share a block's keys and values. Budget: 128 threads of 168 registers up to 128 keys, 256 of
+// 255 up to 256 keys, where a few bytes spill at 256 keys alone. Shared memory (R + Keys) 2 D bytes for R rows
+// of K~, (D + 8) 2 bytes for each own row of k, and with q 2 D bytes more. Dropout is left to the other forms:
+// its words would take the registers of the scores. So are narrower heads, for which those are faster.
 
 #pragma once
 
@@ -77,7 +77,7 @@ struct Cores {
 };
 
 template <class E, int D>
-constexpr bool kRunsInWarpGroups = sizeof(E) == 2 && D <= 64;
+constexpr bool kRunsInWarpGroups = sizeof(E) == 2 && D == 64;
 // The largest numbers of keys of the kernels that there are: of vision models N = 197 is common.
 constexpr int kMostKeys = 256;
 template <class Function>
@@ -91,9 +91,10 @@ auto with_keys(int length, const Function& function) {
 // How a head's iterations run in warp groups.
 template <class E, int D, int Keys>
 struct WarpGroups {
-  static constexpr int kRows = 64, kThreads = 4 * kWarp;
+  static constexpr int kGroups = Keys <= 128 ? 1 : 2;
+  static constexpr int kRows = 64 * kGroups, kThreads = 4 * kWarp * kGroups;
   static constexpr int kPart = Keys == 208 ? 104 : (Keys < 128 ? Keys : 128);  // keys of one instruction
-  static constexpr int kBlocks = Keys <= 128 ? 3 : 2;                          // as in OnChip
+  static constexpr int kBlocks = kGroups == 1 ? 3 : 1;
 
   int cluster, rows, shared_bytes;  // `rows` of keys, whole blocks
   bool fits;
@@ -169,7 +170,9 @@ void rpc_forward_warp_groups(MOLEX_PARAMS WarpGroupForward<E, D, Keys> s) {
     device::fence_products();
     MOLEX_UNROLL for (int key = 0; key < Keys; key += Plan::kPart) {
       MOLEX_UNROLL for (int k = 0; k < D; k += 16) {
-        const device::Matrix a = p.q.data ? In::by_columns(queries, 0, k) : In::by_columns(keys, first, k);
+        const int group = warp() / 4 * 64;
+        const device::Matrix a =
+            p.q.data ? In::by_columns(queries, group, k) : In::by_columns(keys, first + group, k);
         device::multiply_nt<E, Plan::kPart>(z[0] + key / 8, a, In::by_columns(keys, key, k), k > 0);
       }
     }
