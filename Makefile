@@ -140,7 +140,7 @@ rehearse-tree:
 # The extension with CUDA: it compiles, loads and has every operator.
 rehearse-build: export CUDA_HOME := $(or $(CUDA_HOME),/usr/local/cuda)
 rehearse-build: rehearse-tree
-	cd $(REHEARSED) && MOLEX_EXTENSION=1 MOLEX_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 \
+	cd $(REHEARSED) && MOLEX_EXTENSION=1 MOLEX_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0a \
 		$(REHEARSE_PY) setup.py --quiet build_ext --inplace
 	cd $(REHEARSED) && $(REHEARSE_PY) -m molex_kernels.env
 	cd $(REHEARSED) && $(REHEARSE_PY) -c $(CUDA_RUNS)

@@ -13,6 +13,7 @@ from pathlib import Path
 import peaked
 import pytest
 import rpc_precision
+import sass
 import torch
 from conftest import once
 from rpc_cuda import ROOT, Call, Library, build
@@ -390,7 +391,11 @@ def test_order_does_not_matter_and_every_barrier_does(
 
 # By kernel and parameters.
 ROLES = ("kQuery", "kKey", "kBoth", "kInner")
+KEYS = (64, 128, 208, 256)
 KERNELS = {
+    **{
+        f"rpc_forward_warp_groups<E, D, {keys}>": f"WarpGroupForward<E, D, {keys}>" for keys in KEYS
+    },
     "rpc_forward_on_chip<E, D, false>": "OnChipForward<E, D, false>",
     "rpc_forward_on_chip<E, D, true>": "OnChipForward<E, D, true>",
     "rpc_forward_iteration<E, D>": "ForwardLaunch<E>",
@@ -406,11 +411,15 @@ WIDTHS = (16, 32, 64, 128)
 # fp16 has the kernels of bf16, but for the names of two instructions.
 ELEMENTS = ("device::BFloat", "float")
 CHIPS = ("sm_80", "sm_90a")
+# Of 256 threads with 255 registers each; a form that spills none of them was slower on an H200.
+SPILLED = {("rpc_forward_warp_groups of 256 keys", "sm_90a"): 32}
 SM_80_MEMORY = 163 * 1024  # bytes of shared memory that a block may have there
 
 
 def _exists(kernel: str, element: str, width: int) -> bool:
     """Whether the launchers launch it, and it may need more registers than others that they do."""
+    if "warp_groups" in kernel:
+        return element != "float" and width == 64
     if kernel == "rpc_forward_on_chip<E, D, true>":
         return element != "float" and width <= 32
     if "Role" in kernel and "kBoth" not in kernel and width < 64:
@@ -419,6 +428,8 @@ def _exists(kernel: str, element: str, width: int) -> bool:
 
 
 def _most_registers(kernel: str, element: str, width: int) -> int:
+    if kernel in ("rpc_forward_warp_groups of 64 keys", "rpc_forward_warp_groups of 128 keys"):
+        return 168  # three blocks share a multiprocessor
     if kernel == "rpc_forward_on_chip" and element != "float" and width <= 64:
         return 168 if width == 64 else 128
     return {"rpc_forward_prepare": 64, "rpc_backward_rebuild": 80}.get(kernel, 255)
@@ -471,6 +482,8 @@ def _read(report: str) -> tuple:
     mangled = re.search(r"'(\w+)'", report).group(1)
     kernel, arguments = re.search(r"3rpc\d+([a-z_]+)I(.*?)E", mangled).groups()
     element = ELEMENTS[arguments[0] == "f"]
+    if keys := re.search(r"warp_groupsI.*?ELi(\d+)E", mangled):
+        kernel += f" of {keys.group(1)} keys"
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     registers = re.search(r"Used (\d+) registers", report).group(1)
     width = int(re.search(r"Li(\d+)", arguments).group(1))
@@ -481,7 +494,7 @@ def _read(report: str) -> tuple:
 def test_compiles_without_spills(resources: dict[str, list[tuple]], chip: str):
     for kernel, element, width, registers, spills in resources[chip]:
         name = f"{kernel}<{element}, {width}>"
-        assert spills == 0, f"{name}: {spills} bytes spilled"
+        assert spills <= SPILLED.get((kernel, chip), 0), f"{name}: {spills} bytes spilled"
         assert registers <= _most_registers(kernel, element, width), (
             f"{name}: {registers} registers"
         )
@@ -502,6 +515,31 @@ def test_three_blocks_share_a_multiprocessor(
         of_registers = 65536 // (-(-registers // 8) * 8 * threads)
         of_shared = 228 * 1024 // (shared + 1024)
         assert min(of_registers, of_shared) == (2 if has_q else 3), (registers, threads, shared)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_warp_groups_multiply_by_wgmma(chip: str, tmp_path: Path):
+    """Of sm_90a alone: for other chips the kernel is empty, so that no launcher takes it."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc on PATH")
+    source = tmp_path / "groups.cu"
+    lines = [
+        f"template __global__ void rpc_forward_warp_groups<device::Half, 64, {keys}>"
+        f"(MOLEX_PARAMS WarpGroupForward<device::Half, 64, {keys}>);"
+        for keys in KEYS
+    ]
+    head = ['#include "cuda/rpc_attention/warp_groups.cuh"', "using namespace molex;"]
+    source.write_text("\n".join([*head, "namespace molex::rpc {", *lines, "}\n"]))
+    command = ["nvcc", "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-cubin", f"-arch={chip}"]
+    cubin = tmp_path / "groups.cubin"
+    subprocess.run([*command, source, "-o", cubin], check=True)
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    text = subprocess.run([tool, "-c", cubin], check=True, capture_output=True, text=True).stdout
+    code = sass.functions(text)
+    assert len(code) == len(KEYS)
+    for name, lines in code.items():
+        assert ("HGMMA" in lines) == (chip == "sm_90a"), name
 
 
 @pytest.mark.parametrize("width", WIDTHS)

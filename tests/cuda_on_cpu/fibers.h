@@ -59,9 +59,9 @@ struct Warp {
 // Those by a warp group that a thread takes part in.
 struct Products {
   int issued = 0;
-  std::vector<int> committed;                // of those issued, by group of products
+  std::vector<int> committed;                 // of those issued, by group of products
   std::map<float*, std::vector<float>> sums;  // of accumulators that are not there yet
-  bool fenced = false;                       // nothing has touched the registers since
+  bool fenced = false;                        // nothing has touched the registers since
 };
 
 struct Fiber {

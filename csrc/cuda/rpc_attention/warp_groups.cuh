@@ -2,10 +2,10 @@
 // scores stand in registers, so that a softmax sees all of its row at once.
 //
 // A warp group has 64 rows. Up to 128 keys a block is one group, and a head a cluster of at most two; of more
-// keys two groups share a block's keys and values. Budget: 128 threads of 168 registers up to 128 keys, 256 of
-// 255 up to 256 keys, where a few bytes spill at 256 keys alone. Shared memory (R + Keys) 2 D bytes for R rows
-// of K~, (D + 8) 2 bytes for each own row of k, and with q 2 D bytes more. Dropout is left to the other forms:
-// its words would take the registers of the scores. So are narrower heads, for which those are faster.
+// keys two groups share a block's keys and values. Budget: 128 threads of 168 registers up to 128 keys, 256
+// of 255 up to 256 keys, where a few bytes spill at 256 keys alone. Shared memory (R + Keys) 2 D bytes for R
+// rows of K~, (D + 8) 2 bytes for each own row of k, and with q 2 D bytes more. Dropout is left to the other
+// forms: its words would take the registers of the scores. So are narrower heads, for which those are faster.
 
 #pragma once
 
@@ -170,7 +170,7 @@ void rpc_forward_warp_groups(MOLEX_PARAMS WarpGroupForward<E, D, Keys> s) {
     device::fence_products();
     MOLEX_UNROLL for (int key = 0; key < Keys; key += Plan::kPart) {
       MOLEX_UNROLL for (int k = 0; k < D; k += 16) {
-        const int group = warp() / 4 * 64;
+        const int group = Plan::kGroups == 1 ? 0 : warp() / 4 * 64;
         const device::Matrix a =
             p.q.data ? In::by_columns(queries, group, k) : In::by_columns(keys, first + group, k);
         device::multiply_nt<E, Plan::kPart>(z[0] + key / 8, a, In::by_columns(keys, key, k), k > 0);

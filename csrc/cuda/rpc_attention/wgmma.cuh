@@ -43,15 +43,25 @@ MOLEX_DEVICE Matrix moved(Matrix m, int bytes) { return m + static_cast<uint64_t
 
 namespace molex::device {
 
-// Whether what is loaded for the current device is more than the empty kernel.
+// Whether what is loaded for the current device is more than the empty kernel; asked once for each device.
 template <auto Kernel>
 bool has_wgmma(int threads) {
+  static std::atomic<uint64_t> asked = 0,
+                               found = 0;  // a bit for a device; those above 63 are asked every time
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (asked.load() & bit) return found.load() & bit;
   cudaFuncAttributes attributes = {};
-  if (cudaFuncGetAttributes(&attributes, Kernel) != cudaSuccess) {
-    cudaGetLastError();  // or a later launch would seem to have failed
+  const bool has = cudaFuncGetAttributes(&attributes, Kernel) == cudaSuccess;
+  if (!has) cudaGetLastError();  // or a later launch would seem to have failed
+  if (!has || attributes.maxThreadsPerBlock < threads) {
+    asked |= bit;
     return false;
   }
-  return attributes.maxThreadsPerBlock >= threads;
+  found |= bit;
+  asked |= bit;
+  return true;
 }
 
 #if MOLEX_HAS_WGMMA
