@@ -37,7 +37,7 @@ STRIP = ["-Wl,--strip-all"] if sys.platform == "linux" else []
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
 # One library, in the limited API of the oldest Python, serves every later one.
 PYTHON_TAG = "cp310"
-# Products by warp groups come with 9.0a, whose PTX would run on no later chip; clusters of blocks with 9.0.
+# Products by warp groups come with 9.0a, whose PTX runs on no later chip; clusters with 9.0.
 CUDA_ARCHITECTURES = "8.0;9.0a;9.0+PTX"
 
 
