@@ -518,28 +518,18 @@ def test_three_blocks_share_a_multiprocessor(
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_warp_groups_multiply_by_wgmma(chip: str, tmp_path: Path):
+def test_warp_groups_multiply_by_wgmma(
+    resources: dict[str, list[tuple]], chip: str, tmp_path_factory: pytest.TempPathFactory
+):
     """Of sm_90a alone: for other chips the kernel is empty, so that no launcher takes it."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc on PATH")
-    source = tmp_path / "groups.cu"
-    lines = [
-        f"template __global__ void rpc_forward_warp_groups<device::Half, 64, {keys}>"
-        f"(MOLEX_PARAMS WarpGroupForward<device::Half, 64, {keys}>);"
-        for keys in KEYS
-    ]
-    head = ['#include "cuda/rpc_attention/warp_groups.cuh"', "using namespace molex;"]
-    source.write_text("\n".join([*head, "namespace molex::rpc {", *lines, "}\n"]))
-    command = ["nvcc", "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-cubin", f"-arch={chip}"]
-    cubin = tmp_path / "groups.cubin"
-    subprocess.run([*command, source, "-o", cubin], check=True)
     triton = pytest.importorskip("triton")
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    cubin = once(tmp_path_factory, "resources.json", _compile).with_name(f"{chip}.cubin")
     text = subprocess.run([tool, "-c", cubin], check=True, capture_output=True, text=True).stdout
-    code = sass.functions(text)
-    assert len(code) == len(KEYS)
-    for name, lines in code.items():
-        assert ("HGMMA" in lines) == (chip == "sm_90a"), name
+    groups = {n: code for n, code in sass.functions(text).items() if "warp_groups" in n}
+    assert len(groups) == len(KEYS)
+    for name, code in groups.items():
+        assert ("HGMMA" in code) == (chip == "sm_90a"), name
 
 
 @pytest.mark.parametrize("width", WIDTHS)
