@@ -37,14 +37,23 @@ def _gain(ours: dict[str, Any], rows: list[dict[str, Any]], other: str) -> float
     return ours["versus"][other][0]
 
 
-@pytest.mark.parametrize("row", MEASURED, ids=lambda row: row.measured.shape)
+ROWS = pytest.mark.parametrize(
+    "row", MEASURED, ids=[f"{i}-{row.measured.shape}" for i, row in enumerate(MEASURED)]
+)
+
+
+@ROWS
 def test_a_measured_row_names_the_faster(row: Row):
-    """In its file, over all passes and iterations of its shape, and for that shape's d and N."""
+    """In its file, over its passes and iterations of its shape, and for that shape's d and N."""
     rows = json.loads((RESULTS / row.measured.results).read_text())["rows"]
     rows = [r for r in rows if r["op"] == "rpc_attention" and r["status"] == "ok"]
     rows = [r for r in rows if r["shape"].startswith(row.measured.shape + "-")]
     ours = [r for r in rows if r["impl"] == row.impl and NAMES[r["dtype"]] in row.dtypes]
-    assert {r["mode"] for r in ours} == {"forward", "step"}
+    fewest, most = row.iterations
+    ours = [r for r in ours if fewest <= r["sizes"].get("n", 1) <= most]
+    modes = {None: {"forward", "step"}, True: {"step"}, False: {"forward"}}[row.trains]
+    ours = [r for r in ours if r["mode"] in modes]
+    assert {r["mode"] for r in ours} == modes
     for found in ours:
         assert row.least <= found["sizes"]["d"] <= row.most
         assert found["sizes"]["N"] <= row.tokens
@@ -53,7 +62,7 @@ def test_a_measured_row_names_the_faster(row: Row):
     assert sum(gains) > 0, f"{other} is {math.exp(-sum(gains) / len(gains)):.2f} times as fast"
 
 
-@pytest.mark.parametrize("row", MEASURED, ids=lambda row: row.measured.shape)
+@ROWS
 def test_a_measured_row_says_whether_its_kernels_still_run(row: Row):
     commit = Path(row.measured.results).stem.rpartition("-")[2]
 
@@ -77,9 +86,12 @@ def test_the_environment_shows_every_row():
         assert str(row.measured or "predicted") in line
 
 
-def _implementation(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> str:
+def _implementation(
+    *sizes: int, dtype: torch.dtype = torch.bfloat16, num_iters: int = 4, trains: bool = False
+) -> str:
     with FakeTensorMode():
-        return placement.implementation(torch.empty(sizes, device="cuda", dtype=dtype))
+        k = torch.empty(sizes, device="cuda", dtype=dtype)
+        return placement.implementation(k, num_iters, trains)
 
 
 @pytest.fixture
@@ -120,9 +132,29 @@ def test_the_choice_by_chip_and_shape(on_chip, chip: str, sizes, dtype: torch.dt
     assert _implementation(*sizes, dtype=dtype) == impl
 
 
+@pytest.mark.parametrize(
+    ("num_iters", "trains", "impl"), [(1, False, ""), (2, False, "cuda"), (4, True, "")]
+)
+def test_the_choice_by_pass_and_iterations(on_chip, num_iters: int, trains: bool, impl: str):
+    on_chip("sm_90")
+    assert _implementation(256, 3, 197, 64, num_iters=num_iters, trains=trains) == impl
+    assert _implementation(256, 3, 197, 16, num_iters=num_iters, trains=trains) == "cuda"
+
+
+def test_both_passes_of_a_call_choose_alike(monkeypatch: pytest.MonkeyPatch):
+    """A forward pass that keeps its state is asked for as its backward pass is."""
+    asked: list[tuple[int, bool]] = []
+    monkeypatch.setattr(placement, "implementation", lambda k, *how: asked.append(how) or "")
+    k = torch.randn(1, 1, 5, 4, device=DEVICE, requires_grad=True)
+    mk.rpc_attention(k, k, num_iters=3, threshold=1.0).sum().backward()
+    with torch.no_grad():
+        mk.rpc_attention(k, k, num_iters=3, threshold=1.0)
+    assert asked == [(3, True), (3, True), (3, False)]
+
+
 def test_what_cannot_run_is_not_chosen(on_chip, monkeypatch: pytest.MonkeyPatch):
     sizes = (96, 8, 256, 16)
-    assert placement.implementation(torch.empty(sizes)) == ""
+    assert placement.implementation(torch.empty(sizes), 4, False) == ""
     on_chip("sm_90")
     assert _implementation(*sizes) == "cuda"
     monkeypatch.setattr(_backends, "block_memory", lambda device: 1024)
@@ -153,7 +185,7 @@ def test_both_passes_ask_and_a_name_goes_before(
                 return operator._runner("triton", DEVICE.type)(*arguments)
 
             monkeypatch.setitem(operator.runners, ("chosen", DEVICE.type), run)
-    monkeypatch.setattr(placement, "implementation", lambda k: "chosen")
+    monkeypatch.setattr(placement, "implementation", lambda *call: "chosen")
     monkeypatch.setattr(_backends, "DEFAULT", default)
     k = torch.randn(1, 1, 5, 4, device=DEVICE, requires_grad=True)
     mk.rpc_attention(k, k, num_iters=1, threshold=1.0, impl=named).sum().backward()

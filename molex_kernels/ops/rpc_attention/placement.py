@@ -40,7 +40,8 @@ class Measured:
 class Row:
     """What takes the calls of these dtypes, of d from `least` to `most` and N up to `tokens`.
 
-    Without `measured` it is predicted.
+    Without `measured` it is predicted. `trains`: for both passes of calls with a gradient, or for
+    those without one; None: for all. `iterations`: the fewest and the most.
     """
 
     impl: str
@@ -50,21 +51,30 @@ class Row:
     tokens: int
     chips: tuple[str, ...]
     measured: Measured | None = None
+    trains: bool | None = None
+    iterations: tuple[int, int] = (1, MANY)
 
-    def holds(self, chip: str, dtype: torch.dtype, width: int, tokens: int) -> bool:
+    def holds(
+        self, chip: str, dtype: torch.dtype, width: int, tokens: int, num_iters: int, trains: bool
+    ) -> bool:
         """Whether the row is for this call."""
         fits = self.least <= width <= self.most and tokens <= self.tokens
-        return fits and dtype in self.dtypes and chip in self.chips
+        fewest, most = self.iterations
+        same = self.trains in (None, trains) and fewest <= num_iters <= most
+        return same and fits and dtype in self.dtypes and chip in self.chips
 
 
 _H200 = "nvidia-h200/ops-2026-11-{}.json"
-_FIRST, _ALL, _GOALS = map(_H200.format, ("26-80ebb09cdf", "27-b87e75a693", "27-c9d70deb20"))
+_FIRST, _ALL, _LATEST = map(_H200.format, ("26-80ebb09cdf", "27-b87e75a693", "27-79440cd14e"))
+_GROUPS = (HALVES, 33, 64, 256, ("sm_90",), Measured(_LATEST, "B256-H3-N197-d64"))
 
 # The first row that holds decides, so that no prediction overrides a measurement. A measured row is
 # for the padded width that was measured, for which both kernels are compiled, and heads as long as
 # stay on chip.
 TABLE = (
-    Row("cuda", HALVES, 33, 64, 256, ("sm_90",), Measured(_GOALS, "B256-H3-N197-d64", True)),
+    Row("triton", *_GROUPS, trains=True),
+    Row("triton", *_GROUPS, trains=False, iterations=(1, 1)),
+    Row("cuda", *_GROUPS, trains=False, iterations=(2, MANY)),
     Row("cuda", HALVES, 1, 16, 256, ("sm_90",), Measured(_FIRST, "B96-H8-N256-d16", True)),
     Row("cuda", SINGLE, 33, 64, 256, ("sm_90",), Measured(_ALL, "B256-H3-N197-d64", True)),
     # All iterations on chip, with the warps of two blocks on a multiprocessor.
@@ -74,17 +84,24 @@ TABLE = (
 
 
 @kept
-def row_of(chip: str, dtype: torch.dtype, width: int, tokens: int) -> Row:
+def row_of(
+    chip: str, dtype: torch.dtype, width: int, tokens: int, num_iters: int, trains: bool
+) -> Row:
     """The row of the table that decides."""
-    return next(row for row in TABLE if row.holds(chip, dtype, width, tokens))
+    call = (chip, dtype, width, tokens, num_iters, trains)
+    return next(row for row in TABLE if row.holds(*call))
 
 
-def implementation(k: Tensor) -> str:
-    """ "cuda" where the table says so and it runs, or "" for what the device has first."""
+def implementation(k: Tensor, num_iters: int, trains: bool) -> str:
+    """ "cuda" where the table says so and it runs, or "" for what the device has first.
+
+    trains: whether the call keeps what its backward pass needs, or is that pass.
+    """
     if k.device.type != "cuda":
         return ""
     tokens, width = k.shape[2:]
-    impl = row_of(chips.of(k.device).name, k.dtype, width, tokens).impl
+    chip = chips.of(k.device).name
+    impl = row_of(chip, k.dtype, width, tokens, num_iters, trains).impl
     runs = impl == "cuda" and _backends.CUDA.why_not() is None and too_small(k) is None
     return impl if runs else ""
 
@@ -120,4 +137,9 @@ def _line(row: Row) -> str:
         return f"{row.impl:<7} everything else, predicted"
     where = "any NVIDIA" if row.chips == NVIDIA else " ".join(row.chips)
     shape = f"d {row.least}-{row.most}, N up to {row.tokens}"
+    fewest, most = row.iterations
+    if (fewest, most) != (1, MANY):
+        shape += f", n {fewest}" if fewest == most else f", n from {fewest} on"
+    if row.trains is not None:
+        shape += ", with a gradient" if row.trains else ", without a gradient"
     return f"{row.impl:<7} {dtypes}, {shape}, {where}: {row.measured or 'predicted'}"
