@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
-from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.utils import parametrize
 
 import molex_kernels as mk
@@ -320,6 +324,39 @@ def _with_fsdp(mesh: DeviceMesh) -> None:
         _same(grad * mesh["dp"].size(), named[name].grad, name)
 
 
+class Block(nn.Module):
+    """Two layers, as attention has, that are split by columns and by rows; and a mixture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, 2 * D), nn.Linear(2 * D, D)
+        self.mixture = Layer(_moe_mlp())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mixture(x + self.down(self.up(x).relu()))
+
+
+def _with_tensor_parallel(mesh: DeviceMesh) -> None:
+    """Experts over one dimension, the layers before them over the other, which has its tokens."""
+    torch.manual_seed(4)
+    whole = Block()
+    x, probe = torch.randn(T, D), torch.randn(T, D)
+    model = copy.deepcopy(whole)
+    parallelize_module(model, mesh["dp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    parallelize_module(model, mesh["ep"], {"mixture.experts": ExpertParallel()})
+    want = _run(whole, x, probe)
+    got = _run(model, *(_split(mesh["ep"], [5, 7], t) for t in (x, probe)))
+    for name, a, b in zip(("y", "dx"), got, want, strict=True):
+        _same(a, _split(mesh["ep"], [5, 7], b), name)
+    named = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
+        if "experts." not in name or "shared" in name:
+            dist.all_reduce(grad, group=mesh["ep"].get_group())
+        _same(grad, named[name].grad, name)
+
+
 def _over_four(style: dict[str, Any], sizes: Sequence[int]) -> None:
     flat = init_device_mesh("cpu", (4,), mesh_dim_names=("all",))
     _check(flat, lambda: Layer(_moe_mlp()), sizes, style)
@@ -329,6 +366,7 @@ CHECKS_OF_FOUR: dict[str, Callable[[DeviceMesh], None]] = {
     "four ranks, all_to_all": lambda _: _over_four({}, [0, 7, 1, 4]),
     "four ranks, all_gather": lambda _: _over_four(ALL_GATHER, [3, 0, 5, 4]),
     "four ranks, with FSDP": _with_fsdp,
+    "four ranks, with tensor parallel layers": _with_tensor_parallel,
 }
 
 

@@ -8,6 +8,7 @@ import pickle
 import mixtures
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from molex_kernels.integrations.transformers import (
     install_ac_router,
@@ -212,6 +213,22 @@ def test_compiled_copied_pickled_saved_beside_the_others(generator):
     uninstall(plain)
     model.set_experts_implementation("batched_mm")  # eager experts wait for the device
     torch.testing.assert_close(compiled(tokens).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_factors_come_back_from_a_folder(generator, tmp_path):
+    model = mixtures.mixture("mixtral", generator)
+    tokens = mixtures.words(generator, B, N)
+    install_merged_experts(model, segment=SEGMENT)
+    _stir(model, generator)
+    expected = model(tokens).logits
+    model.save_pretrained(tmp_path)
+    factors = {n: t for n, t in model.state_dict().items() if "molex_curvature" in n}
+    save_file(factors, tmp_path / "curvature.safetensors")
+    loaded = type(model).from_pretrained(tmp_path)
+    install_merged_experts(loaded, segment=SEGMENT)
+    assert not torch.equal(loaded(tokens).logits, expected)  # the class knows of no factors
+    loaded.load_state_dict(load_file(tmp_path / "curvature.safetensors"), strict=False)
+    torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_adapters_of_peft_and_text(generator):

@@ -204,10 +204,11 @@ def install_merged_experts(
     theirs.
 
     What is new are the factors of the curvature, in `molex_curvature` of the experts and so in the
-    model's parameters and state dict: a model of `from_pretrained` gets them by this call with the
-    same options and then `load_state_dict`. All else stays as it is, adapters of PEFT on the expert
-    weights included; PEFT freezes what it finds, so that factors train where it comes before, or
-    as `modules_to_save=["molex_curvature"]`.
+    model's parameters and state dict. `from_pretrained` drops them, whose class knows of none: keep
+    those of `model.state_dict()` with this name beside what `save_pretrained` writes, and give them
+    to `load_state_dict(..., strict=False)` after this call with the same options. All else stays as
+    it is, adapters of PEFT on the expert weights included; PEFT freezes what it finds, so that
+    factors train where it comes before, or as `modules_to_save=["molex_curvature"]`.
 
     Training, `gradient_checkpointing_enable()` of both kinds, `torch.compile`, deepcopy and
     pickling work as without it; `ExpertParallel` refuses such experts. Installed again, it replaces
