@@ -50,8 +50,6 @@ BEYOND = {
     ("moe_mlp", "triton", "float32", "gradient of b_down"): 1.36,
     ("moe_mlp_momentum", "triton", "float32", "gradient of b_up"): 1.44,
     ("layer_linear", "triton", "float32", "gradient of biases"): 1.76,
-    ("scaled_attention", "sdpa", "float16", "gradient of v"): 1.19,
-    ("scaled_attention", "sdpa", "bfloat16", "gradient of v"): 1.19,
     ("scaled_attention", "sdpa", "float32", "out"): 1.11,
     ("scaled_attention", "sdpa", "float32", "gradient of q"): 1.20,
     ("scaled_attention", "sdpa", "float32", "gradient of k"): 1.16,

@@ -17,6 +17,8 @@ from molex_kernels.ops.layer_mixing import types
 Tensors = tuple[Tensor, ...]
 
 
+# Autocast, which is still on inside of an operator, would round fp32 operands to 16 bits again.
+@torch.autocast("cpu", enabled=False)
 def layer_linear_forward(given: Any) -> Tensor:
     layers = _layers(given.index, given.weights)
     x = given.x.to(cpu_product_dtype(given.x.dtype))
@@ -33,6 +35,7 @@ def layer_linear_forward(given: Any) -> Tensor:
     return out.to(given.x.dtype)
 
 
+@torch.autocast("cpu", enabled=False)
 def layer_linear_backward(given: Any) -> Tensors:
     """Gradients of x, weights, biases, a and b, stacked; those not needed are empty."""
     needs_x, needs_weight, needs_bias, needs_a, needs_b = given.needs

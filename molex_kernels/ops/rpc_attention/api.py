@@ -197,12 +197,13 @@ def scaled_attention(
     dtype = v.dtype
     products = cpu_product_dtype(dtype) if v.is_cpu else dtype
     q, k, v, s = _scaled(*(t.to(products) for t in (q, k, v, s)))
-    if s.dim() == 3:
-        # matmul would write s once for each of the batch.
-        part = torch.einsum("hij,bhjd->bhid", s, v)
-    else:
-        part = s * F.scaled_dot_product_attention(k, k, v, scale=scale)
-    return F.scaled_dot_product_attention(q, k, v - part, scale=scale).to(dtype)
+    with _dtypes.without_autocast(v):
+        if s.dim() == 3:
+            # matmul would write s once for each of the batch.
+            part = torch.einsum("hij,bhjd->bhid", s, v)
+        else:
+            part = s * F.scaled_dot_product_attention(k, k, v, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v - part, scale=scale).to(dtype)
 
 
 def _check_heads(name: str, x: Any) -> None:
