@@ -303,3 +303,16 @@ def test_a_run_is_completed_by_an_earlier_one_of_its_day():
     assert [(r["shape"], r["status"]) for r in found["rows"]] == [("a", "ok"), ("b", "ok")]
     assert found["environment"]["commit"] == "old and new"
     assert results.completed(latest, run("2026-01-01 08:00", "old", "ok", "ok")) is latest
+
+
+def test_graphs_have_a_table_of_their_own():
+    """The fastest of ours there is not that of plain calls; a row without a graph is left out."""
+    ours = (runs.row("triton", 4.0, graph_s=1.0), runs.row("cuda", 2.0, graph_s=2.0))
+    others = (runs.row("published", 8.0, graph_s=6.0), runs.row("library", 2.0))
+    found = runs.run(*ours, *others)
+    assert results.graph_gains(found["rows"]) == {"published": 6.0}
+    table = "\n".join(markdown.brief(found, graphs=True))
+    assert "6.00x / 6.00x" in table
+    assert "| `momentum_update` | -" not in "\n".join(
+        markdown.brief(runs.run(*others), graphs=True)
+    )
