@@ -161,6 +161,21 @@ def test_no_kernel_leaves_the_order_of_elements_to_the_compiler():
     assert not found
 
 
+def test_no_kernel_sums_a_product_that_a_thread_could_fuse():
+    """See `tiles.rounded_product`. A product with a sign is exact either way."""
+    found = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}"
+        for path in [*PACKAGE.glob("_triton/*.py"), *PACKAGE.glob("ops/*/kernels/*.py")]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "tl.sum"
+        and isinstance(node.args[0], ast.BinOp)
+        and isinstance(node.args[0].op, ast.Mult)
+        and "sign(" not in ast.unparse(node.args[0])
+    ]
+    assert not found
+
+
 def _code(path: Path) -> str:
     """The file's names and attributes, without docstrings and comments."""
     return ast.unparse(

@@ -86,6 +86,17 @@ def rounded_product(left, right):
 
 
 @triton.jit
+def add_compensated(total, lost, term):
+    """total + term by Kahan's compensated sum, and what its rounding lost.
+
+    The error of a long chain of such sums stays about that of one.
+    """
+    term -= lost
+    result = total + term
+    return result, (result - total) - term
+
+
+@triton.jit
 def add_product(total, left, right, PRECISION: tl.constexpr):
     """total + left right, in fp32.
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import Mat, at, int64, load_fp32, nth, store
-from molex_kernels._triton.tiles import segment_of_tile
+from molex_kernels._triton.tiles import rounded_product, segment_of_tile
 from molex_kernels.ops.dispatch.kernels.activation import (
     activate_with_slope,
     through_gate,
@@ -132,5 +132,5 @@ def _back(
             acted *= up_half(up, numbers, ACTIVATION)
         if weighted is not None:
             store(at(weighted, rows[:, None], offs_n[None, :]), scale * acted, mask)
-        sums = tl.sum(inner * acted, axis=1)
+        sums = tl.sum(rounded_product(inner, acted), axis=1)
     return sums

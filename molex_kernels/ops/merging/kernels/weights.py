@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import along, at, int64, nth, store
-from molex_kernels._triton.tiles import add_product, rounded_product
+from molex_kernels._triton.tiles import add_compensated, add_product, rounded_product
 from molex_kernels.ops.merging.kernels.merge import stack_places
 
 
@@ -43,6 +43,9 @@ def _merging_bwd_weights(
     """dW_s = dy_s^T x_s, then dbase = sum_s dW_s, ddeltas_e = sum_s gates_se dW_s and
     partial_se = <dW_s, deltas_e> over this tile, segment after segment.
 
+    Where the deltas are differences of base, most of dbase cancels against ddeltas: in fp32 its
+    sum over segments is compensated.
+
     One program holds one small tile of BLOCK_E experts: dW costs one product, where a product per
     expert over scaled rows would cost E of them.
     """
@@ -63,6 +66,7 @@ def _merging_bwd_weights(
         delta = tl.load(stack_places(deltas, offs_e, offs_n, offs_d), mask=mask_end, other=0.0)
     if dbase is not None:
         base_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        base_lost = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     if ddeltas is not None:
         delta_sums = tl.zeros((BLOCK_E, BLOCK_N, BLOCK_D), tl.float32)
 
@@ -84,7 +88,10 @@ def _merging_bwd_weights(
         dweight = add_product(dweight, dy_tile, x_tile, PRECISION)
         if step % steps == steps - 1:
             if dbase is not None:
-                base_sum += dweight
+                if x_tile.dtype == tl.float32:
+                    base_sum, base_lost = add_compensated(base_sum, base_lost, dweight)
+                else:
+                    base_sum += dweight
             if ddeltas is not None:
                 gate = tl.load(at(gates, segment, offs_e), mask=mask_e, other=0.0)
                 delta_sums += gate[:, None, None] * dweight[None, :, :]
@@ -131,13 +138,14 @@ def _merging_bwd_segments(
         delta = tl.load(stack_places(deltas, offs_e, offs_n, offs_d), mask=mask_end, other=0.0)
     if dbase is not None:
         base_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        base_lost = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     if ddeltas is not None:
         delta_sums = tl.zeros((BLOCK_E, BLOCK_N, BLOCK_D), tl.float32)
     ptrs = at(dweights, offs_n[:, None], offs_d[None, :])
     for segment in tl.range(0, num_segments, num_stages=4):
         dweight = tl.load(ptrs + int64(segment) * dweights.outer, mask=mask, other=0.0)
         if dbase is not None:
-            base_sum += dweight
+            base_sum, base_lost = add_compensated(base_sum, base_lost, dweight)
         if ddeltas is not None:
             gate = tl.load(at(gates, segment, offs_e), mask=mask_e, other=0.0)
             delta_sums += gate[:, None, None] * dweight[None, :, :]

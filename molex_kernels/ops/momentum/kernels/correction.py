@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import at, int64, load_fp32, store
+from molex_kernels._triton.tiles import rounded_product
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def _momentum_fwd_squares(
     mask = mask_t[:, None] & (offs_d < num_features)[None, :]
     c = corrected(f, f_prev, offs_t[:, None], offs_d[None, :], mask, weight)
     ptrs = parts_ptr + int64(pid % tiles_d) * num_tokens + offs_t
-    tl.store(ptrs, tl.sum(c * c, axis=1), mask=mask_t)
+    tl.store(ptrs, tl.sum(rounded_product(c, c), axis=1), mask=mask_t)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import at, int64, load_fp32, places
-from molex_kernels._triton.tiles import segment_of_tile
+from molex_kernels._triton.tiles import rounded_product, segment_of_tile
 from molex_kernels.ops.routing.kernels.products import dot_parts
 
 
@@ -195,7 +195,7 @@ def _pairwise_fwd_tile(
         coefficient = (2 * rank - count + 1).to(tl.float32)
         tl.store(
             partial_ptr + tile * D + offs_d,
-            tl.sum(coefficient[:, None] * centred, axis=0),
+            tl.sum(rounded_product(centred, coefficient[:, None]), axis=0),
             mask=mask_d,
         )
 
