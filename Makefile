@@ -27,8 +27,10 @@ PARALLEL = $(shell $(PY) -c "import xdist; print('-n $(JOBS)')" 2>/dev/null)
 	sanitize rehearse rehearse-tree rehearse-build rehearse-kernels rehearse-tests \
 	build ready wheel wheel-cuda wheels sdist env docs lint style types format dev clean
 
+# BENCH has further options: `--dtype bf16` measures every op in 16 bits.
+BENCH ?=
 bench: $(READY)
-	$(PY) -m benchmarks --preset quick
+	$(PY) -m benchmarks --preset quick $(BENCH)
 
 # Small models on real text and images, and a fine-tune; what is not done after TRAIN_SECONDS is cut off.
 TRAIN_SECONDS ?= 600

@@ -18,8 +18,10 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from benchmarks import (
+    ceilings,
     compare,
     environment,
     folders,
@@ -53,7 +55,9 @@ def main() -> int:
     if preset.needs_cuda and device.type != "cuda":
         console.print(f"--preset {preset.name} needs a CUDA device; none is used here")
         return 2
-    dtypes = tuple(presets.NAMED[name] for name in options.dtype) or presets.dtypes(device)
+    dtypes = tuple(
+        dict.fromkeys(presets.SPELLED[name] for name in options.dtype)
+    ) or presets.dtypes(device)
     ops = load_ops()
     groups = [
         g
@@ -91,13 +95,14 @@ def main() -> int:
         file.unlink(missing_ok=True)
         with limit.installed():
             record = Record(file, preset.name, device, dtypes)
+            _ceilings(record, console)
             if not measure(groups, Meter(preset, limit=limit), record, console):
                 failed.append("an op")
         found = results.read(file)
     if limit.killed:
         failed.append("what was still to come: the run was told to end")
     elif limit.reason:
-        terminal.line(f"[yellow]{limit.reason}[/yellow]", console)
+        terminal.line(f"[{terminal.ORANGE}]{limit.reason}[/]", console)
     if not results.measured(found):
         failed.append("nothing was measured")
     report.show(found, console)
@@ -114,8 +119,16 @@ def main() -> int:
     if before and not compare.against(found, before, console):
         failed.append("comparison")
     for part in failed:
-        terminal.paragraph(f"[bold red]failed: {part}[/bold red]", console)
+        terminal.paragraph(f"[bold {terminal.RED}]failed: {part}[/]", console)
     return 1 if failed else 0
+
+
+def _ceilings(record: Record, console: Console) -> None:
+    """What the machine reached by itself, and which products the extension takes."""
+    facts = record.head["environment"]
+    terminal.paragraph(ceilings.sentence(record.head["ceilings"], facts), console)
+    if path := facts.get("products"):
+        terminal.paragraph(f"products of the extension: {escape(path)}", console)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,9 +147,11 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         nargs="+",
         default=[],
-        choices=sorted(presets.NAMED),
-        help="of all shapes, and further ones of the first shapes; default: fp32 bf16 on a CPU, "
-        "bf16 fp32 on a GPU",
+        choices=list(presets.SPELLED),
+        metavar="DTYPE",
+        help="of all shapes, and further ones of the first shapes: bf16, fp16 or fp32, or as "
+        "PyTorch spells them; default: fp32 bf16 on a CPU, bf16 fp32 on a GPU. On a CPU a first of "
+        "16 bits adds an expert layer at 1, 16, 512 and 4096 tokens",
     )
     parser.add_argument(
         "--limit",
@@ -202,9 +217,9 @@ def _show(group: Group, outcomes: Outcomes, place: str, console: Console) -> Non
             if outcome.status == OK and outcome.samples:
                 shown.append(f"{label} {seconds(statistics.median(outcome.samples.values()))}")
             elif outcome.status in (WRONG, FAILED):
-                shown.append(f"[red]{label}: {outcome.status}[/red]")
+                shown.append(f"[{terminal.RED}]{label}: {outcome.status}[/]")
         if shown:
-            line = f"{place} {group.name} [cyan]{mode}[/cyan]: {', '.join(shown)}"
+            line = f"{place} {group.name} [{terminal.CYAN}]{mode}[/]: {', '.join(shown)}"
             terminal.line(line, console)
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+
+from benchmarks import products
+from benchmarks.formats import rate
+from benchmarks.presets import dtype_name
 
 ROUNDS = 12
 LONGEST = 0.5  # seconds for them
@@ -15,15 +20,38 @@ LONGEST = 0.5  # seconds for them
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Bytes per second of a copy (read and written both count), FLOP per second of a matmul."""
+    """Bytes per second of a copy (read and written both count), FLOP per second of a matmul.
+
+    `matmuls` has the rate of each dtype that was tried, by name; `matmul` is the best of them.
+    """
 
     copy: float
     matmul: float
+    matmuls: Mapping[str, float] = field(default_factory=dict)
 
     def bound(self, num_bytes: int, flops: int) -> tuple[float, str]:
         """The shortest possible time in seconds, and which ceiling sets it."""
         memory, compute = num_bytes / self.copy, flops / self.matmul
         return (memory, "copy") if memory >= compute else (compute, "matmul")
+
+
+def sentence(found: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
+    """A run's ceilings in words: the copy, and the products of each dtype with what makes them."""
+    copied = max(ceiling["copy"] for ceiling in found.values())
+    rates: dict[str, float] = {}
+    for ceiling in found.values():
+        rates |= ceiling.get("matmuls", {})
+    shown = []
+    for name, value in sorted(rates.items(), key=lambda item: item[0] != "fp32"):
+        by = facts.get(f"{name}_instructions")
+        by = "no instructions" if by == products.NONE else by
+        shown.append(f"{name} {rate(value * 1e-9)} GFLOP/s" + (f" ({by})" if by else ""))
+    text = f"ceilings: copy {rate(copied * 1e-9)} GB/s"
+    text += f"; products {', '.join(shown)}" if shown else ""
+    slow = [name for name, value in rates.items() if value < rates.get("fp32", 0.0)]
+    if slow:
+        text += f"; {' and '.join(slow)} held against fp32"
+    return text
 
 
 @functools.cache
@@ -32,8 +60,9 @@ def measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
     A CPU without products in the dtype can still make them in fp32.
     """
-    dtypes = {dtype, torch.float32} if device.type == "cpu" else {dtype}
-    return Ceilings(_copy_rate(device), max(_matmul_rate(device, d) for d in dtypes))
+    dtypes = dict.fromkeys((dtype, torch.float32) if device.type == "cpu" else (dtype,))
+    rates = {dtype_name(tried): _matmul_rate(device, tried) for tried in dtypes}
+    return Ceilings(_copy_rate(device), max(rates.values()), rates)
 
 
 @functools.cache

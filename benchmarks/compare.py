@@ -103,14 +103,15 @@ def show(found: list[Change], console: Console) -> None:
         Column("change"),
         Column("noise", leave=1),
     ]
-    colours = {SLOWER: "bold red", BROKEN: "bold red", FASTER: "green"}
+    colours = dict.fromkeys((SLOWER, BROKEN), f"bold {terminal.RED}")
+    colours[FASTER] = terminal.GREEN
     lines = []
     for change in found:
         if change.status in (SAME, NEW):
             continue
-        colour = colours.get(change.status, "yellow")
+        colour = colours.get(change.status, terminal.ORANGE)
         factor = "-" if change.factor is None else f"{100 * (change.factor - 1):+.0f}%"
-        status = f"[{colour}]{change.status}[/{colour}]"
+        status = f"[{colour}]{change.status}[/]"
         noise = f"±{100 * change.noise:.0f}%" if change.factor else "-"
         lines.append([change.shape, change.op, change.mode, status, factor, noise])
     if lines:

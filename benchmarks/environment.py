@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from benchmarks import products
+from molex_kernels import env
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -33,6 +36,14 @@ def describe(device: torch.device) -> dict[str, Any]:
         "triton": _version("triton"),
         "system": f"{platform.system()} {platform.machine()}",
     }
+    if device.type == "cpu":
+        facts |= {
+            "fp32_instructions": products.instructions(torch.float32),
+            "bf16_instructions": products.instructions(torch.bfloat16),
+            "fp16_instructions": products.instructions(torch.float16),
+        }
+        if path := products.path(env.facts()):
+            facts["products"] = path
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         facts |= {

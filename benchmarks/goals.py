@@ -11,14 +11,14 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from benchmarks import results
+from benchmarks import results, terminal
 from benchmarks.results import Results
 from benchmarks.rows import MODES, Group
 from benchmarks.spread import Ratio
 
 MET, MISSED, UNDECIDED = "met", "missed", "undecided"
 FASTER, SLOWER = "faster", "slower"
-COLOURS = {MET: "green", MISSED: "red", UNDECIDED: "yellow"}
+COLOURS = {MET: terminal.GREEN, MISSED: terminal.RED, UNDECIDED: terminal.ORANGE}
 
 
 class Goal(NamedTuple):

@@ -78,7 +78,9 @@ def _environment(found: Results) -> Iterator[str]:
     yield f"| preset | {found['preset']} |"
     for dtype, ceiling in found["ceilings"].items():
         yield f"| copy ceiling, beside {dtype} | {rate(ceiling['copy'] * 1e-9)} GB/s |"
-        yield f"| matmul ceiling, {dtype} | {rate(ceiling['matmul'] * 1e-9)} GFLOP/s |"
+        own = ceiling.get("matmuls", {}).get(dtype, ceiling["matmul"])
+        by = f", of fp32; in {dtype} {rate(own * 1e-9)}" if own < ceiling["matmul"] else ""
+        yield f"| matmul ceiling, {dtype} | {rate(ceiling['matmul'] * 1e-9)} GFLOP/s{by} |"
     yield ""
     yield (
         "Read the ratios: all rows of one shape were measured in turn, round after round, in one "

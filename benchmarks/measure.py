@@ -34,6 +34,7 @@ from benchmarks.rows import OURS, PROXY, Group, Row, rows
 from molex_kernels.testing.opinfo import Case, Inputs
 
 GRAPH_BELOW = 5e-3  # seconds; in longer calls the launches do not show
+IMPORTS = 5  # times as long as a call may take: after that no import is the reason
 LATE = "the preset's time is spent"
 COMPILED = ("compiled", "compiled_library")
 TUNED = (*COMPILED, "liger")  # what compiles or tunes itself for every shape
@@ -69,13 +70,12 @@ class Meter:
         if group.sweep and not self.sweeping:
             self.sweeping = time.monotonic()
         members = rows(group)
-        reason = self._too_much(group)
-        status = SKIPPED if reason else OK
-        outcomes = {(r.label, r.mode): Outcome(status, reason, facts=_facts(r)) for r in members}
-        if reason:
-            return outcomes
+        outcomes = {(r.label, r.mode): Outcome(facts=_facts(r)) for r in members}
         for mode in group.modes:
             of_mode = [row for row in members if row.mode == mode]
+            if reason := self._too_much(group, mode):
+                _skip(of_mode, outcomes, reason)
+                continue
             try:
                 with self.limit.running():
                     self._mode_within_time(group, of_mode, outcomes)
@@ -176,7 +176,7 @@ class Meter:
         dense = row.label in ("reference", "compiled")
         if dense and reference_time and reference_time.call > self._longest(row):
             outcome.status = SKIPPED
-            outcome.reason = f"would take about {reference_time.call:.2g} s a call"
+            outcome.reason = _long(reference_time.call)
             return
         compiled = row.label in COMPILED
         if row.label in TUNED and self.tuning[row.label] > self.preset.compile_seconds:
@@ -191,6 +191,7 @@ class Meter:
             # Dynamo guards on the setting that poisons: a compiled row would be compiled twice.
             with contextlib.nullcontext() if compiled else check.poisoned_memory():
                 found = work.tensors()
+                took = self._seconds(row, work, time.monotonic() - start)
                 wrong = checked.expected.compare(found, slack)
         except NotImplementedError as error:
             outcome.status, outcome.reason = SKIPPED, _first_line(error)
@@ -203,10 +204,22 @@ class Meter:
         else:
             if wrong:
                 outcome.status, outcome.reason = WRONG, wrong
+            elif took > self.preset.call_seconds:
+                outcome.status, outcome.reason = SKIPPED, _long(took)
             else:
                 outcome.facts["error"] = checked.expected.accuracy(found)
         if row.label in TUNED:
             self.tuning[row.label] += time.monotonic() - start
+
+    def _seconds(self, row: Row, work: check.Workload, first: float) -> float:
+        """Of a call of a baseline on a CPU, whose first call may import a library; else 0."""
+        if row.kind == OURS or row.label in TUNED or row.group.device.type != "cpu":
+            return 0.0
+        if not self.preset.call_seconds < first < IMPORTS * self.preset.call_seconds:
+            return first
+        start = time.monotonic()
+        work.call()
+        return time.monotonic() - start
 
     def _longest(self, row: Row) -> float:
         """Seconds that one call may take. Compiled code may be a few times faster than eager."""
@@ -267,19 +280,23 @@ class Meter:
             late = now - self.started > self.preset.ops_seconds
         return self.limit.reason or (LATE if late else "")
 
-    def _too_much(self, group: Group) -> str:
+    def _too_much(self, group: Group, mode: str) -> str:
         if late := self._late(group):
             return late
-        cost = group.info.cost(group.case, group.dtype, bool(group.info.differentiable))
+        cost = group.info.cost(group.case, group.dtype, mode == "step")
         best = ceilings.measure(group.device, group.dtype)
         seconds = best.bound(cost.bytes, cost.flops)[0]
         if seconds > self.preset.case_seconds:
-            return f"too large: {seconds:.1f} s a step at this machine's ceiling"
+            return f"too large: {seconds:.1f} s a pass at this machine's ceiling"
         inputs = group.info.cost(group.case, group.dtype, False).bytes
         if 8 * inputs > (free := environment.available_bytes(group.device)):
             needs = f"{inputs / 2**30:.1f} GiB of inputs and outputs"
             return f"too large: {needs}, {free / 2**30:.1f} GiB are free"
         return ""
+
+
+def _long(seconds: float) -> str:
+    return f"would take about {seconds:.2g} s a call"
 
 
 def _fail(outcome: Outcome, reason: str) -> None:

@@ -209,7 +209,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
     shown = [[escape(cell) for cell in _cells(row)] for row in rows]
     tables.show(_title(rows[0]), columns, shown, console)
     for note in _notes(rows):
-        terminal.paragraph(f"[yellow]{escape(note)}[/yellow]", console)
+        terminal.paragraph(f"[{terminal.ORANGE}]{escape(note)}[/]", console)
 
 
 def _title(row: Row) -> str:

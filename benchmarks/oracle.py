@@ -19,7 +19,8 @@ from benchmarks.rows import Group
 from molex_kernels.testing import budget
 from molex_kernels.testing.opinfo import Case, Inputs
 
-PROBE = 512  # tokens at which the reference's time is taken
+# Tokens at which the reference's time is taken.
+PROBE = {"cpu": 64, "cuda": 512}
 AGREE = 1e-9  # relatively, between two fp64 results
 
 Made = tuple[Inputs, "check.Tensors | None"]
@@ -81,9 +82,10 @@ def probe(group: Group, make: Callable[[Case], Made]) -> ReferenceTime | None:
     Raises where the two do not agree in fp64.
     """
     info, tokens = group.info, group.case.sizes.get("T", 0)
-    if info.oracle is None or tokens <= PROBE:
+    few_tokens = PROBE[group.device.type]
+    if info.oracle is None or tokens <= few_tokens:
         return None
-    few = dataclasses.replace(group.case, sizes={**group.case.sizes, "T": PROBE})
+    few = dataclasses.replace(group.case, sizes={**group.case.sizes, "T": few_tokens})
     inputs, upstream = make(few)
     exact = check.double(inputs), upstream and check.double(upstream)
     started = _now(group)
@@ -98,7 +100,7 @@ def probe(group: Group, make: Callable[[Case], Made]) -> ReferenceTime | None:
         error = budget.error(got, wanted[name])
         if not error <= AGREE * budget.largest(wanted[name]):
             raise AssertionError(f"{info.oracle} is not the reference in fp64: {name}, {error}")
-    growth = tokens / PROBE
+    growth = tokens / few_tokens
     return ReferenceTime(in_own * growth, (in_own + in_double) * growth)
 
 

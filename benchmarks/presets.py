@@ -65,10 +65,11 @@ class Preset:
     `mode_seconds`: for timing the implementations of one shape, forward or step. `ops_seconds`:
     after it no further shape is started; likewise `sweep_mode_seconds` and `sweep_seconds`.
     `compile_seconds`: after it nothing more is compiled or tuned, each baseline for itself.
-    `case_seconds`: a shape whose step would take longer at the machine's matmul rate is left out.
-    `call_seconds`: a reference that would take longer is left out. `check_seconds`: where it would
-    take longer to check with, the oracle does where the op names one. `limit_seconds`: the whole
-    run, its report included, unless the command line says otherwise.
+    `case_seconds`: a pass that would take longer at the machine's matmul rate is left out.
+    `call_seconds`: a reference that would take longer is left out, and on a CPU any baseline.
+    `check_seconds`: where a reference would take longer to check with, the oracle does where the op
+    names one. `limit_seconds`: the whole run, its report included, unless the command line says
+    otherwise.
     """
 
     name: str
@@ -190,6 +191,7 @@ def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
 
 
 NAMED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SPELLED = NAMED | {str(dtype).removeprefix("torch."): dtype for dtype in NAMED.values()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

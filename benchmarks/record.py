@@ -31,7 +31,7 @@ class Record:
         self._path, self._preset, self._device = path, preset, device
         self._dtypes = presets.dtypes(device) if dtypes is None else dtypes
         # Measured before anything else, which may leave the device warm, full or upset.
-        self._start = self._head()
+        self.head = self._head()
         self._begun = False
 
     def add(self, outcome: Outcome) -> None:
@@ -40,7 +40,7 @@ class Record:
             return
         if not self._begun:
             self._begun = True
-            self._path.write_text(_line(self._start))
+            self._path.write_text(_line(self.head))
         with self._path.open("a") as file:
             file.write(_line(_row(outcome)))
 

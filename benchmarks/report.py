@@ -53,7 +53,7 @@ def show(found: Results, console: Console) -> None:
         _goals(found, console)
         _growth(found, console)
     if skips := results.skips(found):
-        terminal.paragraph(f"[yellow]{skips}[/yellow]", console)
+        terminal.paragraph(f"[{terminal.ORANGE}]{skips}[/]", console)
     if banner := noise.banner(found):
         terminal.paragraph(f"[bold reverse]{banner}[/bold reverse]", console)
 
@@ -64,7 +64,9 @@ def _speedups(found: Results, console: Console) -> None:
     turns = {name: turn for turn, name in enumerate(["of ceiling", *others, *DISPENSABLE])}
     columns = [
         Column("shape", "left"),
-        *(Column(n, leave=turns.get(n)) for n in ("pass", "ours", "time", *names, "of ceiling")),
+        Column("pass", "left"),
+        Column("ours", "left", leave=turns["ours"]),
+        *(Column(n, leave=turns.get(n)) for n in ("time", *names, "of ceiling")),
     ]
     lines: list[list[str]] = []
     for op in results.ops(found):
@@ -81,6 +83,8 @@ def _speedups(found: Results, console: Console) -> None:
     tables.show("Fastest implementation: times as fast as each baseline", columns, lines, console)
     for name in names:
         terminal.line(f"against {name}: {goals.against(_gains(found, name))}", console)
+    for names_of, backend in results.attentions(found).items():
+        terminal.line(f"attention of PyTorch in {names_of}: {backend}", console)
     terminal.paragraph(
         "[dim]Times are this machine's; the ratios were measured side by side in this run, and "
         "± is half of the interval that holds the median nine times in ten. Undecided: it holds "
@@ -119,7 +123,7 @@ def _coloured(found: Ratio | None) -> str:
     if found is None:
         return "-"
     colour = goals.COLOURS[goals.outcome(found, 1.0)]
-    return f"[{colour}]{gain(found)}[/{colour}]"
+    return f"[{colour}]{gain(found)}[/]"
 
 
 def _goals(found: Results, console: Console) -> None:
@@ -136,7 +140,7 @@ def _goals(found: Results, console: Console) -> None:
         heading = [f"[bold]{goal.op}[/bold]"]
         if heading not in lines:
             lines.append(heading)
-        verdict = f"[{goals.COLOURS[outcome]}]{outcome}[/{goals.COLOURS[outcome]}]"
+        verdict = f"[{goals.COLOURS[outcome]}]{outcome}[/]"
         against = [goal.baseline, ratio(goal.factor), gain(reached)]
         lines.append([shape, mode, *against, verdict])
     if lines:

@@ -107,6 +107,15 @@ def gains(rows: list[Row]) -> dict[str, float]:
     return {name: gain.median for name, gain in found.items() if gain}
 
 
+def attentions(results: Results) -> dict[str, str]:
+    """The backends of `F.scaled_dot_product_attention` that were taken, by "<op> (<row>, ...)"."""
+    taken: dict[tuple[str, str], dict[str, None]] = {}
+    for row in results["rows"]:
+        if backend := row.get("sdpa"):
+            taken.setdefault((row["op"], backend), {})[row["impl"]] = None
+    return {f"{op} ({', '.join(rows)})": backend for (op, backend), rows in taken.items()}
+
+
 def graph_gains(rows: list[Row]) -> dict[str, float]:
     """The same of what has been timed as a CUDA graph."""
     ours = [r["graph_s"] for r in rows if r["kind"] == OURS and "graph_s" in r]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import products
 from benchmarks.presets import Preset, dtype_name
 from molex_kernels.testing.opinfo import Case, OpInfo
 
@@ -45,7 +46,8 @@ class Group:
     @property
     def modes(self) -> tuple[str, ...]:
         """`forward`, and `step` (forward and backward) where there is a gradient."""
-        return MODES if self.info.differentiable else MODES[:1]
+        trained = self.info.differentiable and not self.case.inference
+        return MODES if trained else MODES[:1]
 
     def labels(self) -> Iterator[tuple[str, str]]:
         """Name and kind of each row: our implementations for this device, then the baselines.
@@ -100,7 +102,8 @@ def groups(
 ) -> list[Group]:
     """Every op's first shape in each dtype, then every op's second in the first dtype, ...
 
-    On a CPU the second dtype has a smaller shape. So a time limit cuts all ops alike. Of first
+    On a CPU a second dtype that it has no instructions for has a smaller shape, and a first of 16
+    bits the op's further cases. So a time limit cuts all ops alike. Of first
     shapes, of second ones, ..., those of ops that have kernels of their own for this device come
     first. The sweeps follow in the same way.
     """
@@ -109,15 +112,18 @@ def groups(
         found = ops[name].implementations
         return any(device.type in DEVICES.get(implementation, ()) for implementation in found)
 
-    def other(case: Case) -> Case:
+    def other(case: Case, dtype: torch.dtype) -> Case:
         # A CPU without products in the dtype would take minutes for the baselines.
-        return shrink(shrink(case)) if device.type == "cpu" else case
+        slow = device.type == "cpu" and dtype.itemsize == 2 and not products.native(dtype)
+        return shrink(shrink(case)) if slow else case
 
     def shapes(name: str) -> list[Group]:
         (first, *others), main = getattr(ops[name], preset.cases), dtypes[0]
+        if device.type == "cpu" and main.itemsize == 2:
+            others = [*ops[name].half, *others]
         return [
             Group(ops[name], first, main, device),
-            *(Group(ops[name], other(first), dtype, device) for dtype in dtypes[1:]),
+            *(Group(ops[name], other(first, dtype), dtype, device) for dtype in dtypes[1:]),
             *(Group(ops[name], case, main, device) for case in others),
         ]
 

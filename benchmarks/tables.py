@@ -47,6 +47,7 @@ def show(title: str, columns: Sequence[Column], rows: Rows, console: Console) ->
         names = _shortened([Text.from_markup(row[0]) for row in section], first)
         for name, row in zip(names, section, strict=True):
             table.add_row(name, *(row[index] for index in kept[1:] if index < len(row)))
+    console.print()
     console.print(table)
     if len(kept) < len(columns):
         left = ", ".join(c.name for i, c in enumerate(columns) if i not in kept)

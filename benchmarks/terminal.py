@@ -22,13 +22,16 @@ from rich.text import Text
 
 LOG_WIDTH = 140  # a log file has no width of its own, and 80 columns would cut every shape
 BAR_WIDTH = 20
+# Of the 256 whose red, green and blue are fixed, those that a light and a dark terminal both show:
+# a theme's own yellow or cyan cannot be read on white.
+GREEN, RED, ORANGE, CYAN, GREY = (f"color({number})" for number in (28, 160, 130, 30, 244))
 
 
 def console(*, stderr: bool = False) -> Console:
     """As wide as the terminal, or as COLUMNS says; a file has `LOG_WIDTH` without it."""
     stream = sys.stderr if stderr else sys.stdout
     own = stream.isatty() or os.environ.get("COLUMNS", "").isdigit()
-    return Console(stderr=stderr, width=None if own else LOG_WIDTH, highlight=stream.isatty())
+    return Console(stderr=stderr, width=None if own else LOG_WIDTH, highlight=False)
 
 
 def line(text: str, console: Console) -> None:
@@ -64,7 +67,7 @@ class TimeLeft(ProgressColumn):
         if seconds == float("inf"):
             return Text("-:-- left")
         minutes, rest = divmod(round(seconds), 60)
-        return Text(f"{minutes}:{rest:02d} left", style="cyan")
+        return Text(f"{minutes}:{rest:02d} left", style=CYAN)
 
 
 def measuring_bar(console: Console, limit: Callable[[], float]) -> Progress:
@@ -74,7 +77,7 @@ def measuring_bar(console: Console, limit: Callable[[], float]) -> Progress:
     """
     return Progress(
         _name("{task.description}"),
-        BarColumn(BAR_WIDTH),
+        _bar(),
         MofNCompleteColumn(),
         TimeLeft(limit),
         console=console,
@@ -99,13 +102,17 @@ def training_bar(name: str, console: Console) -> Progress:
     """Name, steps done and the time left; below, whatever the run says of its losses."""
     return TrainingBar(
         _name(name),
-        BarColumn(BAR_WIDTH),
+        _bar(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
         expand=True,
     )
+
+
+def _bar() -> BarColumn:
+    return BarColumn(BAR_WIDTH, style=GREY, complete_style=RED, finished_style=GREEN)
 
 
 def _name(text: str) -> TextColumn:

@@ -25,6 +25,7 @@ for needed in ("rich", "matplotlib", "sklearn"):
     pytest.importorskip(needed)
 
 import benchmark_runs as runs
+from rich.color import Color
 from rich.console import Console
 
 from benchmarks import __main__ as main
@@ -326,6 +327,45 @@ def test_colours_are_okabe_and_itos():
     assert len(set(used)) == len(used)
     assert set(figure.MARKERS) == set(figure.COLOURS)
     assert len(set(figure.MARKERS.values())) == len(figure.MARKERS)
+
+
+def _contrast(colour: str, background: float) -> float:
+    """Of WCAG 2: 1 for the same, 21 for black on white."""
+    parts = [part / 255 for part in Color.parse(colour).get_truecolor()]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    shine = sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    darker, lighter = sorted((shine, background))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.parametrize("name", ["GREEN", "RED", "ORANGE", "CYAN", "GREY"])
+def test_a_colour_shows_on_white_and_on_black(name: str):
+    for background in (0.0, 1.0):
+        assert _contrast(getattr(terminal, name), background) >= 3.8
+    assert _contrast("color(226)", 1.0) < 1.2, "yellow on white"
+
+
+def test_numbers_have_no_colour_of_their_own(monkeypatch: Any):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    console = terminal.console()
+    with console.capture() as shown:
+        console.print("a load of 2.1 on 2 cores")
+    assert shown.get() == "a load of 2.1 on 2 cores\n"
+
+
+def test_the_attention_that_was_taken_is_said():
+    taken = [
+        runs.row("cpu", 1e-3, op="rpc_attention"),
+        *(
+            runs.row(name, 1e-3, op="rpc_attention", sdpa="flash for CPUs", mode=mode)
+            for name in ("library", "compiled_library")
+            for mode in rows.MODES
+        ),
+    ]
+    console = _console(120)
+    report.show(runs.run(*taken), console)
+    line = "attention of PyTorch in rpc_attention (library, compiled_library): flash for CPUs"
+    assert line in _text(console)
 
 
 # The end of a run

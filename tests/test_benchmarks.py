@@ -34,6 +34,7 @@ from benchmarks import (
     measure,
     oracle,
     presets,
+    products,
     record,
     results,
     rows,
@@ -42,9 +43,10 @@ from benchmarks import (
     timing,
 )
 from molex_kernels.testing import load_ops
-from molex_kernels.testing.opinfo import Case, OpInfo
+from molex_kernels.testing.opinfo import Case, Cost, OpInfo
 
 CPU = torch.device("cpu")
+F32_CPU = torch.float32, CPU
 
 
 # Ratios and their intervals
@@ -147,7 +149,7 @@ def _dense_op(published: Any) -> OpInfo:
 
 
 def test_the_oracle_is_expected_where_the_reference_takes_long():
-    large = Case({"T": 2 * oracle.PROBE, "D": 8})
+    large = Case({"T": 2 * oracle.PROBE["cpu"], "D": 8})
     group = rows.Group(_dense_op(lambda x: x + x), large, torch.float32, CPU)
 
     def make(case: Case) -> Any:
@@ -162,6 +164,39 @@ def test_the_oracle_is_expected_where_the_reference_takes_long():
     off = rows.Group(_dense_op(lambda x: 2.0001 * x), large, torch.float32, CPU)
     with pytest.raises(AssertionError, match="published is not the reference in fp64"):
         oracle.probe(off, make)
+
+
+def test_a_slow_baseline_on_a_cpu_is_left_out(monkeypatch: Any):
+    now = [0.0]
+    calls: dict[str, int] = {"slow": 0, "importing": 0}
+
+    def taking(name: str, first: float, later: float) -> Any:
+        def call(x: torch.Tensor) -> torch.Tensor:
+            now[0] += later if calls[name] else first
+            calls[name] += 1
+            return 2 * x
+
+        return call
+
+    # The reference of fp64 and fp32 is `scale` itself, which takes no time.
+    info = _op(published=taking("slow", 3.0, 3.0), library=taking("importing", 3.0, 0.0))
+    group = rows.Group(dataclasses.replace(info, differentiable=()), info.quick[0], *F32_CPU)
+    monkeypatch.setattr(measure.time, "monotonic", lambda: now[0])
+    outcomes = measure.Meter(QUICK, timed=False, started=0.0).group(group)
+    slow = outcomes["published", "forward"]
+    assert (slow.status, slow.reason) == (measure.SKIPPED, "would take about 3 s a call")
+    assert outcomes["library", "forward"].status == measure.OK
+    assert outcomes["reference", "forward"].status == measure.OK
+
+
+def test_a_step_that_is_too_large_leaves_the_forward_pass():
+    def cost(case: Case, dtype: torch.dtype, backward: bool) -> Cost:
+        return Cost(1, int(3e11) if backward else 1)  # at 1e11 a second
+
+    info = dataclasses.replace(_op(), cost=cost)
+    outcomes = measure.Meter(QUICK).group(rows.Group(info, info.quick[0], *F32_CPU))
+    assert outcomes["reference", "forward"].status == measure.OK
+    assert outcomes["reference", "step"].reason.startswith("too large: 3.0 s a pass")
 
 
 def test_a_smaller_case_is_checked_where_memory_does_not_suffice(monkeypatch: Any):
@@ -297,7 +332,7 @@ def test_rows_are_there_as_soon_as_they_are_measured(tmp_path: Path):
         torn.write('{"op": "momentum_upda')
     found = results.read(file)
     assert found["preset"] == "quick"
-    both = {"copy": 1e10, "matmul": 1e11}
+    both = {"copy": 1e10, "matmul": 1e11, "matmuls": {}}
     assert found["ceilings"] == {"fp32": both, "bf16": both}
     ours, wrong = found["rows"]
     shown = {name: ours[name] for name in ("status", "median_s", "min_s", "q1_s", "q3_s", "rounds")}
@@ -361,6 +396,86 @@ def test_every_op_has_its_first_shape_in_both_dtypes_before_any_has_its_second()
             assert {g.dtype for g in first} == {dtype}
         assert {g.dtype for g in found[2 * len(ops) :]} == {dtypes[0]}
         assert len({g.name for g in found}) == len(found)
+
+
+@pytest.mark.parametrize(("native", "tokens"), [(False, 32 * 48), (True, 16 * 32 * 48)])
+def test_a_cpu_with_16_bit_products_has_whole_shapes(monkeypatch: Any, native: bool, tokens: int):
+    monkeypatch.setattr(products, "native", lambda dtype: native)
+    case = Case({"T": 16 * 32 * 48, "D": 8})
+    info = dataclasses.replace(_op(), quick=(case,), quick_sweeps=())
+    both = torch.float32, torch.bfloat16
+    first, second = rows.groups({"scale": info}, QUICK, CPU, both)
+    assert (first.dtype, first.case.sizes["T"]) == (torch.float32, 16 * 32 * 48)
+    assert (second.dtype, second.case.sizes["T"]) == (torch.bfloat16, tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_run_in_16_bits_on_a_cpu_decodes_and_fills(dtype: torch.dtype):
+    ops = {"moe_mlp": load_ops()["moe_mlp"]}
+
+    def modes(*dtypes: torch.dtype, device: str = "cpu") -> dict[int, tuple[str, ...]]:
+        found = rows.groups(ops, QUICK, torch.device(device), dtypes)
+        return {
+            group.case.sizes["T"]: group.modes
+            for group in found
+            if group.case.sizes["E"] == 32 and not group.sweep
+        }
+
+    served = {1: ("forward",), 16: ("forward",), 512: rows.MODES, 4096: rows.MODES}
+    assert modes(dtype) == modes(dtype, torch.float32) == served
+    assert modes(torch.float32, dtype) == modes(dtype, device="cuda") == {}
+
+
+def test_products_of_16_bits_are_named(monkeypatch: Any):
+    cpus = {
+        ("AMX", "AVX-512 FP16"): "avx2 amx_tile amx_bf16 avx512_bf16 avx512_fp16",
+        ("AVX-512 BF16", "none"): "avx2 avx512f avx512_bf16",
+        ("none", "none"): "avx2 fma",
+        ("Arm BF16", "Arm FP16"): "fp asimd asimdhp bf16",
+        ("unknown", "unknown"): "",
+    }
+    for names, flags in cpus.items():
+        monkeypatch.setattr(products, "_flags", lambda flags=flags: frozenset(flags.split()))
+        products.instructions.cache_clear()
+        dtypes = torch.bfloat16, torch.float16
+        assert tuple(map(products.instructions, dtypes)) == names
+        usable = tuple(name not in ("none", "unknown") for name in names)
+        assert tuple(map(products.native, dtypes)) == usable
+    products.instructions.cache_clear()
+
+
+def test_the_extensions_products_are_read_where_they_are_said():
+    assert products.path({"extension": {"operators": "cpu:x"}}) is None
+    assert products.path({"cpu": {}, "extension": {"products": "amx"}}) == "amx"
+    assert products.path({"products": {"bf16": "amx", "fp16": "fp32"}}) == "bf16 amx, fp16 fp32"
+
+
+def test_ceilings_are_said_by_dtype():
+    found = {
+        "bf16": {"copy": 2e10, "matmul": 1e11, "matmuls": {"bf16": 4e9, "fp32": 1e11}},
+        "fp32": {"copy": 2e10, "matmul": 1e11, "matmuls": {"fp32": 1e11}},
+    }
+    facts = {"fp32_instructions": "AVX2", "bf16_instructions": "none"}
+    assert ceilings.sentence(found, facts) == (
+        "ceilings: copy 20.0 GB/s; products fp32 100 GFLOP/s (AVX2), bf16 4.00 GFLOP/s (no "
+        "instructions); bf16 held against fp32"
+    )
+    fast = {"bf16": {"copy": 2e10, "matmul": 2e12, "matmuls": {"bf16": 2e12, "fp32": 1e11}}}
+    assert ceilings.sentence(fast, {"bf16_instructions": "AMX"}) == (
+        "ceilings: copy 20.0 GB/s; products fp32 100 GFLOP/s, bf16 2000 GFLOP/s (AMX)"
+    )
+
+
+def test_a_ceiling_is_the_fastest_dtype_that_can_be_taken(monkeypatch: Any):
+    monkeypatch.undo()
+    rates = {torch.float32: 1e11, torch.bfloat16: 4e9}
+    monkeypatch.setattr(ceilings, "_copy_rate", lambda device: 2e10)
+    monkeypatch.setattr(ceilings, "_matmul_rate", lambda device, dtype: rates[dtype])
+    measured = ceilings.measure.__wrapped__
+    on_cpu = measured(CPU, torch.bfloat16)
+    assert (on_cpu.matmul, on_cpu.matmuls) == (1e11, {"bf16": 4e9, "fp32": 1e11})
+    assert measured(torch.device("cuda"), torch.bfloat16).matmuls == {"bf16": 4e9}
+    assert measured(CPU, torch.float32).matmuls == {"fp32": 1e11}
 
 
 def test_a_spent_limit_skips_what_is_left(monkeypatch: Any):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -444,6 +445,32 @@ def test_baselines_compute_the_same(info, generator):
         gradients = torch.autograd.grad(y, list(leaves.values()), upstream)
         for gradient, expected in zip(gradients, want_gradients, strict=True):
             torch.testing.assert_close(gradient, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", range(len(OPINFOS[1].compiled)))
+def test_experts_of_transformers_compute_the_same(case, generator):
+    pytest.importorskip("transformers.integrations.moe")
+    info = OPINFOS[1]
+    inputs = info.make(info.compiled[case], torch.float32, DEVICE, generator)
+    leaves = [inputs[name].requires_grad_() for name in info.differentiable if name in inputs]
+    want = info.function(**inputs, impl="reference")
+    y = info.baselines["transformers"](**inputs)
+    torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-4)
+    upstream = torch.randn(want.shape, generator=generator).to(DEVICE)
+    for got, expected in zip(
+        torch.autograd.grad(y, leaves, upstream),
+        torch.autograd.grad(want, leaves, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_experts_of_transformers_say_where_they_cannot_run(generator, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
+    info = OPINFOS[1]
+    inputs = info.make(info.compiled[1], torch.float32, DEVICE, generator)
+    with pytest.raises(NotImplementedError, match="no grouped_mm experts"):
+        info.baselines["transformers"](**inputs)
 
 
 def test_liger_baseline_says_where_it_cannot_run(generator):

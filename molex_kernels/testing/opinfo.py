@@ -16,11 +16,15 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One set of sizes (by letter) and options. `id` reads like "T17-D65-E5-K2-swiglu"."""
+    """One set of sizes (by letter) and options. `id` reads like "T17-D65-E5-K2-swiglu".
+
+    `inference` is for benchmarks: the case has no backward pass.
+    """
 
     sizes: Mapping[str, int]
     options: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    inference: bool = False
 
     @property
     def id(self) -> str:
@@ -90,6 +94,7 @@ class OpInfo:
         tests: Cases of the contract.
         benchmarks: Cases that a GPU is measured at.
         quick: Cases that take seconds on a CPU.
+        half: Further cases for a CPU, where all are measured in 16 bits.
         cost: Counts a forward pass, or a forward and backward pass.
         baselines: Other code for the same; takes the same keyword arguments and returns the same.
         oracle: The baseline that gives the fp64 results where the reference does much more work
@@ -116,6 +121,7 @@ class OpInfo:
     tests: tuple[Case, ...]
     benchmarks: tuple[Case, ...] = ()
     quick: tuple[Case, ...] = ()
+    half: tuple[Case, ...] = ()
     cost: Callable[[Case, torch.dtype, bool], Cost] = lambda case, dtype, backward: Cost(0, 0)
     baselines: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     oracle: str | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -104,6 +104,42 @@ def liger_moe_mlp(
     _tune_liger_for(x.shape[0], fused_moe_kernels)
     index = expert_index.to(torch.int32)
     return LigerFusedMoEFunction.apply(x, w_up, w_down, index, expert_weight)
+
+
+def transformers_moe_mlp(
+    x: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: Activation = "relu",
+    gate_layout: str = "concat",
+) -> Tensor:
+    """The experts that transformers calls "grouped_mm", on these weights. Ids must be in [0, E)."""
+    try:
+        from transformers.integrations.moe import grouped_mm_experts_forward
+    except ImportError as error:
+        raise NotImplementedError(f"transformers has no grouped_mm experts: {error}") from None
+    _require_alignment(x, w_up, w_down)
+    gated = activation_of(activation)[1]
+    up = "gate_up_proj" if gated else "up_proj"
+    weights = {up: w_up, "down_proj": w_down, f"{up}_bias": b_up, "down_proj_bias": b_down}
+    experts: Any = SimpleNamespace(
+        **weights,
+        num_experts=w_up.shape[0],
+        has_gate=gated,
+        has_bias=b_up is not None,
+        has_post_expert_norm=False,
+        is_transposed=False,
+        is_concatenated=gate_layout == "concat",
+        act_fn=lambda hidden: _activate(hidden, activation, gate_layout),
+        _apply_gate=lambda hidden: _activate(hidden, activation, gate_layout),
+        _is_expert_parallel=False,
+    )
+    return grouped_mm_experts_forward(experts, x, expert_index, expert_weight)
 
 
 _liger_tuned_for = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from molex_kernels.testing.baselines.dispatch import (
     published_moe_mlp,
     published_permute,
     published_unpermute,
+    transformers_moe_mlp,
 )
 from molex_kernels.testing.opinfo import Case, Cost, Draw, Inputs, OpInfo, Sweep
 
@@ -240,6 +242,12 @@ def _moe(t: int, d: int, i: int, e: int, k: int, note: str = "", **options: Any)
     return Case({"T": t, "D": d, "I": i, "E": e, "K": k}, options, note)
 
 
+def _served(tokens: int) -> Case:
+    """A mixture in use, on a few tokens that are decoded or on a prompt: 75 MB of bf16 weights."""
+    case = _moe(tokens, 768, 512, 32, 2, activation="swiglu")
+    return dataclasses.replace(case, inference=tokens < 64)
+
+
 def _gemm(t: int, d: int, n: int, e: int, **options: Any) -> Case:
     return Case({"T": t, "D": d, "N": n, "E": e}, options)
 
@@ -352,10 +360,12 @@ OPINFOS = (
         tests=_MOE_TESTS,
         benchmarks=(*_PAPER, *_FIELD),
         quick=_PAPER[:2],
+        half=tuple(_served(tokens) for tokens in (1, 16, 512, 4096)),
         cost=cost_moe_mlp,
         baselines={
             "published": published_moe_mlp,
             "library": library_moe_mlp,
+            "transformers": transformers_moe_mlp,
             "liger": liger_moe_mlp,
         },
         oracle="published",
