@@ -42,6 +42,8 @@ def native(dtype: torch.dtype) -> bool:
 def path(facts: Mapping[str, Any]) -> str | None:
     """Which products the extension takes, of the facts of `molex_kernels.env`; None if unsaid."""
     found = next(_named("products", facts), None)
+    if found is None and (tiles := next(_named("tiles", facts), None)):
+        found = {"tiles": tiles}
     if isinstance(found, Mapping):
         return ", ".join(f"{name} {value}" for name, value in found.items()) or None
     return str(found) if found else None
