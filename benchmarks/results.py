@@ -47,6 +47,8 @@ def completed(latest: Results, earlier: Results) -> Results:
         found[kind] = kept + [row for row in earlier[kind] if _place(row) in more]
         added = added or bool(more)
     if added:
+        other = {k: v for k, v in earlier["ceilings"].items() if k not in latest["ceilings"]}
+        found["ceilings"] = {**latest["ceilings"], **other}
         commits = (run["environment"]["commit"] for run in (earlier, latest))
         found["environment"] = {**latest["environment"], "commit": " and ".join(commits)}
     return found

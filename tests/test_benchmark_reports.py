@@ -296,12 +296,14 @@ def test_a_run_is_completed_by_an_earlier_one_of_its_day():
         place = {"op": "o", "dtype": "fp32", "mode": "forward", "sweep": ""}
         rows = [{**place, "shape": n, "status": s} for n, s in zip("ab", statuses, strict=True)]
         environment = {"date": day, "commit": commit}
-        return {"environment": environment, "preset": "gpu", "rows": rows, "sweeps": []}
+        found = {"environment": environment, "preset": "gpu", "rows": rows, "sweeps": []}
+        return {**found, "ceilings": {"fp32": commit, commit: commit}}
 
     latest = run("2026-01-02 09:00", "new", "ok", "skipped")
     found = results.completed(latest, run("2026-01-02 08:00", "old", "wrong", "ok"))
     assert [(r["shape"], r["status"]) for r in found["rows"]] == [("a", "ok"), ("b", "ok")]
     assert found["environment"]["commit"] == "old and new"
+    assert found["ceilings"] == {"fp32": "new", "new": "new", "old": "old"}
     assert results.completed(latest, run("2026-01-01 08:00", "old", "ok", "ok")) is latest
 
 
