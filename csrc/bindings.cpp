@@ -4,10 +4,11 @@
 
 #include <Python.h>
 
+#include <exception>
 #include <string>
 
 #include "build_facts.h"  // written by setup.py: MOLEX_BUILD_FACTS, the members of a JSON object
-#include "cpu/common/target.h"
+#include "cpu/common/tiles.h"
 
 #ifndef Py_LIMITED_API
 #error "expected Py_LIMITED_API: the library is named for every Python"
@@ -18,8 +19,14 @@ namespace {
 // What is known of the compiler and of this machine goes in front of what setup.py knows.
 PyObject* build_facts(PyObject*, PyObject*) {
   const int lanes = molex::versions([](auto registers) MOLEX_LAMBDA_INLINE { return registers.kLanes; })();
+  std::string tiles;
+  try {
+    tiles = molex::tile_path_name();
+  } catch (const std::exception&) {
+    tiles = "an error: MOLEX_CPU_TILES is neither off nor emulated";
+  }
   const std::string facts = "{\"compiler\": \"" __VERSION__ "\", \"vectors\": \"" + std::to_string(lanes) +
-                            " floats\", " MOLEX_BUILD_FACTS "}";
+                            " floats\", \"tiles\": \"" + tiles + "\", " MOLEX_BUILD_FACTS "}";
   return PyUnicode_FromStringAndSize(facts.data(), static_cast<Py_ssize_t>(facts.size()));
 }
 

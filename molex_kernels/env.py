@@ -21,7 +21,10 @@ from molex_kernels._triton import tuning
 from molex_kernels.ops.rpc_attention import placement
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "timm")
-BUILD = ("without_cuda", "cuda_architectures", "compiler", "cxx_flags", "vectors", "operators")
+BUILD = (
+    *("without_cuda", "cuda_architectures", "compiler", "cxx_flags", "vectors", "tiles"),
+    "operators",
+)
 
 Facts = dict[str, Any]
 

@@ -156,6 +156,7 @@ def test_env_reports_what_runs(capsys: pytest.CaptureFixture):
         "torch",
         "extension     built",
         "vectors",
+        "tiles",
         "route_plan",
         "reference  runs",
         "needs a GPU",

@@ -18,16 +18,16 @@ namespace molex {
 
 // Calls body(next) on every thread. `next()` gives the number of a task that is still to be done; the body
 // stops when it gets `tasks` or more. If there are fewer tasks than threads, one thread does them all outside
-// a parallel region, so that the BLAS may share each product among the threads.
+// a parallel region, so that the BLAS may share each product among the threads, unless there is no BLAS.
 template <class Body>
-void share(int64_t tasks, const Body& body) {
+void share(int64_t tasks, const Body& body, bool uses_blas = true) {
   std::atomic<int64_t> taken{0};
   const auto next = [&] { return taken.fetch_add(1, std::memory_order_relaxed); };
   const int64_t threads = torch::stable::get_num_threads();
-  if (tasks < threads) {
+  if (tasks < threads && (uses_blas || tasks < 2)) {
     body(next);
   } else {
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(next); });
+    torch::stable::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) { body(next); });
   }
 }
 
@@ -84,6 +84,10 @@ struct Matrix {
     return {start, dtype, count, columns, row_stride, column_stride};
   }
 
+  Matrix some_columns(int64_t first, int64_t count) const {
+    return transposed().band(first, count).transposed();
+  }
+
   Source source() const { return {data, dtype}; }
   Target target() const { return {data, dtype}; }
 
@@ -136,6 +140,9 @@ class Arena {
     next_ += bytes(rows * columns, dtype);
     return matrix_of(start, dtype, rows, columns);
   }
+
+  // Gives all of it out again.
+  void clear() { next_ = data_.get(); }
 
   float* floats(int64_t count) { return static_cast<float*>(matrix(1, count, ScalarType::Float).data); }
 

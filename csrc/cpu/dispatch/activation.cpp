@@ -221,6 +221,11 @@ Activation::Activation(const std::string& pointwise,
   clamps_ = {number(0), number(1), number(2), number(3)};
 }
 
+void Activation::pointwise(const float* gate, const float* up, float* acted, int64_t count) const {
+  if (pointwise_ == Pointwise::kClamped) return forward_clamped(gate, up, clamps_, acted, count);
+  with(pointwise_, [&]<class F>() { forward_row<F>(gate, up, acted, count); });
+}
+
 void Activation::forward(const float* pre_activation, float* acted, int64_t width, float* scratch) const {
   const float* gate = pre_activation;
   const float* up = layout_ == Layout::kConcat ? pre_activation + width : nullptr;
@@ -229,8 +234,7 @@ void Activation::forward(const float* pre_activation, float* acted, int64_t widt
     gate = scratch;
     up = scratch + width;
   }
-  if (pointwise_ == Pointwise::kClamped) return forward_clamped(gate, up, clamps_, acted, width);
-  with(pointwise_, [&]<class F>() { forward_row<F>(gate, up, acted, width); });
+  pointwise(gate, up, acted, width);
 }
 
 void Activation::backward(const float* pre_activation,

@@ -26,6 +26,12 @@ class Activation {
   // The number of floats that a call needs in `scratch`.
   static int64_t scratch(int64_t width) { return 4 * width; }
 
+  bool is_gated() const { return layout_ != Layout::kPlain; }
+  bool is_interleaved() const { return layout_ == Layout::kInterleaved; }
+
+  // acted [count] = act(gate) * up, or act(gate) if up is null. They may be of several rows.
+  void pointwise(const float* gate, const float* up, float* acted, int64_t count) const;
+
   // acted [width] = act(pre_activation).
   void forward(const float* pre_activation, float* acted, int64_t width, float* scratch) const;
 

@@ -8,9 +8,12 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/common/matmul.h"
+#include "cpu/common/tile_product.h"
 
 namespace molex {
+
+// The dtype in which products are computed: tiles take bf16 on any processor that has them.
+inline ScalarType products_of(ScalarType dtype) { return on_tiles(dtype) ? dtype : product_dtype(dtype); }
 
 // Returns 0 and the end of each expert's rows. Ends outside [0, num_rows] are clamped.
 inline std::vector<int64_t> bounds_of(const Tensor& offsets, int64_t num_rows) {
@@ -23,11 +26,38 @@ inline std::vector<int64_t> bounds_of(const Tensor& offsets, int64_t num_rows) {
   return bounds;
 }
 
+// The rows of a piece whose products run on tiles: what is packed of a weight serves more of them, as long as
+// there are two pieces a thread.
+inline int64_t tile_piece(int64_t rows) {
+  constexpr int64_t kLeast = 64, kMost = 384;
+  return std::clamp(rows / (2 * torch::stable::get_num_threads()), kLeast, kMost);
+}
+
+// In how many parts products of each piece are cut on tiles: two for every thread in all.
+inline int64_t cuts_of(int64_t pieces) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return threads == 1 || pieces == 0 ? 1 : parts(2 * threads, pieces);
+}
+
+// Columns [first, first + count) of part `index` of `cuts`, whole tiles but for the last.
+struct Columns {
+  Columns(int64_t index, int64_t cuts, int64_t columns) {
+    const int64_t strips = parts(columns, kDeep);
+    first = index * strips / cuts * kDeep;
+    count = std::min((index + 1) * strips / cuts * kDeep, columns) - first;
+  }
+
+  int64_t first, count;
+};
+
 // The rows of experts [begin, end).
-inline std::vector<Piece> pieces_of(const std::vector<int64_t>& bounds, int64_t begin, int64_t end) {
+inline std::vector<Piece> pieces_of(const std::vector<int64_t>& bounds,
+                                    int64_t begin,
+                                    int64_t end,
+                                    int64_t size = kPiece) {
   std::vector<Piece> pieces;
   for (int64_t e = begin; e < end; ++e) {
-    for (const Piece& piece : parts_of(e, bounds[e], bounds[e + 1] - bounds[e], kPiece)) {
+    for (const Piece& piece : parts_of(e, bounds[e], bounds[e + 1] - bounds[e], size)) {
       pieces.push_back(piece);
     }
   }
@@ -57,6 +87,8 @@ class Weights {
         rows_(stack.size(1)),
         columns_(stack.size(2)),
         strides_{stack.stride(0), stack.stride(1), stack.stride(2)} {}
+
+  ScalarType dtype() const { return source_.dtype; }
 
   // Whether products read fp32 copies, also of a matrix without elements.
   bool converts() const { return source_.dtype != products_; }
@@ -134,7 +166,7 @@ class Rows {
 
   // Rows [first, first + count) as products read them: own memory, or a copy in `scratch` converted to fp32.
   Matrix band(int64_t first, int64_t count, const Matrix& scratch) const {
-    if (source_.dtype == product_dtype(source_.dtype)) {
+    if (source_.dtype == products_of(source_.dtype)) {
       char* start = static_cast<char*>(const_cast<void*>(source_.data));
       return Matrix{start, source_.dtype, kept_.size(0), width_, stride_}.band(first, count);
     }

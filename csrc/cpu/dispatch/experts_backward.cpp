@@ -50,6 +50,21 @@ std::vector<Group> groups_of(const std::vector<int64_t>& bounds) {
   return groups;
 }
 
+// A thread's products, on tiles or by the BLAS.
+class Multiplier {
+ public:
+  explicit Multiplier(bool on_tiles) {
+    if (on_tiles) tiles_.emplace();
+  }
+
+  void operator()(const Matrix& out, const Matrix& a, const Matrix& b) {
+    tiles_ ? (*tiles_)(out, a, b) : molex::multiply(out, a, b);
+  }
+
+ private:
+  std::optional<molex::TileProduct> tiles_;
+};
+
 class Backward {
  public:
   Backward(const Tensor& dy,
@@ -67,11 +82,12 @@ class Backward {
         needs_(needs),
         dy_(dy),
         x_(x),
-        up_(w_up, molex::product_dtype(x.scalar_type())),
-        down_(w_down, molex::product_dtype(x.scalar_type())),
+        up_(w_up, molex::products_of(x.scalar_type())),
+        down_(w_down, molex::products_of(x.scalar_type())),
         pre_activation_(torch::stable::contiguous(pre_activation)),
         bias_(molex::packed(b_down)),
-        dtype_(molex::product_dtype(x.scalar_type())),
+        dtype_(molex::products_of(x.scalar_type())),
+        on_tiles_(molex::on_tiles(x.scalar_type())),
         width_(x.size(1)),
         outer_(w_up.size(1)),
         inner_(w_down.size(2)),
@@ -100,16 +116,19 @@ class Backward {
   void rows(const Group& group, const Kept& kept, const Matrix& dpacked, const Target& dweight) const {
     const bool needs_pre_activation = needs_.x || needs_.w_up || needs_.b_up;
     const bool needs_acted = needs_.weight || needs_.w_down;
-    const std::vector<Piece> pieces = molex::pieces_of(plan_.bounds, group.begin, group.end);
+    const std::vector<Piece> pieces = molex::pieces_of(
+        plan_.bounds, group.begin, group.end, on_tiles_ ? molex::tile_piece(group.rows) : molex::kPiece);
+    const ScalarType sums = on_tiles_ ? ScalarType::Float : dtype_;
     const int64_t longest = molex::longest_of(pieces);
     const Source biases = molex::source_of(bias_), pre_activation = molex::source_of(pre_activation_);
     const Target acted = kept.acted.target(), dpre_activation = kept.dpre_activation.target();
-    const int64_t bytes = Arena::bytes(longest * inner_, dtype_) + up_.bytes() + down_.bytes() +
+    const int64_t bytes = Arena::bytes(longest * inner_, sums) + up_.bytes() + down_.bytes() +
                           2 * Arena::bytes(width_) + 2 * Arena::bytes(outer_) + 2 * Arena::bytes(inner_) +
                           Arena::bytes(molex::Activation::scratch(inner_));
-    molex::share(pieces.size(), [&](const auto& next) {
+    const auto work = [&](const auto& next) {
+      Multiplier multiply(on_tiles_);
       Arena mine(bytes);
-      const Matrix products = mine.matrix(longest, inner_, dtype_);
+      const Matrix products = mine.matrix(longest, inner_, sums);
       const Matrix up_scratch = up_.scratch(mine), down_scratch = down_.scratch(mine);
       float *bias_scratch = mine.floats(width_), *dy_scratch = mine.floats(width_);
       float *pre_activation_scratch = mine.floats(outer_), *dpre_activation_scratch = mine.floats(outer_);
@@ -157,7 +176,8 @@ class Backward {
           multiply(dpacked.band(piece.first, rows), kept.dpre_activation.band(first, rows), up);
         }
       }
-    });
+    };
+    molex::share(pieces.size(), work, !on_tiles_);
   }
 
   // Computes the gradients of a group's weights, some rows of a matrix at a time, and of its biases.
@@ -189,7 +209,8 @@ class Backward {
     plan(needs_.b_up, Kind::kBiasUp, 1, 1);
     const bool narrows = dtype_ != x_.dtype();
     const int64_t spare = narrows ? tallest * std::max(width_, inner_) : 0;
-    molex::share(tasks.size(), [&](const auto& next) {
+    const auto work = [&](const auto& next) {
+      Multiplier multiply(on_tiles_);
       Arena scratch(Arena::bytes(spare));
       float* fp32 = scratch.floats(spare);
       for (size_t index = next(); index < tasks.size(); index = next()) {
@@ -219,7 +240,8 @@ class Backward {
             molex::sum_rows(of(kept.dpre_activation), nullptr, molex::target_of(db_up), part.expert * outer_);
         }
       }
-    });
+    };
+    molex::share(tasks.size(), work, !on_tiles_);
   }
 
  private:
@@ -231,6 +253,7 @@ class Backward {
   const Tensor pre_activation_;
   const std::optional<Tensor> bias_;
   const ScalarType dtype_;
+  const bool on_tiles_;
   const int64_t width_, outer_, inner_;
   std::vector<float> scales_;  // the weight of each row
 };
@@ -251,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_bwd(const Ten
                                                                        std::vector<bool> wanted) {
   const Needs needs{wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[5]};
   const int64_t experts = w_up.size(0), width = x.size(1), outer = w_up.size(1), inner = w_down.size(2);
-  const ScalarType dtype = molex::product_dtype(x.scalar_type());
+  const ScalarType dtype = molex::products_of(x.scalar_type());
   const molex::Assignments plan(offsets, permutation, x.size(0), expert_weight.size(1));
   const molex::Activation act(activation, layout, numbers);
   const Backward backward(dy, x, pre_activation, expert_weight, w_up, w_down, b_down, plan, act, needs);

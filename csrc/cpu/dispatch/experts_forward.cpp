@@ -8,26 +8,19 @@
 #include "cpu/common/memory.h"
 #include "cpu/dispatch/activation.h"
 #include "cpu/dispatch/experts.h"
+#include "cpu/dispatch/tile_experts.h"
 #include "registration.h"
 
 namespace {
 
 using molex::Arena;
+using molex::Layer;
 using molex::Matrix;
 using molex::Piece;
 using molex::Source;
 using molex::Target;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-struct Layer {
-  const Tensor& x;
-  const Tensor& w_up;
-  const Tensor& w_down;
-  const std::optional<Tensor>& b_up;
-  const std::optional<Tensor>& b_down;
-  molex::Activation activation;
-};
 
 // The dtype of the products. Without a gradient it is fp32: the library has no product of 16-bit matrices
 // with a result in fp32, and rounding pre-activations and rows that nobody keeps would be for nothing.
@@ -41,6 +34,7 @@ void run_experts(const Layer& layer,
                  const molex::Assignments& plan,
                  const Matrix& packed,
                  const Target& kept) {
+  if (molex::on_tiles(layer.x.scalar_type())) return molex::experts_on_tiles(layer, plan, packed, kept);
   const molex::Rows from(layer.x);
   const ScalarType dtype = forward_dtype(layer.x, static_cast<bool>(kept));
   const molex::Weights up(layer.w_up, dtype), down(layer.w_down, dtype);

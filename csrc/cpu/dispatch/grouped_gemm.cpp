@@ -16,7 +16,7 @@ using molex::Source;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// One thread's memory for products in another dtype than the tensors'.
+// One thread's memory for products on tiles, or in another dtype than the tensors'.
 class Bench {
  public:
   Bench(const molex::Weights& weight, int64_t rows, int64_t in_columns, int64_t out_columns)
@@ -25,7 +25,9 @@ class Bench {
                    : 0),
         weight(weight.scratch(arena_)),
         in(make(weight, rows, in_columns)),
-        out(make(weight, rows, out_columns)) {}
+        out(make(weight, rows, out_columns)) {
+    if (molex::on_tiles(weight.dtype())) tiles.emplace();
+  }
 
  private:
   Matrix make(const molex::Weights& weight, int64_t rows, int64_t columns) {
@@ -35,10 +37,13 @@ class Bench {
 
  public:
   const Matrix weight, in, out;
+  std::optional<molex::TileProduct> tiles;
 };
 
-// out = a b, through `fp32` if the product is of another dtype; then adds the bias to each row.
-void product(const Matrix& out, const Matrix& a, const Matrix& b, const Matrix& fp32, const float* bias) {
+// out = a b, on tiles or through fp32 if the product is of another dtype; adds the bias to each row.
+void product(const Matrix& out, const Matrix& a, const Matrix& b, Bench& bench, const float* bias) {
+  if (bench.tiles) return (*bench.tiles)(out, a, b, bias);
+  const Matrix& fp32 = bench.out;
   const bool converts = fp32.data != nullptr;
   const Matrix made = converts ? molex::matrix_of(fp32.data, fp32.dtype, out.rows, out.columns) : out;
   multiply(made, a, b);
@@ -60,24 +65,30 @@ Tensor grouped_gemm_fwd(const Tensor& x,
   Tensor y = molex::new_result(x, {tokens, columns});
   const Matrix out = molex::matrix_of(y.mutable_data_ptr(), y.scalar_type(), tokens, columns);
   const std::vector<int64_t> bounds = molex::bounds_of(offsets, tokens);
-  const std::vector<Piece> pieces = molex::pieces_of(bounds, 0, bounds.size() - 1);
+  const bool on_tiles = molex::on_tiles(x.scalar_type());
+  const std::vector<Piece> pieces = molex::pieces_of(
+      bounds, 0, bounds.size() - 1, on_tiles ? molex::tile_piece(bounds.back()) : molex::kPiece);
   const int64_t longest = molex::longest_of(pieces);
   const molex::Rows from(x);
-  const molex::Weights weights(weight, molex::product_dtype(weight.scalar_type()));
+  const molex::Weights weights(weight, molex::products_of(weight.scalar_type()));
   const std::optional<Tensor> packed = molex::packed(bias);
   const Source biases = molex::source_of(packed);
-  molex::share(pieces.size(), [&](const auto& next) {
-    const Bench bench(weights, longest, width, columns);
+  const int64_t cuts = on_tiles ? molex::cuts_of(pieces.size()) : 1, tasks = pieces.size() * cuts;
+  const auto work = [&](const auto& next) {
+    Bench bench(weights, longest, width, columns);
     std::vector<float> scratch(biases ? columns : 0);
-    for (size_t index = next(); index < pieces.size(); index = next()) {
-      const auto& [expert, first, rows] = pieces[index];
-      product(out.band(first, rows),
-              from.band(first, rows, bench.in),
-              weights.of(expert, bench.weight).transposed(),
-              bench.out,
-              biases ? molex::read(biases, expert * columns, columns, scratch.data()) : nullptr);
+    for (int64_t task = next(); task < tasks; task = next()) {
+      const auto& [expert, first, rows] = pieces[task / cuts];
+      const molex::Columns part(task % cuts, cuts, columns);
+      product(
+          out.band(first, rows).some_columns(part.first, part.count),
+          from.band(first, rows, bench.in),
+          weights.of(expert, bench.weight).band(part.first, part.count).transposed(),
+          bench,
+          biases ? molex::read(biases, expert * columns + part.first, part.count, scratch.data()) : nullptr);
     }
-  });
+  };
+  molex::share(tasks, work, !on_tiles);
   clear_rows(out, bounds.back());
   return y;
 }
@@ -95,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd(
   const Matrix to_x = molex::matrix_of(dx.mutable_data_ptr(), dtype, needs[0] ? tokens : 0, width);
   const std::vector<int64_t> bounds = molex::bounds_of(offsets, tokens);
   const molex::Rows upstream(dy), from(x);
-  const molex::Weights weights(weight, molex::product_dtype(weight.scalar_type()));
+  const molex::Weights weights(weight, molex::products_of(weight.scalar_type()));
 
   enum class Kind { kX, kWeight, kBias };
   struct Task {
@@ -104,10 +115,12 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd(
   };
   std::vector<Task> tasks;
   int64_t longest = 0;
+  const bool on_tiles = molex::on_tiles(dtype);
+  const int64_t size = on_tiles ? molex::tile_piece(bounds.back()) : molex::kPiece;
   for (int64_t e = 0; e < experts; ++e) {
     const int64_t rows = bounds[e + 1] - bounds[e];
     if (needs[0]) {
-      for (const Piece& piece : molex::parts_of(e, bounds[e], rows, molex::kPiece)) {
+      for (const Piece& piece : molex::parts_of(e, bounds[e], rows, size)) {
         tasks.push_back({Kind::kX, piece});
       }
     }
@@ -120,8 +133,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd(
     if (needs[2]) tasks.push_back({Kind::kBias, {e, 0, columns}});
     longest = std::max(longest, rows);
   }
-  molex::share(tasks.size(), [&](const auto& next) {
-    const Bench bench(weights, longest, std::max(columns, width), std::max(columns, width));
+  const auto work = [&](const auto& next) {
+    Bench bench(weights, longest, std::max(columns, width), std::max(columns, width));
     const Bench other(weights, needs[1] ? longest : 0, width, 0);
     for (size_t index = next(); index < tasks.size(); index = next()) {
       const auto& [kind, piece] = tasks[index];
@@ -131,20 +144,21 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd(
         product(to_x.band(first, rows),
                 upstream.band(first, rows, bench.in),
                 weights.of(expert, bench.weight),
-                bench.out,
+                bench,
                 nullptr);
       } else if (kind == Kind::kWeight) {
         product(molex::matrix_of(dweight, expert, columns, width).band(first, rows),
                 upstream.band(start, count, bench.in).transposed().band(first, rows),
                 from.band(start, count, other.in),
-                bench.out,
+                bench,
                 nullptr);
       } else {
         molex::sum_rows(
             upstream.band(start, count, bench.in), nullptr, molex::target_of(dbias), expert * columns);
       }
     }
-  });
+  };
+  molex::share(tasks.size(), work, !on_tiles);
   if (needs[0]) clear_rows(to_x, bounds.back());
   return {dx, dweight, dbias};
 }

@@ -1,0 +1,269 @@
+// Blocks of products on matrix tiles. A tile of the left operand is 16 rows of 32 terms, one of the right
+// operand 16 pairs of terms for 16 columns; tiles of one row or column of tiles follow each other in the
+// order of terms. Behind the end of a matrix stand zeros.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/common/matmul.h"
+#include "cpu/common/tiles.h"
+
+namespace molex {
+
+constexpr int64_t kSide = 16;             // rows of a tile
+constexpr int64_t kDeep = 32;             // terms of a tile's row
+constexpr int64_t kTile = kSide * kDeep;  // bf16 of a tile
+constexpr int64_t kArea = kSide * kSide;  // floats of a tile of sums
+
+// Tiles of terms that are multiplied at a time: two rows of them stay in the first-level cache.
+constexpr int64_t kBlock = 16;
+
+// Whether products of this dtype run on tiles.
+inline bool on_tiles(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 && tile_path() != TilePath::kNone;
+}
+
+inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+inline const uint16_t* element(const Matrix& m, int64_t row, int64_t column) {
+  return static_cast<const uint16_t*>(m.data) + row * m.row_stride + column * m.column_stride;
+}
+
+// Number (i, j) of the tile is the pair of elements (row + 2 i, column + j) and (row + 2 i + 1, column + j)
+// of a matrix whose rows are contiguous.
+MOLEX_INLINE void pair_rows(const Matrix& m, int64_t row, int64_t column, uint32_t* to) {
+  const int64_t height = std::min(m.rows - row, kDeep), width = std::min(m.columns - column, kSide);
+  if (height < kDeep || width < kSide) std::memset(to, 0, kTile * sizeof(uint16_t));
+  for (int64_t r = 0; r < height; r += 2, to += kSide) {
+    const uint16_t* const even = element(m, row + r, column);
+    const uint16_t* const odd = even + m.row_stride;
+    if (r + 1 == height) {
+      for (int64_t i = 0; i < width; ++i) to[i] = even[i];
+    } else if (width == kSide) {
+      for (int64_t i = 0; i < kSide; ++i) to[i] = even[i] | static_cast<uint32_t>(odd[i]) << 16;
+    } else {
+      for (int64_t i = 0; i < width; ++i) to[i] = even[i] | static_cast<uint32_t>(odd[i]) << 16;
+    }
+  }
+}
+
+// Writes elements [row, row + 16) x [column, column + 32) of a matrix with any strides as a tile of rows.
+MOLEX_INLINE void tile_of_rows(const Matrix& m, int64_t row, int64_t column, uint16_t* to) {
+  if (m.column_stride != 1 && m.row_stride == 1) {
+    alignas(64) uint32_t made[kArea];
+    pair_rows(m.transposed(), column, row, made);
+    return turn_16(made, kSide, to, kSide);
+  }
+  const int64_t height = std::min(m.rows - row, kSide), width = std::min(m.columns - column, kDeep);
+  if (height < kSide || width < kDeep) std::memset(to, 0, kTile * sizeof(uint16_t));
+  for (int64_t r = 0; r < height; ++r, to += kDeep) {
+    const uint16_t* const from = element(m, row + r, column);
+    if (m.column_stride == 1 && width == kDeep) {
+      std::memcpy(to, from, kDeep * sizeof(uint16_t));
+    } else if (m.column_stride == 1) {
+      std::memcpy(to, from, width * sizeof(uint16_t));
+    } else {
+      for (int64_t c = 0; c < width; ++c) to[c] = from[c * m.column_stride];
+    }
+  }
+}
+
+// Writes elements [row, row + 32) x [column, column + 16) of a matrix with any strides as a tile of pairs.
+MOLEX_INLINE void tile_of_pairs(const Matrix& m, int64_t row, int64_t column, uint16_t* to) {
+  if (m.column_stride == 1) return pair_rows(m, row, column, reinterpret_cast<uint32_t*>(to));
+  const bool is_whole = m.rows - row >= kDeep && m.columns - column >= kSide;
+  if (m.row_stride == 1 && m.column_stride % 2 == 0 && is_whole) {
+    return turn_16(element(m, row, column), m.column_stride / 2, to, kSide);
+  }
+  alignas(64) uint16_t made[kTile];
+  tile_of_rows(m.transposed(), column, row, made);
+  turn_16(made, kSide, to, kSide);
+}
+
+// All tiles of pairs of the columns [column, column + 16).
+MOLEX_INLINE void panel_of_pairs(const Matrix& m, int64_t column, uint16_t* to) {
+  for (int64_t row = 0; row < m.rows; row += kDeep, to += kTile) tile_of_pairs(m, row, column, to);
+}
+
+// Distances count elements: of tiles of other rows, of the rows of a tile, and of tiles of further terms.
+struct Left {
+  const uint16_t* data;
+  int64_t tile, row, step;
+};
+
+struct Right {
+  const uint16_t* data;
+  int64_t tile;  // the distance of tiles of other columns
+};
+
+// Where sums lie: tile (i, j) at data + i * row + j * column, with rows that are `stride` floats apart.
+struct Sums {
+  float* data;
+  int64_t row, column, stride;
+};
+
+// The product of one or two tiles of rows with one or two of columns, over `depth` tiles of terms.
+template <int ROWS, int COLUMNS, class Tiles>
+MOLEX_INLINE void multiply_tiles(
+    Tiles& tiles, const Left& left, const Right& right, const Sums& sums, int64_t depth, bool add) {
+  const int64_t bytes = sums.stride * sizeof(float), row_bytes = left.row * sizeof(uint16_t);
+  constexpr int64_t kPairBytes = kDeep * sizeof(uint16_t);
+  float* const c[] = {
+      sums.data, sums.data + sums.column, sums.data + sums.row, sums.data + sums.row + sums.column};
+  if (add) {
+    tiles.template load<0>(c[0], bytes);
+    if constexpr (COLUMNS > 1) tiles.template load<1>(c[1], bytes);
+    if constexpr (ROWS > 1) tiles.template load<2>(c[2], bytes);
+    if constexpr (ROWS > 1 && COLUMNS > 1) tiles.template load<3>(c[3], bytes);
+  } else {
+    tiles.template zero<0>();
+    if constexpr (COLUMNS > 1) tiles.template zero<1>();
+    if constexpr (ROWS > 1) tiles.template zero<2>();
+    if constexpr (ROWS > 1 && COLUMNS > 1) tiles.template zero<3>();
+  }
+  const uint16_t *a = left.data, *b = right.data;
+  for (int64_t k = 0; k < depth; ++k, a += left.step, b += kTile) {
+    tiles.template load<6>(b, kPairBytes);
+    tiles.template load<4>(a, row_bytes);
+    tiles.template dot<0, 4, 6>();
+    if constexpr (COLUMNS > 1) {
+      tiles.template load<7>(b + right.tile, kPairBytes);
+      tiles.template dot<1, 4, 7>();
+    }
+    if constexpr (ROWS > 1) {
+      tiles.template load<5>(a + left.tile, row_bytes);
+      tiles.template dot<2, 5, 6>();
+    }
+    if constexpr (ROWS > 1 && COLUMNS > 1) tiles.template dot<3, 5, 7>();
+  }
+  tiles.template store<0>(c[0], bytes);
+  if constexpr (COLUMNS > 1) tiles.template store<1>(c[1], bytes);
+  if constexpr (ROWS > 1) tiles.template store<2>(c[2], bytes);
+  if constexpr (ROWS > 1 && COLUMNS > 1) tiles.template store<3>(c[3], bytes);
+}
+
+template <class Tiles>
+MOLEX_INLINE void multiply_blocks(Tiles& tiles,
+                                  const Left& left,
+                                  int64_t rows,
+                                  const Right& right,
+                                  int64_t columns,
+                                  const Sums& sums,
+                                  int64_t depth,
+                                  bool add) {
+  for (int64_t i = 0; i < rows; i += 2) {
+    for (int64_t j = 0; j < columns; j += 2) {
+      const Left a{left.data + i * left.tile, left.tile, left.row, left.step};
+      const Right b{right.data + j * right.tile, right.tile};
+      const Sums c{sums.data + i * sums.row + j * sums.column, sums.row, sums.column, sums.stride};
+      const bool two_rows = i + 1 < rows, two_columns = j + 1 < columns;
+      if (two_rows && two_columns) multiply_tiles<2, 2>(tiles, a, b, c, depth, add);
+      if (two_rows && !two_columns) multiply_tiles<2, 1>(tiles, a, b, c, depth, add);
+      if (!two_rows && two_columns) multiply_tiles<1, 2>(tiles, a, b, c, depth, add);
+      if (!two_rows && !two_columns) multiply_tiles<1, 1>(tiles, a, b, c, depth, add);
+    }
+  }
+}
+
+// One or two times up to 16 rows of a matrix, times all columns of the packed panels: tile (i, j) of the sums
+// is at sums + (i * panels + j) * kArea. Rows are read where they lie if they are whole tiles, else through
+// `copies`, of kCopies elements.
+constexpr int64_t kCopies = 2 * kBlock * kTile;
+
+template <class Tiles>
+MOLEX_INLINE void multiply_strip(Tiles& tiles,
+                                 const Matrix* bands,
+                                 int64_t count,
+                                 const uint16_t* panels,
+                                 int64_t num_panels,
+                                 uint16_t* copies,
+                                 float* sums) {
+  const int64_t deep = parts(bands[0].columns, kDeep);
+  bool in_place = bands[0].columns % kDeep == 0;
+  for (int64_t i = 0; i < count; ++i) {
+    in_place &=
+        bands[i].rows == kSide && bands[i].column_stride == 1 && bands[i].row_stride == bands[0].row_stride;
+  }
+  const int64_t apart = count > 1 ? element(bands[1], 0, 0) - element(bands[0], 0, 0) : 0;
+  int64_t k = 0;
+  do {
+    const int64_t depth = std::min(kBlock, deep - k);
+    Left left{element(bands[0], 0, k * kDeep), apart, bands[0].row_stride, kDeep};
+    if (!in_place) {
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t t = 0; t < depth; ++t) {
+          tile_of_rows(bands[i], 0, (k + t) * kDeep, copies + (i * kBlock + t) * kTile);
+        }
+      }
+      left = {copies, kBlock * kTile, kDeep, kTile};
+    }
+    multiply_blocks(tiles,
+                    left,
+                    count,
+                    {panels + k * kTile, deep * kTile},
+                    num_panels,
+                    {sums, num_panels * kArea, kArea, kSide},
+                    depth,
+                    k > 0);
+    k += kBlock;
+  } while (k < deep);
+}
+
+// Writes the transposes of one or two tiles of sums, `apart` floats from each other, as `rows` <= 16 rows of
+// `columns` <= 32 elements, with the bias of each column.
+template <class Machine>
+MOLEX_INLINE void write_turned(const float* sums,
+                               int64_t apart,
+                               const float* bias,
+                               int64_t rows,
+                               int64_t columns,
+                               const Target& to,
+                               int64_t at,
+                               int64_t stride) {
+  constexpr int64_t kLanes = Machine::kLanes;
+  alignas(64) float made[kArea], turned[kArea];
+  if (to.dtype == ScalarType::Float) {
+    float* const out = static_cast<float*>(to.data) + at;
+    for (int64_t n = 0; n < columns; n += kSide) {
+      turn_16(sums + n / kSide * apart, kSide, turned, kSide);
+      const int64_t width = std::min(columns - n, kSide);
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* const from = turned + r * kSide;
+        float* const row = out + r * stride + n;
+        if (bias) {
+          for (int64_t i = 0; i < width; ++i) row[i] = from[i] + bias[n + i];
+        } else if (width == kSide) {
+          std::memcpy(row, from, kSide * sizeof(float));
+        } else {
+          std::memcpy(row, from, width * sizeof(float));
+        }
+      }
+    }
+    return;
+  }
+  if (columns <= kSide) std::memset(made + kArea / 2, 0, kArea / 2 * sizeof(float));
+  for (int64_t n = 0; n < columns; n += 2) {
+    const float even = bias ? bias[n] : 0.0f, odd = bias && n + 1 < columns ? bias[n + 1] : 0.0f;
+    const float* const from = sums + n / kSide * apart + n % kSide * kSide;
+    for (int64_t r = 0; r < kSide; r += kLanes) {
+      Machine::interleave(load<kLanes>(from + r) + even,
+                          load<kLanes>(from + kSide + r) + odd,
+                          reinterpret_cast<uint16_t*>(made + n / 2 * kSide + r));
+    }
+  }
+  uint16_t* const out = static_cast<uint16_t*>(to.data) + at;
+  turn_16(made, kSide, turned, kSide);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* const from = turned + r * kSide;
+    if (columns == kDeep) {
+      std::memcpy(out + r * stride, from, kDeep * sizeof(uint16_t));
+    } else {
+      std::memcpy(out + r * stride, from, columns * sizeof(uint16_t));
+    }
+  }
+}
+
+}  // namespace molex

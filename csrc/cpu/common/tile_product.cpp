@@ -1,0 +1,126 @@
+// The product of matrices on tiles. Where b's columns are contiguous, as those of a transposed weight, the
+// product is that of the transposes, out^T = b^T a^T, since those columns are tiles of rows as they lie.
+
+#include "cpu/common/tile_product.h"
+
+namespace molex {
+
+namespace {
+
+struct Call {
+  Matrix out, a, b;
+  const float* bias;
+  uint16_t *packed, *strip;  // a whole operand, and a block of the other one
+  float* sums;
+};
+
+// Writes a row of up to 32 sums.
+template <class Machine>
+MOLEX_INLINE void write_sums(
+    const float* sums, const float* bias, int64_t columns, const Target& to, int64_t at) {
+  constexpr int64_t kLanes = Machine::kLanes;
+  alignas(64) float biased[kDeep];
+  if (bias) {
+    for (int64_t i = 0; i < columns; ++i) biased[i] = sums[i] + bias[i];
+    for (int64_t i = columns; i < kDeep; ++i) biased[i] = 0.0f;
+    sums = biased;
+  }
+  if (to.dtype == ScalarType::Float) {
+    float* const out = static_cast<float*>(to.data) + at;
+    if (columns == kDeep) {
+      std::memcpy(out, sums, kDeep * sizeof(float));
+    } else {
+      std::memcpy(out, sums, columns * sizeof(float));
+    }
+    return;
+  }
+  uint16_t* const out = static_cast<uint16_t*>(to.data) + at;
+  uint16_t whole[kDeep];
+  uint16_t* const made = columns < kDeep ? whole : out;
+  for (int64_t i = 0; i < kDeep; i += 2 * kLanes) {
+    Machine::narrow(load<kLanes>(sums + i), load<kLanes>(sums + i + kLanes), made + i);
+  }
+  if (columns < kDeep) std::memcpy(out, whole, columns * sizeof(uint16_t));
+}
+
+constexpr auto multiply_plain = tiled([](auto machine, const Call* call) MOLEX_LAMBDA_INLINE {
+  using Machine = decltype(machine);
+  typename Machine::Tiles tiles;
+  const auto& [out, a, b, bias, packed, strip, sums] = *call;
+  const int64_t deep = parts(a.columns, kDeep), row_tiles = parts(a.rows, kSide);
+  for (int64_t i = 0; i < row_tiles; ++i) {
+    for (int64_t k = 0; k < deep; ++k) {
+      tile_of_rows(a, i * kSide, k * kDeep, packed + (i * deep + k) * kTile);
+    }
+  }
+  for (int64_t n = 0; n < b.columns; n += kDeep) {
+    const int64_t used = std::min(kDeep, b.columns - n), column_tiles = parts(used, kSide);
+    if (column_tiles < 2) std::memset(sums, 0, row_tiles * 2 * kArea * sizeof(float));
+    int64_t k = 0;
+    do {
+      const int64_t depth = std::min(kBlock, deep - k);
+      for (int64_t j = 0; j < column_tiles; ++j) {
+        for (int64_t t = 0; t < depth; ++t) {
+          tile_of_pairs(b, (k + t) * kDeep, n + j * kSide, strip + (j * kBlock + t) * kTile);
+        }
+      }
+      multiply_blocks(tiles,
+                      Left{packed + k * kTile, deep * kTile, kDeep, kTile},
+                      row_tiles,
+                      Right{strip, kBlock * kTile},
+                      column_tiles,
+                      Sums{sums, 2 * kArea, kSide, kDeep},
+                      depth,
+                      k > 0);
+      k += kBlock;
+    } while (k < deep);
+    for (int64_t row = 0; row < a.rows; ++row) {
+      const int64_t at = row * out.row_stride + n;
+      write_sums<Machine>(sums + row * kDeep, bias ? bias + n : nullptr, used, out.target(), at);
+    }
+  }
+});
+
+constexpr auto multiply_turned = tiled([](auto machine, const Call* call) MOLEX_LAMBDA_INLINE {
+  using Machine = decltype(machine);
+  typename Machine::Tiles tiles;
+  const auto& [out, a, b, bias, packed, strip, sums] = *call;
+  const int64_t panel = parts(a.columns, kDeep) * kTile, panels = parts(a.rows, kSide);
+  for (int64_t p = 0; p < panels; ++p) panel_of_pairs(a.transposed(), p * kSide, packed + p * panel);
+  const Matrix weight = b.transposed();
+  for (int64_t n = 0; n < weight.rows; n += kDeep) {
+    const int64_t used = std::min(kDeep, weight.rows - n);
+    const Matrix bands[] = {weight.band(n, std::min(used, kSide)),
+                            weight.band(n + kSide, std::max<int64_t>(used - kSide, 0))};
+    multiply_strip(tiles, bands, parts(used, kSide), packed, panels, strip, sums);
+    for (int64_t p = 0; p < panels; ++p) {
+      write_turned<Machine>(sums + p * kArea,
+                            panels * kArea,
+                            bias ? bias + n : nullptr,
+                            std::min(kSide, a.rows - p * kSide),
+                            used,
+                            out.target(),
+                            p * kSide * out.row_stride + n,
+                            out.row_stride);
+    }
+  }
+});
+
+}  // namespace
+
+void TileProduct::operator()(const Matrix& out, const Matrix& a, const Matrix& b, const float* bias) {
+  if (out.rows == 0 || out.columns == 0) return;
+  const int64_t tiles = parts(a.rows, kSide), packed = tiles * parts(a.columns, kDeep) * kTile;
+  const int64_t bytes = Arena::bytes(packed, ScalarType::BFloat16) +
+                        Arena::bytes(kCopies, ScalarType::BFloat16) + Arena::bytes(tiles * 2 * kArea);
+  if (!arena_ || bytes > bytes_) arena_.emplace(bytes), bytes_ = bytes;
+  Arena& arena = *arena_;
+  arena.clear();
+  const auto take = [&](int64_t count) {
+    return static_cast<uint16_t*>(arena.matrix(1, count, ScalarType::BFloat16).data);
+  };
+  const Call call{out, a, b, bias, take(packed), take(kCopies), arena.floats(tiles * 2 * kArea)};
+  b.row_stride == 1 && b.column_stride != 1 ? multiply_turned(&call) : multiply_plain(&call);
+}
+
+}  // namespace molex

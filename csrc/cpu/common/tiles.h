@@ -1,0 +1,285 @@
+// Products of bf16 on matrix tiles: eight tiles of 16 rows of 64 bytes, sums in fp32.
+//
+// A body is written once, for a `Machine` that names its vectors and its tiles:
+//
+//   constexpr auto f = tiled([](auto machine, ...) MOLEX_LAMBDA_INLINE {
+//     using Machine = decltype(machine);
+//     typename Machine::Tiles tiles;
+//     tiles.template zero<0>();
+//     ...
+//   });
+//
+// and runs on Intel's AMX where the processor has it and Linux permits it, or, where MOLEX_CPU_TILES=emulated
+// asks for it, on plain C++ that does the same. `tile_path()` says which of the two runs, or that neither
+// does; a body must not be called then.
+
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <bit>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string_view>
+
+#include "cpu/common/columns.h"
+#include "cpu/common/vector.h"
+
+#if defined(MOLEX_SEVERAL) && __GNUC__ >= 12 && defined(__linux__)
+#define MOLEX_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace molex {
+
+enum class TilePath { kNone, kAmx, kEmulated };
+
+#if defined(MOLEX_AMX)
+inline bool amx_is_permitted() {
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of edx
+  unsigned a, b, c, d;
+  if (!kHasV4 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile))
+    return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;  // AVX512_BF16
+  constexpr long kRequest = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#else
+inline bool amx_is_permitted() { return false; }
+#endif
+
+inline TilePath tile_path() {
+  static const TilePath path = [] {
+    const char* asked = std::getenv("MOLEX_CPU_TILES");
+    const std::string_view value = asked ? asked : "";
+    STD_TORCH_CHECK(value.empty() || value == "off" || value == "emulated",
+                    "MOLEX_CPU_TILES: expected off or emulated, or nothing, got ",
+                    asked);
+    if (value == "off") return TilePath::kNone;
+    if (value == "emulated") return TilePath::kEmulated;
+    return amx_is_permitted() ? TilePath::kAmx : TilePath::kNone;
+  }();
+  return path;
+}
+
+inline const char* tile_path_name() {
+  switch (tile_path()) {
+    case TilePath::kAmx:
+      return "amx";
+    case TilePath::kEmulated:
+      return "emulated";
+    default:
+      return "none";
+  }
+}
+
+template <int LANES>
+struct Bf16Of {
+  typedef uint16_t Values __attribute__((vector_size(LANES * sizeof(uint16_t))));
+  typedef uint32_t Bits __attribute__((vector_size(LANES * sizeof(uint32_t))));
+};
+
+// A float rounded to bf16, to the nearest, ties to even, in the upper half of its bits.
+template <int LANES>
+MOLEX_INLINE typename Bf16Of<LANES>::Bits bf16_bits(Floats<LANES> x) {
+  using Bits = typename Bf16Of<LANES>::Bits;
+  const Bits bits = (Bits)x;
+  const Bits rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+  return (Bits)select(x == x, (Floats<LANES>)rounded, (Floats<LANES>)(bits | 0x7fc00000u)) & 0xffff0000u;
+}
+
+struct EmulatedTiles {
+  static constexpr int kRows = 16, kDwords = 16;
+  uint32_t data[8][kRows][kDwords];
+
+  // What has not been loaded is NaN.
+  EmulatedTiles() { std::memset(data, 0xff, sizeof(data)); }
+
+  static void configure() {}
+  static void release() {}
+
+  template <int T>
+  void zero() {
+    std::memset(data[T], 0, sizeof(data[T]));
+  }
+  template <int T>
+  void load(const void* from, int64_t stride) {
+    for (int r = 0; r < kRows; ++r)
+      std::memcpy(data[T][r], static_cast<const char*>(from) + r * stride, sizeof(data[T][r]));
+  }
+  template <int T>
+  void store(void* to, int64_t stride) const {
+    for (int r = 0; r < kRows; ++r)
+      std::memcpy(static_cast<char*>(to) + r * stride, data[T][r], sizeof(data[T][r]));
+  }
+  // Adds the products of pairs; numbers below the normal ones count as 0.
+  template <int C, int A, int B>
+  void dot() {
+    for (int m = 0; m < kRows; ++m) {
+      float sums[kDwords];
+      std::memcpy(sums, data[C][m], sizeof(sums));
+      for (int k = 0; k < kDwords; ++k) {
+        const uint32_t pair = data[A][m][k];
+        const float low = number(pair << 16), high = number(pair & 0xffff0000u);
+        for (int n = 0; n < kDwords; ++n) {
+          const uint32_t other = data[B][k][n];
+          sums[n] = normal(sums[n] + low * number(other << 16));
+          sums[n] = normal(sums[n] + high * number(other & 0xffff0000u));
+        }
+      }
+      std::memcpy(data[C][m], sums, sizeof(sums));
+    }
+  }
+
+ private:
+  static float normal(float x) { return (x < 0 ? -x : x) < std::numeric_limits<float>::min() ? 0.0f : x; }
+  static float number(uint32_t bits) { return normal(std::bit_cast<float>(bits)); }
+};
+
+template <class Registers>
+struct EmulatedMachine {
+  static constexpr int kLanes = Registers::kLanes;
+  using Tiles = EmulatedTiles;
+  using V = Floats<kLanes>;
+
+  // Rounds two vectors, one after the other.
+  static MOLEX_INLINE void narrow(V first, V second, uint16_t* to) {
+    using Values = typename Bf16Of<kLanes>::Values;
+    const Values parts[] = {__builtin_convertvector(bf16_bits<kLanes>(first) >> 16, Values),
+                            __builtin_convertvector(bf16_bits<kLanes>(second) >> 16, Values)};
+    __builtin_memcpy(to, parts, sizeof(parts));
+  }
+  // Rounds two vectors, their lanes in turn.
+  static MOLEX_INLINE void interleave(V even, V odd, uint16_t* to) {
+    const auto pairs = bf16_bits<kLanes>(even) >> 16 | bf16_bits<kLanes>(odd);
+    __builtin_memcpy(to, &pairs, sizeof(pairs));
+  }
+};
+
+#if defined(MOLEX_AMX)
+
+// The instructions are written out: a function that inlines an intrinsic has to be compiled for it itself.
+struct AmxTiles {
+  static void configure() {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int t = 0; t < 8; ++t) config.bytes[t] = 64, config.rows[t] = 16;
+    asm volatile("ldtilecfg %0" : : "m"(config));
+  }
+  static void release() { asm volatile("tilerelease" : : : "memory"); }
+
+  template <int T>
+  MOLEX_INLINE void zero() {
+    asm volatile("tilezero %%tmm%c0" : : "i"(T));
+  }
+  template <int T>
+  MOLEX_INLINE void load(const void* from, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(T) : "memory");
+  }
+  template <int T>
+  MOLEX_INLINE void store(void* to, int64_t stride) const {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(T) : "memory");
+  }
+  template <int C, int A, int B>
+  MOLEX_INLINE void dot() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+  }
+};
+
+struct AmxMachine {
+  static constexpr int kLanes = 16;
+  using Tiles = AmxTiles;
+  using V = Floats<kLanes>;
+  typedef int16_t Shorts __attribute__((vector_size(64)));
+
+  static MOLEX_INLINE Shorts rounded_pair(V first, V second) {
+    Shorts result;
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(result) : "v"(first), "v"(second));
+    return result;
+  }
+  static MOLEX_INLINE void narrow(V first, V second, uint16_t* to) {
+    const Shorts result = rounded_pair(first, second);
+    __builtin_memcpy(to, &result, sizeof(result));
+  }
+  static MOLEX_INLINE void interleave(V even, V odd, uint16_t* to) {
+    const Shorts order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const Shorts result = __builtin_shuffle(rounded_pair(even, odd), order);
+    __builtin_memcpy(to, &result, sizeof(result));
+  }
+};
+
+template <class Body, class... Arguments>
+__attribute__((target("arch=x86-64-v4"))) auto run_amx(Arguments... arguments) {
+  return Body{}(AmxMachine{}, arguments...);
+}
+
+#endif
+
+template <class Body>
+struct Emulation {
+  template <class Registers, class... Arguments>
+  MOLEX_INLINE auto operator()(Registers, Arguments... arguments) const {
+    return Body{}(EmulatedMachine<Registers>{}, arguments...);
+  }
+};
+
+template <class Body>
+struct TiledBody {
+  template <class... Arguments>
+  auto operator()(Arguments... arguments) const {
+#if defined(MOLEX_AMX)
+    if (tile_path() == TilePath::kAmx) return run_amx<Body>(arguments...);
+#endif
+    return run<Emulation<Body>>(arguments...);
+  }
+};
+
+// Makes the versions of a body, which must not capture anything.
+template <class Body>
+constexpr TiledBody<Body> tiled(Body) {
+  return {};
+}
+
+// The tiles of a thread are configured while this lives.
+class TileScope {
+ public:
+  TileScope() {
+#if defined(MOLEX_AMX)
+    if (tile_path() == TilePath::kAmx) AmxTiles::configure();
+#endif
+  }
+  ~TileScope() {
+#if defined(MOLEX_AMX)
+    if (tile_path() == TilePath::kAmx) AmxTiles::release();
+#endif
+  }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
+};
+
+// Exchanges the rows and columns of 16 x 16 numbers of 4 bytes; strides count numbers.
+MOLEX_INLINE void turn_16(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+  using V = Floats<4>;
+  const char* const source = static_cast<const char*>(from);
+  char* const target = static_cast<char*>(to);
+  for (int64_t r = 0; r < 16; r += 4) {
+    for (int64_t c = 0; c < 16; c += 4) {
+      V block[4];
+      for (int64_t i = 0; i < 4; ++i)
+        __builtin_memcpy(&block[i], source + ((r + i) * from_stride + c) * 4, sizeof(V));
+      turn(block);
+      for (int64_t i = 0; i < 4; ++i)
+        __builtin_memcpy(target + ((c + i) * to_stride + r) * 4, &block[i], sizeof(V));
+    }
+  }
+}
+
+}  // namespace molex

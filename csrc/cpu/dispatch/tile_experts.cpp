@@ -1,0 +1,322 @@
+// The experts' MLP on matrix tiles, forward. All products are those of the transposes: rows of a weight are
+// tiles as they lie, and the sums of 16 hidden units for 16 rows of x are, after the activation, half a tile
+// of the next product. A piece's rows are packed once.
+
+#include "cpu/dispatch/tile_experts.h"
+
+#include <vector>
+
+#include "cpu/common/tile_blocks.h"
+
+namespace molex {
+
+namespace {
+
+// Where a piece is packed: panels of 16 rows of x, and of the activated values.
+struct Panels {
+  uint16_t *x, *hidden;
+  int64_t rows;
+
+  int64_t count() const { return parts(rows, kSide); }
+};
+
+struct Scratch {
+  uint16_t *gathered, *copies;
+  float *sums, *acted;
+};
+
+struct Up {
+  const Activation* activation;
+  Matrix weight;      // [H, D]
+  const float* bias;  // [H] or null
+  Target kept;
+  int64_t first;  // the piece's first row of `kept`
+  int64_t inner;
+  Panels panels;
+  Scratch scratch;
+  int64_t begin, end;  // hidden units, from a multiple of kDeep on
+};
+
+struct Down {
+  Matrix weight;  // [D, I]
+  const float* bias;
+  Matrix packed;  // the piece's rows
+  Panels panels;
+  Scratch scratch;
+  int64_t begin, end;  // columns of the result
+};
+
+// Hidden units (or halves of gated ones) of a weight that are one band.
+MOLEX_INLINE Matrix every(const Matrix& weight, int64_t first, int64_t count, int64_t step) {
+  Matrix band = weight.band(first, count);
+  band.row_stride *= step;
+  return band;
+}
+
+// Writes pre-activations of two tiles side by side, or in turn, as rows of `kept`.
+template <class Machine>
+MOLEX_INLINE void keep(const Up& up, const float* first, const float* second, int64_t panel, int64_t unit) {
+  constexpr int64_t kLanes = Machine::kLanes;
+  const Activation& activation = *up.activation;
+  const int64_t outer = up.weight.rows, row = panel * kSide;
+  const int64_t rows = std::min(kSide, up.panels.rows - row), at = (up.first + row) * outer;
+  const int64_t left = up.inner - unit;
+  if (!activation.is_gated()) {
+    const int64_t columns = std::min(left, kDeep);
+    return write_turned<Machine>(first, second - first, nullptr, rows, columns, up.kept, at + unit, outer);
+  }
+  const int64_t units = std::min(left, kSide);
+  if (!activation.is_interleaved()) {
+    write_turned<Machine>(first, 0, nullptr, rows, units, up.kept, at + unit, outer);
+    write_turned<Machine>(second, 0, nullptr, rows, units, up.kept, at + up.inner + unit, outer);
+    return;
+  }
+  alignas(64) uint32_t made[kArea], turned[kArea];
+  for (int64_t i = 0; i < kArea; i += kLanes) {
+    Machine::interleave(
+        load<kLanes>(first + i), load<kLanes>(second + i), reinterpret_cast<uint16_t*>(made + i));
+  }
+  turn_16(made, kSide, turned, kSide);
+  uint16_t* const to = static_cast<uint16_t*>(up.kept.data) + at + 2 * unit;
+  for (int64_t r = 0; r < rows; ++r) {
+    std::memcpy(to + r * outer, turned + r * kSide, units * sizeof(uint32_t));
+  }
+}
+
+constexpr auto go_up = tiled([](auto machine, const Up* call) MOLEX_LAMBDA_INLINE {
+  using Machine = decltype(machine);
+  constexpr int64_t kLanes = Machine::kLanes;
+  typename Machine::Tiles tiles;
+  const Up& up = *call;
+  const bool gated = up.activation->is_gated(), interleaved = up.activation->is_interleaved();
+  const int64_t panels = up.panels.count(), size = panels * kArea, step = gated ? kSide : kDeep;
+  const int64_t hidden = parts(up.inner, kDeep) * kTile;  // a panel's
+  float *const sums = up.scratch.sums, *const acted = up.scratch.acted;
+  for (int64_t unit = up.begin; unit < up.end; unit += step) {
+    // Two tiles of sums: gate and up, or those of consecutive units. `of` gives their first rows.
+    const int64_t second = gated ? (interleaved ? 2 * unit + 1 : up.inner + unit) : unit + kSide;
+    const int64_t of[] = {gated && interleaved ? 2 * unit : unit, second};
+    const int64_t units = std::min(up.inner - unit, kSide);
+    const int64_t counts[] = {units, gated ? units : std::clamp<int64_t>(up.inner - second, 0, kSide)};
+    const int64_t apart = interleaved ? 2 : 1, used = counts[1] ? 2 : 1;
+    const Matrix bands[] = {every(up.weight, of[0], counts[0], apart),
+                            counts[1] ? every(up.weight, of[1], counts[1], apart) : Matrix{}};
+    multiply_strip(tiles, bands, used, up.panels.x, panels, up.scratch.copies, sums);
+    if (used < 2) std::memset(sums + size, 0, size * sizeof(float));
+    for (int64_t a = 0; a < used && up.bias; ++a) {
+      for (int64_t i = 0; i < counts[a]; ++i) {
+        const float bias = up.bias[of[a] + i * apart];
+        for (int64_t p = 0; p < panels; ++p) {
+          float* const row = sums + a * size + p * kArea + i * kSide;
+          for (int64_t r = 0; r < kSide; r += kLanes) store(row + r, load<kLanes>(row + r) + bias);
+        }
+      }
+    }
+    for (int64_t p = 0; p < panels && up.kept; ++p) {
+      keep<Machine>(up, sums + p * kArea, sums + size + p * kArea, p, unit);
+    }
+    if (gated) {
+      up.activation->pointwise(sums, sums + size, acted, size);
+    } else {
+      up.activation->pointwise(sums, nullptr, acted, 2 * size);
+    }
+    for (int64_t a = 0; a < step / kSide; ++a) {
+      for (int64_t p = 0; p < panels; ++p) {
+        float* const from = acted + a * size + p * kArea;
+        // Units that there are not are 0 also where x is infinite.
+        std::memset(from + counts[a] * kSide, 0, (kSide - counts[a]) * kSide * sizeof(float));
+        uint16_t* const to = up.panels.hidden + p * hidden + (unit + a * kSide) * kSide;
+        for (int64_t i = 0; i < kSide; i += 2) {
+          for (int64_t r = 0; r < kSide; r += kLanes) {
+            const float* const even = from + i * kSide + r;
+            Machine::interleave(load<kLanes>(even), load<kLanes>(even + kSide), to + i * kSide + 2 * r);
+          }
+        }
+      }
+    }
+  }
+  const int64_t end = parts(up.end, step) * step, whole = parts(up.end, kDeep) * kDeep;
+  for (int64_t p = 0; p < panels && end < whole; ++p) {
+    uint16_t* const to = up.panels.hidden + p * hidden + end * kSide;
+    std::memset(to, 0, (whole - end) * kSide * sizeof(uint16_t));
+  }
+});
+
+constexpr auto go_down = tiled([](auto machine, const Down* call) MOLEX_LAMBDA_INLINE {
+  using Machine = decltype(machine);
+  typename Machine::Tiles tiles;
+  const Down& down = *call;
+  const int64_t panels = down.panels.count(), size = panels * kArea;
+  float* const sums = down.scratch.sums;
+  for (int64_t n = down.begin; n < down.end; n += kDeep) {
+    const int64_t used = std::min(down.end - n, kDeep);
+    const Matrix bands[] = {down.weight.band(n, std::min(used, kSide)),
+                            down.weight.band(n + kSide, std::max<int64_t>(used - kSide, 0))};
+    multiply_strip(tiles, bands, parts(used, kSide), down.panels.hidden, panels, down.scratch.copies, sums);
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t row = p * kSide;
+      write_turned<Machine>(sums + p * kArea,
+                            size,
+                            down.bias ? down.bias + n : nullptr,
+                            std::min(kSide, down.panels.rows - row),
+                            used,
+                            down.packed.target(),
+                            row * down.packed.row_stride + n,
+                            down.packed.row_stride);
+    }
+  }
+});
+
+constexpr auto pack_panel = tiled([](auto, const Matrix* rows, uint16_t* to)
+                                      MOLEX_LAMBDA_INLINE { panel_of_pairs(rows->transposed(), 0, to); });
+
+class Experts {
+ public:
+  Experts(const Layer& layer, const Assignments& plan, const Matrix& packed, const Target& kept)
+      : layer_(layer),
+        plan_(plan),
+        packed_(packed),
+        kept_(kept),
+        x_(layer.x),
+        up_(layer.w_up, ScalarType::BFloat16),
+        down_(layer.w_down, ScalarType::BFloat16),
+        b_up_(floats_of(layer.b_up)),
+        b_down_(floats_of(layer.b_down)),
+        width_(layer.x.size(1)),
+        outer_(layer.w_up.size(1)),
+        inner_(layer.w_down.size(2)),
+        pieces_(pieces_of(plan.bounds, 0, plan.bounds.size() - 1, tile_piece(plan.local_rows))),
+        panels_(parts(longest_of(pieces_), kSide)) {}
+
+  void run() const {
+    const int64_t cuts = cuts_of(pieces_.size());
+    cuts == 1 ? run_pieces() : run_parts(cuts);
+  }
+
+ private:
+  int64_t x_size() const { return panels_ * parts(width_, kDeep) * kTile; }
+  int64_t hidden_size() const { return panels_ * parts(inner_, kDeep) * kTile; }
+
+  int64_t scratch_bytes() const {
+    return Arena::bytes(x_size(), ScalarType::BFloat16) + Arena::bytes(kSide * width_, ScalarType::BFloat16) +
+           Arena::bytes(kCopies, ScalarType::BFloat16) + 2 * Arena::bytes(2 * panels_ * kArea);
+  }
+
+  static uint16_t* take(Arena& arena, int64_t count) {
+    return static_cast<uint16_t*>(arena.matrix(1, count, ScalarType::BFloat16).data);
+  }
+
+  Scratch scratch(Arena& arena) const {
+    return {take(arena, kSide * width_),
+            take(arena, kCopies),
+            arena.floats(2 * panels_ * kArea),
+            arena.floats(2 * panels_ * kArea)};
+  }
+
+  void pack(const Piece& piece, const Panels& panels, const Scratch& scratch) const {
+    for (int64_t p = 0; p < panels.count(); ++p) {
+      const int64_t rows = std::min(kSide, piece.rows - p * kSide);
+      const Matrix gathered = matrix_of(scratch.gathered, ScalarType::BFloat16, rows, width_);
+      for (int64_t r = 0; r < rows; ++r) {
+        x_.copy(plan_.token(piece.first + p * kSide + r), gathered.band(r, 1));
+      }
+      pack_panel(&gathered, panels.x + p * parts(width_, kDeep) * kTile);
+    }
+  }
+
+  void up(
+      const Piece& piece, const Panels& panels, const Scratch& scratch, int64_t begin, int64_t end) const {
+    const Up call{&layer_.activation,
+                  up_.of(piece.expert, {}),
+                  b_up_.empty() ? nullptr : b_up_.data() + piece.expert * outer_,
+                  kept_,
+                  piece.first,
+                  inner_,
+                  panels,
+                  scratch,
+                  begin,
+                  end};
+    go_up(&call);
+  }
+
+  void down(
+      const Piece& piece, const Panels& panels, const Scratch& scratch, int64_t begin, int64_t end) const {
+    const Down call{down_.of(piece.expert, {}),
+                    b_down_.empty() ? nullptr : b_down_.data() + piece.expert * width_,
+                    packed_.band(piece.first, piece.rows),
+                    panels,
+                    scratch,
+                    begin,
+                    end};
+    go_down(&call);
+  }
+
+  // A thread takes whole pieces.
+  void run_pieces() const {
+    const int64_t bytes = scratch_bytes() + Arena::bytes(hidden_size(), ScalarType::BFloat16);
+    share(pieces_.size(), [&](const auto& next) {
+      const TileScope scope;
+      Arena arena(bytes);
+      uint16_t *const x = take(arena, x_size()), *const hidden = take(arena, hidden_size());
+      const Scratch mine = scratch(arena);
+      for (size_t index = next(); index < pieces_.size(); index = next()) {
+        const Piece& piece = pieces_[index];
+        const Panels panels{x, hidden, piece.rows};
+        pack(piece, panels, mine);
+        up(piece, panels, mine, 0, inner_);
+        down(piece, panels, mine, 0, width_);
+      }
+    });
+  }
+
+  // There are few pieces: a thread takes some hidden units of one, and then, when all of them are known, some
+  // columns of its result.
+  void run_parts(int64_t cuts) const {
+    const int64_t tasks = pieces_.size() * cuts, size = hidden_size();
+    Arena shared(Arena::bytes(pieces_.size() * size, ScalarType::BFloat16));
+    uint16_t* const hidden = take(shared, pieces_.size() * size);
+    const auto in_parts = [&](int64_t columns, const auto& body) {
+      const auto work = [&](const auto& next) {
+        const TileScope scope;
+        Arena arena(scratch_bytes());
+        uint16_t* const x = take(arena, x_size());
+        const Scratch mine = scratch(arena);
+        for (int64_t task = next(); task < tasks; task = next()) {
+          const int64_t index = task / cuts;
+          const Columns part(task % cuts, cuts, columns);
+          if (part.count == 0) continue;
+          const Panels panels{x, hidden + index * size, pieces_[index].rows};
+          body(pieces_[index], panels, mine, part.first, part.first + part.count);
+        }
+      };
+      share(tasks, work, false);
+    };
+    in_parts(inner_, [&](const auto& piece, const auto& panels, const auto& mine, int64_t from, int64_t end) {
+      pack(piece, panels, mine);
+      up(piece, panels, mine, from, end);
+    });
+    in_parts(width_, [&](const auto& piece, const auto& panels, const auto& mine, int64_t from, int64_t end) {
+      down(piece, panels, mine, from, end);
+    });
+  }
+
+  const Layer& layer_;
+  const Assignments& plan_;
+  const Matrix packed_;
+  const Target kept_;
+  const Rows x_;
+  const Weights up_, down_;
+  const std::vector<float> b_up_, b_down_;
+  const int64_t width_, outer_, inner_;
+  const std::vector<Piece> pieces_;
+  const int64_t panels_;
+};
+
+}  // namespace
+
+void experts_on_tiles(const Layer& layer, const Assignments& plan, const Matrix& packed, const Target& kept) {
+  Experts(layer, plan, packed, kept).run();
+  if (kept) clear_rows(matrix_of(kept.data, kept.dtype, plan.rows, layer.w_up.size(1)), plan.local_rows);
+}
+
+}  // namespace molex

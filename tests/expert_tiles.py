@@ -1,0 +1,211 @@
+"""Experts and grouped GEMM in bf16 on the CPU's matrix tiles, emulated.
+
+Run by test_cpu_tiles.py in a process of its own with MOLEX_CPU_TILES=emulated, since the library
+reads the variable once. Prints a JSON object: a digest of results, and what fails, by check.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import molex_kernels as mk
+from molex_kernels import _extension
+from molex_kernels.testing import Case, contract, load_ops
+
+BF16 = torch.bfloat16
+SIZES = (1, 15, 16, 17, 31, 33, 48, 100)
+
+
+def _draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(BF16)
+
+
+def _fenced(made: Tensor, turned: bool) -> Tensor:
+    """The same numbers with NaN around each matrix; stored by columns where `turned`."""
+    rows, columns = made.shape[-2:]
+    around = made.new_full((*made.shape[:-2], rows + 4, columns + 6), torch.nan)
+    if turned:
+        around = around.mT.contiguous().mT
+    inner = around[..., 2 : rows + 2, 3 : columns + 3]
+    inner.copy_(made)
+    return inner
+
+
+def _product(rows: int, columns: int, depth: int, turned: bool) -> None:
+    """All three products of two experts, y = x w^T, dx = dy w and dw = dy^T x."""
+    ends = torch.tensor([rows, rows + 3], dtype=torch.int32)
+    x = _fenced(_draw(rows + 3, depth), False).requires_grad_()
+    weight = _fenced(_draw(2, columns, depth, seed=1), turned).requires_grad_()
+    bias = _draw(2, columns, seed=2)
+    dy = _fenced(_draw(rows + 3, columns, seed=3), False)
+    y = mk.grouped_gemm(x, weight, ends, bias=bias, impl="cpu")
+    y.backward(dy)
+    parts = (slice(0, rows), slice(rows, rows + 3))
+    xd, wd, dyd = x.detach().double(), weight.detach().double(), dy.double()
+    expected = {
+        "y": torch.cat([xd[p] @ wd[e].mT + bias[e].double() for e, p in enumerate(parts)]),
+        "dx": torch.cat([dyd[p] @ wd[e] for e, p in enumerate(parts)]),
+        "dw": torch.stack([dyd[p].mT @ xd[p] for p in parts]),
+    }
+    # Sums in fp32 of exact products, rounded once.
+    sums = {
+        "y": torch.cat([xd[p].abs() @ wd[e].abs().mT for e, p in enumerate(parts)]),
+        "dx": torch.cat([dyd[p].abs() @ wd[e].abs() for e, p in enumerate(parts)]),
+        "dw": torch.stack([dyd[p].abs().mT @ xd[p].abs() for p in parts]),
+    }
+    for name, made in (("y", y), ("dx", x.grad), ("dw", weight.grad)):
+        allowed = 2.0**-8 * expected[name].abs() + 2.0**-18 * sums[name] + 1e-30
+        worst = ((made.double() - expected[name]).abs() / allowed).max()
+        assert worst <= 1, (name, rows, columns, depth, turned, float(worst))
+
+
+def products_of_all_tails() -> None:
+    """Every size of each dimension beside sizes of other tails, NaN outside of every operand."""
+    for i, size in enumerate(SIZES):
+        one, two = SIZES[(3 * i + 2) % len(SIZES)], SIZES[(5 * i + 1) % len(SIZES)]
+        _product(size, one, two, turned=False)
+        _product(one, two, size, turned=False)
+        _product(two, size, one, turned=True)
+
+
+def products_of_several_blocks() -> None:
+    """More terms than are summed at a time, in every product."""
+    _product(40, 33, 1100, turned=False)
+    _product(33, 530, 64, turned=False)
+    _product(1050, 33, 48, turned=True)
+
+
+def _experts(threads: int, tokens: int, **options: Any) -> list[Tensor]:
+    """Results of experts of odd sizes, and gradients."""
+    torch.set_num_threads(threads)
+    inputs = {
+        "x": _draw(tokens, 40),
+        "w_up": _draw(3, 2 * 72, 40, seed=1),
+        "w_down": _draw(3, 40, 72, seed=2),
+    }
+    for tensor in inputs.values():
+        tensor.requires_grad_()
+    index = torch.randint(3, (tokens, 2), generator=torch.Generator().manual_seed(3))
+    y = mk.moe_mlp(
+        expert_index=index,
+        expert_weight=torch.full((tokens, 2), 0.5),
+        activation="swiglu",
+        impl="cpu",
+        **inputs,
+        **options,
+    )
+    y.backward(torch.ones_like(y))
+    with torch.no_grad():
+        alone = mk.moe_mlp(
+            expert_index=index,
+            expert_weight=torch.full((tokens, 2), 0.5),
+            activation="swiglu",
+            impl="cpu",
+            **{name: tensor.detach() for name, tensor in inputs.items()},
+            **options,
+        )
+    torch.set_num_threads(1)
+    return [y.detach(), alone, *(tensor.grad for tensor in inputs.values())]
+
+
+def same_with_any_threads() -> None:
+    """Pieces, and parts of pieces where there are few, change no sum."""
+    for tokens in (2, 300):
+        for one, several in zip(_experts(1, tokens), _experts(4, tokens), strict=True):
+            assert torch.equal(one, several), tokens
+
+
+def infinity_stays_in_its_units() -> None:
+    """relu(-inf) is 0, also beside units and columns that only fill up a tile."""
+    x = torch.full((1, 20), torch.inf, dtype=BF16)
+    w_up = -torch.ones(1, 20, 20, dtype=BF16)
+    y = mk.moe_mlp(
+        x,
+        torch.zeros(1, 1, dtype=torch.int64),
+        torch.ones(1, 1),
+        w_up,
+        torch.ones(1, 20, 20, dtype=BF16),
+        activation="relu",
+        impl="cpu",
+    )
+    assert torch.equal(y, torch.zeros_like(y)), y
+
+
+def _budget(check: Callable[..., None], op: str, sizes: dict[str, int], **options: Any) -> None:
+    check(load_ops()[op], Case(sizes, options), BF16, "cpu", calls=1)
+
+
+def digest() -> str:
+    """Of results and gradients of one call."""
+    made = hashlib.sha256()
+    for result in _experts(1, 40):
+        made.update(result.float().numpy().tobytes())
+    return made.hexdigest()
+
+
+_SMALL = {"T": 37, "D": 24, "I": 40, "E": 5, "K": 2}
+_ONE = {"T": 1, "D": 7, "I": 3, "E": 4, "K": 2}
+
+
+def _case(check: Callable[..., None], op: str, sizes: dict[str, int], **options: Any) -> Any:
+    return lambda: _budget(check, op, sizes, **options)
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    **{
+        f.__name__: f
+        for f in (
+            products_of_all_tails,
+            products_of_several_blocks,
+            same_with_any_threads,
+            infinity_stays_in_its_units,
+        )
+    },
+    "relu, an idle expert": _case(contract.check_budget, "moe_mlp", _SMALL, routing="empty"),
+    "gelu, bias": _case(
+        contract.check_budget, "moe_mlp", {**_SMALL, "I": 50}, activation="gelu", bias=True
+    ),
+    "swiglu, bias, other ranks' experts": _case(
+        contract.check_budget,
+        "moe_mlp",
+        _SMALL,
+        activation="swiglu",
+        bias=True,
+        routing="elsewhere",
+    ),
+    "clamped_swiglu, interleaved, bias": _case(
+        contract.check_budget,
+        "moe_mlp",
+        {**_SMALL, "I": 21},
+        activation="clamped_swiglu",
+        gate_layout="interleaved",
+        bias=True,
+    ),
+    "one token": _case(contract.check_budget, "moe_mlp", _ONE, activation="swiglu"),
+    "strided": _case(contract.check_strided, "moe_mlp", _SMALL, activation="swiglu", bias=True),
+}
+
+
+def main() -> None:
+    """Runs every check."""
+    torch.set_num_threads(1)
+    failed: dict[str, str | None] = {}
+    for name, check in CHECKS.items():
+        try:
+            check()
+            failed[name] = None
+        except Exception:
+            failed[name] = traceback.format_exc()
+    tiles = _extension.build_facts()["tiles"]
+    print(json.dumps({"tiles": tiles, "digest": digest(), "failed": failed}))
+
+
+if __name__ == "__main__":
+    main()
