@@ -21,11 +21,6 @@ constexpr int64_t kArea = kSide * kSide;  // floats of a tile of sums
 // Tiles of terms that are multiplied at a time: two rows of them stay in the first-level cache.
 constexpr int64_t kBlock = 16;
 
-// Whether products of this dtype run on tiles.
-inline bool on_tiles(ScalarType dtype) {
-  return dtype == ScalarType::BFloat16 && tile_path() != TilePath::kNone;
-}
-
 inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 inline const uint16_t* element(const Matrix& m, int64_t row, int64_t column) {

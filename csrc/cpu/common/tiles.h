@@ -11,7 +11,7 @@
 //
 // and runs on Intel's AMX where the processor has it and Linux permits it, or, where MOLEX_CPU_TILES=emulated
 // asks for it, on plain C++ that does the same. `tile_path()` says which of the two runs, or that neither
-// does; a body must not be called then.
+// does; a body must not be called then. Before the first call a sample on AMX is compared with plain C++.
 
 #pragma once
 
@@ -36,7 +36,7 @@
 
 namespace molex {
 
-enum class TilePath { kNone, kAmx, kEmulated };
+enum class TilePath { kNone, kWrong, kAmx, kEmulated };
 
 #if defined(MOLEX_AMX)
 inline bool amx_is_permitted() {
@@ -51,31 +51,6 @@ inline bool amx_is_permitted() {
 #else
 inline bool amx_is_permitted() { return false; }
 #endif
-
-inline TilePath tile_path() {
-  static const TilePath path = [] {
-    const char* asked = std::getenv("MOLEX_CPU_TILES");
-    const std::string_view value = asked ? asked : "";
-    STD_TORCH_CHECK(value.empty() || value == "off" || value == "emulated",
-                    "MOLEX_CPU_TILES: expected off or emulated, or nothing, got ",
-                    asked);
-    if (value == "off") return TilePath::kNone;
-    if (value == "emulated") return TilePath::kEmulated;
-    return amx_is_permitted() ? TilePath::kAmx : TilePath::kNone;
-  }();
-  return path;
-}
-
-inline const char* tile_path_name() {
-  switch (tile_path()) {
-    case TilePath::kAmx:
-      return "amx";
-    case TilePath::kEmulated:
-      return "emulated";
-    default:
-      return "none";
-  }
-}
 
 template <int LANES>
 struct Bf16Of {
@@ -222,6 +197,88 @@ __attribute__((target("arch=x86-64-v4"))) auto run_amx(Arguments... arguments) {
 }
 
 #endif
+
+// A product of small whole numbers, which any order of sums gives exactly, and its roundings.
+struct TileSample {
+  static constexpr int kSide = 16, kArea = kSide * kSide;
+  struct Results {
+    alignas(64) float sums[kArea];
+    alignas(64) uint16_t narrowed[kArea], interleaved[kArea];
+  };
+
+  static uint16_t whole(int n) { return std::bit_cast<uint32_t>(static_cast<float>(n)) >> 16; }
+
+  template <class Machine>
+  MOLEX_LAMBDA_INLINE void operator()(Machine, Results* to) const {
+    constexpr int kLanes = Machine::kLanes;
+    alignas(64) uint16_t a[2 * kArea], b[2 * kArea];
+    for (int i = 0; i < 2 * kArea; ++i) a[i] = whole(i * 7 % 29 - 14), b[i] = whole(i * 11 % 31 - 15);
+    typename Machine::Tiles tiles;
+    Machine::Tiles::configure();
+    tiles.template zero<1>();
+    tiles.template load<4>(a, 64);
+    tiles.template load<7>(b, 64);
+    for (int i = 0; i < 3; ++i) tiles.template dot<1, 4, 7>();
+    tiles.template store<1>(to->sums, 64);
+    Machine::Tiles::release();
+    const float* const from = to->sums;
+    for (int i = 0; i < kArea; i += 2 * kLanes) {
+      Machine::narrow(load<kLanes>(from + i), load<kLanes>(from + i + kLanes), to->narrowed + i);
+    }
+    for (int row = 0; row < kSide; row += 2) {
+      for (int i = row * kSide; i < (row + 1) * kSide; i += kLanes) {
+        Machine::interleave(
+            load<kLanes>(from + i), load<kLanes>(from + i + kSide), to->interleaved + 2 * i - row * kSide);
+      }
+    }
+  }
+};
+
+// Whether this processor's instructions give what the emulation gives.
+inline bool amx_is_right() {
+#if defined(MOLEX_AMX)
+  TileSample::Results got, expected;
+  run_amx<TileSample>(&got);
+  TileSample{}(EmulatedMachine<Registers<4, false>>{}, &expected);
+  return std::memcmp(&got, &expected, sizeof(got)) == 0;
+#else
+  return false;
+#endif
+}
+
+inline TilePath tile_path() {
+  static const TilePath path = [] {
+    const char* asked = std::getenv("MOLEX_CPU_TILES");
+    const std::string_view value = asked ? asked : "";
+    STD_TORCH_CHECK(value.empty() || value == "off" || value == "emulated",
+                    "MOLEX_CPU_TILES: expected off or emulated, or nothing, got ",
+                    asked);
+    if (value == "off") return TilePath::kNone;
+    if (value == "emulated") return TilePath::kEmulated;
+    if (!amx_is_permitted()) return TilePath::kNone;
+    return amx_is_right() ? TilePath::kAmx : TilePath::kWrong;
+  }();
+  return path;
+}
+
+inline const char* tile_path_name() {
+  switch (tile_path()) {
+    case TilePath::kAmx:
+      return "amx";
+    case TilePath::kEmulated:
+      return "emulated";
+    case TilePath::kWrong:
+      return "none: this processor's give wrong products";
+    default:
+      return "none";
+  }
+}
+
+// Whether products of this dtype run on tiles.
+inline bool on_tiles(torch::headeronly::ScalarType dtype) {
+  return dtype == torch::headeronly::ScalarType::BFloat16 &&
+         (tile_path() == TilePath::kAmx || tile_path() == TilePath::kEmulated);
+}
 
 template <class Body>
 struct Emulation {
