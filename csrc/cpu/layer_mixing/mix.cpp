@@ -1,21 +1,21 @@
-// The mixture of branches with its residual and LayerNorm, token by token in one pass each way.
+// The mixture of branches with its residual and LayerNorm, token by token. Branches are read, and results
+// rounded, in the registers of the pass that computes: between two passes over a token there is at most one
+// row of floats, in the first cache.
 //
 // Sums over tokens go to a fixed number of chunks, which are added in order: the result does not depend on
 // the number of threads.
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 #include <vector>
 
-#include "cpu/common/layer_norm.h"
+#include "cpu/common/elements.h"
 #include "cpu/common/memory.h"
-#include "cpu/common/rows.h"
 #include "registration.h"
 
 namespace {
 
-using molex::Source;
-using molex::Target;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -25,58 +25,290 @@ constexpr int64_t kGrain = 8192;  // elements below which a thread is not worth 
 // A tensor [G, T, D] whose branches may be anywhere in memory, also expanded.
 class Branches {
  public:
-  explicit Branches(const std::optional<Tensor>& tensor) {
+  Branches(const std::optional<Tensor>& tensor, ScalarType dtype) {
     if (!tensor) return;
+    STD_TORCH_CHECK(tensor->scalar_type() == dtype, "residual: expected the dtype of outputs");
     const bool packed = tensor->stride(2) == 1 && tensor->stride(1) == tensor->size(2);
     kept_ = packed ? *tensor : torch::stable::contiguous(*tensor);
-    source_ = molex::source_of(kept_);
-    width_ = kept_->size(2);
     stride_ = kept_->stride(0);
   }
 
-  explicit operator bool() const { return kept_.has_value(); }
-
-  const float* read(int64_t branch, int64_t token, float* scratch) const {
-    return molex::read(source_, branch * stride_ + token * width_, width_, scratch);
+  // Null if there is no tensor.
+  template <class Element>
+  const Element* data() const {
+    return kept_ ? static_cast<const Element*>(kept_->const_data_ptr()) : nullptr;
   }
+  int64_t stride() const { return stride_; }
 
  private:
   std::optional<Tensor> kept_;
-  Source source_;
-  int64_t width_ = 0, stride_ = 0;
+  int64_t stride_ = 0;
 };
 
-constexpr auto add_branch = molex::versions(
-    [](auto, float* sum, const float* output, const float* residual, float coeff, bool first, int64_t count)
-        MOLEX_LAMBDA_INLINE {
-          if (residual) {
-            MOLEX_INDEPENDENT
-            for (int64_t i = 0; i < count; ++i) {
-              sum[i] = (first ? 0.0f : sum[i]) + coeff * (output[i] + residual[i]);
-            }
-          } else {
-            MOLEX_INDEPENDENT
-            for (int64_t i = 0; i < count; ++i) sum[i] = (first ? 0.0f : sum[i]) + coeff * output[i];
-          }
-        });
+// What is mixed: `outputs` and `residual`, which may be null, are those of a token in the first branch.
+template <class Element>
+struct Mixture {
+  const Element* outputs;
+  const Element* residual;
+  int64_t stride, residual_stride;
+  const float* coeff;
+  int64_t branches;
 
-// sum_g coeff_g (outputs_g + residual_g) of one token; two rows of scratch.
-void mix(const Branches& outputs,
-         const Branches& residual,
-         const std::vector<float>& coeff,
-         int64_t token,
-         int64_t width,
-         float* sum,
-         molex::Scratch& scratch) {
-  for (size_t g = 0; g < coeff.size(); ++g) {
-    const float* output = outputs.read(g, token, scratch[0]);
-    const float* moved = residual ? residual.read(g, token, scratch[1]) : nullptr;
-    add_branch(sum, output, moved, coeff[g], g == 0, width);
+  Mixture at(int64_t element) const {
+    Mixture moved = *this;
+    moved.outputs += element;
+    if (residual) moved.residual += element;
+    return moved;
+  }
+};
+
+// outputs_g + residual_g from element i on.
+template <int LANES, bool HAS_RESIDUAL, class Registers, class Element>
+MOLEX_INLINE molex::Lanes<LANES> branch_at(Registers registers, const Mixture<Element>& from, int64_t g, int64_t i) {
+  molex::Lanes<LANES> x = molex::load_elements<LANES>(registers, from.outputs + g * from.stride + i);
+  if constexpr (HAS_RESIDUAL) {
+    x += molex::load_elements<LANES>(registers, from.residual + g * from.residual_stride + i);
+  }
+  return x;
+}
+
+template <int LANES, bool HAS_RESIDUAL, class Registers, class Element>
+MOLEX_INLINE molex::Lanes<LANES> mixed_at(Registers registers, const Mixture<Element>& from, int64_t i) {
+  molex::Lanes<LANES> sum = {};
+  for (int64_t g = 0; g < from.branches; ++g) {
+    sum += from.coeff[g] * branch_at<LANES, HAS_RESIDUAL>(registers, from, g, i);
+  }
+  return sum;
+}
+
+// Mixes a token into a row of floats and, where there is a `y`, into that; returns the sum of the row.
+template <bool HAS_RESIDUAL, class Registers, class Element>
+MOLEX_INLINE float mix_into(
+    Registers registers, const Mixture<Element>& from, float* row, Element* y, int64_t count) {
+  constexpr int kLanes = molex::lanes_of<Element>(Registers{});
+  return molex::sum_terms<kLanes>(
+      count,
+      [&](int64_t i) MOLEX_LAMBDA_INLINE {
+        const auto x = mixed_at<kLanes, HAS_RESIDUAL>(registers, from, i);
+        molex::store(row + i, x);
+        if (!std::is_same_v<Element, float> && y) molex::store_elements<kLanes>(registers, y + i, x);
+        return x;
+      },
+      [&](int64_t i) MOLEX_LAMBDA_INLINE {
+        const float x = mixed_at<1, HAS_RESIDUAL>(registers, from, i);
+        row[i] = x;
+        if (!std::is_same_v<Element, float> && y) y[i] = static_cast<Element>(x);
+        return x;
+      });
+}
+
+// 1 / sqrt(variance + eps) of a row with this mean.
+template <int LANES>
+MOLEX_INLINE float inverse_deviation(const float* row, float mean, float eps, int64_t count) {
+  const float squares = molex::sum_terms<LANES>(
+      count,
+      [=](int64_t i) MOLEX_LAMBDA_INLINE {
+        const molex::Floats<LANES> x = molex::load<LANES>(row + i) - mean;
+        return x * x;
+      },
+      [=](int64_t i) MOLEX_LAMBDA_INLINE { return (row[i] - mean) * (row[i] - mean); });
+  return 1.0f / std::sqrt(squares / count + eps);
+}
+
+// Calls `one` for whole vectors of elements, then for single ones: one(lanes, i).
+template <int LANES, class Function>
+MOLEX_INLINE void for_elements(int64_t count, const Function& one) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) one(std::integral_constant<int, LANES>{}, i);
+  for (; i < count; ++i) one(std::integral_constant<int, 1>{}, i);
+}
+
+template <int LANES>
+MOLEX_INLINE molex::Lanes<LANES> floats_at(const float* from) {
+  if constexpr (LANES == 1) {
+    return *from;
+  } else {
+    return molex::load<LANES>(from);
   }
 }
 
-// Null if there are no values.
-const float* data_of(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
+// LayerNorm's parameters, or ones and zeros.
+struct Norm {
+  const float* scale;
+  const float* shift;
+  float eps;
+};
+
+// y and, unless `normed` is null, LayerNorm(y) of a token. `row` is scratch, or y itself in fp32.
+template <class Element, bool HAS_RESIDUAL>
+constexpr auto mix_token = molex::versions([](auto registers,
+                                              Mixture<Element> from,
+                                              float* row,
+                                              Element* y,
+                                              Element* normed,
+                                              Norm norm,
+                                              int64_t count) MOLEX_LAMBDA_INLINE {
+  constexpr int kLanes = molex::lanes_of<Element>(decltype(registers){});
+  const float mean = mix_into<HAS_RESIDUAL>(registers, from, row, y, count) / count;
+  if (!normed) return;
+  const float inverse = inverse_deviation<kLanes>(row, mean, norm.eps, count);
+  for_elements<kLanes>(count, [&](auto lanes, int64_t i) MOLEX_LAMBDA_INLINE {
+    constexpr int kCount = lanes;
+    const auto x = (floats_at<kCount>(row + i) - mean) * inverse;
+    const auto moved = x * floats_at<kCount>(norm.scale + i) + floats_at<kCount>(norm.shift + i);
+    molex::store_elements<kCount>(registers, normed + i, moved);
+  });
+});
+
+// Where the gradients of a token go; those not needed are null.
+template <class Element>
+struct Gradients {
+  Element* outputs;  // of the first branch
+  int64_t stride;
+  double* coeff;
+  float* scale;  // with `shift` or not at all
+  float* shift;
+};
+
+// Writes the gradient of y into the row: `dy` and what comes through the norm, of which one may be null.
+template <bool HAS_RESIDUAL, class Registers, class Element>
+MOLEX_INLINE void upstream_into(Registers registers,
+                                const Mixture<Element>& from,
+                                const Element* dy,
+                                const Element* dnormed,
+                                float* row,
+                                const Gradients<Element>& to,
+                                const Norm& norm,
+                                int64_t count) {
+  constexpr int kLanes = molex::lanes_of<Element>(Registers{});
+  if (!dnormed) {
+    for_elements<kLanes>(count, [&](auto lanes, int64_t i) MOLEX_LAMBDA_INLINE {
+      constexpr int kCount = lanes;
+      molex::store_elements<kCount>(registers, row + i, molex::load_elements<kCount>(registers, dy + i));
+    });
+    return;
+  }
+  const float middle = mix_into<HAS_RESIDUAL>(registers, from, row, static_cast<Element*>(nullptr), count) / count;
+  const float inverse = inverse_deviation<kLanes>(row, middle, norm.eps, count);
+  // The gradient of the normalised row before its scale.
+  const auto outer = [&](auto lanes, int64_t i) MOLEX_LAMBDA_INLINE {
+    constexpr int kCount = lanes;
+    return molex::load_elements<kCount>(registers, dnormed + i) * floats_at<kCount>(norm.scale + i);
+  };
+  const auto project = [&](auto lanes, int64_t i) MOLEX_LAMBDA_INLINE {
+    constexpr int kCount = lanes;
+    const molex::Lanes<kCount> normed = (floats_at<kCount>(row + i) - middle) * inverse;
+    molex::store_elements<kCount>(registers, row + i, normed);
+    if (to.scale) {
+      const molex::Lanes<kCount> given = molex::load_elements<kCount>(registers, dnormed + i);
+      molex::store_elements<kCount>(registers, to.scale + i, floats_at<kCount>(to.scale + i) + given * normed);
+      molex::store_elements<kCount>(registers, to.shift + i, floats_at<kCount>(to.shift + i) + given);
+    }
+    return outer(lanes, i) * normed;
+  };
+  const auto sum = [&](const auto& term) MOLEX_LAMBDA_INLINE {
+    return molex::sum_terms<kLanes>(
+        count,
+        [&](int64_t i) MOLEX_LAMBDA_INLINE { return term(std::integral_constant<int, kLanes>{}, i); },
+        [&](int64_t i) MOLEX_LAMBDA_INLINE { return term(std::integral_constant<int, 1>{}, i); });
+  };
+  const float projection = sum(project) / count;
+  const float mean = sum(outer) / count;
+  for_elements<kLanes>(count, [&](auto lanes, int64_t i) MOLEX_LAMBDA_INLINE {
+    constexpr int kCount = lanes;
+    const molex::Lanes<kCount> normed = floats_at<kCount>(row + i);
+    molex::Lanes<kCount> gradient = inverse * (outer(lanes, i) - normed * projection - mean);
+    if (dy) gradient += molex::load_elements<kCount>(registers, dy + i);
+    molex::store_elements<kCount>(registers, row + i, gradient);
+  });
+}
+
+// The gradients of a token; `row` is scratch.
+template <class Element, bool HAS_RESIDUAL>
+constexpr auto mix_token_backward = molex::versions([](auto registers,
+                                                       Mixture<Element> from,
+                                                       const Element* dy,
+                                                       const Element* dnormed,
+                                                       float* row,
+                                                       Gradients<Element> to,
+                                                       Norm norm,
+                                                       int64_t count) MOLEX_LAMBDA_INLINE {
+  constexpr int kLanes = molex::lanes_of<Element>(decltype(registers){});
+  upstream_into<HAS_RESIDUAL>(registers, from, dy, dnormed, row, to, norm, count);
+  for (int64_t g = 0; g < from.branches; ++g) {
+    Element* mine = to.outputs ? to.outputs + g * to.stride : nullptr;
+    const float coeff = from.coeff[g];
+    const auto write = [&](auto lanes, int64_t i) MOLEX_LAMBDA_INLINE {
+      constexpr int kCount = lanes;
+      const molex::Lanes<kCount> gradient = floats_at<kCount>(row + i);
+      if (mine) molex::store_elements<kCount>(registers, mine + i, coeff * gradient);
+      return gradient;
+    };
+    if (!to.coeff) {
+      for_elements<kLanes>(count, write);
+      continue;
+    }
+    to.coeff[g] += molex::sum_terms<kLanes>(
+        count,
+        [&](int64_t i) MOLEX_LAMBDA_INLINE {
+          return write(std::integral_constant<int, kLanes>{}, i) *
+                 branch_at<kLanes, HAS_RESIDUAL>(registers, from, g, i);
+        },
+        [&](int64_t i) MOLEX_LAMBDA_INLINE {
+          return write(std::integral_constant<int, 1>{}, i) *
+                 branch_at<1, HAS_RESIDUAL>(registers, from, g, i);
+        });
+  }
+});
+
+// Calls the function with a value of the element type and whether there is a residual.
+template <class Function>
+void by_kind(ScalarType dtype, bool has_residual, const Function& function) {
+  molex::by_dtype(dtype, [&](auto element) {
+    has_residual ? function(element, std::true_type{}) : function(element, std::false_type{});
+  });
+}
+
+// The parameters of a norm as floats, with ones and zeros for what is not there.
+class Parameters {
+ public:
+  Parameters(const std::optional<Tensor>& weight,
+             const std::optional<Tensor>& bias,
+             std::optional<double> eps,
+             int64_t width)
+      : eps_(static_cast<float>(eps.value_or(0.0))) {
+    if (!eps) return;
+    scale_ = weight ? molex::floats_of(*weight) : std::vector<float>(width, 1.0f);
+    shift_ = bias ? molex::floats_of(*bias) : std::vector<float>(width, 0.0f);
+  }
+  Norm norm() const { return {scale_.data(), shift_.data(), eps_}; }
+
+ private:
+  std::vector<float> scale_, shift_;
+  float eps_;
+};
+
+template <class Element>
+const Element* elements_of(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const Element*>(tensor->const_data_ptr()) : nullptr;
+}
+
+template <class Element>
+Element* elements_at(Element* data, int64_t first) {
+  return data ? data + first : nullptr;
+}
+
+template <class Element>
+Mixture<Element> mixture_of(const Branches& outputs,
+                            const Branches& residual,
+                            const std::vector<float>& coeff) {
+  return {outputs.data<Element>(),
+          residual.data<Element>(),
+          outputs.stride(),
+          residual.stride(),
+          coeff.data(),
+          static_cast<int64_t>(coeff.size())};
+}
 
 std::tuple<Tensor, Tensor> layer_mix_fwd(const Tensor& outputs,
                                          const Tensor& coeff,
@@ -84,30 +316,35 @@ std::tuple<Tensor, Tensor> layer_mix_fwd(const Tensor& outputs,
                                          std::optional<Tensor> weight,
                                          std::optional<Tensor> bias,
                                          std::optional<double> eps) {
+  const ScalarType dtype = outputs.scalar_type();
   const int64_t tokens = outputs.size(1), width = outputs.size(2);
   Tensor y = molex::new_result(outputs, {tokens, width});
   Tensor normed = eps ? molex::new_result(outputs, {tokens, width}) : torch::stable::new_empty(outputs, {0});
-  const Target to = molex::target_of(y), to_normed = molex::target_of(normed);
-  const Branches from(outputs), moved(residual);
+  const Branches from(outputs, dtype), moved(residual, dtype);
   const std::vector<float> coefficients = molex::floats_of(coeff);
-  const std::vector<float> scale = molex::floats_of(weight);
-  const std::vector<float> shift = molex::floats_of(bias);
+  const Parameters parameters(weight, bias, eps, width);
   if (tokens * width == 0) return {y, normed};
-  torch::stable::parallel_for(
-      0, tokens, std::max<int64_t>(1, kGrain / width), [&](int64_t begin, int64_t end) {
-        molex::Scratch scratch(4, width);
-        for (int64_t t = begin; t < end; ++t) {
-          float* sum = molex::place(to, t * width, scratch[2]);
-          mix(from, moved, coefficients, t, width, sum, scratch);
-          molex::write(to, t * width, width, sum);
-          if (!eps) continue;
-          float* row = molex::place(to_normed, t * width, scratch[3]);
-          std::copy_n(sum, width, row);
-          molex::normalise(row, width, static_cast<float>(*eps));
-          molex::scale_and_shift(row, data_of(scale), data_of(shift), width);
-          molex::write(to_normed, t * width, width, row);
-        }
-      });
+  by_kind(dtype, residual.has_value(), [&](auto element, auto has_residual) {
+    using Element = decltype(element);
+    constexpr bool kInPlace = std::is_same_v<Element, float>;  // the row is y itself
+    const auto mixture = mixture_of<Element>(from, moved, coefficients);
+    auto* to = static_cast<Element*>(y.mutable_data_ptr());
+    auto* to_normed = eps ? static_cast<Element*>(normed.mutable_data_ptr()) : nullptr;
+    torch::stable::parallel_for(
+        0, tokens, std::max<int64_t>(1, kGrain / width), [&](int64_t begin, int64_t end) {
+          molex::Scratch scratch(1, kInPlace ? 0 : width);
+          for (int64_t t = begin; t < end; ++t) {
+            float* row = scratch[0];
+            if constexpr (kInPlace) row = to + t * width;
+            mix_token<Element, has_residual>(mixture.at(t * width),
+                                             row,
+                                             to + t * width,
+                                             elements_at(to_normed, t * width),
+                                             parameters.norm(),
+                                             width);
+          }
+        });
+  });
   return {y, normed};
 }
 
@@ -121,6 +358,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_mix_bwd(std::optional<Tensor> dy,
                                                  std::optional<Tensor> weight,
                                                  std::optional<double> eps,
                                                  std::vector<bool> needs) {
+  const ScalarType dtype = outputs.scalar_type();
   const int64_t branches = outputs.size(0), tokens = outputs.size(1), width = outputs.size(2);
   const bool needs_outputs = needs[0], needs_coeff = needs[1], needs_norm = needs[2];
   const auto gradient = [&](bool need, std::vector<int64_t> sizes, ScalarType dtype) {
@@ -131,52 +369,45 @@ std::tuple<Tensor, Tensor, Tensor> layer_mix_bwd(std::optional<Tensor> dy,
   Tensor dcoeff = gradient(needs_coeff, {branches}, ScalarType::Float);
   Tensor dnorm = gradient(needs_norm, {2, width}, ScalarType::Float);
   if (tokens * width == 0) return {doutputs, dcoeff, dnorm};
-  const std::optional<Tensor> packed[] = {molex::packed(dy), molex::packed(dnormed)};
-  const Source direct = molex::source_of(packed[0]), through = molex::source_of(packed[1]);
-  const Target to = molex::target_of(doutputs);
-  const Branches from(outputs), moved(residual);
+  const std::optional<Tensor> direct = molex::packed(dy);
+  const std::optional<Tensor> through = eps ? molex::packed(dnormed) : std::nullopt;
+  for (const std::optional<Tensor>& given : {direct, through}) {
+    STD_TORCH_CHECK(!given || given->scalar_type() == dtype, "dy: expected the dtype of outputs");
+  }
+  const Branches from(outputs, dtype), moved(residual, dtype);
   const std::vector<float> coefficients = molex::floats_of(coeff);
-  const std::vector<float> scale = molex::floats_of(weight);
+  const Parameters parameters(weight, std::nullopt, eps, width);
 
   const int64_t chunks = std::min(kChunks, tokens);
   std::vector<float> norm_sums(needs_norm ? chunks * 2 * width : 0);
   std::vector<double> coeff_sums(needs_coeff ? chunks * branches : 0);
   const int64_t grain = std::max<int64_t>(1, kGrain * chunks / (tokens * width));
-  torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
-    molex::Scratch scratch(8, width);
-    float *mixed = scratch[2], *before = scratch[3], *upstream = scratch[4];
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      float* sums = needs_norm ? &norm_sums[chunk * 2 * width] : nullptr;
-      for (int64_t t = chunk * tokens / chunks; t < (chunk + 1) * tokens / chunks; ++t) {
-        const float* gradient = direct ? molex::read(direct, t * width, width, scratch[5]) : nullptr;
-        if (through && eps) {
-          const float* outer = molex::read(through, t * width, width, scratch[6]);
-          mix(from, moved, coefficients, t, width, mixed, scratch);
-          const float inverse = molex::normalise(mixed, width, static_cast<float>(*eps));
-          molex::normalise_backward(
-              before, outer, mixed, inverse, data_of(scale), sums, sums ? sums + width : nullptr, width);
-          if (gradient) molex::add(before, gradient, width);
-          gradient = before;
-        }
-        if (!gradient) {
-          std::fill_n(upstream, width, 0.0f);
-          gradient = upstream;
-        }
-        for (int64_t g = 0; g < branches; ++g) {
-          if (needs_outputs) {
-            const int64_t at = (g * tokens + t) * width;
-            float* row = molex::place(to, at, scratch[7]);
-            molex::scale_into(row, gradient, coefficients[g], width);
-            molex::write(to, at, width, row);
-          }
-          if (needs_coeff) {
-            double sum = molex::dot(gradient, from.read(g, t, scratch[0]), width);
-            if (moved) sum += molex::dot(gradient, moved.read(g, t, scratch[1]), width);
-            coeff_sums[chunk * branches + g] += sum;
-          }
+  by_kind(dtype, residual.has_value(), [&](auto element, auto has_residual) {
+    using Element = decltype(element);
+    const auto mixture = mixture_of<Element>(from, moved, coefficients);
+    const Element* dy = elements_of<Element>(direct);
+    const Element* dnormed = elements_of<Element>(through);
+    auto* to = needs_outputs ? static_cast<Element*>(doutputs.mutable_data_ptr()) : nullptr;
+    const std::vector<Element> zeros(dy || dnormed ? 0 : width, Element(0.0f));
+    torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
+      molex::Scratch scratch(1, width);
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        float* sums = needs_norm ? &norm_sums[chunk * 2 * width] : nullptr;
+        double* of_coeff = needs_coeff ? &coeff_sums[chunk * branches] : nullptr;
+        for (int64_t t = chunk * tokens / chunks; t < (chunk + 1) * tokens / chunks; ++t) {
+          const int64_t first = t * width;
+          mix_token_backward<Element, has_residual>(
+              mixture.at(first),
+              dy || dnormed ? elements_at(dy, first) : zeros.data(),
+              elements_at(dnormed, first),
+              scratch[0],
+              Gradients<Element>{
+                  elements_at(to, first), tokens * width, of_coeff, sums, elements_at(sums, width)},
+              parameters.norm(),
+              width);
         }
       }
-    }
+    });
   });
   for (int64_t i = 0; needs_norm && i < 2 * width; ++i) {
     double sum = 0.0;
