@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -290,3 +293,40 @@ def test_losses_of_any_size(masked, tokens, experts, generator):
             rounding = torch.finfo(dtype).eps * gradient.abs().max().item()
             torch.testing.assert_close(found.double(), want, rtol=2e-6, atol=1e-12)
             torch.testing.assert_close(own.double(), gradient, rtol=0, atol=share + rounding)
+
+
+def _resident() -> int:
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_new_numbers_of_rows(generator):
+    """No number of rows has a primitive of its own in bf16, or a plan, that is kept."""
+    tokens, width, experts, top_k = 512, 64, 8, 2
+    x = torch.randn(tokens, width, generator=generator).bfloat16().requires_grad_()
+    up, down = (
+        torch.randn(experts, *size, generator=generator).bfloat16().requires_grad_()
+        for size in ((16, width), (width, 16))
+    )
+    weight = torch.rand(tokens, top_k, generator=generator)
+    counts, kept = set(), []
+
+    def growth(steps: int, keeps: bool) -> int:
+        before = _resident()
+        for _ in range(steps):
+            shares = torch.rand(experts, generator=generator) ** 4
+            index = torch.multinomial(shares.expand(tokens, -1), top_k, generator=generator)
+            counts.update(index.flatten().bincount(minlength=experts).tolist())
+            x.grad = up.grad = down.grad = None
+            y = mk.moe_mlp(x, index, weight, up, down, impl="cpu")
+            y.sum().backward()
+            if keeps:
+                kept.append(y.detach())
+        return _resident() - before
+
+    growth(60, keeps=False)  # what is allocated once, and what the allocator holds back
+    limit = 150 * tokens * width * 2 / 2  # half of a result from each
+    assert growth(150, keeps=False) < limit
+    assert len(counts) > 150
+    assert growth(150, keeps=True) > limit  # the measure sees what is kept

@@ -64,7 +64,10 @@ struct Mixture {
 
 // outputs_g + residual_g from element i on.
 template <int LANES, bool HAS_RESIDUAL, class Registers, class Element>
-MOLEX_INLINE molex::Lanes<LANES> branch_at(Registers registers, const Mixture<Element>& from, int64_t g, int64_t i) {
+MOLEX_INLINE molex::Lanes<LANES> branch_at(Registers registers,
+                                           const Mixture<Element>& from,
+                                           int64_t g,
+                                           int64_t i) {
   molex::Lanes<LANES> x = molex::load_elements<LANES>(registers, from.outputs + g * from.stride + i);
   if constexpr (HAS_RESIDUAL) {
     x += molex::load_elements<LANES>(registers, from.residual + g * from.residual_stride + i);
@@ -188,7 +191,8 @@ MOLEX_INLINE void upstream_into(Registers registers,
     });
     return;
   }
-  const float middle = mix_into<HAS_RESIDUAL>(registers, from, row, static_cast<Element*>(nullptr), count) / count;
+  const float middle =
+      mix_into<HAS_RESIDUAL>(registers, from, row, static_cast<Element*>(nullptr), count) / count;
   const float inverse = inverse_deviation<kLanes>(row, middle, norm.eps, count);
   // The gradient of the normalised row before its scale.
   const auto outer = [&](auto lanes, int64_t i) MOLEX_LAMBDA_INLINE {
@@ -201,7 +205,8 @@ MOLEX_INLINE void upstream_into(Registers registers,
     molex::store_elements<kCount>(registers, row + i, normed);
     if (to.scale) {
       const molex::Lanes<kCount> given = molex::load_elements<kCount>(registers, dnormed + i);
-      molex::store_elements<kCount>(registers, to.scale + i, floats_at<kCount>(to.scale + i) + given * normed);
+      molex::store_elements<kCount>(
+          registers, to.scale + i, floats_at<kCount>(to.scale + i) + given * normed);
       molex::store_elements<kCount>(registers, to.shift + i, floats_at<kCount>(to.shift + i) + given);
     }
     return outer(lanes, i) * normed;
