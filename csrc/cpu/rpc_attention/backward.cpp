@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "cpu/common/memory.h"
-#include "cpu/rpc_attention/gradient.h"
+#include "cpu/rpc_attention/tile_backward.h"
 #include "registration.h"
 
 namespace molex::rpc {
@@ -65,18 +65,17 @@ struct Gradients {
 };
 
 // All arrays of a thread; it processes one head at a time.
+template <class OneAttention>
 class HeadBackward {
  public:
   HeadBackward(const Problem& p, const Gradients& g) : p_(p), g_(g), attention_(p, scratch_) {
-    const int64_t size = p.length * p.padded(), blocks = round_up(p.length, kBlock);
+    const int64_t size = OneAttention::rows_of(p.length) * p.padded(), blocks = round_up(p.length, kBlock);
     for (float** array : {&k_, &v_, &clean_, &low_rank_, &dlow_rank_, &du_, &dk_, &dv_, &dclean_}) {
       *array = scratch_.take(size);
     }
     if (p.q) q_ = scratch_.take(size), dq_ = scratch_.take(size);
     if (g.dsparse) push_ = scratch_.take(size);
     for (int64_t t = 0; t < p.iterations; ++t) duals_.push_back(scratch_.take(size));
-    for (float** array : {&clean_transposed_, &v_transposed_, &dlow_rank_transposed_})
-      *array = scratch_.take(blocks * p.width);
     for (float** array :
          {&statistics_.shift, &statistics_.inverse, &statistics_.center, &statistics_.delta}) {
       *array = scratch_.take(blocks);
@@ -91,8 +90,8 @@ class HeadBackward {
     const int64_t used = tokens.count() * p_.padded();
     tokens.read_rows(p_.k, k_);
     tokens.read_rows(p_.v, v_);
-    transpose_blocks(v_, tokens.count(), p_.width, p_.padded(), v_transposed_);
     if (p_.q) tokens.read_rows(p_.q, q_);
+    attention_.begin(tokens, v_, q_);
     if (g_.dsparse) tokens.read_rows(g_.dsparse, push_);
     replay_duals(tokens, used);
     tokens.read_rows(g_.dout, dlow_rank_);
@@ -147,8 +146,6 @@ class HeadBackward {
     const bool last = t == p_.iterations - 1;
     read_low_rank(tokens, used, t, low_rank_);
     soft_threshold(tokens, k_, low_rank_, u, clean_, dclean_, nullptr);
-    round_through(p_.dtype, clean_, used);
-    transpose_blocks(clean_, count, p_.width, padded, clean_transposed_);
     tokens.read_numbers(g_.stats + 2 * t * all, statistics_.shift);
     tokens.read_numbers(g_.stats + (2 * t + 1) * all, statistics_.inverse);
     subtract_duals(du_, dlow_rank_, used);
@@ -156,18 +153,8 @@ class HeadBackward {
     for (int64_t i = 0; i < count; ++i) {
       statistics_.center[i] = dot(dlow_rank_ + i * padded, dclean_ + i * padded, padded);
     }
-    if (p_.symmetric()) transpose_blocks(dlow_rank_, count, p_.width, padded, dlow_rank_transposed_);
     std::fill_n(dclean_, used, 0.0f);
-    const Operands operands{p_.q ? q_ : clean_,
-                            clean_,
-                            clean_transposed_,
-                            v_,
-                            v_transposed_,
-                            dlow_rank_,
-                            dlow_rank_transposed_,
-                            p_.q ? dq_ : dclean_,
-                            dclean_,
-                            dv_};
+    const Operands operands{clean_, dlow_rank_, p_.q ? dq_ : dclean_, dclean_, dv_};
     attention_(tokens, operands, statistics_, p_.dropout.on && last);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = i * padded;
@@ -189,13 +176,18 @@ class HeadBackward {
   const Problem& p_;
   const Gradients& g_;
   Scratch scratch_;
-  AttentionBackward attention_;
+  OneAttention attention_;
   float *k_, *v_, *clean_, *low_rank_, *dlow_rank_, *du_, *dk_, *dv_, *dclean_;
   float *q_ = nullptr, *dq_ = nullptr, *push_ = nullptr;
-  float *clean_transposed_, *v_transposed_, *dlow_rank_transposed_;
   std::vector<float*> duals_;
   Statistics statistics_{};
 };
+
+template <class OneAttention>
+void run_heads(const Problem& p, const Gradients& g, int64_t begin, int64_t end) {
+  HeadBackward<OneAttention> backward(p, g);
+  for (int64_t head = begin; head < end; ++head) backward(head);
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_bwd(const Tensor& dout,
                                                              Optional dsparse,
@@ -232,8 +224,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rpc_attention_bwd(const Tensor& dout,
                     target(2),
                     static_cast<float*>(target(3).data)};
   torch::stable::parallel_for(0, p.all_heads(), 1, [&](int64_t begin, int64_t end) {
-    HeadBackward backward(p, g);
-    for (int64_t head = begin; head < end; ++head) backward(head);
+    if (p.tiled) {
+      const TileScope tiles;
+      run_heads<TiledAttentionBackward>(p, g, begin, end);
+    } else {
+      run_heads<AttentionBackward>(p, g, begin, end);
+    }
   });
   return {gradients[0], gradients[1], gradients[2], gradients[3]};
 }

@@ -5,7 +5,7 @@
 #include <tuple>
 
 #include "cpu/common/memory.h"
-#include "cpu/rpc_attention/steps.h"
+#include "cpu/rpc_attention/tile_forward.h"
 #include "registration.h"
 
 namespace molex::rpc {
@@ -162,24 +162,25 @@ class Attention {
         by_column_(scratch.take(kBlock * kBlock)),
         kept_(scratch.take(p.dropout.on ? kBlock * kBlock : 0)) {
     const int64_t rows = round_up(p.length, kBlock);
+    keys_transposed_ = scratch.take(rows * p.width);
     rows_ = {nullptr, scratch.take(rows), scratch.take(rows), scratch.take(rows * kPad)};
   }
 
-  void operator()(const Tokens& tokens,
-                  const float* queries,
-                  const float* keys_transposed,
-                  const float* v,
-                  bool drops,
-                  float* low_rank) {
+  // Takes what is the same in every iteration of a head; `queries` is null where they are the keys.
+  void begin(const Tokens&, const float* v, const float* queries) { v_ = v, queries_ = queries; }
+
+  // Rounds the cleaned keys to the dtype of the products.
+  void operator()(const Tokens& tokens, float* clean, bool drops, float* low_rank) {
     const int64_t count = tokens.count(), rows = round_up(count, kBlock);
+    round_through(p_.dtype, clean, count * padded_);
+    transpose_blocks(clean, count, p_.width, padded_, keys_transposed_);
+    const float* queries = queries_ ? queries_ : clean;
     rows_.low_rank = low_rank;
     std::fill_n(low_rank, count * padded_, 0.0f);
     std::fill_n(rows_.shift, rows, -kInfinity);
     std::fill_n(rows_.sums, rows, 0.0f);
     std::fill_n(rows_.lanes, rows * kPad, 0.0f);
-    visit_blocks(p_, count, [&](int64_t i, int64_t j) {
-      add_block(tokens, queries, keys_transposed, v, drops, i, j);
-    });
+    visit_blocks(p_, count, [&](int64_t i, int64_t j) { add_block(tokens, queries, drops, i, j); });
     for (int64_t i = 0; i < count; ++i) {
       double sum = rows_.sums[i];
       for (int64_t lane = 0; lane < kPad; ++lane) sum += rows_.lanes[i * kPad + lane];
@@ -193,19 +194,13 @@ class Attention {
   const float* inverse() const { return rows_.sums; }
 
  private:
-  void add_block(const Tokens& tokens,
-                 const float* queries,
-                 const float* keys_transposed,
-                 const float* v,
-                 bool drops,
-                 int64_t i,
-                 int64_t j) {
+  void add_block(const Tokens& tokens, const float* queries, bool drops, int64_t i, int64_t j) {
     const Scores scores{z_, p_.scale, tokens.rows_of(i), tokens.rows_of(j), p_.causal && i == j};
     const Rows rows = rows_.at(i, padded_), columns = rows_.at(j, padded_);
     float* by_column = p_.symmetric() && i != j ? by_column_ : nullptr;
     product({queries + i * padded_,
              padded_,
-             keys_transposed + j * p_.width,
+             keys_transposed_ + j * p_.width,
              kBlock,
              z_,
              kBlock,
@@ -223,7 +218,7 @@ class Attention {
     }
     product({by_row_,
              kBlock,
-             v + j * padded_,
+             v_ + j * padded_,
              padded_,
              rows.low_rank,
              padded_,
@@ -234,7 +229,7 @@ class Attention {
     if (by_column) {
       product_transposed({by_column,
                           kBlock,
-                          v + i * padded_,
+                          v_ + i * padded_,
                           padded_,
                           columns.low_rank,
                           padded_,
@@ -253,9 +248,50 @@ class Attention {
 
   const Problem& p_;
   int64_t padded_;
-  float *z_, *by_row_, *by_column_, *kept_;
+  float *z_, *by_row_, *by_column_, *kept_, *keys_transposed_;
+  const float *v_ = nullptr, *queries_ = nullptr;
   Rows rows_;
 };
+
+// Where the results go. What is not wanted is null.
+struct Results {
+  Target out, sparse;
+  float *low_ranks, *stats;
+};
+
+// Runs all iterations of the heads from `begin` to `end`.
+template <class OneAttention>
+void run_heads(const Problem& p, const Results& to, int64_t begin, int64_t end) {
+  Scratch scratch;
+  OneAttention attention(p, scratch);
+  const int64_t size = p.length * p.padded(), all = p.all_heads() * p.length;
+  const auto take = [&](bool wanted) { return wanted ? scratch.take(size) : nullptr; };
+  float *keys = take(true), *values = take(true), *queries = take(static_cast<bool>(p.q));
+  float *low_rank = take(true), *u = take(true), *clean = take(true);
+  float* sparse = take(static_cast<bool>(to.sparse));
+  for (int64_t head = begin; head < end; ++head) {
+    const Tokens tokens(p, head);
+    const int64_t used = tokens.count() * p.padded();
+    tokens.read_rows(p.k, keys);
+    tokens.read_rows(p.v, values);
+    if (queries) tokens.read_rows(p.q, queries);
+    attention.begin(tokens, values, queries);
+    std::fill_n(low_rank, used, 0.0f);
+    std::fill_n(u, used, 0.0f);
+    for (int64_t t = 0; t < p.iterations; ++t) {
+      const bool last = t == p.iterations - 1;
+      soft_threshold(tokens, keys, low_rank, u, clean, u, last ? sparse : nullptr);
+      attention(tokens, clean, p.dropout.on && last, low_rank);
+      if (!last) subtract(u, low_rank, used);
+      if (!to.stats) continue;
+      tokens.write_numbers(to.stats + 2 * t * all, attention.shift());
+      tokens.write_numbers(to.stats + (2 * t + 1) * all, attention.inverse());
+      if (!last) tokens.write_rows({to.low_ranks + t * all * p.width}, low_rank);
+    }
+    tokens.write_rows(to.out, low_rank);
+    if (sparse) tokens.write_rows(to.sparse, sparse);
+  }
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rpc_attention_fwd(const Tensor& k,
                                                                      const Tensor& v,
@@ -283,38 +319,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rpc_attention_fwd(const Tenso
   torch::stable::fill_(out_rest, 0.0);
   Tensor low_ranks = floats(keeps_state, {num_iters - 1, b, h, n, d});
   Tensor stats = floats(keeps_state, {num_iters, 2, b, h, n});
-  const Target to = target_of(out), to_sparse = target_of(sparse);
-  float *all_low_ranks = low_ranks.mutable_data_ptr<float>(), *all_stats = stats.mutable_data_ptr<float>();
+  const Results to{target_of(out),
+                   returns_sparse ? target_of(sparse) : Target{},
+                   keeps_state ? low_ranks.mutable_data_ptr<float>() : nullptr,
+                   keeps_state ? stats.mutable_data_ptr<float>() : nullptr};
   torch::stable::parallel_for(0, p.all_heads(), 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch;
-    Attention attention(p, scratch);
-    const int64_t size = n * p.padded();
-    const auto take = [&](bool wanted) { return wanted ? scratch.take(size) : nullptr; };
-    float *keys = take(true), *values = take(true), *queries = take(static_cast<bool>(p.q));
-    float *low_rank = take(true), *u = take(true), *clean = take(true), *last_sparse = take(returns_sparse);
-    float* keys_transposed = scratch.take(round_up(n, kBlock) * d);
-    for (int64_t head = begin; head < end; ++head) {
-      const Tokens tokens(p, head);
-      const int64_t used = tokens.count() * p.padded();
-      tokens.read_rows(p.k, keys);
-      tokens.read_rows(p.v, values);
-      if (queries) tokens.read_rows(p.q, queries);
-      std::fill_n(low_rank, used, 0.0f);
-      std::fill_n(u, used, 0.0f);
-      for (int64_t t = 0; t < num_iters; ++t) {
-        const bool last = t == num_iters - 1;
-        soft_threshold(tokens, keys, low_rank, u, clean, u, last ? last_sparse : nullptr);
-        round_through(p.dtype, clean, used);
-        transpose_blocks(clean, tokens.count(), d, p.padded(), keys_transposed);
-        attention(tokens, queries ? queries : clean, keys_transposed, values, p.dropout.on && last, low_rank);
-        if (!last) subtract(u, low_rank, used);
-        if (!keeps_state) continue;
-        tokens.write_numbers(all_stats + 2 * t * b * h * n, attention.shift());
-        tokens.write_numbers(all_stats + (2 * t + 1) * b * h * n, attention.inverse());
-        if (!last) tokens.write_rows({all_low_ranks + t * b * h * n * d}, low_rank);
-      }
-      tokens.write_rows(to, low_rank);
-      if (returns_sparse) tokens.write_rows(to_sparse, last_sparse);
+    if (p.tiled) {
+      const TileScope tiles;
+      run_heads<TiledAttention>(p, to, begin, end);
+    } else {
+      run_heads<Attention>(p, to, begin, end);
     }
   });
   return {out, sparse, out_rest, low_ranks, stats};

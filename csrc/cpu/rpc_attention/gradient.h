@@ -151,15 +151,19 @@ inline void symmetrise(float* x, int64_t count) {
   }
 }
 
-// What an iteration's attention reads, and the gradients that it adds to; [rows, padded] each. `queries` is q
-// or the cleaned keys, and dqueries belongs to the same tensor.
+// What an iteration's attention reads, and the gradients that it adds to; [rows, padded] each. dqueries
+// belongs to q or, without one, to the cleaned keys.
 struct Operands {
-  const float *queries, *clean, *clean_transposed, *v, *v_transposed, *dlow_rank, *dlow_rank_transposed;
+  float* clean;  // is rounded to the dtype of the products
+  const float* dlow_rank;
   float *dqueries, *dclean, *dv;
 };
 
 class AttentionBackward {
  public:
+  // As many rows are written of the gradients that are added to.
+  static int64_t rows_of(int64_t length) { return length; }
+
   AttentionBackward(const Problem& p, Scratch& scratch)
       : p_(p), padded_(p.padded()), whole_(p.symmetric() && p.length <= kWhole) {
     const auto blocks = [&](int64_t count) { return scratch.take(count * kBlock * kBlock); };
@@ -170,10 +174,21 @@ class AttentionBackward {
       side->kept = p.dropout.on ? blocks(1) : nullptr;
     }
     store_ = blocks(whole_ ? 2 * side * (side + 1) : 2 * side);
+    for (float** array : {&clean_transposed_, &v_transposed_, &dlow_rank_transposed_})
+      *array = scratch.take(side * kBlock * p.width);
+  }
+
+  // Takes what is the same in every iteration of a head; `queries` is null where they are the keys.
+  void begin(const Tokens& tokens, const float* v, const float* queries) {
+    v_ = v, queries_ = queries;
+    transpose_blocks(v, tokens.count(), p_.width, padded_, v_transposed_);
   }
 
   void operator()(const Tokens& tokens, const Operands& o, const Statistics& statistics, bool drops) const {
     const int64_t count = tokens.count(), group = whole_ ? std::max<int64_t>(count, 1) : kBlock;
+    round_through(p_.dtype, o.clean, count * padded_);
+    transpose_blocks(o.clean, count, p_.width, padded_, clean_transposed_);
+    if (p_.symmetric()) transpose_blocks(o.dlow_rank, count, p_.width, padded_, dlow_rank_transposed_);
     std::fill_n(statistics.delta, round_up(count, kBlock), 0.0f);
     std::fill_n(statistics.lanes, count * kPad, 0.0f);
     for (int64_t first = 0; first < count; first += group) {
@@ -205,6 +220,8 @@ class AttentionBackward {
     }
   }
 
+  const float* queries(const Operands& o) const { return queries_ ? queries_ : o.clean; }
+
   bool both(int64_t i, int64_t j) const { return whole_ && i != j; }
 
   Scores scores_at(const Tokens& tokens, int64_t i, int64_t j) const {
@@ -231,10 +248,10 @@ class AttentionBackward {
         dropout_block(tokens, i, j, true, by_column.kept);
       }
     }
-    scores_of(o.queries + i * padded_, o.clean_transposed + j * p_.width, scores, z_);
-    scores_of(o.dlow_rank + i * padded_, o.v_transposed + j * p_.width, scores, by_row.upstream);
+    scores_of(queries(o) + i * padded_, clean_transposed_ + j * p_.width, scores, z_);
+    scores_of(o.dlow_rank + i * padded_, v_transposed_ + j * p_.width, scores, by_row.upstream);
     if (both(i, j))
-      scores_of(o.v + i * padded_, o.dlow_rank_transposed + j * p_.width, scores, by_column.upstream);
+      scores_of(v_ + i * padded_, dlow_rank_transposed_ + j * p_.width, scores, by_column.upstream);
     probabilities_block(scores, statistics.at(i), statistics.at(j), by_row, by_column);
     add_transposed(tokens, by_row.dropped, o.dlow_rank, o.dv, i, j);
     if (both(i, j)) add(tokens, by_column.dropped, o.dlow_rank, o.dv, i, j);
@@ -255,7 +272,7 @@ class AttentionBackward {
       add(tokens, z_, o.clean, o.dclean, i, j);
     } else {
       add(tokens, z_, o.clean, o.dqueries, i, j);
-      add_transposed(tokens, z_, o.queries, o.dclean, i, j);
+      add_transposed(tokens, z_, queries(o), o.dclean, i, j);
     }
   }
 
@@ -282,7 +299,8 @@ class AttentionBackward {
   const Problem& p_;
   int64_t padded_;
   bool whole_;
-  float *z_, *store_;
+  float *z_, *store_, *clean_transposed_, *v_transposed_, *dlow_rank_transposed_;
+  const float *v_ = nullptr, *queries_ = nullptr;
   Side spare_row_{}, spare_column_{};
 };
 

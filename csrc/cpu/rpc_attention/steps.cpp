@@ -24,6 +24,7 @@ Problem::Problem(const Tensor& keys,
       scale(static_cast<float>(score_scale)),
       causal(is_causal),
       by_token(bound.dim() == 3),
+      tiled(dtype == ScalarType::BFloat16 && tile_path() != TilePath::kNone),
       dropout(seed, dropout_p) {
   const auto keep = [&](const Tensor& t) -> const Tensor& { return kept.emplace_back(t); };
   k = Heads(keep(dense(keys)));
@@ -127,7 +128,6 @@ constexpr auto drop = versions([](auto,
                                   uint64_t step,
                                   float* to) MOLEX_LAMBDA_INLINE {
   for (int64_t i = 0; i < count; ++i) to[i] = dropout(1.0f, first + static_cast<uint64_t>(place[i]) * step);
-  for (int64_t i = count; i < kBlock; ++i) to[i] = 0.0f;
 });
 
 }  // namespace
@@ -193,7 +193,13 @@ void dropout_block(
          tokens.rows_of(first_column),
          transposed ? length : 1,
          to + r * kBlock);
+    std::fill(to + r * kBlock + tokens.rows_of(first_column), to + (r + 1) * kBlock, 0.0f);
   }
+}
+
+void dropout_row(const Tokens& tokens, int64_t row, int64_t first_column, int64_t count, float* to) {
+  const uint64_t length = tokens.p.length, first = (tokens.head * length + tokens.place[row]) * length;
+  drop(tokens.p.dropout, first, tokens.place.data() + first_column, count, 1, to);
 }
 
 }  // namespace molex::rpc

@@ -3,7 +3,8 @@
 // One thread runs all iterations of a head, in blocks of kBlock by kBlock tokens whose scores fit in the
 // first-level cache: no N x N matrix is written. Without q the scores are symmetric, and a block of them
 // serves its rows and its columns. Tokens outside the key mask are left out from the start: a head holds the
-// rows that exist, one after the other, padded with zeros to a multiple of kPad features. Arithmetic is fp32.
+// rows that exist, one after the other, padded with zeros to a multiple of kPad features. Arithmetic is fp32,
+// but for products of bf16 where the machine has matrix tiles for them (tile_forward.h, tile_backward.h).
 
 #pragma once
 
@@ -18,6 +19,7 @@
 #include "cpu/common/gemm.h"
 #include "cpu/common/philox.h"
 #include "cpu/common/rows.h"
+#include "cpu/common/tiles.h"
 
 namespace molex::rpc {
 
@@ -25,6 +27,7 @@ using Optional = std::optional<Tensor>;
 
 constexpr int64_t kBlock = 48;  // a multiple of every vector's width and of the products' rows
 constexpr int64_t kPad = 16;
+constexpr int64_t kTileDepth = 32;  // bf16 in a row of a tile
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -64,13 +67,14 @@ struct Problem {
   int64_t batch, heads, length, width, iterations;
   float scale;
   bool causal, by_token;
+  bool tiled;  // products are of bf16, on matrix tiles
   Heads k, v, q;
   const float* threshold;
   const bool* mask = nullptr;
   Dropout dropout;
 
   int64_t all_heads() const { return batch * heads; }
-  int64_t padded() const { return round_up(width, kPad); }
+  int64_t padded() const { return round_up(width, tiled ? kTileDepth : kPad); }
   // Whether a block of scores also serves its columns.
   bool symmetric() const { return !q && !causal; }
 };
@@ -99,16 +103,24 @@ struct Tokens {
 // Arrays of one thread, aligned to lines of the cache.
 class Scratch {
  public:
-  float* take(int64_t count) {
-    arrays_.emplace_back(new (std::align_val_t(64)) float[std::max<int64_t>(count, 1)]);
-    return arrays_.back().get();
+  template <class Number = float>
+  Number* take(int64_t count) {
+    Number* const array = new (std::align_val_t(64)) Number[std::max<int64_t>(count, 1)];
+    arrays_.emplace_back(array);
+    return array;
+  }
+  template <class Number = float>
+  Number* take_zeros(int64_t count) {
+    Number* const array = take<Number>(count);
+    std::fill_n(array, count, Number{});
+    return array;
   }
 
  private:
   struct Free {
-    void operator()(float* array) const { ::operator delete[](array, std::align_val_t(64)); }
+    void operator()(void* array) const { ::operator delete[](array, std::align_val_t(64)); }
   };
-  std::vector<std::unique_ptr<float[], Free>> arrays_;
+  std::vector<std::unique_ptr<void, Free>> arrays_;
 };
 
 // Visits every pair of blocks whose scores are needed, as (first row, first column); those on the diagonal
@@ -151,6 +163,8 @@ void round_through(ScalarType dtype, float* x, int64_t count);
 // Copies rows of `width` floats into transposed blocks [kBlocks][width][kBlock]; the last one is padded with
 // zeros.
 void transpose_blocks(const float* from, int64_t rows, int64_t width, int64_t padded, float* to);
+// Writes dropout's factors for `count` probabilities of a row.
+void dropout_row(const Tokens& tokens, int64_t row, int64_t first_column, int64_t count, float* to);
 // Writes dropout's factors for the probabilities of a block. With `transposed`, rows and columns are
 // exchanged.
 void dropout_block(const Tokens& tokens, int64_t first_row, int64_t first_column, bool transposed, float* to);
