@@ -95,6 +95,13 @@ class Library:
         """Threads and bytes of shared memory of a block of the cluster that holds a head."""
         return self._c.on_chip_block(self._problem(call))
 
+    def gradient_is_on_chip(self, call: Call, **limits: int) -> bool:
+        return self._c.gradient_is_on_chip(self._problem(call, **limits))
+
+    def gradient_block(self, call: Call) -> tuple[int, int]:
+        """As `on_chip`, of the backward pass."""
+        return self._c.gradient_block(self._problem(call))
+
     def shared_bytes(self, call: Call) -> dict[str, int]:
         """What the kernels of fixed tiles ask for."""
         problem = self._problem(call)
@@ -121,9 +128,14 @@ class Library:
         return result
 
     def backward(
-        self, call: Call, result: Result, grad_out: Tensor, grad_sparse: Tensor | None
+        self,
+        call: Call,
+        result: Result,
+        grad_out: Tensor,
+        grad_sparse: Tensor | None,
+        **limits: int,
     ) -> dict[str, Tensor]:
-        problem = self._problem(call)
+        problem = self._problem(call, **limits)
         gradients = {"k": _unwritten(call.k.shape, call.k.dtype)}
         gradients["v"] = gradients["k"].clone()
         if call.q is not None:

@@ -83,6 +83,9 @@ struct Block {
   int64_t index = 0;
   int threads = 0;
   int waiting = 0, phase = 0;  // of the block's barrier
+  struct {
+    int arrived = 0, phase = 0;
+  } turns[2];  // of those of its warp groups
   bool started = false;
   char* shared = nullptr;
   int shared_bytes = 0;

@@ -64,6 +64,7 @@ void set_up(Block& block, int64_t index, int rank, const Grid& grid) {
   block.index = index;
   block.threads = grid.threads;
   block.waiting = block.phase = 0;
+  for (auto& turn : block.turns) turn = {};
   while (static_cast<int>(machine.memories.size()) <= rank) machine.memories.push_back(guarded_memory());
   block.shared_bytes = (grid.shared_bytes + 15) / 16 * 16;
   block.shared = machine.memories[rank] + kSharedLimit - block.shared_bytes;

@@ -90,6 +90,13 @@ py::tuple on_chip_block(const rpc::Problem& problem) {
   });
 }
 
+py::tuple gradient_block(const rpc::Problem& problem) {
+  return rpc::with_groups<device::BFloat, 64>(problem, [&]<int Groups, bool HasQ>() {
+    const rpc::BackwardOnChip<device::BFloat, 64, Groups, HasQ> plan(problem);
+    return py::make_tuple(plan.kThreads, plan.shared_bytes);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(rpc_attention, module) {
@@ -119,13 +126,19 @@ PYBIND11_MODULE(rpc_attention, module) {
   });
   module.def("forward_scratch",
              [](const rpc::Problem& p) { return rpc::forward_scratch(p, rpc::forward_form(p)); });
-  module.def("backward_scratch", [](const rpc::Problem& p) { return rpc::backward_scratch(p); });
+  module.def("gradient_is_on_chip", [](const rpc::Problem& p) {
+    return rpc::backward_form(p) == rpc::BackwardForm::kOnChip;
+  });
+  module.def("gradient_block", &gradient_block);
+  module.def("backward_scratch",
+             [](const rpc::Problem& p) { return rpc::backward_scratch(p, rpc::backward_form(p)); });
   // Of both passes: 0, or the number of what went wrong.
   module.def("forward", [](const rpc::Forward& parameters) {
     return static_cast<int>(
         rpc::run_forward(parameters, rpc::forward_form(parameters.problem), device::Stream{}));
   });
   module.def("backward", [](const rpc::Backward& parameters) {
-    return static_cast<int>(rpc::run_backward(parameters, device::Stream{}));
+    return static_cast<int>(
+        rpc::run_backward(parameters, rpc::backward_form(parameters.problem), device::Stream{}));
   });
 }

@@ -90,6 +90,25 @@ void fence_proxy() {
 
 void fence_products() { self().products.fenced = true; }
 
+// A turn that is not kept changes no number, so that none can be left out; one that is not given is waited
+// for without end.
+void give_turn(int group) {
+  Block& block = *self().warp->block;
+  if (++block.turns[group].arrived < block.threads) return;
+  block.turns[group].arrived = 0;
+  ++block.turns[group].phase;
+  for (Fiber& other : block.fibers) {
+    if (!other.done && !(other.warp->arrived >> other.lane & 1)) wake(other);
+  }
+}
+
+void wait_turn(int group) {
+  Block& block = *self().warp->block;
+  const int now = block.turns[group].phase;
+  give_turn(group);
+  while (block.turns[group].phase == now) block_until_woken();
+}
+
 void issue(const GroupProduct& product) {
   Fiber& fiber = self();
   Products& mine = fiber.products;

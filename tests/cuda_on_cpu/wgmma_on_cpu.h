@@ -33,10 +33,12 @@ void fence_proxy();
 void fence_products();
 void commit_products();
 void wait_products_but(int pending);
+void wait_turn(int group);
+void give_turn(int group);
 void issue(const GroupProduct& product);
 
-template <int Pending, int N>
-inline void wait_products(float (&)[N][4]) {
+template <int Pending, int... N>
+inline void wait_products(float (&... c)[N][4]) {
   wait_products_but(Pending);
 }
 

@@ -59,9 +59,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout,
   b.grad_v = needs[1] ? dv.mutable_data_ptr() : nullptr;
   b.grad_q = needs[2] && q ? dq.mutable_data_ptr() : nullptr;
   b.grad_threshold = needs[3] ? dthreshold.mutable_data_ptr<float>() : nullptr;
-  Tensor scratch = scratch_of(k, backward_scratch(b.problem));
+  const BackwardForm form = backward_form(b.problem);
+  Tensor scratch = scratch_of(k, backward_scratch(b.problem, form));
   b.scratch = scratch.mutable_data_ptr();
-  check_launch(run_backward(b, current_stream(device)));
+  check_launch(run_backward(b, form, current_stream(device)));
   return {dk, dv, dq, dthreshold};
 }
 

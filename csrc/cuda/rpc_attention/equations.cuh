@@ -33,4 +33,21 @@ MOLEX_DEVICE int8_t side(float a, float bound) {
   return a > 0.0f ? 1 : (a < 0.0f ? -1 : 0);
 }
 
+// What an iteration leaves of the gradients of an element, from x = gK~, gu, and gS = `more` of the last one.
+//   ga = gS - gu - x outside the threshold, else 0 ;  gk += gu + x + ga ;  gu' = gu - x + ga ;  gL' = -ga
+// `sum` is what gk + gu gains: gu contains -x of the later iteration, which gk would otherwise have to add
+// and subtract again. Outside the threshold ga contains -x; the sums are written so that it is never added
+// and subtracted.
+struct StepBack {
+  float threshold, sum, dual, next;  // ga, the gain, gu', and G' = gL' - gu'
+};
+MOLEX_DEVICE StepBack step_back(float x, float dual, float more, bool outside, bool is_first) {
+  StepBack step;
+  step.threshold = outside ? more - dual - x : 0.0f;
+  step.sum = is_first ? (outside ? more - dual : x) : (outside ? 2.0f * (more - x) - dual : dual);
+  step.dual = outside ? more - 2.0f * x : dual - x;
+  step.next = -step.threshold - step.dual;
+  return step;
+}
+
 }  // namespace molex::rpc

@@ -36,17 +36,17 @@ struct OwnRows {
 };
 
 // Row j is a query of keys i: dz = dZ_ji, from z and dp = dP_ji.
-template <class E, int D, bool Drops, bool Masked>
-MOLEX_DEVICE void as_query(typename BackwardTile<E, D>::Accumulator& dz,
-                           const typename BackwardTile<E, D>::Accumulator& z,
-                           const typename BackwardTile<E, D>::Accumulator& dp,
+template <class E, bool Drops, bool Masked, int N>
+MOLEX_DEVICE void as_query(float (&dz)[1][N][4],
+                           const float (&z)[1][N][4],
+                           const float (&dp)[1][N][4],
                            const OwnRows& own,
                            const Mask& visible,
                            const Dropout& keeps,
                            float scale2,
                            int row,
                            int other) {
-  MOLEX_UNROLL for (int n = 0; n < BackwardTile<E, D>::kColumns / 8; ++n) {
+  MOLEX_UNROLL for (int n = 0; n < N; ++n) {
     MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
       const int j = row + lane_row() + e / 2 * 8, i = other + 8 * n + lane_column() + e % 2;
       const Softmax& softmax = own.softmax[e / 2];
@@ -65,11 +65,11 @@ MOLEX_DEVICE void as_query(typename BackwardTile<E, D>::Accumulator& dz,
   }
 }
 
-// Row j is a key of queries i: dz += dZ_ij, and z = P_ij, with what dropout leaves of it.
-template <class E, int D, bool Drops, bool Masked>
-MOLEX_DEVICE void as_key(typename BackwardTile<E, D>::Accumulator& dz,
-                         typename BackwardTile<E, D>::Accumulator& z,
-                         const typename BackwardTile<E, D>::Accumulator& dp,
+// Row j is a key of queries i: dz = dZ_ij, or `Adds` it, and z = P_ij, with what dropout leaves of it.
+template <class E, bool Drops, bool Masked, bool Adds, int N>
+MOLEX_DEVICE void as_key(float (&dz)[1][N][4],
+                         float (&z)[1][N][4],
+                         const float (&dp)[1][N][4],
                          const Softmax* softmax,
                          const float* delta,
                          const Mask& visible,
@@ -77,7 +77,7 @@ MOLEX_DEVICE void as_key(typename BackwardTile<E, D>::Accumulator& dz,
                          float scale2,
                          int row,
                          int other) {
-  MOLEX_UNROLL for (int n = 0; n < BackwardTile<E, D>::kColumns / 8; ++n) {
+  MOLEX_UNROLL for (int n = 0; n < N; ++n) {
     const int first = 8 * n + lane_column();
     struct alignas(16) {
       Softmax of[2];
@@ -93,7 +93,12 @@ MOLEX_DEVICE void as_key(typename BackwardTile<E, D>::Accumulator& dz,
       const float keep = Drops ? keeps(i, j) : 1.0f;
       const float kept = Drops ? device::multiply(dp[0][n][e], keep) : dp[0][n][e];
       z[0][n][e] = Drops ? probability * keep : probability;
-      if (seen) dz[0][n][e] += probability * (kept - (e % 2 ? deltas.y : deltas.x));
+      const float difference = kept - (e % 2 ? deltas.y : deltas.x);
+      if (!Adds) {
+        dz[0][n][e] = seen ? probability * difference : 0.0f;
+      } else if (seen) {
+        dz[0][n][e] += probability * difference;
+      }
     }
   }
 }
@@ -171,11 +176,12 @@ MOLEX_DEVICE void finish(const BackwardLaunch<E>& s,
       if (kSumsInner<E> && s.iteration + 2 == p.iterations) beside = load_sides(s.sides + place + step);
       float before[2], next[2];
       MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
-        const float product = of_own[c], gu = c ? dual.y : dual.x, more = c ? extra.y : extra.x;
+        const float product = of_own[c];
         const int8_t where = sides.of[c];
         const bool outside = where != kInside;
-        const float ga = outside ? more - gu - product : 0.0f;
-        float term = ga;
+        const StepBack step =
+            step_back(product, c ? dual.y : dual.x, c ? extra.y : extra.x, outside, is_first);
+        float term = step.threshold;
         if constexpr (kSumsInner<E>) {
           // The ga of the last two iterations add up to the difference of their products if they are on the
           // same side of the threshold: the large part cancels, so it is never added.
@@ -184,14 +190,9 @@ MOLEX_DEVICE void finish(const BackwardLaunch<E>& s,
           if (s.iteration + 2 == p.iterations && same) term = -product;
         }
         of_threshold -= outside ? where * term : 0.0f;
-        // The accumulator holds gk + gu: gu contains -product of the later iteration, which gk would
-        // otherwise have to add and subtract again. Outside the threshold ga contains -product; the sums are
-        // written so that it is never added and subtracted.
-        of_own[c] =
-            is_first ? (outside ? more - gu : product) : (outside ? 2.0f * (more - product) - gu : gu);
-        // gu of the iteration before, whose gL is -ga.
-        before[c] = outside ? more - 2.0f * product : gu - product;
-        next[c] = -ga - before[c];
+        of_own[c] = step.sum;
+        before[c] = step.dual;
+        next[c] = step.next;
       }
       carry(s, s.k + place, of_own[0], of_own[1]);
       if (is_first) continue;
@@ -318,9 +319,9 @@ void rpc_backward_iteration(MOLEX_PARAMS BackwardLaunch<E> s) {
         gemm_nt<E, D, T::kAhead, false>(dp, own_d_out + warp_row, tile + kTileSize);
         const OwnRows own = T::kReloads ? load_own() : kept_own;
         if (other + T::kColumns <= visible.seen) {
-          as_query<E, D, Drops, false>(dz, z, dp, own, visible, keeps, scale2, row, other);
+          as_query<E, Drops, false>(dz, z, dp, own, visible, keeps, scale2, row, other);
         } else {
-          as_query<E, D, Drops, true>(dz, z, dp, own, visible, keeps, scale2, row, other);
+          as_query<E, Drops, true>(dz, z, dp, own, visible, keeps, scale2, row, other);
         }
       }
       if constexpr (kInner) {
@@ -338,9 +339,9 @@ void rpc_backward_iteration(MOLEX_PARAMS BackwardLaunch<E> s) {
           const Softmax* of = softmax + stage * T::kColumns;
           const float* delta = deltas + stage * T::kColumns;
           if (!p.causal || other >= row + 15) {
-            as_key<E, D, Drops, false>(dz, z, dp, of, delta, visible, keeps, scale2, row, other);
+            as_key<E, Drops, false, true>(dz, z, dp, of, delta, visible, keeps, scale2, row, other);
           } else {
-            as_key<E, D, Drops, true>(dz, z, dp, of, delta, visible, keeps, scale2, row, other);
+            as_key<E, Drops, true, true>(dz, z, dp, of, delta, visible, keeps, scale2, row, other);
           }
           gemm_nn<E>(grad_values, z, tile + 2 * kTileSize);
         }

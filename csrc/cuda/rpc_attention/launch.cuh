@@ -9,6 +9,7 @@
 
 #pragma once
 
+#include "cuda/rpc_attention/backward_on_chip.cuh"
 #include "cuda/rpc_attention/forward.cuh"
 #include "cuda/rpc_attention/gradient.cuh"
 #include "cuda/rpc_attention/on_chip.cuh"
@@ -74,7 +75,37 @@ inline int64_t forward_scratch(const Problem& p, Form form) {
   return with_types(p, [&]<class E, int D>() { return ForwardScratch<E>(p, nullptr, D).bytes; });
 }
 
-inline int64_t backward_scratch(const Problem& p) {
+// How the backward pass runs: all iterations on chip, or in launches for each.
+enum class BackwardForm { kOnChip, kIterated };
+
+// The blocks' warp groups, and whether there is q, of the kernel that holds a head on chip.
+template <class E, int D, class Function>
+auto with_groups(const Problem& p, const Function& function) {
+  const bool has_q = p.q.data != nullptr;
+  if (p.length <= 64) {
+    return has_q ? function.template operator()<1, true>() : function.template operator()<1, false>();
+  }
+  return has_q ? function.template operator()<2, true>() : function.template operator()<2, false>();
+}
+
+template <class P>
+BackwardForm backward_form(const P& p) {
+  return with_types(p, [&]<class E, int D>() {
+    bool on_chip = false;
+    if constexpr (kGradientOnChip<E, D>) {
+      on_chip = with_groups<E, D>(p, [&]<int Groups, bool HasQ>() {
+        constexpr auto kKernel = rpc_backward_on_chip<E, D, Groups, HasQ>;
+        const BackwardOnChip<E, D, Groups, HasQ> plan(p);
+        return plan.fits && device::has_wgmma<kKernel>(plan.kThreads) &&
+               device::clusters_fit<kKernel>(plan.grid(p));
+      });
+    }
+    return on_chip ? BackwardForm::kOnChip : BackwardForm::kIterated;
+  });
+}
+
+inline int64_t backward_scratch(const Problem& p, BackwardForm form) {
+  if (form == BackwardForm::kOnChip) return 0;
   return with_types(p, [&]<class E, int D>() { return BackwardScratch<E>(p, nullptr, D).bytes; });
 }
 
@@ -119,9 +150,18 @@ device::Status run_forward(const Forward& f, Form form, Stream stream) {
 }
 
 template <class Stream>
-device::Status run_backward(const Backward& b, Stream stream) {
+device::Status run_backward(const Backward& b, BackwardForm form, Stream stream) {
   const Problem& p = b.problem;
   return with_types(p, [&]<class E, int D>() {
+    if constexpr (kGradientOnChip<E, D>) {
+      if (form == BackwardForm::kOnChip) {
+        return with_groups<E, D>(p, [&]<int Groups, bool HasQ>() {
+          const BackwardOnChip<E, D, Groups, HasQ> plan(p);
+          return device::launch<rpc_backward_on_chip<E, D, Groups, HasQ>>(
+              plan.grid(p), BackwardOnChipLaunch<E, D, Groups, HasQ>{b, plan}, stream);
+        });
+      }
+    }
     const BackwardScratch<E> scratch(p, b.scratch, D);
     device::Status status =
         device::launch<rpc_backward_rebuild<E, D>>({Place<D, kRebuildThreads>::blocks(p), kRebuildThreads},

@@ -73,14 +73,25 @@ MOLEX_DEVICE void fence_proxy() { asm volatile("fence.proxy.async.shared::cluste
 MOLEX_DEVICE void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 MOLEX_DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits for all groups but the last `Pending`, of which the accumulator c was one.
-template <int Pending, int N>
-MOLEX_DEVICE void wait_products(float (&c)[N][4]) {
+// Two warp groups of a block take turns at something: each waits for its own, which the other gives it.
+MOLEX_DEVICE void wait_turn(int group) {
+  asm volatile("bar.sync %0, %1;" : : "r"(2 + group), "r"(threads()) : "memory");
+}
+MOLEX_DEVICE void give_turn(int group) {
+  asm volatile("bar.arrive %0, %1;" : : "r"(2 + group), "r"(threads()) : "memory");
+}
+
+// Waits for all groups but the last `Pending`, of which the accumulators c were.
+template <int Pending, int... N>
+MOLEX_DEVICE void wait_products(float (&... c)[N][4]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
-  // Or the compiler would read c ahead of the wait.
-  MOLEX_UNROLL for (int n = 0; n < N; ++n) {
-    MOLEX_UNROLL for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(c[n][e])::"memory");
-  }
+  // Or the compiler would read them ahead of the wait.
+  const auto keep = [](float (*numbers)[4], int count) {
+    MOLEX_UNROLL for (int n = 0; n < count; ++n) {
+      MOLEX_UNROLL for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(numbers[n][e])::"memory");
+    }
+  };
+  (keep(c, N), ...);
 }
 
 // Operands of one instruction: the accumulator's numbers, 4 for each 8 columns, and what they stand for.
@@ -117,9 +128,11 @@ MOLEX_DEVICE void wait_products(float (&c)[N][4]) {
 // c = a b^T, or c += a b^T: 64 rows and 16 columns of a, `Columns` rows and 16 columns of b.
 template <class E, int Columns>
 MOLEX_DEVICE void multiply_nt(float (*c)[4], Matrix a, Matrix b, bool adds) {
-  static_assert(Columns == 64 || Columns == 104 || Columns == 128);
+  static_assert(Columns == 16 || Columns == 64 || Columns == 104 || Columns == 128);
 #define MOLEX_OPERANDS "l"(a), "l"(b), "r"(static_cast<int>(adds))
-  if constexpr (Columns == 64) {
+  if constexpr (Columns == 16) {
+    MOLEX_WGMMA_OF_TYPE(16, 2, "%8, %9, p, 1, 1, 0, 0", "%10", MOLEX_OPERANDS)
+  } else if constexpr (Columns == 64) {
     MOLEX_WGMMA_OF_TYPE(64, 8, "%32, %33, p, 1, 1, 0, 0", "%34", MOLEX_OPERANDS)
   } else if constexpr (Columns == 104) {
     MOLEX_WGMMA_OF_TYPE(104, 13, "%52, %53, p, 1, 1, 0, 0", "%54", MOLEX_OPERANDS)

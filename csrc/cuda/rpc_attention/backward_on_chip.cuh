@@ -1,0 +1,406 @@
+// RPC attention backward with all iterations of a head on chip, in 16 bits, by warp groups of sm_90a: of
+// global memory the inputs and what the forward pass has kept are read, the gradients written.
+//
+// As in backward.cuh a row is a query of all keys and a key of all queries at once, so that nothing is added
+// across warps. A warp group has 64 rows, of which it goes over 64 columns at a time: their gV is in registers
+// over all iterations, gu and gu + gk in shared memory, every thread's own beside one another. A block has two
+// groups (one up to 64 rows), a head up to 128 rows one block, above that a cluster of two, which send each
+// other K~, G and D. K~ of an iteration and the sides of its threshold come anew from k and every L before.
+//
+// Budget, without spills: 256 threads of 255 registers. Shared memory, in bytes, for R rows of the head, and
+// r of the block: (3 R, with q 4 R) 2 D + r (2 (D + 8) + 8 D) + 12 R. Dropout is left to gradient.cuh: its
+// words would take registers from the products.
+
+#pragma once
+
+#include "cuda/rpc_attention/gradient.cuh"
+#include "cuda/rpc_attention/warp_groups.cuh"
+
+namespace molex::rpc {
+
+template <class E, int D>
+constexpr bool kGradientOnChip = sizeof(E) == 2 && D == 64;
+
+// How a head's backward pass runs on chip.
+template <class E, int D, int Groups, bool HasQ>
+struct BackwardOnChip {
+  static constexpr int kRows = 64 * Groups, kThreads = 4 * kWarp * Groups;
+
+  int cluster, rows, shared_bytes;  // `rows` of the head, whole blocks
+  bool fits;
+
+  explicit BackwardOnChip(const Problem& p) {
+    cluster = (p.length + kRows - 1) / kRows;
+    rows = cluster * kRows;
+    const int64_t elements = (HasQ ? 4ll : 3ll) * rows * D + kRows * kPitch<D>;
+    const int64_t numbers = 2ll * kRows * D + rows;
+    const int64_t bytes = elements * sizeof(E) + numbers * sizeof(float) + rows * sizeof(Softmax);
+    fits = !p.seed && p.length <= kMostKeys && cluster <= p.cluster_limit && bytes <= p.shared_limit;
+    shared_bytes = static_cast<int>(fits ? bytes : 0);
+  }
+
+  device::Grid grid(const Problem& p) const {
+    return {p.all_heads() * cluster, kThreads, shared_bytes, cluster};
+  }
+};
+
+template <class E, int D, int Groups, bool HasQ>
+struct BackwardOnChipLaunch {
+  Backward b;
+  BackwardOnChip<E, D, Groups, HasQ> plan;
+};
+
+// The sides of the threshold of a lane's elements of 16 rows, a bit for each.
+struct SidesOfRows {
+  uint32_t outside, positive, negative;
+};
+
+// This lane's elements of a warp's rows from `row` on, of a matrix [B, H, N, d]; zeros where a row is not
+// `real`. Where a row has an even number of elements nothing branches, so that all loads are under way at once.
+template <int D, class T>
+MOLEX_DEVICE void load_own_rows(
+    float (&c)[D / 8][4], const T* matrix, const Problem& p, int64_t head, int row, const bool (&real)[2]) {
+  const T* from = matrix + (head * p.length + row + lane_row()) * p.width + lane_column();
+  const int within = p.width - lane_column();
+  const bool even = p.width % 2 == 0;
+  MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
+    MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+      const bool inside = real[i] && 8 * n < within;
+      c[n][2 * i] = c[n][2 * i + 1] = 0.0f;
+      if (even && inside) {
+        const float2 pair = load_pair(from + 8 * i * p.width + 8 * n);
+        c[n][2 * i] = pair.x;
+        c[n][2 * i + 1] = pair.y;
+      }
+    }
+  }
+  if (even) return;
+  MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
+    MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
+      if (real[e / 2] && 8 * n + e % 2 < within) {
+        c[n][e] = device::to_float(from[8 * (e / 2) * p.width + 8 * n + e % 2]);
+      }
+    }
+  }
+}
+
+// K~ of iteration t of a warp's rows from `row` on, as the forward pass has computed it.
+template <class E, int D>
+MOLEX_DEVICE void rebuild_keys(float (&keys)[D / 8][4],
+                               SidesOfRows& sides,
+                               const Backward& b,
+                               int64_t head,
+                               int row,
+                               const bool (&real)[2],
+                               const E* own_rows,
+                               int t) {
+  const Problem& p = b.problem;
+  const E* own_lane = own_rows + lane_row() * kPitch<D> + lane_column();
+  const int64_t step = p.all_heads() * p.length * p.width;
+  float low_rank[D / 8][4], u[D / 8][4];
+  const float bound[2] = {bound_of(p, head, row + lane_row()), bound_of(p, head, row + lane_row() + 8)};
+  MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
+    MOLEX_UNROLL for (int e = 0; e < 4; ++e) low_rank[n][e] = u[n][e] = 0.0f;
+  }
+  MOLEX_NO_UNROLL for (int before = 0; before < t; ++before) {
+    float next[D / 8][4];
+    load_own_rows<D>(next, b.low_ranks + before * step, p, head, row, real);
+    MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
+      MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+        const float2 k = load_pair(own_lane + 8 * i * kPitch<D> + 8 * n);
+        MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
+          float &l = low_rank[n][2 * i + c], &dual = u[n][2 * i + c];
+          const float w = soft_threshold(c ? k.y : k.x, l, dual, bound[i]).w;
+          l = next[n][2 * i + c];
+          dual = w - l;
+        }
+      }
+    }
+  }
+  sides = {0, 0, 0};
+  MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
+    MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+      const float2 k = load_pair(own_lane + 8 * i * kPitch<D> + 8 * n);
+      MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
+        const float x = c ? k.y : k.x, l = low_rank[n][2 * i + c], dual = u[n][2 * i + c];
+        keys[n][2 * i + c] = soft_threshold(x, l, dual, bound[i]).key;
+        const int8_t where = side(x - l + dual, bound[i]);
+        const uint32_t bit = 1u << (4 * n + 2 * i + c);
+        if (where != kInside) sides.outside |= bit;
+        if (where == 1) sides.positive |= bit;
+        if (where == -1) sides.negative |= bit;
+      }
+    }
+  }
+}
+
+// Sends numbers of this warp's rows from `row` on, which the lanes that have column 0 hold, to the same place
+// in every block of the cluster.
+MOLEX_DEVICE void publish_numbers(float* numbers, const float (&own)[2], int row, int rank, int cluster) {
+  MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+    if (lane_column() == 0) numbers[row + lane_row() + 8 * i] = own[i];
+  }
+  if (cluster == 1) return;
+  device::sync_warp();
+  if (lane() >= 4) return;
+  float* mine = numbers + row + 4 * lane();
+  for (int other = 1; other < cluster; ++other) {
+    const int peer = (rank + other) % cluster;
+    device::store_remote(device::remote(mine, peer), 0, *reinterpret_cast<const uint4*>(mine));
+  }
+}
+
+template <class E, int D, int Groups, bool HasQ>
+MOLEX_WGMMA_KERNEL((BackwardOnChip<E, D, Groups, HasQ>::kThreads), 1)
+void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> s) {
+#if MOLEX_HAS_WGMMA
+  using Plan = BackwardOnChip<E, D, Groups, HasQ>;
+  using In = Cores<E, D>;
+  constexpr int kColumns = 64, kTail = 16;  // of a tile, and of a shorter last one
+  const Backward& b = s.b;
+  const Problem& p = b.problem;
+  const Plan& plan = s.plan;
+  const int64_t own_head = device::block() / plan.cluster;
+  const int rank = device::block() - static_cast<int>(own_head) * plan.cluster;
+  const int group = warp() / 4, first = rank * Plan::kRows, own_row = first + 16 * warp();
+
+  E* keys = reinterpret_cast<E*>(device::shared());
+  E* values = keys + plan.rows * D;
+  E* d_out = values + plan.rows * D;
+  E* queries = HasQ ? d_out + plan.rows * D : keys;
+  E* own = d_out + (HasQ ? 2 : 1) * plan.rows * D;
+  Softmax* softmax = reinterpret_cast<Softmax*>(own + Plan::kRows * kPitch<D>);
+  float* deltas = reinterpret_cast<float*>(softmax + plan.rows);
+  // A thread's numbers stand kThreads * 16 bytes from one another.
+  struct alignas(16) Four {
+    float of[4];
+  };
+  Four* duals = reinterpret_cast<Four*>(deltas + plan.rows) + device::thread();
+  Four* sums = duals + D / 8 * Plan::kThreads;
+  E* own_rows = own + 16 * warp() * kPitch<D>;
+
+  load_rows<E, D>(own, p, p.k, own_head, first, Plan::kRows);
+  In::load(values, p, p.v, own_head, 0, plan.rows);
+  In::load(d_out, p, b.grad_out, own_head, 0, plan.rows);
+  if (HasQ) In::load(queries, p, p.q, own_head, 0, plan.rows);
+  device::commit_copies();
+  device::wait_copies<0>();
+  device::sync();
+  device::arrive_cluster_relaxed();
+
+  const Mask visible(p, own_head, own_row);
+  const Dropout keeps(p, own_head, false);
+  const float scale2 = score_scale(p);
+  const bool real[2] = {visible.exists(own_row + lane_row()), visible.exists(own_row + lane_row() + 8)};
+  float of_threshold[2] = {0.0f, 0.0f}, delta[2];
+  float grad_keys[D / 8][4], grad_values[D / 8][4], grad_queries[D / 8][4];
+  MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
+    MOLEX_UNROLL for (int e = 0; e < 4; ++e) grad_values[n][e] = grad_queries[n][e] = 0.0f;
+  }
+  // Of this lane's two rows <g, l>: g(n, i) and l(n, i) are pairs.
+  const auto pair_of = [](const float (&c)[D / 8][4]) {
+    return [&](int n, int i) { return float2{c[n][2 * i], c[n][2 * i + 1]}; };
+  };
+  MOLEX_NO_UNROLL for (int t = p.iterations - 1; t >= 0; --t) {
+    const bool is_first = t == 0, is_last = t + 1 == p.iterations;
+    const int64_t rows = p.all_heads() * p.length;
+    // Addresses are not kept over the iterations: their registers are the products'.
+    const int64_t head = device::opaque(own_head);
+    const int row = device::opaque(own_row);
+    // While the other blocks and the other group may still be multiplying:
+    const bool has_row = device::thread() < plan.rows && visible.exists(device::thread());
+    Softmax of_row = {0.0f, 0.0f};
+    if (has_row) {
+      const float* stats = b.stats + 2 * t * rows + head * p.length + device::thread();
+      of_row = make_softmax<E>(stats[0], stats[rows], scale2);
+    }
+    SidesOfRows sides;
+    float new_keys[D / 8][4];
+    rebuild_keys<E, D>(new_keys, sides, b, head, row, real, own_rows, t);
+    device::wait_cluster();  // until every block has started, and read what the later iteration had
+    if (is_last) {
+      const E* mine = d_out + row * D + lane_row() * 8 + lane_column();
+      float out[D / 8][4], rest[D / 8][4];
+      load_own_rows<D>(out, static_cast<const E*>(b.out), p, head, row, real);
+      load_own_rows<D>(rest, static_cast<const E*>(b.out_rest), p, head, row, real);
+      MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
+        MOLEX_UNROLL for (int e = 0; e < 4; ++e) out[n][e] += rest[n][e];
+      }
+      inner_products<E, D>(
+          delta, [&](int n, int i) { return load_pair(mine + (i * (D / 8) + n) * In::kCore); }, pair_of(out));
+    } else {
+      In::publish(d_out, grad_keys, row, rank, plan.cluster);
+    }
+    publish_numbers(deltas, delta, row, rank, plan.cluster);
+    In::publish(keys, new_keys, row, rank, plan.cluster);
+    if (device::thread() < plan.rows) softmax[device::thread()] = of_row;
+    device::fence_proxy();
+    device::arrive_cluster();
+    device::wait_cluster();
+
+    OwnRows mine;
+    MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+      mine.softmax[i] = softmax[row + lane_row() + 8 * i];
+      mine.delta[i] = deltas[row + lane_row() + 8 * i];
+    }
+    MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
+      MOLEX_UNROLL for (int e = 0; e < 4; ++e) grad_keys[n][e] = 0.0f;
+    }
+    // The group's tile of `N` columns from `other` on. Its weights outlive it: products read them later.
+    using Operands = typename Fragments<E>::OperandA[kColumns / 16];
+    Operands weights, differences;
+    const auto add_tile = [&]<int N>(int other) {
+      using Scores = float[1][N / 8][4];
+      // c = a b^T of rows of the head, and c += a b.
+      const auto multiply_nt = [&](Scores& c, const E* a, const E* of_b) {
+        MOLEX_UNROLL for (int k = 0; k < D; k += 16) {
+          const device::Matrix left = In::by_columns(a, first + 64 * group, k);
+          device::multiply_nt<E, N>(c[0], left, In::by_columns(of_b, other, k), k > 0);
+        }
+      };
+      const auto multiply_nn = [&](float (&c)[D / 8][4], const Operands& a, const E* of_b) {
+        MOLEX_UNROLL for (int step = 0; step < N / 16; ++step) {
+          device::multiply_nn<E, D>(c, a[step].r, In::by_rows(of_b, other + 16 * step), true);
+        }
+      };
+      const auto convert = [](Operands& a, const Scores& c) {
+        MOLEX_UNROLL for (int step = 0; step < N / 16; ++step) Fragments<E>::convert(a[step], c[0], step);
+      };
+      const auto query = [&](Scores& dz, const Scores& z) {
+        if (other + N <= visible.seen) {
+          as_query<E, false, false>(dz, z, dz, mine, visible, keeps, scale2, row, other);
+        } else {
+          as_query<E, false, true>(dz, z, dz, mine, visible, keeps, scale2, row, other);
+        }
+      };
+      const auto key = [&](Scores& dz, Scores& z, const Scores& dp) {
+        const Softmax* of = softmax + other;
+        if (!p.causal || other >= row + 15) {
+          as_key<E, false, false, !HasQ>(dz, z, dp, of, deltas + other, visible, keeps, scale2, row, other);
+        } else {
+          as_key<E, false, true, !HasQ>(dz, z, dp, of, deltas + other, visible, keeps, scale2, row, other);
+        }
+      };
+      Scores z, dz;
+      if (Groups > 1) device::wait_turn(group);
+      device::fence_products();
+      if constexpr (HasQ) {
+        multiply_nt(z, queries, keys);
+        multiply_nt(dz, d_out, values);
+        device::commit_products();
+        device::wait_products<0>(z[0], dz[0], grad_keys, grad_values, grad_queries);
+        query(dz, z);
+        convert(differences, dz);
+        device::fence_products();
+        multiply_nn(grad_queries, differences, keys);
+        multiply_nt(z, keys, queries);
+        multiply_nt(dz, values, d_out);
+        device::commit_products();
+        device::wait_products<0>(z[0], dz[0], grad_queries);
+        if (Groups > 1 && (group == 0 || other + N < p.length)) device::give_turn(1 - group);
+        key(dz, z, dz);
+      } else {
+        Scores dp;
+        multiply_nt(z, keys, keys);
+        multiply_nt(dz, d_out, values);
+        multiply_nt(dp, values, d_out);
+        device::commit_products();
+        device::wait_products<0>(z[0], dz[0], dp[0], grad_keys, grad_values);
+        if (Groups > 1 && (group == 0 || other + N < p.length)) device::give_turn(1 - group);
+        query(dz, z);
+        key(dz, z, dp);
+      }
+      convert(weights, z);
+      convert(differences, dz);
+      device::fence_products();
+      // They are under way while the next tile's scores are multiplied.
+      multiply_nn(grad_values, weights, d_out);
+      multiply_nn(grad_keys, differences, queries);
+      device::commit_products();
+    };
+    if (Groups > 1 && group == 1) device::give_turn(0);
+    const int tail = p.length % kColumns <= kTail ? p.length % kColumns : 0;
+    MOLEX_NO_UNROLL for (int other = 0; other < p.length - tail; other += kColumns) {
+      add_tile.template operator()<kColumns>(other);
+    }
+    if (tail > 0) add_tile.template operator()<kTail>(p.length - tail);
+    device::wait_products<0>(grad_keys, grad_values);
+    if (!is_first) device::arrive_cluster();
+
+    MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
+      Four dual = {}, sum = {};
+      if (!is_last) {
+        dual = duals[n * Plan::kThreads];
+        sum = sums[n * Plan::kThreads];
+      }
+      MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+        const int column = 8 * n + lane_column();
+        float2 extra = {0.0f, 0.0f};
+        if (is_last && b.grad_sparse.data && real[i]) {
+          const float* from =
+              head_of<float>(p, b.grad_sparse, head) + (row + lane_row() + 8 * i) * b.grad_sparse.row + column;
+          if (column < p.width) extra.x = from[0];
+          if (column + 1 < p.width) extra.y = from[1];
+        }
+        MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
+          const int e = 2 * i + c, bit = 4 * n + e;
+          const float product = real[i] ? grad_keys[n][e] * p.scale : 0.0f;
+          const bool outside = sides.outside >> bit & 1;
+          const StepBack step = step_back(product, dual.of[e], c ? extra.y : extra.x, outside, is_first);
+          if (sides.positive >> bit & 1) of_threshold[i] -= step.threshold;
+          if (sides.negative >> bit & 1) of_threshold[i] += step.threshold;
+          dual.of[e] = step.dual;
+          sum.of[e] += step.sum;
+          grad_keys[n][e] = is_first ? sum.of[e] : step.next;
+        }
+      }
+      if (!is_first) {
+        duals[n * Plan::kThreads] = dual;
+        sums[n * Plan::kThreads] = sum;
+      }
+    }
+    if (!is_first) {
+      float low_rank[D / 8][4];
+      load_own_rows<D>(low_rank, b.low_ranks + (t - 1) * rows * p.width, p, head, row, real);
+      inner_products<E, D>(delta, pair_of(grad_keys), pair_of(low_rank));
+    }
+  }
+
+  if (b.grad_k) store_tile<D>(p, static_cast<E*>(b.grad_k), own_head, own_row, grad_keys, own_rows);
+  MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
+    MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
+      grad_values[n][e] = real[e / 2] ? grad_values[n][e] : 0.0f;
+      grad_queries[n][e] = real[e / 2] ? grad_queries[n][e] * p.scale : 0.0f;
+    }
+  }
+  device::sync_warp();  // all use `own_rows`
+  if (b.grad_v) store_tile<D>(p, static_cast<E*>(b.grad_v), own_head, own_row, grad_values, own_rows);
+  if constexpr (HasQ) {
+    device::sync_warp();
+    if (b.grad_q) store_tile<D>(p, static_cast<E*>(b.grad_q), own_head, own_row, grad_queries, own_rows);
+  }
+  if (!b.grad_threshold) return;
+  MOLEX_UNROLL for (int i = 0; i < 2; ++i) of_threshold[i] = row_sum(of_threshold[i]);
+  if (p.threshold_row) {
+    MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
+      const int mine = own_row + lane_row() + 8 * i;
+      if (lane_column() == 0 && mine < p.length)
+        b.grad_threshold[own_head * p.length + mine] = of_threshold[i];
+    }
+    return;
+  }
+  // The sum of all rows', in a fixed order; nothing reads D any more.
+  device::arrive_cluster();
+  device::wait_cluster();
+  publish_numbers(deltas, of_threshold, own_row, rank, plan.cluster);
+  device::arrive_cluster();
+  device::wait_cluster();
+  if (rank > 0 || warp() > 0) return;
+  float sum = 0.0f;
+  for (int i = lane(); i < plan.rows; i += kWarp) sum += deltas[i];
+  MOLEX_UNROLL for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += device::shuffle_xor(sum, lanes);
+  if (lane() == 0) b.grad_threshold[own_head] = sum;
+#endif
+}
+
+}  // namespace molex::rpc
