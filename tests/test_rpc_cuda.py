@@ -127,7 +127,7 @@ def _measured(
     upstream = _upstream(call, generator)
     library.schedule(int(torch.randint(2**31, (), generator=generator)))
     result = library.forward(call, **limits)
-    gradients = library.backward(call, result, *upstream)
+    gradients = library.backward(call, result, *upstream, **limits)
     got = {"out": result.out, "sparse": result.sparse}
     got |= {f"gradient of {n}": g for n, g in gradients.items()}
     return _errors(call, got, *upstream)
@@ -213,6 +213,30 @@ def test_what_runs_in_warp_groups(library: Library, generator: torch.Generator):
         assert not runs(64, 64)
 
 
+def test_whose_gradient_stays_on_the_chip(library: Library, generator: torch.Generator):
+    """As in warp groups; q takes more memory, which an H200 has."""
+
+    def stays(tokens: int, width: int, dtype: torch.dtype = BFLOAT, limits=(), **options) -> bool:
+        call = _make(tokens, width, dtype, generator, **options)
+        return library.gradient_is_on_chip(call, **dict(limits))
+
+    assert stays(1, 33, HALF)
+    assert stays(256, 64, causal=True, mask=True, has_q=True)
+    assert not stays(257, 64)
+    assert not stays(64, 32)
+    assert not stays(64, 65)
+    assert not stays(64, 64, FLOAT)
+    assert not stays(64, 64, dropout_p=0.1)
+    assert stays(128, 64, limits={"cluster_limit": 1})
+    assert not stays(129, 64, limits={"cluster_limit": 1})
+    assert not stays(64, 64, limits=ITERATED)
+    with library.without_clusters():
+        assert stays(128, 64)
+        assert not stays(129, 64)
+    with library.without_warp_groups():
+        assert not stays(64, 64)
+
+
 def test_what_fits_on_the_chip(library: Library, generator: torch.Generator):
     """The shapes of the published vision models do, on an H200; without clusters, one block's."""
     for tokens, width, dtype in ((197, 64, HALF), (197, 64, FLOAT), (512, 64, BFLOAT)):
@@ -249,27 +273,35 @@ def test_without_room_for_clusters(library: Library, generator: torch.Generator)
             assert torch.equal(library.forward(call).out, expected)
 
 
-@pytest.mark.parametrize("form", [{}, ITERATED])
-def test_strides_and_expanded_gradients(library: Library, form, generator: torch.Generator):
+@pytest.mark.parametrize(("form", "width"), [({}, 24), (ITERATED, 24), ({}, 40)])
+def test_strides_and_expanded_gradients(
+    library: Library, form, width: int, generator: torch.Generator
+):
     """Heads inside tokens, odd offsets, one row of gradients for all."""
-    call = _make(37, 24, HALF, generator, heads=(2, 3), has_q=True)
+    call = _make(37, width, HALF, generator, heads=(2, 3), has_q=True)
+    assert library.gradient_is_on_chip(call, **form) == (width > 32)
 
     def spread(t: Tensor) -> Tensor:
-        wide = torch.full((2, 37, 4, 27), float("nan"), dtype=t.dtype)
-        return wide[:, :, 1:, 2:26].permute(0, 2, 1, 3).copy_(t)
+        wide = torch.full((2, 37, 4, width + 3), float("nan"), dtype=t.dtype)
+        return wide[:, :, 1:, 2:-1].permute(0, 2, 1, 3).copy_(t)
 
     moved = Call(**{**vars(call), **{n: spread(getattr(call, n)) for n in "kvq"}})
     grad_out, grad_sparse = _upstream(call, generator)
     grad_out, grad_sparse = (t[:, :1, :1].expand(call.k.shape) for t in (grad_out, grad_sparse))
     plain, strided = library.forward(call, **form), library.forward(moved, **form)
     assert torch.equal(plain.out, strided.out)
-    expected = library.backward(call, plain, grad_out.contiguous(), grad_sparse.contiguous())
-    for name, value in library.backward(moved, strided, grad_out, grad_sparse).items():
+    expected = library.backward(
+        call, plain, grad_out.contiguous(), grad_sparse.contiguous(), **form
+    )
+    for name, value in library.backward(moved, strided, grad_out, grad_sparse, **form).items():
         assert torch.equal(value, expected[name]), name
 
 
-def test_a_threshold_for_a_head_is_one_for_each_row(library: Library, generator: torch.Generator):
-    rows = _make(197, 16, FLOAT, generator, heads=(2, 2))
+@pytest.mark.parametrize(("tokens", "width", "dtype"), [(197, 16, FLOAT), (130, 64, HALF)])
+def test_a_threshold_for_a_head_is_one_for_each_row(
+    library: Library, tokens: int, width: int, dtype: torch.dtype, generator: torch.Generator
+):
+    rows = _make(tokens, width, dtype, generator, heads=(2, 2))
     rows.threshold.copy_(rows.threshold[..., :1].expand(rows.threshold.shape))
     head = Call(**{**vars(rows), "threshold": rows.threshold[..., 0].contiguous()})
     results = [library.forward(call) for call in (rows, head)]
@@ -318,17 +350,21 @@ def test_in_16_bits_gradients_err_by_no_more_than_pytorchs(
             inputs["k"].shape[3] ** -0.5,
             inputs.get("causal", False),
         )
-        found = library.backward(call, library.forward(call, **form), upstream, None)
+        found = library.backward(call, library.forward(call, **form), upstream, None, **form)
         return {name: found[name] for name in "kvq" if name in found}
 
     form = ITERATED if num_iters == 2 else {}  # both keep what rounding took
     rpc_precision.judge(gradients, regime, std, num_iters, dtype, torch.device("cpu"), generator)
 
 
-@pytest.mark.parametrize("form", [{}, ITERATED])
-def test_masked_tokens_do_not_exist(library: Library, form, generator: torch.Generator):
+@pytest.mark.parametrize(
+    ("form", "width", "dtype"), [({}, 16, FLOAT), (ITERATED, 16, FLOAT), ({}, 64, BFLOAT)]
+)
+def test_masked_tokens_do_not_exist(
+    library: Library, form, width: int, dtype: torch.dtype, generator: torch.Generator
+):
     """Whatever stands in their place; a NaN elsewhere reaches the rows that see it."""
-    call = _make(37, 16, FLOAT, generator, heads=(2, 1), mask=True)
+    call = _make(37, width, dtype, generator, heads=(2, 1), mask=True)
     assert call.key_mask is not None
     grad_out, grad_sparse = _upstream(call, generator)
     clean = library.forward(call, **form)
@@ -342,7 +378,7 @@ def test_masked_tokens_do_not_exist(library: Library, form, generator: torch.Gen
     for name, value in library.backward(call, result, grad_out, grad_sparse).items():
         assert torch.equal(value, expected[name]), name
 
-    call = _make(37, 16, FLOAT, generator, causal=True)
+    call = _make(37, width, dtype, generator, causal=True)
     call.k[0, 0, 20, 3] = float("nan")
     missing = library.forward(call, **form).out.isnan().any(-1)[0, 0]
     assert missing.equal(torch.arange(37) >= 20)
@@ -353,6 +389,7 @@ def test_masked_tokens_do_not_exist(library: Library, form, generator: torch.Gen
     [
         *itertools.product(("on_chip", "iterated", "backward"), (BFLOAT, FLOAT)),
         ("warp_groups", BFLOAT),
+        ("gradient", BFLOAT),
     ],
 )
 def test_order_does_not_matter_and_every_barrier_does(
@@ -362,14 +399,16 @@ def test_order_does_not_matter_and_every_barrier_does(
 
     So is a fence of shared memory, and a wait for products.
     """
-    call = _make(*((150, 64) if part == "warp_groups" else (200, 16)), dtype, generator)
-    assert library.runs_in_warp_groups(call) == (part == "warp_groups")
+    sizes = {"warp_groups": (150, 64), "gradient": (140, 64)}
+    call = _make(*sizes.get(part, (200, 16)), dtype, generator)
+    assert library.runs_in_warp_groups(call) == (part in sizes)
+    assert library.gradient_is_on_chip(call) == (part in sizes)
     grad_out, grad_sparse = _upstream(call, generator)
     state = library.forward(call)
 
     def run(seed: int, left_out: tuple[int, int] = (-1, -1)) -> list[Tensor]:
         library.schedule(seed, left_out)
-        if part == "backward":
+        if part in ("backward", "gradient"):
             return list(library.backward(call, state, grad_out, grad_sparse).values())
         result = library.forward(call, **(ITERATED if part == "iterated" else {}))
         return list(vars(result).values())
@@ -400,6 +439,13 @@ KERNELS = {
     "rpc_forward_on_chip<E, D, true>": "OnChipForward<E, D, true>",
     "rpc_forward_iteration<E, D>": "ForwardLaunch<E>",
     "rpc_forward_prepare<E, D>": "ForwardLaunch<E>",
+    **{
+        f"rpc_backward_on_chip<E, D, {groups}, {has_q}>": (
+            f"BackwardOnChipLaunch<E, D, {groups}, {has_q}>"
+        )
+        for groups in (1, 2)
+        for has_q in ("false", "true")
+    },
     "rpc_backward_rebuild<E, D>": "BackwardLaunch<E>",
     **{
         f"rpc_backward_iteration<E, D, Role::{role}, {drops}>": "BackwardLaunch<E>"
@@ -418,7 +464,7 @@ SM_80_MEMORY = 163 * 1024  # bytes of shared memory that a block may have there
 
 def _exists(kernel: str, element: str, width: int) -> bool:
     """Whether the launchers launch it, and it may need more registers than others that they do."""
-    if "warp_groups" in kernel:
+    if "warp_groups" in kernel or "backward_on_chip" in kernel:
         return element != "float" and width == 64
     if kernel == "rpc_forward_on_chip<E, D, true>":
         return element != "float" and width <= 32
@@ -517,6 +563,19 @@ def test_three_blocks_share_a_multiprocessor(
         assert min(of_registers, of_shared) == (2 if has_q else 3), (registers, threads, shared)
 
 
+def test_a_gradient_fits_a_multiprocessor(
+    library: Library, resources: dict[str, list[tuple]], generator: torch.Generator
+):
+    """All of its registers are one block's of 8 warps, or those of two blocks of 4."""
+    most = max(n for kernel, *_, n, _ in resources["sm_90a"] if kernel == "rpc_backward_on_chip")
+    for tokens, has_q in itertools.product((64, 197, 256), (False, True)):
+        call = _make(tokens, 64, BFLOAT, generator, has_q=has_q)
+        threads, shared = library.gradient_block(call)
+        of_registers = 65536 // (-(-most // 8) * 8 * threads)
+        of_shared = 228 * 1024 // (shared + 1024)
+        assert min(of_registers, of_shared) == (2 if tokens == 64 else 1), (most, threads, shared)
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 def test_warp_groups_multiply_by_wgmma(
     resources: dict[str, list[tuple]], chip: str, tmp_path_factory: pytest.TempPathFactory
@@ -526,8 +585,9 @@ def test_warp_groups_multiply_by_wgmma(
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     cubin = once(tmp_path_factory, "resources.json", _compile).with_name(f"{chip}.cubin")
     text = subprocess.run([tool, "-c", cubin], check=True, capture_output=True, text=True).stdout
-    groups = {n: code for n, code in sass.functions(text).items() if "warp_groups" in n}
-    assert len(groups) == len(KEYS)
+    wanted = re.compile("warp_groups|backward_on_chip")
+    groups = {n: code for n, code in sass.functions(text).items() if wanted.search(n)}
+    assert len(groups) == len(KEYS) + 4
     for name, code in groups.items():
         assert ("HGMMA" in code) == (chip == "sm_90a"), name
 

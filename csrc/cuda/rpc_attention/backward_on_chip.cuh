@@ -175,6 +175,7 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
   struct alignas(16) Four {
     float of[4];
   };
+  // `duals` are gu, and of the last iteration, which has none, gS.
   Four* duals = reinterpret_cast<Four*>(deltas + plan.rows) + device::thread();
   Four* sums = duals + D / 8 * Plan::kThreads;
   E* own_rows = own + 16 * warp() * kPitch<D>;
@@ -201,6 +202,19 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
   const auto pair_of = [](const float (&c)[D / 8][4]) {
     return [&](int n, int i) { return float2{c[n][2 * i], c[n][2 * i + 1]}; };
   };
+  MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
+    Four extra = {};
+    if (b.grad_sparse.data) {
+      const float* from = head_of<float>(p, b.grad_sparse, own_head);
+      MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
+        const int mine = own_row + lane_row() + e / 2 * 8, column = 8 * n + lane_column() + e % 2;
+        if (real[e / 2] && column < p.width) extra.of[e] = from[mine * b.grad_sparse.row + column];
+      }
+    }
+    duals[n * Plan::kThreads] = extra;
+    sums[n * Plan::kThreads] = {};
+  }
+
   MOLEX_NO_UNROLL for (int t = p.iterations - 1; t >= 0; --t) {
     const bool is_first = t == 0, is_last = t + 1 == p.iterations;
     const int64_t rows = p.all_heads() * p.length;
@@ -327,38 +341,24 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
     device::wait_products<0>(grad_keys, grad_values);
     if (!is_first) device::arrive_cluster();
 
+    float of_iteration[2] = {0.0f, 0.0f};  // which another one's may cancel exactly
     MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
-      Four dual = {}, sum = {};
-      if (!is_last) {
-        dual = duals[n * Plan::kThreads];
-        sum = sums[n * Plan::kThreads];
+      Four carried = duals[n * Plan::kThreads], sum = sums[n * Plan::kThreads];
+      MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
+        const uint32_t bit = 1u << (4 * n + e);
+        const float product = real[e / 2] ? grad_keys[n][e] * p.scale : 0.0f;
+        const float dual = is_last ? 0.0f : carried.of[e], more = is_last ? carried.of[e] : 0.0f;
+        const StepBack step = step_back(product, dual, more, sides.outside & bit, is_first);
+        if (sides.positive & bit) of_iteration[e / 2] -= step.threshold;
+        if (sides.negative & bit) of_iteration[e / 2] += step.threshold;
+        carried.of[e] = step.dual;
+        sum.of[e] += step.sum;
+        grad_keys[n][e] = is_first ? sum.of[e] : step.next;
       }
-      MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-        const int column = 8 * n + lane_column();
-        float2 extra = {0.0f, 0.0f};
-        if (is_last && b.grad_sparse.data && real[i]) {
-          const float* from =
-              head_of<float>(p, b.grad_sparse, head) + (row + lane_row() + 8 * i) * b.grad_sparse.row + column;
-          if (column < p.width) extra.x = from[0];
-          if (column + 1 < p.width) extra.y = from[1];
-        }
-        MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
-          const int e = 2 * i + c, bit = 4 * n + e;
-          const float product = real[i] ? grad_keys[n][e] * p.scale : 0.0f;
-          const bool outside = sides.outside >> bit & 1;
-          const StepBack step = step_back(product, dual.of[e], c ? extra.y : extra.x, outside, is_first);
-          if (sides.positive >> bit & 1) of_threshold[i] -= step.threshold;
-          if (sides.negative >> bit & 1) of_threshold[i] += step.threshold;
-          dual.of[e] = step.dual;
-          sum.of[e] += step.sum;
-          grad_keys[n][e] = is_first ? sum.of[e] : step.next;
-        }
-      }
-      if (!is_first) {
-        duals[n * Plan::kThreads] = dual;
-        sums[n * Plan::kThreads] = sum;
-      }
+      duals[n * Plan::kThreads] = carried;
+      sums[n * Plan::kThreads] = sum;
     }
+    MOLEX_UNROLL for (int i = 0; i < 2; ++i) of_threshold[i] += of_iteration[i];
     if (!is_first) {
       float low_rank[D / 8][4];
       load_own_rows<D>(low_rank, b.low_ranks + (t - 1) * rows * p.width, p, head, row, real);
