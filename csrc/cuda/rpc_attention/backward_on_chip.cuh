@@ -25,17 +25,21 @@ constexpr bool kGradientOnChip = sizeof(E) == 2 && D == 64;
 template <class E, int D, int Groups, bool HasQ>
 struct BackwardOnChip {
   static constexpr int kRows = 64 * Groups, kThreads = 4 * kWarp * Groups;
+  static constexpr int kColumns = 64, kTail = 16;  // of a tile, and of a shorter last one
+  // Of two blocks that share a multiprocessor, or of one alone.
+  static constexpr int kMostShared = (Groups == 1 ? 113 : 227) * 1024;
 
-  int cluster, rows, shared_bytes;  // `rows` of the head, whole blocks
+  int cluster, rows, tail, shared_bytes;  // `rows` of the head, whole tiles
   bool fits;
 
   explicit BackwardOnChip(const Problem& p) {
     cluster = (p.length + kRows - 1) / kRows;
-    rows = cluster * kRows;
-    const int64_t elements = (HasQ ? 4ll : 3ll) * rows * D + kRows * kPitch<D>;
-    const int64_t numbers = 2ll * kRows * D + rows;
-    const int64_t bytes = elements * sizeof(E) + numbers * sizeof(float) + rows * sizeof(Softmax);
-    fits = !p.seed && p.length <= kMostKeys && cluster <= p.cluster_limit && bytes <= p.shared_limit;
+    tail = p.length % kColumns <= kTail ? p.length % kColumns : 0;
+    rows = tail > 0 ? p.length - tail + kTail : (p.length + kColumns - 1) / kColumns * kColumns;
+    const int64_t bytes = (HasQ ? 4ll : 3ll) * rows * D * sizeof(E) + 2ll * kRows * D * sizeof(float) +
+                          rows * static_cast<int64_t>(sizeof(Softmax) + sizeof(float));
+    fits = !p.seed && p.length <= kMostKeys && cluster <= p.cluster_limit && bytes <= kMostShared &&
+           bytes <= p.shared_limit;
     shared_bytes = static_cast<int>(fits ? bytes : 0);
   }
 
@@ -55,20 +59,21 @@ struct SidesOfRows {
   uint32_t outside, positive, negative;
 };
 
-// This lane's elements of a warp's rows from `row` on, of a matrix [B, H, N, d]; zeros where a row is not
-// `real`. Where a row has an even number of elements nothing branches, so that all loads are under way at once.
+// This lane's elements of a warp's rows of a matrix, of which `first_row` is the first and `width` the width;
+// zeros where a row is not `real`. Where pairs are aligned nothing branches, so that all loads are under way at
+// once.
 template <int D, class T>
 MOLEX_DEVICE void load_own_rows(
-    float (&c)[D / 8][4], const T* matrix, const Problem& p, int64_t head, int row, const bool (&real)[2]) {
-  const T* from = matrix + (head * p.length + row + lane_row()) * p.width + lane_column();
-  const int within = p.width - lane_column();
-  const bool even = p.width % 2 == 0;
+    float (&c)[D / 8][4], const T* first_row, int64_t stride, int width, const bool (&real)[2]) {
+  const bool even =
+      width % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(first_row) % (2 * sizeof(T)) == 0;
+  const T* from = first_row + lane_row() * stride + lane_column();
+  const int within = width - lane_column();
   MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
     MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-      const bool inside = real[i] && 8 * n < within;
       c[n][2 * i] = c[n][2 * i + 1] = 0.0f;
-      if (even && inside) {
-        const float2 pair = load_pair(from + 8 * i * p.width + 8 * n);
+      if (even && real[i] && 8 * n < within) {
+        const float2 pair = load_pair(from + 8 * i * stride + 8 * n);
         c[n][2 * i] = pair.x;
         c[n][2 * i + 1] = pair.y;
       }
@@ -78,7 +83,7 @@ MOLEX_DEVICE void load_own_rows(
   MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
     MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
       if (real[e / 2] && 8 * n + e % 2 < within) {
-        c[n][e] = device::to_float(from[8 * (e / 2) * p.width + 8 * n + e % 2]);
+        c[n][e] = device::to_float(from[8 * (e / 2) * stride + 8 * n + e % 2]);
       }
     }
   }
@@ -92,44 +97,41 @@ MOLEX_DEVICE void rebuild_keys(float (&keys)[D / 8][4],
                                int64_t head,
                                int row,
                                const bool (&real)[2],
-                               const E* own_rows,
                                int t) {
   const Problem& p = b.problem;
-  const E* own_lane = own_rows + lane_row() * kPitch<D> + lane_column();
-  const int64_t step = p.all_heads() * p.length * p.width;
   float low_rank[D / 8][4], u[D / 8][4];
+  uint32_t packed[D / 8][2];
+  load_own_rows<D>(u, head_of<E>(p, p.k, head) + row * p.k.row, p.k.row, p.width, real);
+  Cores<E, D>::pack(packed, u);
   const float bound[2] = {bound_of(p, head, row + lane_row()), bound_of(p, head, row + lane_row() + 8)};
   MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
     MOLEX_UNROLL for (int e = 0; e < 4; ++e) low_rank[n][e] = u[n][e] = 0.0f;
   }
+  const float* low_ranks = b.low_ranks + (head * p.length + row) * p.width;
   MOLEX_NO_UNROLL for (int before = 0; before < t; ++before) {
     float next[D / 8][4];
-    load_own_rows<D>(next, b.low_ranks + before * step, p, head, row, real);
+    load_own_rows<D>(next, low_ranks, p.width, p.width, real);
     MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
-      MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-        const float2 k = load_pair(own_lane + 8 * i * kPitch<D> + 8 * n);
-        MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
-          float &l = low_rank[n][2 * i + c], &dual = u[n][2 * i + c];
-          const float w = soft_threshold(c ? k.y : k.x, l, dual, bound[i]).w;
-          l = next[n][2 * i + c];
-          dual = w - l;
-        }
+      MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
+        const float2 pair = unpack<E>(packed[n][e / 2]);
+        float &l = low_rank[n][e], &dual = u[n][e];
+        dual = soft_threshold(e % 2 ? pair.y : pair.x, l, dual, bound[e / 2]).w - next[n][e];
+        l = next[n][e];
       }
     }
+    low_ranks += p.all_heads() * p.length * p.width;
   }
   sides = {0, 0, 0};
   MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
-    MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-      const float2 k = load_pair(own_lane + 8 * i * kPitch<D> + 8 * n);
-      MOLEX_UNROLL for (int c = 0; c < 2; ++c) {
-        const float x = c ? k.y : k.x, l = low_rank[n][2 * i + c], dual = u[n][2 * i + c];
-        keys[n][2 * i + c] = soft_threshold(x, l, dual, bound[i]).key;
-        const int8_t where = side(x - l + dual, bound[i]);
-        const uint32_t bit = 1u << (4 * n + 2 * i + c);
-        if (where != kInside) sides.outside |= bit;
-        if (where == 1) sides.positive |= bit;
-        if (where == -1) sides.negative |= bit;
-      }
+    MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
+      const float2 pair = unpack<E>(packed[n][e / 2]);
+      const float k = e % 2 ? pair.y : pair.x, l = low_rank[n][e], dual = u[n][e];
+      keys[n][e] = soft_threshold(k, l, dual, bound[e / 2]).key;
+      const int8_t where = side(k - l + dual, bound[e / 2]);
+      const uint32_t bit = 1u << (4 * n + e);
+      if (where != kInside) sides.outside |= bit;
+      if (where == 1) sides.positive |= bit;
+      if (where == -1) sides.negative |= bit;
     }
   }
 }
@@ -156,7 +158,7 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
 #if MOLEX_HAS_WGMMA
   using Plan = BackwardOnChip<E, D, Groups, HasQ>;
   using In = Cores<E, D>;
-  constexpr int kColumns = 64, kTail = 16;  // of a tile, and of a shorter last one
+  constexpr int kColumns = Plan::kColumns, kTail = Plan::kTail;
   const Backward& b = s.b;
   const Problem& p = b.problem;
   const Plan& plan = s.plan;
@@ -168,19 +170,16 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
   E* values = keys + plan.rows * D;
   E* d_out = values + plan.rows * D;
   E* queries = HasQ ? d_out + plan.rows * D : keys;
-  E* own = d_out + (HasQ ? 2 : 1) * plan.rows * D;
-  Softmax* softmax = reinterpret_cast<Softmax*>(own + Plan::kRows * kPitch<D>);
+  Softmax* softmax = reinterpret_cast<Softmax*>(d_out + (HasQ ? 2 : 1) * plan.rows * D);
   float* deltas = reinterpret_cast<float*>(softmax + plan.rows);
-  // A thread's numbers stand kThreads * 16 bytes from one another.
+  // This thread's, 16 bytes behind those of its warp's last one: gu, and gu + gk. Of the last iteration, which
+  // has no gu, there is gS in its place.
   struct alignas(16) Four {
     float of[4];
   };
-  // `duals` are gu, and of the last iteration, which has none, gS.
-  Four* duals = reinterpret_cast<Four*>(deltas + plan.rows) + device::thread();
-  Four* sums = duals + D / 8 * Plan::kThreads;
-  E* own_rows = own + 16 * warp() * kPitch<D>;
+  Four* duals = reinterpret_cast<Four*>(deltas + plan.rows) + D / 4 * kWarp * warp() + lane();
+  Four* sums = duals + D / 8 * kWarp;
 
-  load_rows<E, D>(own, p, p.k, own_head, first, Plan::kRows);
   In::load(values, p, p.v, own_head, 0, plan.rows);
   In::load(d_out, p, b.grad_out, own_head, 0, plan.rows);
   if (HasQ) In::load(queries, p, p.q, own_head, 0, plan.rows);
@@ -202,19 +201,17 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
   const auto pair_of = [](const float (&c)[D / 8][4]) {
     return [&](int n, int i) { return float2{c[n][2 * i], c[n][2 * i + 1]}; };
   };
+  float extra[D / 8][4] = {};
+  if (b.grad_sparse.data) {
+    const float* from = head_of<float>(p, b.grad_sparse, own_head) + own_row * b.grad_sparse.row;
+    load_own_rows<D>(extra, from, b.grad_sparse.row, p.width, real);
+  }
   MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
-    Four extra = {};
-    if (b.grad_sparse.data) {
-      const float* from = head_of<float>(p, b.grad_sparse, own_head);
-      MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
-        const int mine = own_row + lane_row() + e / 2 * 8, column = 8 * n + lane_column() + e % 2;
-        if (real[e / 2] && column < p.width) extra.of[e] = from[mine * b.grad_sparse.row + column];
-      }
-    }
-    duals[n * Plan::kThreads] = extra;
-    sums[n * Plan::kThreads] = {};
+    duals[n * kWarp] = {extra[n][0], extra[n][1], extra[n][2], extra[n][3]};
+    sums[n * kWarp] = {};
   }
 
+  uint32_t next_d_out[D / 8][2] = {};  // G of the iteration before
   MOLEX_NO_UNROLL for (int t = p.iterations - 1; t >= 0; --t) {
     const bool is_first = t == 0, is_last = t + 1 == p.iterations;
     const int64_t rows = p.all_heads() * p.length;
@@ -222,40 +219,48 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
     const int64_t head = device::opaque(own_head);
     const int row = device::opaque(own_row);
     // While the other blocks and the other group may still be multiplying:
-    const bool has_row = device::thread() < plan.rows && visible.exists(device::thread());
-    Softmax of_row = {0.0f, 0.0f};
-    if (has_row) {
-      const float* stats = b.stats + 2 * t * rows + head * p.length + device::thread();
-      of_row = make_softmax<E>(stats[0], stats[rows], scale2);
+    Softmax of_rows[kMostKeys / Plan::kThreads];
+    MOLEX_UNROLL for (int part = 0; part < kMostKeys / Plan::kThreads; ++part) {
+      const int mine = part * Plan::kThreads + device::thread();
+      of_rows[part] = {0.0f, 0.0f};
+      if (visible.exists(mine)) {
+        const float* stats = b.stats + 2 * t * rows + head * p.length + mine;
+        of_rows[part] = make_softmax<E>(stats[0], stats[rows], scale2);
+      }
     }
     SidesOfRows sides;
     float new_keys[D / 8][4];
-    rebuild_keys<E, D>(new_keys, sides, b, head, row, real, own_rows, t);
+    rebuild_keys<E, D>(new_keys, sides, b, head, row, real, t);
     device::wait_cluster();  // until every block has started, and read what the later iteration had
     if (is_last) {
       const E* mine = d_out + row * D + lane_row() * 8 + lane_column();
       float out[D / 8][4], rest[D / 8][4];
-      load_own_rows<D>(out, static_cast<const E*>(b.out), p, head, row, real);
-      load_own_rows<D>(rest, static_cast<const E*>(b.out_rest), p, head, row, real);
+      const int64_t place = (head * p.length + row) * p.width;
+      load_own_rows<D>(out, static_cast<const E*>(b.out) + place, p.width, p.width, real);
+      load_own_rows<D>(rest, static_cast<const E*>(b.out_rest) + place, p.width, p.width, real);
       MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
         MOLEX_UNROLL for (int e = 0; e < 4; ++e) out[n][e] += rest[n][e];
       }
       inner_products<E, D>(
           delta, [&](int n, int i) { return load_pair(mine + (i * (D / 8) + n) * In::kCore); }, pair_of(out));
-    } else {
-      In::publish(d_out, grad_keys, row, rank, plan.cluster);
     }
-    publish_numbers(deltas, delta, row, rank, plan.cluster);
-    In::publish(keys, new_keys, row, rank, plan.cluster);
-    if (device::thread() < plan.rows) softmax[device::thread()] = of_row;
+    if (row < plan.rows) {
+      if (!is_last) In::publish(d_out, next_d_out, row, rank, plan.cluster);
+      publish_numbers(deltas, delta, row, rank, plan.cluster);
+      In::publish(keys, new_keys, row, rank, plan.cluster);
+    }
+    MOLEX_UNROLL for (int part = 0; part < kMostKeys / Plan::kThreads; ++part) {
+      const int mine = part * Plan::kThreads + device::thread();
+      if (mine < plan.rows) softmax[mine] = of_rows[part];
+    }
     device::fence_proxy();
     device::arrive_cluster();
     device::wait_cluster();
 
     OwnRows mine;
     MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-      mine.softmax[i] = softmax[row + lane_row() + 8 * i];
-      mine.delta[i] = deltas[row + lane_row() + 8 * i];
+      mine.softmax[i] = real[i] ? softmax[row + lane_row() + 8 * i] : Softmax{0.0f, 0.0f};
+      mine.delta[i] = real[i] ? deltas[row + lane_row() + 8 * i] : 0.0f;
     }
     MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
       MOLEX_UNROLL for (int e = 0; e < 4; ++e) grad_keys[n][e] = 0.0f;
@@ -333,17 +338,16 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
       device::commit_products();
     };
     if (Groups > 1 && group == 1) device::give_turn(0);
-    const int tail = p.length % kColumns <= kTail ? p.length % kColumns : 0;
-    MOLEX_NO_UNROLL for (int other = 0; other < p.length - tail; other += kColumns) {
+    MOLEX_NO_UNROLL for (int other = 0; other < p.length - plan.tail; other += kColumns) {
       add_tile.template operator()<kColumns>(other);
     }
-    if (tail > 0) add_tile.template operator()<kTail>(p.length - tail);
+    if (plan.tail > 0) add_tile.template operator()<kTail>(p.length - plan.tail);
     device::wait_products<0>(grad_keys, grad_values);
     if (!is_first) device::arrive_cluster();
 
     float of_iteration[2] = {0.0f, 0.0f};  // which another one's may cancel exactly
     MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
-      Four carried = duals[n * Plan::kThreads], sum = sums[n * Plan::kThreads];
+      Four carried = duals[n * kWarp], sum = sums[n * kWarp];
       MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
         const uint32_t bit = 1u << (4 * n + e);
         const float product = real[e / 2] ? grad_keys[n][e] * p.scale : 0.0f;
@@ -355,29 +359,33 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
         sum.of[e] += step.sum;
         grad_keys[n][e] = is_first ? sum.of[e] : step.next;
       }
-      duals[n * Plan::kThreads] = carried;
-      sums[n * Plan::kThreads] = sum;
+      duals[n * kWarp] = carried;
+      sums[n * kWarp] = sum;
     }
     MOLEX_UNROLL for (int i = 0; i < 2; ++i) of_threshold[i] += of_iteration[i];
     if (!is_first) {
       float low_rank[D / 8][4];
-      load_own_rows<D>(low_rank, b.low_ranks + (t - 1) * rows * p.width, p, head, row, real);
+      const float* from = b.low_ranks + ((t - 1) * rows + head * p.length + row) * p.width;
+      load_own_rows<D>(low_rank, from, p.width, p.width, real);
       inner_products<E, D>(delta, pair_of(grad_keys), pair_of(low_rank));
+      In::pack(next_d_out, grad_keys);
     }
   }
 
-  if (b.grad_k) store_tile<D>(p, static_cast<E*>(b.grad_k), own_head, own_row, grad_keys, own_rows);
+  E* staged = reinterpret_cast<E*>(duals - lane());
+  device::sync_warp();  // all have read what is there
+  if (b.grad_k) store_tile<D>(p, static_cast<E*>(b.grad_k), own_head, own_row, grad_keys, staged);
   MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
     MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
       grad_values[n][e] = real[e / 2] ? grad_values[n][e] : 0.0f;
       grad_queries[n][e] = real[e / 2] ? grad_queries[n][e] * p.scale : 0.0f;
     }
   }
-  device::sync_warp();  // all use `own_rows`
-  if (b.grad_v) store_tile<D>(p, static_cast<E*>(b.grad_v), own_head, own_row, grad_values, own_rows);
+  device::sync_warp();  // they use the same place
+  if (b.grad_v) store_tile<D>(p, static_cast<E*>(b.grad_v), own_head, own_row, grad_values, staged);
   if constexpr (HasQ) {
     device::sync_warp();
-    if (b.grad_q) store_tile<D>(p, static_cast<E*>(b.grad_q), own_head, own_row, grad_queries, own_rows);
+    if (b.grad_q) store_tile<D>(p, static_cast<E*>(b.grad_q), own_head, own_row, grad_queries, staged);
   }
   if (!b.grad_threshold) return;
   MOLEX_UNROLL for (int i = 0; i < 2; ++i) of_threshold[i] = row_sum(of_threshold[i]);

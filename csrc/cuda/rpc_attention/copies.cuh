@@ -93,6 +93,12 @@ MOLEX_DEVICE float2 load_pair(const E* from) {
   }
 }
 
+// Two neighbours in one word.
+template <class E>
+MOLEX_DEVICE float2 unpack(uint32_t word) {
+  return load_pair(reinterpret_cast<const E*>(&word));
+}
+
 // A pair of a row [d], of which `within` exist and the others are 0.
 template <class E>
 MOLEX_DEVICE float2 load_within(const E* from, int within, bool even) {

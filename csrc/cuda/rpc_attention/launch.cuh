@@ -81,11 +81,11 @@ enum class BackwardForm { kOnChip, kIterated };
 // The blocks' warp groups, and whether there is q, of the kernel that holds a head on chip.
 template <class E, int D, class Function>
 auto with_groups(const Problem& p, const Function& function) {
-  const bool has_q = p.q.data != nullptr;
-  if (p.length <= 64) {
-    return has_q ? function.template operator()<1, true>() : function.template operator()<1, false>();
-  }
-  return has_q ? function.template operator()<2, true>() : function.template operator()<2, false>();
+  const auto call = [&]<bool HasQ>() {
+    if (BackwardOnChip<E, D, 1, HasQ>(p).fits) return function.template operator()<1, HasQ>();
+    return function.template operator()<2, HasQ>();
+  };
+  return p.q.data ? call.template operator()<true>() : call.template operator()<false>();
 }
 
 template <class P>
