@@ -114,6 +114,7 @@ inline uint32_t to_tf32(float x) {
 }
 
 inline int opaque(int x) { return x; }
+inline uint32_t opaque(uint32_t x) { return x; }
 inline int64_t opaque(int64_t x) { return x; }
 
 // ex2.approx.ftz: exact for integers, elsewhere off by up to 2^-22.5 of the result, here by a hash of x.

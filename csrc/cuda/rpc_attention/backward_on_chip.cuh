@@ -3,13 +3,16 @@
 //
 // As in backward.cuh a row is a query of all keys and a key of all queries at once, so that nothing is added
 // across warps. A warp group has 64 rows, of which it goes over 64 columns at a time: their gV is in registers
-// over all iterations, gu and gu + gk in shared memory, every thread's own beside one another. A block has two
-// groups (one up to 64 rows), a head up to 128 rows one block, above that a cluster of two, which send each
-// other K~, G and D. K~ of an iteration and the sides of its threshold come anew from k and every L before.
+// over all iterations, gu and gu + gk in shared memory, every thread's own. The blocks of a head are a cluster
+// and send each other K~, G and D. K~ of an iteration and the sides of its threshold come anew from k and every
+// L before. A block is one group where two of them, which may be of two heads, share a multiprocessor: one
+// multiplies while the other computes what lies between iterations. Of more rows it is two groups that take
+// turns at the tensor cores.
 //
-// Budget, without spills: 256 threads of 255 registers. Shared memory, in bytes, for R rows of the head, and
-// r of the block: (3 R, with q 4 R) 2 D + r (2 (D + 8) + 8 D) + 12 R. Dropout is left to gradient.cuh: its
-// words would take registers from the products.
+// Budget: 255 registers; of those that do not suffice, up to 56 bytes of a thread, with q 172, are stored for
+// each iteration, outside of the loops over tiles. Shared memory, in bytes, for R rows of the head and r of the
+// block: (3 R, with q 4 R) 2 D + 8 r D + 12 R. Dropout is left to gradient.cuh: its words would take registers
+// from the products.
 
 #pragma once
 
@@ -102,7 +105,9 @@ MOLEX_DEVICE void rebuild_keys(float (&keys)[D / 8][4],
   float low_rank[D / 8][4], u[D / 8][4];
   uint32_t packed[D / 8][2];
   load_own_rows<D>(u, head_of<E>(p, p.k, head) + row * p.k.row, p.k.row, p.width, real);
-  Cores<E, D>::pack(packed, u);
+  MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
+    MOLEX_UNROLL for (int i = 0; i < 2; ++i) packed[n][i] = device::pack<E>(u[n][2 * i], u[n][2 * i + 1]);
+  }
   const float bound[2] = {bound_of(p, head, row + lane_row()), bound_of(p, head, row + lane_row() + 8)};
   MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
     MOLEX_UNROLL for (int e = 0; e < 4; ++e) low_rank[n][e] = u[n][e] = 0.0f;
@@ -113,7 +118,7 @@ MOLEX_DEVICE void rebuild_keys(float (&keys)[D / 8][4],
     load_own_rows<D>(next, low_ranks, p.width, p.width, real);
     MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
       MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
-        const float2 pair = unpack<E>(packed[n][e / 2]);
+        const float2 pair = unpack<E>(device::opaque(packed[n][e / 2]));  // not unpacked ahead of the loop
         float &l = low_rank[n][e], &dual = u[n][e];
         dual = soft_threshold(e % 2 ? pair.y : pair.x, l, dual, bound[e / 2]).w - next[n][e];
         l = next[n][e];
@@ -211,26 +216,13 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
     sums[n * kWarp] = {};
   }
 
-  uint32_t next_d_out[D / 8][2] = {};  // G of the iteration before
   MOLEX_NO_UNROLL for (int t = p.iterations - 1; t >= 0; --t) {
     const bool is_first = t == 0, is_last = t + 1 == p.iterations;
     const int64_t rows = p.all_heads() * p.length;
     // Addresses are not kept over the iterations: their registers are the products'.
     const int64_t head = device::opaque(own_head);
     const int row = device::opaque(own_row);
-    // While the other blocks and the other group may still be multiplying:
-    Softmax of_rows[kMostKeys / Plan::kThreads];
-    MOLEX_UNROLL for (int part = 0; part < kMostKeys / Plan::kThreads; ++part) {
-      const int mine = part * Plan::kThreads + device::thread();
-      of_rows[part] = {0.0f, 0.0f};
-      if (visible.exists(mine)) {
-        const float* stats = b.stats + 2 * t * rows + head * p.length + mine;
-        of_rows[part] = make_softmax<E>(stats[0], stats[rows], scale2);
-      }
-    }
     SidesOfRows sides;
-    float new_keys[D / 8][4];
-    rebuild_keys<E, D>(new_keys, sides, b, head, row, real, t);
     device::wait_cluster();  // until every block has started, and read what the later iteration had
     if (is_last) {
       const E* mine = d_out + row * D + lane_row() * 8 + lane_column();
@@ -244,15 +236,18 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
       inner_products<E, D>(
           delta, [&](int n, int i) { return load_pair(mine + (i * (D / 8) + n) * In::kCore); }, pair_of(out));
     }
-    if (row < plan.rows) {
-      if (!is_last) In::publish(d_out, next_d_out, row, rank, plan.cluster);
-      publish_numbers(deltas, delta, row, rank, plan.cluster);
-      In::publish(keys, new_keys, row, rank, plan.cluster);
+    const bool published = row < plan.rows;  // other rows may take part in products, but no result is used
+    if (published && !is_last) In::publish(d_out, grad_keys, row, rank, plan.cluster);
+    if (published) publish_numbers(deltas, delta, row, rank, plan.cluster);
+    for (int i = device::thread(); i < plan.rows; i += Plan::kThreads) {
+      const float* stats = b.stats + 2 * t * rows + head * p.length + i;
+      Softmax of = {0.0f, 0.0f};
+      if (visible.exists(i)) of = make_softmax<E>(stats[0], stats[rows], scale2);
+      softmax[i] = of;
     }
-    MOLEX_UNROLL for (int part = 0; part < kMostKeys / Plan::kThreads; ++part) {
-      const int mine = part * Plan::kThreads + device::thread();
-      if (mine < plan.rows) softmax[mine] = of_rows[part];
-    }
+    // Only now: G of the iteration before has had the registers.
+    rebuild_keys<E, D>(grad_keys, sides, b, head, row, real, t);
+    if (published) In::publish(keys, grad_keys, row, rank, plan.cluster);
     device::fence_proxy();
     device::arrive_cluster();
     device::wait_cluster();
@@ -368,7 +363,6 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
       const float* from = b.low_ranks + ((t - 1) * rows + head * p.length + row) * p.width;
       load_own_rows<D>(low_rank, from, p.width, p.width, real);
       inner_products<E, D>(delta, pair_of(grad_keys), pair_of(low_rank));
-      In::pack(next_d_out, grad_keys);
     }
   }
 

@@ -108,6 +108,10 @@ MOLEX_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+MOLEX_DEVICE uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 MOLEX_DEVICE int64_t opaque(int64_t x) {
   asm volatile("" : "+l"(x));
   return x;

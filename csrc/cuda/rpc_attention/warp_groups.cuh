@@ -54,22 +54,12 @@ struct Cores {
 
   // Sends this warp's 16 rows, from `row` on, to the same place in every block of the cluster.
   MOLEX_DEVICE static void publish(E* cores, const float (&own)[D / 8][4], int row, int rank, int cluster) {
-    uint32_t packed[D / 8][2];
-    pack(packed, own);
-    publish(cores, packed, row, rank, cluster);
-  }
-  MOLEX_DEVICE static void pack(uint32_t (&packed)[D / 8][2], const float (&own)[D / 8][4]) {
-    MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
-      MOLEX_UNROLL for (int i = 0; i < 2; ++i) packed[n][i] = device::pack<E>(own[n][2 * i], own[n][2 * i + 1]);
-    }
-  }
-  MOLEX_DEVICE static void publish(
-      E* cores, const uint32_t (&own)[D / 8][2], int row, int rank, int cluster) {
     E* mine = cores + row * D;
     MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
       MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-        E* place = mine + (i * (D / 8) + n) * kCore + lane_row() * 8 + lane_column();
-        *reinterpret_cast<uint32_t*>(place) = own[n][i];
+        store_pair(mine + (i * (D / 8) + n) * kCore + lane_row() * 8 + lane_column(),
+                   own[n][2 * i],
+                   own[n][2 * i + 1]);
       }
     }
     if (cluster == 1) return;
