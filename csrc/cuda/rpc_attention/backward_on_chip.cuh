@@ -190,8 +190,7 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
   if (HasQ) In::load(queries, p, p.q, own_head, 0, plan.rows);
   device::commit_copies();
   device::wait_copies<0>();
-  device::sync();
-  device::arrive_cluster_relaxed();
+  device::arrive_cluster();
 
   const Mask visible(p, own_head, own_row);
   const Dropout keeps(p, own_head, false);
