@@ -126,9 +126,8 @@ PYBIND11_MODULE(rpc_attention, module) {
   });
   module.def("forward_scratch",
              [](const rpc::Problem& p) { return rpc::forward_scratch(p, rpc::forward_form(p)); });
-  module.def("gradient_is_on_chip", [](const rpc::Problem& p) {
-    return rpc::backward_form(p) == rpc::BackwardForm::kOnChip;
-  });
+  module.def("gradient_is_on_chip",
+             [](const rpc::Problem& p) { return rpc::backward_form(p) == rpc::BackwardForm::kOnChip; });
   module.def("gradient_block", &gradient_block);
   module.def("backward_scratch",
              [](const rpc::Problem& p) { return rpc::backward_scratch(p, rpc::backward_form(p)); });

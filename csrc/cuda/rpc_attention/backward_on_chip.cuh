@@ -2,17 +2,17 @@
 // global memory the inputs and what the forward pass has kept are read, the gradients written.
 //
 // As in backward.cuh a row is a query of all keys and a key of all queries at once, so that nothing is added
-// across warps. A warp group has 64 rows, of which it goes over 64 columns at a time: their gV is in registers
-// over all iterations, gu and gu + gk in shared memory, every thread's own. The blocks of a head are a cluster
-// and send each other K~, G and D. K~ of an iteration and the sides of its threshold come anew from k and every
-// L before. A block is one group where two of them, which may be of two heads, share a multiprocessor: one
-// multiplies while the other computes what lies between iterations. Of more rows it is two groups that take
-// turns at the tensor cores.
+// across warps. A warp group has 64 rows, of which it goes over 64 columns at a time: their gV is in
+// registers over all iterations, gu and gu + gk in shared memory, every thread's own. The blocks of a head
+// are a cluster and send each other K~, G and D. K~ of an iteration and the sides of its threshold come anew
+// from k and every L before. A block is one group where two of them, which may be of two heads, share a
+// multiprocessor: one multiplies while the other computes what lies between iterations. Of more rows it is
+// two groups that take turns at the tensor cores.
 //
 // Budget: 255 registers; of those that do not suffice, up to 56 bytes of a thread, with q 172, are stored for
-// each iteration, outside of the loops over tiles. Shared memory, in bytes, for R rows of the head and r of the
-// block: (3 R, with q 4 R) 2 D + 8 r D + 12 R. Dropout is left to gradient.cuh: its words would take registers
-// from the products.
+// each iteration, outside of the loops over tiles. Shared memory, in bytes, for R rows of the head and r of
+// the block: (3 R, with q 4 R) 2 D + 8 r D + 12 R. Dropout is left to gradient.cuh: its words would take
+// registers from the products.
 
 #pragma once
 
@@ -63,8 +63,8 @@ struct SidesOfRows {
 };
 
 // This lane's elements of a warp's rows of a matrix, of which `first_row` is the first and `width` the width;
-// zeros where a row is not `real`. Where pairs are aligned nothing branches, so that all loads are under way at
-// once.
+// zeros where a row is not `real`. Where pairs are aligned nothing branches, so that all loads are under way
+// at once.
 template <int D, class T>
 MOLEX_DEVICE void load_own_rows(
     float (&c)[D / 8][4], const T* first_row, int64_t stride, int width, const bool (&real)[2]) {
@@ -177,8 +177,8 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
   E* queries = HasQ ? d_out + plan.rows * D : keys;
   Softmax* softmax = reinterpret_cast<Softmax*>(d_out + (HasQ ? 2 : 1) * plan.rows * D);
   float* deltas = reinterpret_cast<float*>(softmax + plan.rows);
-  // This thread's, 16 bytes behind those of its warp's last one: gu, and gu + gk. Of the last iteration, which
-  // has no gu, there is gS in its place.
+  // This thread's, 16 bytes behind those of its warp's last one: gu, and gu + gk. Of the last iteration,
+  // which has no gu, there is gS in its place.
   struct alignas(16) Four {
     float of[4];
   };
