@@ -54,6 +54,12 @@ def _merged_backward(a: Any) -> int:
     return products + merge * (needs_x + needs_deltas + needs_gates)
 
 
+def _weights(a: Any) -> int:
+    """The sum of deltas that makes every segment's weight."""
+    segments, experts = a.gates
+    return 2 * segments * experts * a.base[0] * a.base[1]
+
+
 def _deltas(a: Any, passes: int = 1) -> int:
     """The four factors of a Kronecker product, one after the other."""
     if a.out1 is None:
@@ -97,6 +103,8 @@ FORMULAS: dict[str, Callable[[Any], int]] = {
     "camex_deltas_fwd": _deltas,
     # tau again, its gradient, and those of the factors.
     "camex_deltas_bwd": lambda a: _deltas(a, 3),
+    "camex_merge_fwd": _weights,
+    "camex_merge_bwd": lambda a: _weights(a) * (a.needs[1] + a.needs[2]),
     "layer_linear_fwd": _linear,
     "layer_linear_bwd": lambda a: _linear(a, a.needs),
     "rpc_attention_fwd": lambda a: _attention(a, 2),

@@ -90,7 +90,8 @@ def camex_merge(
     """The merged weight of every segment: W_s = base + alpha sum_e gates_se Delta_e.
 
     For a look at the weights, or to export them: `camex_linear` does not keep them. The deltas are
-    those of `camex_deltas`, by `impl`; the sum over experts is PyTorch's, in fp32.
+    those of `camex_deltas`, by `impl`; the sum over experts is in fp32, on a GPU PyTorch's. On a
+    CPU and without curvature the deltas are made on the way and never rounded.
 
     With mask="ties", elect="weighted" this is TIES merging (arXiv 2306.01708) as mergekit has it,
     where normalize=True is the default. Element by element,
@@ -136,8 +137,9 @@ def camex_merge(
     _check_election(mask, elect, normalize, density)
     weights = _scaled(gates, 1.0, base.dtype)
     if elect == "unweighted" and not normalize and density == 1.0:
-        delta = camex_deltas(base, experts, curvature=curvature, mask=mask, impl=impl)
-        return _merge(base, delta, _scaled(gates, alpha, base.dtype), impl)
+        layer = Layer(base, experts, curvature)
+        check_deltas(layer)
+        return _merge(layer, _scaled(gates, alpha, base.dtype), mask, impl)
     if density < 1.0:
         experts = reference.trim(base, experts, density)
     delta = camex_deltas(base, experts, curvature=curvature, impl=impl)
@@ -335,18 +337,16 @@ def _parameters(*values: Any) -> Any:
     ]
 
 
-def _merge(base: Tensor, deltas: Tensor, gates: Tensor, impl: str | None) -> Tensor:
-    """`reference.merge`; on a CPU as a product that starts from the base, in one fresh tensor.
-
-    There most of the time goes into memory that is touched for the first time.
-    """
-    if impl == "reference" or not base.is_cpu:
-        return reference.merge(base, deltas, gates)
-    dtype = gates.dtype
-    start, rows = base.to(dtype).reshape(1, -1), deltas.to(dtype).flatten(1)
-    with _dtypes.without_autocast(base):  # which would round the base
-        merged = torch.addmm(start, gates, rows)
-    return merged.unflatten(1, base.shape).to(base.dtype)
+def _merge(layer: Layer, gates: Tensor, mask: str | None, impl: str | None) -> Tensor:
+    """The weights of checked arguments: on a CPU in one pass, without curvature that of deltas too."""
+    chosen = select("camex_merge", impl, layer.base)
+    named = chosen if chosen == "reference" else impl
+    if chosen == "cpu" and layer.curvature is None:
+        return op.merge(named, layer.base, layer.experts, gates, True, mask == "ties")
+    deltas = deltas_of(layer, mask, named)
+    if chosen == "cpu":
+        return op.merge(named, layer.base, deltas, gates, False, False)
+    return reference.merge(layer.base, deltas, gates)
 
 
 def _merged_bias(layer: Layer, base_bias: Tensor, gates: Tensor, mask: str | None) -> Tensor:

@@ -33,3 +33,20 @@ linear = _operators.Pass(
     triton=_TRITON,
     reference=lambda a: reference.linear(*a),
 )
+
+# Without curvature the deltas are made on the way: of a base that is subtracted, under the mask where
+# `ties`. Else `experts` are the deltas.
+_WEIGHTS = "Tensor base, Tensor experts, Tensor gates, bool subtracts, bool ties"
+
+merge = _operators.Pass(
+    "camex_merge",
+    f"({_WEIGHTS}) -> Tensor weights",
+    f"(Tensor dweights, {_WEIGHTS}, bool[] needs)"
+    " -> (Tensor dbase, Tensor dexperts, Tensor dgates)",
+    fake=lambda a: a.base.new_empty(a.gates.shape[0], *a.base.shape),
+    reference=lambda a: reference.merge(
+        a.base,
+        reference.deltas(a.base, a.experts, None, a.ties) if a.subtracts else a.experts,
+        a.gates,
+    ),
+)
