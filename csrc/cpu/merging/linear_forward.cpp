@@ -8,6 +8,7 @@
 #include "cpu/common/gemm.h"
 #include "cpu/common/matmul.h"
 #include "cpu/common/memory.h"
+#include "cpu/merging/tile_forward.h"
 #include "registration.h"
 
 namespace {
@@ -23,6 +24,32 @@ using torch::stable::Tensor;
 constexpr int64_t kSegments = 4;  // segments whose weights are merged together
 constexpr int64_t kChunk = 512;   // elements of a weight that every expert contributes to at a time
 
+// The same in bf16 on matrix tiles.
+void forward_on_tiles(const Tensor& x,
+                      const Tensor& base,
+                      const Tensor& deltas,
+                      const Tensor& gates,
+                      const std::optional<Tensor>& bias,
+                      Tensor& y) {
+  const Tensor rows = torch::stable::contiguous(x), start = torch::stable::contiguous(base);
+  const Tensor from = torch::stable::contiguous(deltas);
+  const std::vector<float> gate = molex::floats_of(gates), shift = molex::floats_of(bias);
+  const auto bits = [](const Tensor& tensor) {
+    return static_cast<const uint16_t*>(tensor.const_data_ptr());
+  };
+  molex::merging::forward_on_tiles({bits(rows),
+                                    bits(start),
+                                    bits(from),
+                                    gate.data(),
+                                    bias ? shift.data() : nullptr,
+                                    static_cast<uint16_t*>(y.mutable_data_ptr()),
+                                    x.size(0),
+                                    x.size(1),
+                                    x.size(2),
+                                    base.size(0),
+                                    deltas.size(0)});
+}
+
 // y_s = x_s (base + sum_e gates_se deltas_e)^T + bias_s. x [S, T, D].
 Tensor camex_linear_fwd(const Tensor& x,
                         const Tensor& base,
@@ -31,12 +58,17 @@ Tensor camex_linear_fwd(const Tensor& x,
                         std::optional<Tensor> bias) {
   const int64_t segments = x.size(0), tokens = x.size(1), width = x.size(2), columns = base.size(0);
   const int64_t count = deltas.size(0), size = columns * width;
+  Tensor y = molex::new_result(x, {segments, tokens, columns});
+  if (x.scalar_type() == ScalarType::BFloat16 && y.numel() > 0 && width > 0 &&
+      molex::tile_path() != molex::TilePath::kNone) {
+    forward_on_tiles(x, base, deltas, gates, bias, y);
+    return y;
+  }
   const AsFloats from_base(base), from_deltas(deltas), from_gates(gates);
   const float *start = from_base.data(), *from = from_deltas.data(), *gate = from_gates.data();
   const Tensor kept = torch::stable::contiguous(x);
   const std::optional<Tensor> packed = molex::packed(bias);
   const Source rows = molex::source_of(kept), biases = molex::source_of(packed);
-  Tensor y = molex::new_result(x, {segments, tokens, columns});
   const molex::Target to = molex::target_of(y);
   // Products are written straight to y if both are fp32.
   const ScalarType dtype = molex::product_dtype(rows.dtype);
