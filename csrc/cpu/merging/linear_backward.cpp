@@ -10,6 +10,7 @@
 #include "cpu/common/matmul.h"
 #include "cpu/common/memory.h"
 #include "cpu/common/rows.h"
+#include "cpu/merging/tile_backward.h"
 #include "registration.h"
 
 namespace {
@@ -186,16 +187,17 @@ void weight_gradients(const Layer& l, float* dbase, float* ddeltas, float* dgate
 }
 
 // dbias_s = sum_t dy_st.
-void bias_gradient(const Layer& l, float* to) {
-  torch::stable::parallel_for(0, l.segments, 1, [&](int64_t begin, int64_t end) {
-    std::vector<double> sum(l.columns);
+void bias_gradient(const Source& dy, int64_t segments, int64_t tokens, int64_t columns, float* to) {
+  torch::stable::parallel_for(0, segments, 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> sum(columns);
+    std::vector<float> scratch(columns);
     for (int64_t s = begin; s < end; ++s) {
       std::fill(sum.begin(), sum.end(), 0.0);
-      for (int64_t t = 0; t < l.tokens; ++t) {
-        const float* row = l.dy + (s * l.tokens + t) * l.columns;
-        for (int64_t o = 0; o < l.columns; ++o) sum[o] += row[o];
+      for (int64_t t = 0; t < tokens; ++t) {
+        const float* row = molex::read(dy, (s * tokens + t) * columns, columns, scratch.data());
+        for (int64_t o = 0; o < columns; ++o) sum[o] += row[o];
       }
-      std::copy(sum.begin(), sum.end(), to + s * l.columns);
+      std::copy(sum.begin(), sum.end(), to + s * columns);
     }
   });
 }
@@ -215,7 +217,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> camex_linear_bwd(const Tensor
   const int64_t segments = x.size(0), columns = base.size(0);
   Tensor dbias = needs[4] ? molex::new_result(gates, {segments, columns}) : molex::new_result(gates, {0});
 
-  const AsFloats from_dy(dy), from_x(x), from_base(base), from_deltas(deltas), from_gates(gates);
+  const Tensor upstream = torch::stable::contiguous(dy);
+  if (needs[4]) {
+    bias_gradient(molex::source_of(upstream), segments, x.size(1), columns, dbias.mutable_data_ptr<float>());
+  }
+  if (x.numel() == 0 || base.numel() == 0) {
+    for (Tensor* result : {&dx, &dbase, &ddeltas, &dgates}) torch::stable::zero_(*result);
+    return {dx, dbase, ddeltas, dgates, dbias};
+  }
+  const bool weighs = needs[1] || needs[2] || needs[3];
+  float* const to_gates = needs[3] ? dgates.mutable_data_ptr<float>() : nullptr;
+  if (x.scalar_type() == ScalarType::BFloat16 && molex::tile_path() != molex::TilePath::kNone) {
+    const Tensor rows = torch::stable::contiguous(x), start = torch::stable::contiguous(base);
+    const Tensor from = torch::stable::contiguous(deltas);
+    const std::vector<float> gate = molex::floats_of(gates);
+    const auto bits = [](const Tensor& tensor) {
+      return static_cast<const uint16_t*>(tensor.const_data_ptr());
+    };
+    const auto result = [](Tensor& tensor, bool need) {
+      return need ? static_cast<uint16_t*>(tensor.mutable_data_ptr()) : nullptr;
+    };
+    const molex::merging::Backward b{bits(upstream),
+                                     bits(rows),
+                                     bits(start),
+                                     bits(from),
+                                     gate.data(),
+                                     segments,
+                                     x.size(1),
+                                     x.size(2),
+                                     columns,
+                                     deltas.size(0)};
+    if (needs[0]) molex::merging::input_gradient_on_tiles(b, result(dx, true));
+    if (weighs) {
+      molex::merging::weight_gradients_on_tiles(
+          b, result(dbase, needs[1]), result(ddeltas, needs[2]), to_gates);
+    }
+    return {dx, dbase, ddeltas, dgates, dbias};
+  }
+  const AsFloats from_dy(upstream), from_x(x), from_base(base), from_deltas(deltas), from_gates(gates);
   const Layer l{from_dy.data(),
                 from_x.data(),
                 from_base.data(),
@@ -226,19 +265,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> camex_linear_bwd(const Tensor
                 columns,
                 x.size(2),
                 deltas.size(0)};
-  const bool empty = l.size() == 0 || l.tokens == 0 || segments == 0;
-  if (needs[4]) bias_gradient(l, dbias.mutable_data_ptr<float>());
-  if (empty) {
-    for (Tensor* result : {&dx, &dbase, &ddeltas, &dgates}) torch::stable::zero_(*result);
-    return {dx, dbase, ddeltas, dgates, dbias};
-  }
   if (needs[0]) input_gradient(l, molex::target_of(dx));
-  if (needs[1] || needs[2] || needs[3]) {
+  if (weighs) {
     Sums to_base(dbase), to_deltas(ddeltas);
     weight_gradients(l,
                      needs[1] ? to_base.data() : nullptr,
                      needs[2] ? to_deltas.data() : nullptr,
-                     needs[3] ? dgates.mutable_data_ptr<float>() : nullptr);
+                     to_gates);
     to_base.finish();
     to_deltas.finish();
   }
