@@ -26,9 +26,10 @@ def layer_linear_forward(given: Any) -> Tensor:
     out = x.new_empty(*x.shape[:2], given.weights[0].shape[-2])
     for g, layer in enumerate(layers):
         weight = _one(given.weights, layer, 3).to(x.dtype)
-        torch.mm(x[g], weight.mT, out=out[g])
         if given.biases:
-            out[g] += _one(given.biases, layer, 2).to(x.dtype)
+            torch.addmm(_one(given.biases, layer, 2).to(x.dtype), x[g], weight.mT, out=out[g])
+        else:
+            torch.mm(x[g], weight.mT, out=out[g])
         if given.a:
             down = x[g] @ _one(given.a, layer, 3).to(x.dtype).mT
             out[g].addmm_(down, _one(given.b, layer, 3).to(x.dtype).mT, alpha=given.scaling)
@@ -41,36 +42,26 @@ def layer_linear_backward(given: Any) -> Tensors:
     needs_x, needs_weight, needs_bias, needs_a, needs_b = given.needs
     dtype = cpu_product_dtype(given.x.dtype)
     x, dy = given.x.to(dtype), given.dy.to(dtype)
-    size = x.shape if needs_x else (0,)
+    dx = _input_gradient(given, x, dy) if needs_x else given.x.new_empty(0)
+    dweight = _zeros(given.weights, 3, needs_weight, dtype)
+    dbias = _zeros(given.biases, 2, needs_bias)
+    da, db = _zeros(given.a, 3, needs_a), _zeros(given.b, 3, needs_b)
     x = types.branches(x, given.index, given.shared)
-    dx = torch.zeros(size, dtype=torch.float32 if given.shared else given.x.dtype)
-    dweight = _zeros(given.weights, 3, x, needs_weight)
-    dbias = _zeros(given.biases, 2, x, needs_bias)
-    da = _zeros(given.a, 3, x, needs_a)
-    db = _zeros(given.b, 3, x, needs_b)
-    for g, layer in enumerate(_layers(given.index, given.weights)):
-        if needs_x:
-            part = dy[g] @ _one(given.weights, layer, 3).to(x.dtype)
+    # The rows of all branches that chose a layer are one product, so that its sum is rounded once.
+    for layer, chosen in _branches(_layers(given.index, given.weights)).items():
+        rows, upstream = _joined(x, chosen), _joined(dy, chosen)
         if needs_weight:
-            dweight[layer] += dy[g].mT.float() @ x[g].float()
+            torch.mm(upstream.mT, rows, out=dweight[layer])
         if needs_bias:
-            dbias[layer] += dy[g].sum(0, dtype=torch.float32)
-        if given.a and (needs_x or needs_a):
-            up = dy[g] @ _one(given.b, layer, 3).to(x.dtype)
-            if needs_x:
-                part.addmm_(up, _one(given.a, layer, 3).to(x.dtype), alpha=given.scaling)
-            if needs_a:
-                da[layer] += given.scaling * (up.mT.float() @ x[g].float())
+            torch.sum(upstream, 0, dtype=torch.float32, out=dbias[layer])
+        if needs_a:
+            up = upstream @ _one(given.b, layer, 3).to(dtype)
+            torch.mul(up.mT @ rows, given.scaling, out=da[layer])
         if needs_b:
-            down = x[g] @ _one(given.a, layer, 3).to(x.dtype).mT
-            db[layer] += given.scaling * (dy[g].mT.float() @ down.float())
-        if needs_x:
-            if given.shared:
-                dx += part
-            else:
-                dx[g] = part
+            down = rows @ _one(given.a, layer, 3).to(dtype).mT
+            torch.mul(upstream.mT @ down, given.scaling, out=db[layer])
     return (
-        dx.to(given.x.dtype),
+        dx,
         *(
             gradient.to(owner[0].dtype if owner else given.x.dtype)
             for gradient, owner in zip(
@@ -80,6 +71,38 @@ def layer_linear_backward(given: Any) -> Tensors:
             )
         ),
     )
+
+
+def _input_gradient(given: Any, x: Tensor, dy: Tensor) -> Tensor:
+    """Of x [G, T, D], or [T, D] where all branches share it: then a sum in fp32."""
+    dx = x.new_empty(x.shape, dtype=torch.float32 if given.shared else None)
+    for g, layer in enumerate(_layers(given.index, given.weights)):
+        weight = _one(given.weights, layer, 3).to(x.dtype)
+        into = dx if given.shared else dx[g]
+        first = not given.shared or g == 0
+        part = into if first and dx.dtype == x.dtype else x.new_empty(into.shape)
+        torch.mm(dy[g], weight, out=part)
+        if given.a:
+            up = dy[g] @ _one(given.b, layer, 3).to(x.dtype)
+            part.addmm_(up, _one(given.a, layer, 3).to(x.dtype), alpha=given.scaling)
+        if part is not into:
+            into.copy_(part) if first else into.add_(part)
+    return dx.to(given.x.dtype)
+
+
+def _branches(layers: Sequence[int]) -> dict[int, list[int]]:
+    """Which branches chose each of the layers that are chosen."""
+    found: dict[int, list[int]] = {}
+    for g, layer in enumerate(layers):
+        found.setdefault(layer, []).append(g)
+    return found
+
+
+def _joined(values: Tensor, chosen: Sequence[int]) -> Tensor:
+    """The rows of some branches, one after the other."""
+    if len(chosen) == 1:
+        return values[chosen[0]]
+    return torch.cat([values[g] for g in chosen])
 
 
 def _layers(index: Tensor, weights: Sequence[Tensor]) -> list[int]:
@@ -93,6 +116,7 @@ def _one(tensors: Sequence[Tensor], layer: int, dims: int) -> Tensor:
     return tensors[0][layer] if tensors[0].dim() == dims else tensors[layer]
 
 
-def _zeros(tensors: Sequence[Tensor], dims: int, x: Tensor, needed: bool) -> Tensor:
-    size = types.gradient_size(tensors, dims) if needed else (0,)
-    return torch.zeros(size, dtype=torch.float32)
+def _zeros(
+    tensors: Sequence[Tensor], dims: int, needed: bool, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    return torch.zeros(types.gradient_size(tensors, dims) if needed else (0,), dtype=dtype)
