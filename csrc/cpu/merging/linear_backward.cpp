@@ -268,10 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> camex_linear_bwd(const Tensor
   if (needs[0]) input_gradient(l, molex::target_of(dx));
   if (weighs) {
     Sums to_base(dbase), to_deltas(ddeltas);
-    weight_gradients(l,
-                     needs[1] ? to_base.data() : nullptr,
-                     needs[2] ? to_deltas.data() : nullptr,
-                     to_gates);
+    weight_gradients(l, needs[1] ? to_base.data() : nullptr, needs[2] ? to_deltas.data() : nullptr, to_gates);
     to_base.finish();
     to_deltas.finish();
   }

@@ -21,9 +21,9 @@ using molex::Target;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kChunk = 512;     // elements of a weight that are merged at a time
-constexpr int64_t kBlock = 1 << 13; // elements that are one task, and one partial sum of the gates' gradient
-constexpr int64_t kSegments = 24;   // segments that are multiplied at a time
+constexpr int64_t kChunk = 512;      // elements of a weight that are merged at a time
+constexpr int64_t kBlock = 1 << 13;  // elements that are one task, and one partial sum of the gates' gradient
+constexpr int64_t kSegments = 24;    // segments that are multiplied at a time
 
 template <class V>
 MOLEX_INLINE V at(const float* from) {

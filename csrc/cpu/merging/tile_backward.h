@@ -46,8 +46,7 @@ inline constexpr auto input_task = tiled([](auto machine, const InputTask* task)
   const int64_t panels = parts(b.tokens, kSide), deep = parts(b.columns, kDeep);
   const int64_t column_tiles = parts(t.used, kSide), segment = kWidth / kSide * kBlock * kTile;
   const int64_t kept = deep > kBlock ? panels * kSide * kWidth : 0;  // sums of one segment
-  const Merged merged{
-      b.base, b.deltas, t.gates, b.columns, b.width, b.experts, t.members, t.padded};
+  const Merged merged{b.base, b.deltas, t.gates, b.columns, b.width, b.experts, t.members, t.padded};
   for (int64_t k = 0; k < deep; k += kBlock) {
     const int64_t depth = std::min(kBlock, deep - k);
     merge_pairs<Machine>(merged, k * kDeep, depth, t.column, column_tiles, t.weights, segment);
@@ -89,7 +88,7 @@ struct WeightTask {
   int64_t row, column, end;
   const float* turned;  // gates [E + 1, S], the last row ones
   uint16_t *dbase, *ddeltas;
-  double* dgates;                       // [S, E], added to
+  double* dgates;                           // [S, E], added to
   float *gradients, *sums, *deltas, *dots;  // scratch
 };
 
@@ -214,8 +213,8 @@ inline void input_gradient_on_tiles(const Backward& b, uint16_t* dx) {
   const int64_t weights = kMembers * kWidth / kSide * kBlock * kTile, padded = (1 + b.experts) * kDeep;
   const int64_t sums = (deep > kBlock ? together : 1) * panels * kSide * kWidth;
   const int64_t bytes = Arena::bytes(weights, ScalarType::BFloat16) +
-                        Arena::bytes(padded, ScalarType::BFloat16) +
-                        Arena::bytes(b.experts * kMembers) + Arena::bytes(sums);
+                        Arena::bytes(padded, ScalarType::BFloat16) + Arena::bytes(b.experts * kMembers) +
+                        Arena::bytes(sums);
   torch::stable::parallel_for(0, strips * groups, 1, [&](int64_t begin, int64_t end) {
     const TileScope scope;
     Arena arena(bytes);

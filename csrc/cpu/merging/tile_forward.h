@@ -70,8 +70,7 @@ inline constexpr auto forward_task = tiled([](auto machine, const ForwardTask* t
   const int64_t panels = parts(f.tokens, kSide), deep = parts(f.width, kDeep);
   const int64_t row_tiles = parts(t.height, kSide), segment = kHeight / kSide * kBlock * kTile;
   const int64_t kept = deep > kBlock ? panels * kHeight * kSide : 0;  // sums of one segment
-  const Merged merged{
-      f.base, f.deltas, t.gates, f.columns, f.width, f.experts, t.members, t.padded};
+  const Merged merged{f.base, f.deltas, t.gates, f.columns, f.width, f.experts, t.members, t.padded};
   for (int64_t k = 0; k < deep; k += kBlock) {
     const int64_t depth = std::min(kBlock, deep - k);
     merge_rows<Machine>(merged, t.row, t.height, k * kDeep, depth, t.weights, segment);
@@ -139,8 +138,8 @@ inline void forward_on_tiles(const Forward& f) {
   const int64_t weights = kMembers * kHeight / kSide * kBlock * kTile, padded = (1 + f.experts) * kDeep;
   const int64_t sums = (deep > kBlock ? together : 1) * panels * kHeight * kSide;
   const int64_t bytes = Arena::bytes(weights, ScalarType::BFloat16) +
-                        Arena::bytes(padded, ScalarType::BFloat16) +
-                        Arena::bytes(f.experts * kMembers) + Arena::bytes(sums) + Arena::bytes(kArea);
+                        Arena::bytes(padded, ScalarType::BFloat16) + Arena::bytes(f.experts * kMembers) +
+                        Arena::bytes(sums) + Arena::bytes(kArea);
   torch::stable::parallel_for(0, strips * groups, 1, [&](int64_t begin, int64_t end) {
     const TileScope scope;
     Arena arena(bytes);

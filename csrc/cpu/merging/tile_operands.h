@@ -51,8 +51,8 @@ MOLEX_INLINE void pair_tile(
   }
 }
 
-// How a matrix [rows, columns] becomes tiles. Sums run over the columns in kRows and kTurned, over the rows in
-// kPairs and kTurnedPairs; the tiles of one sum lie one after the other. The turned ones are transposed.
+// How a matrix [rows, columns] becomes tiles. Sums run over the columns in kRows and kTurned, over the rows
+// in kPairs and kTurnedPairs; the tiles of one sum lie one after the other. The turned ones are transposed.
 enum class Packing { kRows, kTurned, kPairs, kTurnedPairs };
 
 inline int64_t packed_size(Packing packing, int64_t rows, int64_t columns) {
@@ -61,34 +61,31 @@ inline int64_t packed_size(Packing packing, int64_t rows, int64_t columns) {
                       : parts(columns, kSide) * parts(rows, kDeep) * kTile;
 }
 
-inline constexpr auto pack = tiled([](auto,
-                                      Packing packing,
-                                      const uint16_t* from,
-                                      int64_t rows,
-                                      int64_t columns,
-                                      uint16_t* to) MOLEX_LAMBDA_INLINE {
-  alignas(64) uint32_t made[kArea];
-  if (packing == Packing::kRows || packing == Packing::kTurned) {
-    for (int64_t r = 0; r < rows; r += kSide) {
-      for (int64_t c = 0; c < columns; c += kDeep, to += kTile) {
-        uint16_t* const tile = packing == Packing::kRows ? to : reinterpret_cast<uint16_t*>(made);
-        copy_tile(from + r * columns + c, columns, rows - r, columns - c, tile);
-        if (packing == Packing::kTurned) turn_16(made, kSide, to, kSide);
-      }
-    }
-  } else {
-    for (int64_t c = 0; c < columns; c += kSide) {
-      for (int64_t r = 0; r < rows; r += kDeep, to += kTile) {
-        pair_tile(from + r * columns + c, columns, rows - r, columns - c, made);
-        if (packing == Packing::kTurnedPairs) {
-          turn_16(made, kSide, to, kSide);
-        } else {
-          std::memcpy(to, made, sizeof(made));
-        }
-      }
-    }
-  }
-});
+inline constexpr auto pack = tiled(
+    [](auto, Packing packing, const uint16_t* from, int64_t rows, int64_t columns, uint16_t* to)
+        MOLEX_LAMBDA_INLINE {
+          alignas(64) uint32_t made[kArea];
+          if (packing == Packing::kRows || packing == Packing::kTurned) {
+            for (int64_t r = 0; r < rows; r += kSide) {
+              for (int64_t c = 0; c < columns; c += kDeep, to += kTile) {
+                uint16_t* const tile = packing == Packing::kRows ? to : reinterpret_cast<uint16_t*>(made);
+                copy_tile(from + r * columns + c, columns, rows - r, columns - c, tile);
+                if (packing == Packing::kTurned) turn_16(made, kSide, to, kSide);
+              }
+            }
+          } else {
+            for (int64_t c = 0; c < columns; c += kSide) {
+              for (int64_t r = 0; r < rows; r += kDeep, to += kTile) {
+                pair_tile(from + r * columns + c, columns, rows - r, columns - c, made);
+                if (packing == Packing::kTurnedPairs) {
+                  turn_16(made, kSide, to, kSide);
+                } else {
+                  std::memcpy(to, made, sizeof(made));
+                }
+              }
+            }
+          }
+        });
 
 template <class Machine>
 MOLEX_INLINE typename Machine::V widened(const uint16_t* from) {
@@ -288,8 +285,7 @@ MOLEX_INLINE void multiply_tiles(Tiles& tiles, const Strip& g) {
 
 // `rows` rows of tiles times `columns` others. The two of the shorter side stay in the cache.
 template <class Tiles>
-MOLEX_INLINE void multiply_strip(
-    Tiles& tiles, const Strip& g, int64_t rows, int64_t columns, bool a_stays) {
+MOLEX_INLINE void multiply_strip(Tiles& tiles, const Strip& g, int64_t rows, int64_t columns, bool a_stays) {
   const int64_t outer = a_stays ? rows : columns, inner = a_stays ? columns : rows;
   for (int64_t i = 0; i < outer; i += 2) {
     for (int64_t j = 0; j < inner; j += 2) {

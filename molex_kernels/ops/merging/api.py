@@ -178,7 +178,8 @@ def camex_linear(
     with T > 64, a GPU merges pieces of at most 48 MiB for several segments at once, and keeps dW in
     such pieces. Extra memory does not grow with S beyond that, but for a partial sum per segment
     and tile of the gates' gradient and, in fp16 and bf16 on a CPU, for x and dy in fp32 during the
-    backward pass.
+    backward pass. In bf16 on a CPU with Intel's AMX there are packed copies in bf16 in their place,
+    of x also in the forward pass.
 
     One op for a family: no curvature and no mask is soft merging of task vectors, "ties" adds the
     election of signs as CAMEx publishes it (by unweighted task vectors; `camex_merge` has TIES as
@@ -338,7 +339,7 @@ def _parameters(*values: Any) -> Any:
 
 
 def _merge(layer: Layer, gates: Tensor, mask: str | None, impl: str | None) -> Tensor:
-    """The weights of checked arguments: on a CPU in one pass, without curvature that of deltas too."""
+    """The weights of checked arguments; on a CPU one pass, which makes deltas without curvature."""
     chosen = select("camex_merge", impl, layer.base)
     named = chosen if chosen == "reference" else impl
     if chosen == "cpu" and layer.curvature is None:

@@ -34,8 +34,8 @@ linear = _operators.Pass(
     reference=lambda a: reference.linear(*a),
 )
 
-# Without curvature the deltas are made on the way: of a base that is subtracted, under the mask where
-# `ties`. Else `experts` are the deltas.
+# Without curvature the deltas are made on the way: of a base that is subtracted, under the mask
+# where `ties`. Else `experts` are the deltas.
 _WEIGHTS = "Tensor base, Tensor experts, Tensor gates, bool subtracts, bool ties"
 
 merge = _operators.Pass(

@@ -283,6 +283,8 @@ OPINFOS = (
             _merged(2, 44, 17, 1, 0),
             _merged(0, 17, 17, 3, 0, mask="ties"),
         ),
+        # More than one group of segments, and more than one block of elements.
+        large=(_merged(26, 60, 150, 3, 0, mask="ties"),),
         benchmarks=(_merged(16, 3072, 768, 7, 1, mask="ties"),),
         quick=(_merged(16, 1536, 384, 7, 0, mask="ties"),),
         cost=_cost_merge,
