@@ -1,5 +1,6 @@
 // Products by warp groups: see wgmma_on_cpu.h.
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 
@@ -133,7 +134,7 @@ void issue(const GroupProduct& product) {
 
 void commit_products() { self().products.committed.push_back(self().products.issued); }
 
-void wait_products_but(int pending) {
+void wait_products_but(int pending, std::initializer_list<std::span<const float>> named) {
   if (leaves_out(kProducts)) return;
   Fiber& fiber = self();
   Products& mine = fiber.products;
@@ -143,7 +144,16 @@ void wait_products_but(int pending) {
   if (count < mine.issued) fail("wgmma: a wait that leaves products under way is not emulated");
   while (group.products[count - 1].threads < kGroupThreads) block_until_woken();
   perform_up_to(*fiber.warp->block, group, count);
-  for (auto& [c, sums] : mine.sums) std::copy(sums.begin(), sums.end(), c);
+  for (auto& [c, sums] : mine.sums) {
+    const auto holds = [c = c](std::span<const float> of) {
+      return of.data() <= c && c < of.data() + of.size();
+    };
+    if (std::any_of(named.begin(), named.end(), holds)) {
+      std::copy(sums.begin(), sums.end(), c);
+    } else if (machine.options.left_out_barrier < 0) {
+      fail("wgmma: a wait does not name the accumulator of a product that it ends");
+    }  // else it may be gone with the function that had it, whose wait was left out
+  }
   mine.sums.clear();
   mine.fenced = false;
 }

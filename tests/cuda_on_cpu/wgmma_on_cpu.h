@@ -1,11 +1,14 @@
 // The primitives of csrc/cuda/rpc_attention/wgmma.cuh for a CPU: products that four warps issue together.
 //
-// A product has its result when its group has been waited for, and until then its accumulator is NaN. It
-// reads its operands as soon as all four warps have issued it or only when it is waited for, by chance, and
-// through the descriptor, from what the threads have fenced: what was written to shared memory since is not
-// there for it. A group of warps that is not complete never ends.
+// A product has its result when its group has been waited for, by a wait that names its accumulator, and
+// until then that is NaN. It reads its operands as soon as all four warps have issued it or only when it is
+// waited for, by chance, and through the descriptor, from what the threads have fenced: what was written to
+// shared memory since is not there for it. A group of warps that is not complete never ends.
 
 #pragma once
+
+#include <initializer_list>
+#include <span>
 
 #include "cuda_on_cpu.h"
 
@@ -32,14 +35,14 @@ struct GroupProduct {
 void fence_proxy();
 void fence_products();
 void commit_products();
-void wait_products_but(int pending);
+void wait_products_but(int pending, std::initializer_list<std::span<const float>> named);
 void wait_turn(int group);
 void give_turn(int group);
 void issue(const GroupProduct& product);
 
 template <int Pending, int... N>
 inline void wait_products(float (&... c)[N][4]) {
-  wait_products_but(Pending);
+  wait_products_but(Pending, {std::span<const float>(&c[0][0], 4 * N)...});
 }
 
 template <class E, int Columns>

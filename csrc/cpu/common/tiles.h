@@ -115,9 +115,9 @@ struct EmulatedTiles {
   static float number(uint32_t bits) { return normal(std::bit_cast<float>(bits)); }
 };
 
-template <class Registers>
+// For any processor, in one version.
 struct EmulatedMachine {
-  static constexpr int kLanes = Registers::kLanes;
+  static constexpr int kLanes = 4;
   using Tiles = EmulatedTiles;
   using V = Floats<kLanes>;
 
@@ -239,7 +239,7 @@ inline bool amx_is_right() {
 #if defined(MOLEX_AMX)
   TileSample::Results got, expected;
   run_amx<TileSample>(&got);
-  TileSample{}(EmulatedMachine<Registers<4, false>>{}, &expected);
+  TileSample{}(EmulatedMachine{}, &expected);
   return std::memcmp(&got, &expected, sizeof(got)) == 0;
 #else
   return false;
@@ -281,21 +281,13 @@ inline bool on_tiles(torch::headeronly::ScalarType dtype) {
 }
 
 template <class Body>
-struct Emulation {
-  template <class Registers, class... Arguments>
-  MOLEX_INLINE auto operator()(Registers, Arguments... arguments) const {
-    return Body{}(EmulatedMachine<Registers>{}, arguments...);
-  }
-};
-
-template <class Body>
 struct TiledBody {
   template <class... Arguments>
   auto operator()(Arguments... arguments) const {
 #if defined(MOLEX_AMX)
     if (tile_path() == TilePath::kAmx) return run_amx<Body>(arguments...);
 #endif
-    return run<Emulation<Body>>(arguments...);
+    return Body{}(EmulatedMachine{}, arguments...);
   }
 };
 

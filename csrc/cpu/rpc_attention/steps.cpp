@@ -24,7 +24,7 @@ Problem::Problem(const Tensor& keys,
       scale(static_cast<float>(score_scale)),
       causal(is_causal),
       by_token(bound.dim() == 3),
-      tiled(dtype == ScalarType::BFloat16 && tile_path() != TilePath::kNone),
+      tiled(on_tiles(dtype)),
       dropout(seed, dropout_p) {
   const auto keep = [&](const Tensor& t) -> const Tensor& { return kept.emplace_back(t); };
   k = Heads(keep(dense(keys)));

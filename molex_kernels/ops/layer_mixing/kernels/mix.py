@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import Mat, at, int64, load_fp32, nth, store
-from molex_kernels._triton.tiles import rounded_product
 
 
 @triton.jit
@@ -68,7 +67,7 @@ def _layer_mixing_fwd_mix(
     if normed_ptr is not None:
         mean = tl.sum(tl.where(mask, y, 0.0), axis=1) / num_features
         centred = tl.where(mask, y - mean[:, None], 0.0)
-        variance = tl.sum(rounded_product(centred, centred), axis=1) / num_features
+        variance = tl.sum(centred * centred, axis=1) / num_features
         normed = centred * (1.0 / tl.sqrt(variance + eps))[:, None]
         if weight_ptr is not None:
             normed *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0)[None, :]
@@ -121,15 +120,15 @@ def _layer_mixing_bwd_mix(
             )
             mean = tl.sum(tl.where(mask, y, 0.0), axis=1) / num_features
             centred = tl.where(mask, y - mean[:, None], 0.0)
-            variance = tl.sum(rounded_product(centred, centred), axis=1) / num_features
+            variance = tl.sum(centred * centred, axis=1) / num_features
             inverse = (1.0 / tl.sqrt(variance + eps))[:, None]
             normed = centred * inverse
             upstream = load_fp32(at(dnormed, rows, columns), mask)
-            dweight += tl.sum(rounded_product(upstream, normed), axis=0)
+            dweight += tl.sum(upstream * normed, axis=0)
             dbias += tl.sum(upstream, axis=0)
             if weight_ptr is not None:
                 upstream *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0)[None, :]
-            inner = tl.sum(rounded_product(upstream, normed), axis=1) / num_features
+            inner = tl.sum(upstream * normed, axis=1) / num_features
             mean = tl.sum(upstream, axis=1) / num_features
             d = inverse * (upstream - normed * inner[:, None] - mean[:, None])
             d = tl.where(mask, d, 0.0)
@@ -146,9 +145,7 @@ def _layer_mixing_bwd_mix(
                 if residual is not None:
                     residual_ptr = nth(residual, branch)
                 moved = _moved(outputs_ptr, residual_ptr, outputs, residual, rows, columns, mask)
-                product = rounded_product(d, moved)
-                inner = tl.sum(tl.sum(product, axis=1), axis=0)
-                dcoeff += tl.where(offs_g == g, inner, 0.0)
+                dcoeff += tl.where(offs_g == g, tl.sum(tl.sum(d * moved, axis=1), axis=0), 0.0)
     if coeff_parts_ptr is not None:
         ptrs = coeff_parts_ptr + pid * num_branches + offs_g
         tl.store(ptrs, dcoeff, mask=offs_g < num_branches)

@@ -88,7 +88,7 @@ def _merging_bwd_weights(
         dweight = add_product(dweight, dy_tile, x_tile, PRECISION)
         if step % steps == steps - 1:
             if dbase is not None:
-                if x_tile.dtype == tl.float32:
+                if dbase.ptr.dtype.element_ty == tl.float32:
                     base_sum, base_lost = add_compensated(base_sum, base_lost, dweight)
                 else:
                     base_sum += dweight
@@ -145,7 +145,10 @@ def _merging_bwd_segments(
     for segment in tl.range(0, num_segments, num_stages=4):
         dweight = tl.load(ptrs + int64(segment) * dweights.outer, mask=mask, other=0.0)
         if dbase is not None:
-            base_sum, base_lost = add_compensated(base_sum, base_lost, dweight)
+            if dbase.ptr.dtype.element_ty == tl.float32:
+                base_sum, base_lost = add_compensated(base_sum, base_lost, dweight)
+            else:
+                base_sum += dweight
         if ddeltas is not None:
             gate = tl.load(at(gates, segment, offs_e), mask=mask_e, other=0.0)
             delta_sums += gate[:, None, None] * dweight[None, :, :]

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import at, int64, load_fp32, places, store
-from molex_kernels._triton.tiles import keep_mask, rounded_product
+from molex_kernels._triton.tiles import keep_mask
 from molex_kernels.ops.momentum.kernels.correction import clipped
 from molex_kernels.ops.momentum.kernels.step import step_backward, step_forward
 
@@ -115,14 +115,14 @@ def _momentum_bwd(
             y = numbers.keep * load_fp32(at(x, rows, columns), mask) - step
             mean = tl.sum(tl.where(mask, y, 0.0), axis=1) / num_features
             centred = tl.where(mask, y - mean[:, None], 0.0)
-            variance = tl.sum(rounded_product(centred, centred), axis=1) / num_features
+            variance = tl.sum(centred * centred, axis=1) / num_features
             inverse = (1.0 / tl.sqrt(variance + norm_eps))[:, None]
             normed = centred * inverse
-            dweight += tl.sum(rounded_product(d, normed), axis=0)
+            dweight += tl.sum(d * normed, axis=0)
             dbias += tl.sum(d, axis=0)
             if norm_weight is not None:
                 d *= load_fp32(places(norm_weight, offs_d), mask_d)[None, :]
-            along = tl.sum(rounded_product(d, normed), axis=1) / num_features
+            along = tl.sum(d * normed, axis=1) / num_features
             mean_d = tl.sum(d, axis=1) / num_features
             d = inverse * (d - normed * along[:, None] - mean_d[:, None])
             d = tl.where(mask, d, 0.0)  # past the row's end a root of 0 would divide it

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from molex_kernels._triton.arguments import at, int64, load_fp32, places, store
-from molex_kernels._triton.tiles import keep_mask, rounded_product, sum_expert_rows
+from molex_kernels._triton.tiles import keep_mask, sum_expert_rows
 from molex_kernels.ops.momentum.kernels.correction import clipped
 from molex_kernels.ops.momentum.kernels.step import step_forward
 
@@ -98,7 +98,7 @@ def _momentum_fwd(
     if HAS_NORM:
         mean = tl.sum(tl.where(mask, result, 0.0), axis=1) / num_features
         centred = tl.where(mask, result - mean[:, None], 0.0)
-        variance = tl.sum(rounded_product(centred, centred), axis=1) / num_features
+        variance = tl.sum(centred * centred, axis=1) / num_features
         result = centred * (1.0 / tl.sqrt(variance + norm_eps))[:, None]
         if norm_weight is not None:
             result *= load_fp32(places(norm_weight, offs_d), mask_d)[None, :]
