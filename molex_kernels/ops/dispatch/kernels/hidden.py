@@ -132,7 +132,7 @@ def _back(
             acted *= up_half(up, numbers, ACTIVATION)
         if weighted is not None:
             store(at(weighted, rows[:, None], offs_n[None, :]), scale * acted, mask)
-        # In a small tile a thread may have one element of a row; in others rounding costs registers.
+        # In a small tile a thread may have one element of a row; else rounding costs registers.
         product = rounded_product(inner, acted) if BLOCK_T < 64 else inner * acted
         sums = tl.sum(product, axis=1)
     return sums
