@@ -39,7 +39,7 @@ WIDTHS = (16, 32, 64, 128)
 ELEMENTS = ("device::BFloat", "float")
 CHIPS = ("sm_80", "sm_90a")
 # Of 256 threads with 255 registers each; a form that spills none of them was slower on an H200.
-# On chip the backward pass keeps some numbers for each iteration in memory, stored and loaded once.
+# On chip the backward pass keeps numbers of an iteration in memory; with q loops load them, too.
 SPILLED = {
     ("rpc_forward_warp_groups of 256 keys", "sm_90a"): 32,
     ("rpc_backward_on_chip", "sm_90a"): 112,

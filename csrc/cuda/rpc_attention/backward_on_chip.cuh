@@ -9,10 +9,10 @@
 // multiprocessor: one multiplies while the other computes what lies between iterations. Of more rows it is
 // two groups that take turns at the tensor cores.
 //
-// Budget: 255 registers; of those that do not suffice, up to 56 bytes of a thread, with q 172, are stored for
-// each iteration, outside of the loops over tiles. Shared memory, in bytes, for R rows of the head and r of
-// the block: (3 R, with q 4 R) 2 D + 8 r D + 12 R. Dropout is left to gradient.cuh: its words would take
-// registers from the products.
+// Budget: 255 registers; of those that do not suffice, up to 56 bytes of a thread are stored for each
+// iteration, outside of the loops over tiles, and with q up to 172, which are loaded inside of them, too.
+// Shared memory, in bytes, for R rows of the head and r of the block: (3 R, with q 4 R) 2 D + 8 r D + 12 R.
+// Dropout is left to gradient.cuh: its words would take registers from the products.
 
 #pragma once
 
