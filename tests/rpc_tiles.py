@@ -1,6 +1,6 @@
 """rpc_attention in bf16 on the matrix tiles of a CPU, emulated by MOLEX_CPU_TILES=emulated.
 
-Run by test_rpc_tiles.py in a process of its own, since the library reads the variable once. Prints
+Run by test_cpu_tiles.py in a process of its own, since the library reads the variable once. Prints
 a JSON object: a digest of results, and by check what fails, or null.
 """
 
