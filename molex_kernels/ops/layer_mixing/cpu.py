@@ -5,7 +5,7 @@ On a CPU reading the index waits for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,19 +47,17 @@ def layer_linear_backward(given: Any) -> Tensors:
     dbias = _zeros(given.biases, 2, needs_bias)
     da, db = _zeros(given.a, 3, needs_a), _zeros(given.b, 3, needs_b)
     x = types.branches(x, given.index, given.shared)
-    # The rows of all branches that chose a layer are one product, so that its sum is rounded once.
-    for layer, chosen in _branches(_layers(given.index, given.weights)).items():
-        rows, upstream = _joined(x, chosen), _joined(dy, chosen)
+    for layer, rows, upstream in _products(given, x, dy):
         if needs_weight:
-            torch.mm(upstream.mT, rows, out=dweight[layer])
+            dweight[layer].addmm_(upstream.mT, rows)
         if needs_bias:
-            torch.sum(upstream, 0, dtype=torch.float32, out=dbias[layer])
+            dbias[layer] += upstream.sum(0, dtype=torch.float32)
         if needs_a:
             up = upstream @ _one(given.b, layer, 3).to(dtype)
-            torch.mul(up.mT @ rows, given.scaling, out=da[layer])
+            da[layer] += given.scaling * (up.mT @ rows)
         if needs_b:
             down = rows @ _one(given.a, layer, 3).to(dtype).mT
-            torch.mul(upstream.mT @ down, given.scaling, out=db[layer])
+            db[layer] += given.scaling * (upstream.mT @ down)
     return (
         dx,
         *(
@@ -90,19 +88,20 @@ def _input_gradient(given: Any, x: Tensor, dy: Tensor) -> Tensor:
     return dx.to(given.x.dtype)
 
 
-def _branches(layers: Sequence[int]) -> dict[int, list[int]]:
-    """Which branches chose each of the layers that are chosen."""
-    found: dict[int, list[int]] = {}
-    for g, layer in enumerate(layers):
-        found.setdefault(layer, []).append(g)
-    return found
+def _products(given: Any, x: Tensor, dy: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Layers with the rows of x and dy whose products are summed for their gradients.
 
-
-def _joined(values: Tensor, chosen: Sequence[int]) -> Tensor:
-    """The rows of some branches, one after the other."""
-    if len(chosen) == 1:
-        return values[chosen[0]]
-    return torch.cat([values[g] for g in chosen])
+    In 16 bits the branches that chose a layer are one product, so that its sum is rounded once; in
+    fp32 one each, since the error of a sum grows with its length.
+    """
+    branches: dict[int, list[int]] = {}
+    for g, layer in enumerate(_layers(given.index, given.weights)):
+        branches.setdefault(layer, []).append(g)
+    for layer, chosen in branches.items():
+        if len(chosen) == 1 or x.dtype == torch.float32:
+            yield from ((layer, x[g], dy[g]) for g in chosen)
+        else:
+            yield layer, *(torch.cat([values[g] for g in chosen]) for values in (x, dy))
 
 
 def _layers(index: Tensor, weights: Sequence[Tensor]) -> list[int]:
