@@ -101,7 +101,8 @@ def _products(given: Any, x: Tensor, dy: Tensor) -> Iterator[tuple[int, Tensor, 
         if len(chosen) == 1 or x.dtype == torch.float32:
             yield from ((layer, x[g], dy[g]) for g in chosen)
         else:
-            yield layer, *(torch.cat([values[g] for g in chosen]) for values in (x, dy))
+            rows, upstream = (torch.cat([values[g] for g in chosen]) for values in (x, dy))
+            yield layer, rows, upstream
 
 
 def _layers(index: Tensor, weights: Sequence[Tensor]) -> list[int]:
