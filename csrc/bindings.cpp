@@ -23,7 +23,7 @@ PyObject* build_facts(PyObject*, PyObject*) {
   try {
     tiles = molex::tile_path_name();
   } catch (const std::exception&) {
-    tiles = "an error: MOLEX_CPU_TILES is neither off nor emulated";
+    tiles = "an error: what MOLEX_CPU_TILES asks for is not there";
   }
   const std::string facts = "{\"compiler\": \"" __VERSION__ "\", \"vectors\": \"" + std::to_string(lanes) +
                             " floats\", \"tiles\": \"" + tiles + "\", " MOLEX_BUILD_FACTS "}";

@@ -9,9 +9,10 @@
 //     ...
 //   });
 //
-// and runs on Intel's AMX where the processor has it and Linux permits it, or, where MOLEX_CPU_TILES=emulated
-// asks for it, on plain C++ that does the same. `tile_path()` says which of the two runs, or that neither
-// does; a body must not be called then. Before the first call a sample on AMX is compared with plain C++.
+// and runs on Intel's AMX where MOLEX_CPU_TILES=amx asks for it, the processor has it and Linux permits it,
+// or, where MOLEX_CPU_TILES=emulated does, on plain C++ that does the same. `tile_path()` says which of the
+// two runs, or that neither does; a body must not be called then. Before the first call a sample on AMX is
+// compared with plain C++.
 
 #pragma once
 
@@ -36,7 +37,7 @@
 
 namespace molex {
 
-enum class TilePath { kNone, kWrong, kAmx, kEmulated };
+enum class TilePath { kNone, kAmx, kEmulated };
 
 #if defined(MOLEX_AMX)
 inline bool amx_is_permitted() {
@@ -250,13 +251,15 @@ inline TilePath tile_path() {
   static const TilePath path = [] {
     const char* asked = std::getenv("MOLEX_CPU_TILES");
     const std::string_view value = asked ? asked : "";
-    STD_TORCH_CHECK(value.empty() || value == "off" || value == "emulated",
-                    "MOLEX_CPU_TILES: expected off or emulated, or nothing, got ",
+    STD_TORCH_CHECK(value.empty() || value == "amx" || value == "emulated",
+                    "MOLEX_CPU_TILES: expected amx or emulated, or nothing, got ",
                     asked);
-    if (value == "off") return TilePath::kNone;
     if (value == "emulated") return TilePath::kEmulated;
-    if (!amx_is_permitted()) return TilePath::kNone;
-    return amx_is_right() ? TilePath::kAmx : TilePath::kWrong;
+    if (value != "amx") return TilePath::kNone;
+    STD_TORCH_CHECK(amx_is_permitted(),
+                    "MOLEX_CPU_TILES=amx: this processor has no AMX, or the system does not permit it");
+    STD_TORCH_CHECK(amx_is_right(), "MOLEX_CPU_TILES=amx: a sample on this processor's AMX is wrong");
+    return TilePath::kAmx;
   }();
   return path;
 }
@@ -267,8 +270,6 @@ inline const char* tile_path_name() {
       return "amx";
     case TilePath::kEmulated:
       return "emulated";
-    case TilePath::kWrong:
-      return "none: this processor's give wrong products";
     default:
       return "none";
   }
@@ -276,8 +277,7 @@ inline const char* tile_path_name() {
 
 // Whether products of this dtype run on tiles.
 inline bool on_tiles(torch::headeronly::ScalarType dtype) {
-  return dtype == torch::headeronly::ScalarType::BFloat16 &&
-         (tile_path() == TilePath::kAmx || tile_path() == TilePath::kEmulated);
+  return dtype == torch::headeronly::ScalarType::BFloat16 && tile_path() != TilePath::kNone;
 }
 
 template <class Body>

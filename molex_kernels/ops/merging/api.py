@@ -178,8 +178,8 @@ def camex_linear(
     with T > 64, a GPU merges pieces of at most 48 MiB for several segments at once, and keeps dW in
     such pieces. Extra memory does not grow with S beyond that, but for a partial sum per segment
     and tile of the gates' gradient and, in fp16 and bf16 on a CPU, for x and dy in fp32 during the
-    backward pass. In bf16 on a CPU with Intel's AMX there are packed copies in bf16 in their place,
-    of x also in the forward pass.
+    backward pass. On matrix tiles (bf16, MOLEX_CPU_TILES=amx) there are packed copies in bf16 in
+    their place, of x also in the forward pass.
 
     One op for a family: no curvature and no mask is soft merging of task vectors, "ties" adds the
     election of signs as CAMEx publishes it (by unweighted task vectors; `camex_merge` has TIES as
