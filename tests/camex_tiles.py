@@ -7,15 +7,13 @@ Prints a JSON object: a digest of results, and by check what fails, or null.
 from __future__ import annotations
 
 import hashlib
-import json
-import traceback
 from collections.abc import Callable
 from typing import Any
 
+import tile_checks
 import torch
 from torch import Tensor
 
-from molex_kernels import _extension
 from molex_kernels.ops.merging import op
 from molex_kernels.testing import Case, contract, load_ops
 
@@ -149,20 +147,5 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 
-def main() -> None:
-    """Runs every check."""
-    assert _extension.why_not() is None  # loads it: an operator called by itself does not
-    torch.set_num_threads(1)
-    failed: dict[str, str | None] = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            failed[name] = None
-        except Exception:
-            failed[name] = traceback.format_exc()
-    tiles = _extension.build_facts()["tiles"]
-    print(json.dumps({"tiles": tiles, "digest": digest(), "failed": failed}))
-
-
 if __name__ == "__main__":
-    main()
+    tile_checks.main(CHECKS, digest)

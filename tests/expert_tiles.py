@@ -7,16 +7,14 @@ reads the variable once. Prints a JSON object: a digest of results, and what fai
 from __future__ import annotations
 
 import hashlib
-import json
-import traceback
 from collections.abc import Callable
 from typing import Any
 
+import tile_checks
 import torch
 from torch import Tensor
 
 import molex_kernels as mk
-from molex_kernels import _extension
 from molex_kernels.testing import Case, contract, load_ops
 
 BF16 = torch.bfloat16
@@ -193,19 +191,5 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 
-def main() -> None:
-    """Runs every check."""
-    torch.set_num_threads(1)
-    failed: dict[str, str | None] = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            failed[name] = None
-        except Exception:
-            failed[name] = traceback.format_exc()
-    tiles = _extension.build_facts()["tiles"]
-    print(json.dumps({"tiles": tiles, "digest": digest(), "failed": failed}))
-
-
 if __name__ == "__main__":
-    main()
+    tile_checks.main(CHECKS, digest)

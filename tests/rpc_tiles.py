@@ -7,18 +7,14 @@ a JSON object: a digest of results, and by check what fails, or null.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import tile_checks
 import torch
 from torch import Tensor
 
 import molex_kernels as mk
-from molex_kernels import _extension
 from molex_kernels.testing import Case, contract, load_ops
 
 BF16 = torch.bfloat16
@@ -94,23 +90,6 @@ def masked_tokens_may_hold_anything() -> None:
         assert not other[1].any()
 
 
-def another_word_is_refused() -> None:
-    """In a process that has not read the variable yet."""
-    words = {"fast": "MOLEX_CPU_TILES: expected amx or emulated, or nothing, got fast"}
-    if "amx_bf16" not in Path("/proc/cpuinfo").read_text():
-        words["amx"] = "MOLEX_CPU_TILES=amx: this processor has no AMX"
-    for word, expected in words.items():
-        child = os.fork()
-        if child == 0:
-            os.environ["MOLEX_CPU_TILES"] = word
-            try:
-                _attention(1, 3)
-            except RuntimeError as error:
-                os._exit(expected not in str(error))
-            os._exit(2)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, word
-
-
 def digest() -> str:
     """Of results and gradients of one call."""
     made = hashlib.sha256()
@@ -120,7 +99,6 @@ def digest() -> str:
 
 
 CHECKS: dict[str, Callable[[], None]] = {
-    another_word_is_refused.__name__: another_word_is_refused,  # before the library is loaded
     "several strips": lambda: _budget(contract.check_budget, (1, 1, 100, 64, 2), lam=0.5, std=0.5),
     "several blocks of columns": lambda: _budget(
         contract.check_budget, (1, 1, 290, 20, 2), lam=0.5, std=0.5
@@ -151,19 +129,5 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 
-def main() -> None:
-    """Runs every check."""
-    torch.set_num_threads(1)
-    failed: dict[str, str | None] = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            failed[name] = None
-        except Exception:
-            failed[name] = traceback.format_exc()
-    tiles = _extension.build_facts()["tiles"]
-    print(json.dumps({"tiles": tiles, "digest": digest(), "failed": failed}))
-
-
 if __name__ == "__main__":
-    main()
+    tile_checks.main(CHECKS, digest)

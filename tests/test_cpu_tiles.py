@@ -61,3 +61,26 @@ def test_without_tiles_other_code_runs(script: ModuleType, emulated: dict[str, A
     if _extension.build_facts()["tiles"] != "none":
         pytest.skip("tiles were asked for")
     assert script.digest() != emulated[script.__name__]["digest"]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("fast", "expected amx or emulated, or nothing, got fast"),
+        ("amx", "this processor has no AMX"),
+    ],
+)
+def test_another_word_is_refused(word: str, message: str):
+    info = Path("/proc/cpuinfo")
+    if word == "amx" and info.exists() and "amx_bf16" in info.read_text():
+        pytest.skip("this processor has AMX")
+    call = "import torch, molex_kernels as m; k = torch.ones(1, 1, 2, 4).bfloat16(); "
+    call += "m.rpc_attention(k, k, num_iters=1, lam=4.0, mu_width=4, impl='cpu')"
+    done = subprocess.run(
+        [sys.executable, "-c", call],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MOLEX_CPU_TILES": word, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1
+    assert f"MOLEX_CPU_TILES{'=amx' if word == 'amx' else ''}: {message}" in done.stderr

@@ -7,49 +7,11 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/common/tiles.h"
+#include "cpu/common/tile_blocks.h"
 
 namespace molex::merging {
 
-constexpr int64_t kSide = 16;             // rows of a tile
-constexpr int64_t kDeep = 32;             // bf16 of a tile's row, which are terms of a product
-constexpr int64_t kTile = kSide * kDeep;  // bf16 of a tile
-constexpr int64_t kArea = kSide * kSide;  // floats of a tile
-constexpr int64_t kMembers = 8;           // segments whose weights are merged in registers
-
-// Tiles of terms that are multiplied at a time: two rows of them stay in the first-level cache.
-constexpr int64_t kBlock = 16;
-
-inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-// Writes up to 16 rows of up to 32 bf16 as one tile.
-MOLEX_INLINE void copy_tile(
-    const uint16_t* from, int64_t stride, int64_t rows, int64_t columns, uint16_t* to) {
-  if (rows < kSide || columns < kDeep) std::memset(to, 0, kTile * sizeof(uint16_t));
-  const int64_t height = std::min(rows, kSide), width = std::min(columns, kDeep);
-  for (int64_t r = 0; r < height; ++r) {
-    std::memcpy(to + r * kDeep, from + r * stride, width * sizeof(uint16_t));
-  }
-}
-
-// Writes up to 32 rows of up to 16 bf16 with two rows interleaved: number (i, j) of the tile is the pair
-// of elements (2 i, j) and (2 i + 1, j).
-MOLEX_INLINE void pair_tile(
-    const uint16_t* from, int64_t stride, int64_t rows, int64_t columns, uint32_t* to) {
-  if (rows < kDeep || columns < kSide) std::memset(to, 0, kTile * sizeof(uint16_t));
-  const int64_t height = std::min(rows, kDeep), width = std::min(columns, kSide);
-  for (int64_t r = 0; r < height; r += 2) {
-    const uint16_t *even = from + r * stride, *odd = even + stride;
-    uint32_t* const pairs = to + r / 2 * kSide;
-    if (r + 1 == height) {
-      for (int64_t i = 0; i < width; ++i) pairs[i] = even[i];
-    } else if (width == kSide) {
-      for (int64_t i = 0; i < kSide; ++i) pairs[i] = even[i] | static_cast<uint32_t>(odd[i]) << 16;
-    } else {
-      for (int64_t i = 0; i < width; ++i) pairs[i] = even[i] | static_cast<uint32_t>(odd[i]) << 16;
-    }
-  }
-}
+constexpr int64_t kMembers = 8;  // segments whose weights are merged in registers
 
 // How a matrix [rows, columns] becomes tiles. Sums run over the columns in kRows and kTurned, over the rows
 // in kPairs and kTurnedPairs; the tiles of one sum lie one after the other. The turned ones are transposed.
@@ -65,18 +27,19 @@ inline constexpr auto pack = tiled(
     [](auto, Packing packing, const uint16_t* from, int64_t rows, int64_t columns, uint16_t* to)
         MOLEX_LAMBDA_INLINE {
           alignas(64) uint32_t made[kArea];
+          const Matrix matrix = matrix_of(const_cast<uint16_t*>(from), ScalarType::BFloat16, rows, columns);
           if (packing == Packing::kRows || packing == Packing::kTurned) {
             for (int64_t r = 0; r < rows; r += kSide) {
               for (int64_t c = 0; c < columns; c += kDeep, to += kTile) {
                 uint16_t* const tile = packing == Packing::kRows ? to : reinterpret_cast<uint16_t*>(made);
-                copy_tile(from + r * columns + c, columns, rows - r, columns - c, tile);
+                tile_of_rows(matrix, r, c, tile);
                 if (packing == Packing::kTurned) turn_16(made, kSide, to, kSide);
               }
             }
           } else {
             for (int64_t c = 0; c < columns; c += kSide) {
               for (int64_t r = 0; r < rows; r += kDeep, to += kTile) {
-                pair_tile(from + r * columns + c, columns, rows - r, columns - c, made);
+                pair_rows(matrix, r, c, made);
                 if (packing == Packing::kTurnedPairs) {
                   turn_16(made, kSide, to, kSide);
                 } else {
@@ -246,43 +209,6 @@ struct Strip {
   bool add;
 };
 
-template <int ROWS, int COLUMNS, class Tiles>
-MOLEX_INLINE void multiply_tiles(Tiles& tiles, const Strip& g) {
-  const int64_t bytes = g.c_stride * sizeof(float);
-  constexpr int64_t kRowBytes = kDeep * sizeof(uint16_t);
-  float* const c[] = {g.c, g.c + g.c_column, g.c + g.c_row, g.c + g.c_row + g.c_column};
-  if (g.add) {
-    tiles.template load<0>(c[0], bytes);
-    if constexpr (COLUMNS > 1) tiles.template load<1>(c[1], bytes);
-    if constexpr (ROWS > 1) tiles.template load<2>(c[2], bytes);
-    if constexpr (ROWS > 1 && COLUMNS > 1) tiles.template load<3>(c[3], bytes);
-  } else {
-    tiles.template zero<0>();
-    if constexpr (COLUMNS > 1) tiles.template zero<1>();
-    if constexpr (ROWS > 1) tiles.template zero<2>();
-    if constexpr (ROWS > 1 && COLUMNS > 1) tiles.template zero<3>();
-  }
-  const uint16_t *a = g.a, *b = g.b;
-  for (int64_t k = 0; k < g.depth; ++k, a += kTile, b += kTile) {
-    tiles.template load<6>(b, kRowBytes);
-    tiles.template load<4>(a, kRowBytes);
-    tiles.template dot<0, 4, 6>();
-    if constexpr (COLUMNS > 1) {
-      tiles.template load<7>(b + g.b_row, kRowBytes);
-      tiles.template dot<1, 4, 7>();
-    }
-    if constexpr (ROWS > 1) {
-      tiles.template load<5>(a + g.a_row, kRowBytes);
-      tiles.template dot<2, 5, 6>();
-    }
-    if constexpr (ROWS > 1 && COLUMNS > 1) tiles.template dot<3, 5, 7>();
-  }
-  tiles.template store<0>(c[0], bytes);
-  if constexpr (COLUMNS > 1) tiles.template store<1>(c[1], bytes);
-  if constexpr (ROWS > 1) tiles.template store<2>(c[2], bytes);
-  if constexpr (ROWS > 1 && COLUMNS > 1) tiles.template store<3>(c[3], bytes);
-}
-
 // `rows` rows of tiles times `columns` others. The two of the shorter side stay in the cache.
 template <class Tiles>
 MOLEX_INLINE void multiply_strip(Tiles& tiles, const Strip& g, int64_t rows, int64_t columns, bool a_stays) {
@@ -290,14 +216,14 @@ MOLEX_INLINE void multiply_strip(Tiles& tiles, const Strip& g, int64_t rows, int
   for (int64_t i = 0; i < outer; i += 2) {
     for (int64_t j = 0; j < inner; j += 2) {
       const int64_t row = a_stays ? i : j, column = a_stays ? j : i;
-      Strip one = g;
-      one.a += row * g.a_row, one.b += column * g.b_row;
-      one.c += row * g.c_row + column * g.c_column;
+      const Left left{g.a + row * g.a_row, g.a_row, kDeep, kTile};
+      const Right right{g.b + column * g.b_row, g.b_row};
+      const Sums sums{g.c + row * g.c_row + column * g.c_column, g.c_row, g.c_column, g.c_stride};
       const bool two_rows = row + 1 < rows, two_columns = column + 1 < columns;
-      if (two_rows && two_columns) multiply_tiles<2, 2>(tiles, one);
-      if (two_rows && !two_columns) multiply_tiles<2, 1>(tiles, one);
-      if (!two_rows && two_columns) multiply_tiles<1, 2>(tiles, one);
-      if (!two_rows && !two_columns) multiply_tiles<1, 1>(tiles, one);
+      if (two_rows && two_columns) multiply_tiles<2, 2>(tiles, left, right, sums, g.depth, g.add);
+      if (two_rows && !two_columns) multiply_tiles<2, 1>(tiles, left, right, sums, g.depth, g.add);
+      if (!two_rows && two_columns) multiply_tiles<1, 2>(tiles, left, right, sums, g.depth, g.add);
+      if (!two_rows && !two_columns) multiply_tiles<1, 1>(tiles, left, right, sums, g.depth, g.add);
     }
   }
 }
