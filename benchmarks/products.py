@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +40,9 @@ def native(dtype: torch.dtype) -> bool:
 
 
 def path(facts: Mapping[str, Any]) -> str | None:
-    """Which products the extension takes, of the facts of `molex_kernels.env`; None if unsaid."""
-    found = next(_named("products", facts), None)
-    if found is None and (tiles := next(_named("tiles", facts), None)):
-        found = {"tiles": tiles}
-    if isinstance(found, Mapping):
-        return ", ".join(f"{name} {value}" for name, value in found.items()) or None
-    return str(found) if found else None
-
-
-def _named(name: str, facts: Mapping[str, Any]) -> Iterator[Any]:
-    """Every fact of this name, at whatever depth."""
-    if name in facts:
-        yield facts[name]
-    for value in facts.values():
-        if isinstance(value, Mapping):
-            yield from _named(name, value)
+    """Which tiles the extension multiplies on, of `molex_kernels.env`'s facts; None if unsaid."""
+    tiles = facts["extension"].get("tiles")
+    return f"tiles {tiles}" if tiles else None
 
 
 def _flags() -> frozenset[str]:

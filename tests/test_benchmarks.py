@@ -446,9 +446,8 @@ def test_products_of_16_bits_are_named(monkeypatch: Any):
 
 def test_the_extensions_products_are_read_where_they_are_said():
     assert products.path({"extension": {"operators": "cpu:x"}}) is None
-    assert products.path({"cpu": {}, "extension": {"products": "amx", "tiles": "x"}}) == "amx"
-    assert products.path({"cpu": {}, "extension": {"tiles": "amx"}}) == "tiles amx"
-    assert products.path({"products": {"bf16": "amx", "fp16": "fp32"}}) == "bf16 amx, fp16 fp32"
+    assert products.path({"extension": {"tiles": "amx"}}) == "tiles amx"
+    assert products.path({"extension": {"tiles": ""}}) is None
 
 
 def test_ceilings_are_said_by_dtype():
