@@ -226,9 +226,12 @@ def test_factors_come_back_from_a_folder(generator, tmp_path):
     save_file(factors, tmp_path / "curvature.safetensors")
     loaded = type(model).from_pretrained(tmp_path)
     install_merged_experts(loaded, segment=SEGMENT)
-    assert not torch.equal(loaded(tokens).logits, expected)  # the class knows of no factors
+    # Products of fp32 differ in their last bits with the alignment of the weights in memory.
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    fresh = loaded(tokens).logits
+    assert not torch.allclose(fresh, expected, **close)  # the class knows of no factors
     loaded.load_state_dict(load_file(tmp_path / "curvature.safetensors"), strict=False)
-    torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loaded(tokens).logits, expected, **close)
 
 
 def test_adapters_of_peft_and_text(generator):

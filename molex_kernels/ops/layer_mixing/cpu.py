@@ -73,8 +73,11 @@ def layer_linear_backward(given: Any) -> Tensors:
 
 def _input_gradient(given: Any, x: Tensor, dy: Tensor) -> Tensor:
     """Of x [G, T, D], or [T, D] where all branches share it: then a sum in fp32."""
+    layers = _layers(given.index, given.weights)
     dx = x.new_empty(x.shape, dtype=torch.float32 if given.shared else None)
-    for g, layer in enumerate(_layers(given.index, given.weights)):
+    if not layers:
+        dx.zero_()  # no branch writes what all of them share
+    for g, layer in enumerate(layers):
         weight = _one(given.weights, layer, 3).to(x.dtype)
         into = dx if given.shared else dx[g]
         first = not given.shared or g == 0
