@@ -159,7 +159,8 @@ def test_it_is_saved_and_loaded_with_the_model(kind, head, generator, tmp_path):
     assert not torch.equal(again(**inputs).logits, want)
     saved = load_file(tmp_path / "model.safetensors")
     again.load_state_dict(saved, strict=False)
-    assert torch.equal(again(**inputs).logits, want)
+    # Products of fp32 differ in their last bits with the alignment of the weights in memory.
+    torch.testing.assert_close(again(**inputs).logits, want, rtol=1e-5, atol=1e-5)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(**inputs).logits, want)
         assert uninstall(twin)
