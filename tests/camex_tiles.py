@@ -1,6 +1,6 @@
-"""camex_linear in bf16 on the CPU's matrix tiles, emulated where MOLEX_CPU_TILES=emulated.
+"""camex_linear in bf16 on the CPU's matrix tiles.
 
-Run by test_cpu_tiles.py in a process of its own, since the library reads the variable once.
+Run by test_cpu_tiles.py in a process of its own with MOLEX_CPU_TILES, since the library reads the variable once.
 Prints a JSON object: a digest of results, and by check what fails, or null.
 """
 

@@ -1,7 +1,7 @@
-"""Experts and grouped GEMM in bf16 on the CPU's matrix tiles, emulated.
+"""Experts and grouped GEMM in bf16 on the CPU's matrix tiles.
 
-Run by test_cpu_tiles.py in a process of its own with MOLEX_CPU_TILES=emulated, since the library
-reads the variable once. Prints a JSON object: a digest of results, and what fails, by check.
+Run by test_cpu_tiles.py in a process of its own with MOLEX_CPU_TILES, since the library reads the
+variable once. Prints a JSON object: a digest of results, and what fails, by check.
 """
 
 from __future__ import annotations

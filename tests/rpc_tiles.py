@@ -1,7 +1,7 @@
-"""rpc_attention in bf16 on the matrix tiles of a CPU, emulated by MOLEX_CPU_TILES=emulated.
+"""rpc_attention in bf16 on the matrix tiles of a CPU.
 
-Run by test_cpu_tiles.py in a process of its own, since the library reads the variable once. Prints
-a JSON object: a digest of results, and by check what fails, or null.
+Run by test_cpu_tiles.py in a process of its own with MOLEX_CPU_TILES, since the library reads the
+variable once. Prints a JSON object: a digest of results, and by check what fails, or null.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import json
 import os
 import subprocess
@@ -25,10 +27,22 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def emulated() -> dict[str, Any]:
-    """What each script prints where tiles are emulated; they run side by side."""
-    environment = {**os.environ, "MOLEX_CPU_TILES": "emulated", "PYTHONPATH": str(ROOT)}
+def _has_amx() -> bool:
+    """Whether the processor has AMX and Linux permits it."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists() or "amx_bf16" not in info.read_text():
+        return False
+    arch_prctl, request, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
+
+
+HAS_AMX = _has_amx()
+
+
+@functools.cache
+def results_on(tiles: str) -> dict[str, Any]:
+    """What each script prints with these tiles; they run side by side."""
+    environment = {**os.environ, "MOLEX_CPU_TILES": tiles, "PYTHONPATH": str(ROOT)}
     running = {
         script.__name__: subprocess.Popen(
             [sys.executable, str(script.__file__)],
@@ -44,35 +58,42 @@ def emulated() -> dict[str, Any]:
         out, err = process.communicate()
         assert process.returncode == 0, err
         found[name] = json.loads(out)
-        assert found[name]["tiles"] == "emulated"
+        assert found[name]["tiles"] == tiles
     return found
 
 
+@pytest.mark.parametrize("tiles", ["emulated", "amx"])
 @pytest.mark.parametrize(
     ("script", "check"), [(s.__name__, check) for s in SCRIPTS for check in s.CHECKS]
 )
-def test_on_emulated_tiles(script: str, check: str, emulated: dict[str, Any]):
-    failed = emulated[script]["failed"][check]
+def test_on_tiles(script: str, check: str, tiles: str):
+    if tiles == "amx" and not HAS_AMX:
+        pytest.skip("this processor has no AMX")
+    failed = results_on(tiles)[script]["failed"][check]
     assert failed is None, failed
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
-def test_without_tiles_other_code_runs(script: ModuleType, emulated: dict[str, Any]):
+def test_without_tiles_other_code_runs(script: ModuleType):
     if _extension.build_facts()["tiles"] != "none":
-        pytest.skip("tiles were asked for")
-    assert script.digest() != emulated[script.__name__]["digest"]
+        pytest.skip("this process has tiles")
+    assert script.digest() != results_on("emulated")[script.__name__]["digest"]
+
+
+@pytest.mark.skipif("MOLEX_CPU_TILES" in os.environ, reason="tiles were asked for")
+def test_amx_is_taken_where_it_is():
+    assert _extension.build_facts()["tiles"] == ("amx" if HAS_AMX else "none")
 
 
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("fast", "expected amx or emulated, or nothing, got fast"),
+        ("fast", "expected amx, none or emulated, or nothing, got fast"),
         ("amx", "this processor has no AMX"),
     ],
 )
 def test_another_word_is_refused(word: str, message: str):
-    info = Path("/proc/cpuinfo")
-    if word == "amx" and info.exists() and "amx_bf16" in info.read_text():
+    if word == "amx" and HAS_AMX:
         pytest.skip("this processor has AMX")
     call = "import torch, molex_kernels as m; k = torch.ones(1, 1, 2, 4).bfloat16(); "
     call += "m.rpc_attention(k, k, num_iters=1, lam=4.0, mu_width=4, impl='cpu')"

@@ -9,10 +9,10 @@
 //     ...
 //   });
 //
-// and runs on Intel's AMX where MOLEX_CPU_TILES=amx asks for it, the processor has it and Linux permits it,
-// or, where MOLEX_CPU_TILES=emulated does, on plain C++ that does the same. `tile_path()` says which of the
-// two runs, or that neither does; a body must not be called then. Before the first call a sample on AMX is
-// compared with plain C++.
+// and runs on Intel's AMX where the processor has it and Linux permits it, or, where
+// MOLEX_CPU_TILES=emulated asks for it, on plain C++ that does the same. `tile_path()` says which of the two
+// runs, or that neither does; a body must not be called then. Before the first call a sample on AMX is
+// compared with plain C++; where it is wrong, or with MOLEX_CPU_TILES=none, nothing runs on tiles.
 
 #pragma once
 
@@ -37,7 +37,8 @@
 
 namespace molex {
 
-enum class TilePath { kNone, kAmx, kEmulated };
+// kWrong: the processor's AMX gives other results than the emulation, and is not used.
+enum class TilePath { kNone, kWrong, kAmx, kEmulated };
 
 #if defined(MOLEX_AMX)
 inline bool amx_is_permitted() {
@@ -251,18 +252,23 @@ inline TilePath tile_path() {
   static const TilePath path = [] {
     const char* asked = std::getenv("MOLEX_CPU_TILES");
     const std::string_view value = asked ? asked : "";
-    STD_TORCH_CHECK(value.empty() || value == "amx" || value == "emulated",
-                    "MOLEX_CPU_TILES: expected amx or emulated, or nothing, got ",
+    STD_TORCH_CHECK(value.empty() || value == "amx" || value == "none" || value == "emulated",
+                    "MOLEX_CPU_TILES: expected amx, none or emulated, or nothing, got ",
                     asked);
     if (value == "emulated") return TilePath::kEmulated;
-    if (value != "amx") return TilePath::kNone;
-    STD_TORCH_CHECK(amx_is_permitted(),
-                    "MOLEX_CPU_TILES=amx: this processor has no AMX, or the system does not permit it");
-    STD_TORCH_CHECK(amx_is_right(), "MOLEX_CPU_TILES=amx: a sample on this processor's AMX is wrong");
-    return TilePath::kAmx;
+    if (value == "none") return TilePath::kNone;
+    const bool is_there = amx_is_permitted(), is_right = is_there && amx_is_right();
+    if (value == "amx") {
+      STD_TORCH_CHECK(is_there,
+                      "MOLEX_CPU_TILES=amx: this processor has no AMX, or the system does not permit it");
+      STD_TORCH_CHECK(is_right, "MOLEX_CPU_TILES=amx: a sample on this processor's AMX is wrong");
+    }
+    return is_right ? TilePath::kAmx : is_there ? TilePath::kWrong : TilePath::kNone;
   }();
   return path;
 }
+
+inline bool has_tiles() { return tile_path() == TilePath::kAmx || tile_path() == TilePath::kEmulated; }
 
 inline const char* tile_path_name() {
   switch (tile_path()) {
@@ -270,6 +276,8 @@ inline const char* tile_path_name() {
       return "amx";
     case TilePath::kEmulated:
       return "emulated";
+    case TilePath::kWrong:
+      return "none: a sample on this processor's AMX is wrong";
     default:
       return "none";
   }
@@ -277,7 +285,7 @@ inline const char* tile_path_name() {
 
 // Whether products of this dtype run on tiles.
 inline bool on_tiles(torch::headeronly::ScalarType dtype) {
-  return dtype == torch::headeronly::ScalarType::BFloat16 && tile_path() != TilePath::kNone;
+  return dtype == torch::headeronly::ScalarType::BFloat16 && has_tiles();
 }
 
 template <class Body>

@@ -227,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> camex_linear_bwd(const Tensor
   }
   const bool weighs = needs[1] || needs[2] || needs[3];
   float* const to_gates = needs[3] ? dgates.mutable_data_ptr<float>() : nullptr;
-  if (x.scalar_type() == ScalarType::BFloat16 && molex::tile_path() != molex::TilePath::kNone) {
+  if (x.scalar_type() == ScalarType::BFloat16 && molex::has_tiles()) {
     const Tensor rows = torch::stable::contiguous(x), start = torch::stable::contiguous(base);
     const Tensor from = torch::stable::contiguous(deltas);
     const std::vector<float> gate = molex::floats_of(gates);

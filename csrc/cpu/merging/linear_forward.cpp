@@ -59,8 +59,7 @@ Tensor camex_linear_fwd(const Tensor& x,
   const int64_t segments = x.size(0), tokens = x.size(1), width = x.size(2), columns = base.size(0);
   const int64_t count = deltas.size(0), size = columns * width;
   Tensor y = molex::new_result(x, {segments, tokens, columns});
-  if (x.scalar_type() == ScalarType::BFloat16 && y.numel() > 0 && width > 0 &&
-      molex::tile_path() != molex::TilePath::kNone) {
+  if (x.scalar_type() == ScalarType::BFloat16 && y.numel() > 0 && width > 0 && molex::has_tiles()) {
     forward_on_tiles(x, base, deltas, gates, bias, y);
     return y;
   }

@@ -178,7 +178,7 @@ def camex_linear(
     with T > 64, a GPU merges pieces of at most 48 MiB for several segments at once, and keeps dW in
     such pieces. Extra memory does not grow with S beyond that, but for a partial sum per segment
     and tile of the gates' gradient and, in fp16 and bf16 on a CPU, for x and dy in fp32 during the
-    backward pass. On matrix tiles (bf16, MOLEX_CPU_TILES=amx) there are packed copies in bf16 in
+    backward pass. On matrix tiles (bf16, Intel's AMX) there are packed copies in bf16 in
     their place, of x also in the forward pass.
 
     One op for a family: no curvature and no mask is soft merging of task vectors, "ties" adds the
