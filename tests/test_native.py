@@ -297,6 +297,28 @@ def test_losses_of_any_size(masked, tokens, experts, generator):
             torch.testing.assert_close(own.double(), gradient, rtol=0, atol=share + rounding)
 
 
+# Rows in all tiles of the product of few rows, and one more than are few for the width of 81.
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 15])
+@pytest.mark.parametrize("columns", [1, 2, 35])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_few_rows_in_16_bits(dtype, columns, rows, generator):
+    """Weights with any strides, beside memory that is NaN."""
+    width, experts = 81, 3
+    x = torch.randn(rows, width, generator=generator).to(dtype)
+    bias = torch.randn(experts, columns, generator=generator).to(dtype)
+    wide = torch.full((experts, columns + 1, width + 5), torch.nan, dtype=dtype)
+    wide[:, :columns, :width] = torch.randn(experts, columns, width, generator=generator).to(dtype)
+    offsets = torch.tensor([0, rows, rows], dtype=torch.int32)
+    strided = wide[:, :columns, :width]
+    for weight in (strided, strided.mT.contiguous().mT, strided.contiguous()):
+        want = x.double() @ weight[1].double().mT + bias[1].double()
+        y = mk.grouped_gemm(x, weight, offsets, bias=bias, impl="cpu")
+        # Sums in fp32, rounded once.
+        ulp, sums = torch.finfo(dtype).eps / 2, x.double().abs() @ weight[1].double().abs().mT
+        allowed = ulp * want.abs() + 4 * torch.finfo(torch.float32).eps * (sums + bias[1].abs())
+        assert ((y.double() - want).abs() <= allowed).all()
+
+
 def _resident() -> int:
     """Bytes in use: what earlier tests freed would hide what is kept."""
     gc.collect()

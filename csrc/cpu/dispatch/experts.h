@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/common/few_rows.h"
 #include "cpu/common/tile_product.h"
 
 namespace molex {
@@ -99,11 +100,8 @@ class Weights {
   // The expert's matrix as products read it: its own memory, or a copy in `scratch` if it has to be converted
   // to fp32.
   Matrix of(int64_t expert, const Matrix& scratch) const {
+    if (!converts()) return at(expert);
     const int64_t first = expert * strides_[0];
-    if (!converts()) {
-      char* data = static_cast<char*>(const_cast<void*>(source_.data)) + first * size_of(source_.dtype);
-      return {data, source_.dtype, rows_, columns_, strides_[1], strides_[2]};
-    }
     // A matrix that is stored by columns is copied by columns.
     const bool by_columns = strides_[1] == 1 && strides_[2] != 1;
     const int64_t lines = by_columns ? columns_ : rows_, length = by_columns ? rows_ : columns_;
@@ -121,11 +119,24 @@ class Weights {
     return by_columns ? copy.transposed() : copy;
   }
 
+  // out = a w^T, with the expert's matrix w. Few rows are multiplied by 16 bits as they lie, without a copy
+  // of the matrix.
+  void multiply_by(const Matrix& out, const Matrix& a, int64_t expert, const Matrix& scratch) const {
+    if (converts() && are_few(a.rows, a.columns) && strides_[2] == 1) return multiply_few(out, a, at(expert));
+    multiply(out, a, of(expert, scratch).transposed());
+  }
+
   Matrix scratch(Arena& arena) const {
     return converts() ? arena.matrix(rows_, columns_, ScalarType::Float) : Matrix{};
   }
 
  private:
+  Matrix at(int64_t expert) const {
+    char* data = static_cast<char*>(const_cast<void*>(source_.data));
+    data += expert * strides_[0] * size_of(source_.dtype);
+    return {data, source_.dtype, rows_, columns_, strides_[1], strides_[2]};
+  }
+
   Source source_;
   ScalarType products_;
   int64_t rows_, columns_, strides_[3];

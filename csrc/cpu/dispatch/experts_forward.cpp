@@ -65,7 +65,7 @@ void run_experts(const Layer& layer,
       const Matrix products =
           keeps_products ? molex::matrix_of(kept.data, dtype, plan.rows, outer).band(piece.first, rows)
                          : spare.band(0, rows);
-      multiply(products, gathered.band(0, rows), up.of(piece.expert, up_scratch).transposed());
+      up.multiply_by(products, gathered.band(0, rows), piece.expert, up_scratch);
       const float* bias = b_up ? molex::read(b_up, piece.expert * outer, outer, bias_scratch) : nullptr;
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = (piece.first + r) * outer;
@@ -78,7 +78,7 @@ void run_experts(const Layer& layer,
       }
 
       const Matrix out = packs_products ? packed.band(piece.first, rows) : result.band(0, rows);
-      multiply(out, acted.band(0, rows), down.of(piece.expert, down_scratch).transposed());
+      down.multiply_by(out, acted.band(0, rows), piece.expert, down_scratch);
       if (!b_down && packs_products) continue;
       bias = b_down ? molex::read(b_down, piece.expert * width, width, down_bias_scratch) : nullptr;
       for (int64_t r = 0; r < rows; ++r) {

@@ -40,13 +40,14 @@ class Bench {
   std::optional<molex::TileProduct> tiles;
 };
 
-// out = a b, on tiles or through fp32 if the product is of another dtype; adds the bias to each row.
-void product(const Matrix& out, const Matrix& a, const Matrix& b, Bench& bench, const float* bias) {
-  if (bench.tiles) return (*bench.tiles)(out, a, b, bias);
+// A product that `multiply` writes to a matrix, fp32 if products are of another dtype than `out`, rounded to
+// `out`; adds the bias to each row.
+template <class Multiply>
+void round_product(const Matrix& out, const Bench& bench, const float* bias, const Multiply& multiply) {
   const Matrix& fp32 = bench.out;
   const bool converts = fp32.data != nullptr;
   const Matrix made = converts ? molex::matrix_of(fp32.data, fp32.dtype, out.rows, out.columns) : out;
-  multiply(made, a, b);
+  multiply(made);
   if (!converts && !bias) return;
   std::vector<float> scratch(out.columns);
   for (int64_t r = 0; r < out.rows; ++r) {
@@ -55,6 +56,12 @@ void product(const Matrix& out, const Matrix& a, const Matrix& b, Bench& bench, 
     if (bias) molex::add(row, bias, out.columns);
     molex::write(out.target(), at, out.columns, row);
   }
+}
+
+// out = a b.
+void product(const Matrix& out, const Matrix& a, const Matrix& b, Bench& bench) {
+  if (bench.tiles) return (*bench.tiles)(out, a, b);
+  round_product(out, bench, nullptr, [&](const Matrix& made) { multiply(made, a, b); });
 }
 
 Tensor grouped_gemm_fwd(const Tensor& x,
@@ -80,12 +87,17 @@ Tensor grouped_gemm_fwd(const Tensor& x,
     for (int64_t task = next(); task < tasks; task = next()) {
       const auto& [expert, first, rows] = pieces[task / cuts];
       const molex::Columns part(task % cuts, cuts, columns);
-      product(
-          out.band(first, rows).some_columns(part.first, part.count),
-          from.band(first, rows, bench.in),
-          weights.of(expert, bench.weight).band(part.first, part.count).transposed(),
-          bench,
-          biases ? molex::read(biases, expert * columns + part.first, part.count, scratch.data()) : nullptr);
+      const float* const added =
+          biases ? molex::read(biases, expert * columns + part.first, part.count, scratch.data()) : nullptr;
+      const Matrix to = out.band(first, rows), a = from.band(first, rows, bench.in);
+      if (bench.tiles) {
+        const Matrix weight = weights.of(expert, {}).band(part.first, part.count);
+        (*bench.tiles)(to.some_columns(part.first, part.count), a, weight.transposed(), added);
+      } else {
+        round_product(to, bench, added, [&, e = expert](const Matrix& made) {
+          weights.multiply_by(made, a, e, bench.weight);
+        });
+      }
     }
   };
   molex::share(tasks, work, !on_tiles);
@@ -144,14 +156,12 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd(
         product(to_x.band(first, rows),
                 upstream.band(first, rows, bench.in),
                 weights.of(expert, bench.weight),
-                bench,
-                nullptr);
+                bench);
       } else if (kind == Kind::kWeight) {
         product(molex::matrix_of(dweight, expert, columns, width).band(first, rows),
                 upstream.band(start, count, bench.in).transposed().band(first, rows),
                 from.band(start, count, other.in),
-                bench,
-                nullptr);
+                bench);
       } else {
         molex::sum_rows(
             upstream.band(start, count, bench.in), nullptr, molex::target_of(dbias), expert * columns);
