@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import DEVICE
 from dispatch import GRADIENTS, IMPLS, SIZES, draw, with_gradients
 
+from molex_kernels import _extension
 from molex_kernels.ops.dispatch.api import grouped_gemm, moe_mlp
 from molex_kernels.ops.dispatch.module import MoEMLP
 from molex_kernels.ops.dispatch.types import ACTIVATIONS, ClampedSwiGLU, activation_of
@@ -325,7 +326,12 @@ def test_second_derivatives_are_refused(impl, generator):
     ("dtype", "most"), [(torch.bfloat16, 2e-3), (torch.float16, 2.5e-4)], ids=str
 )
 def test_a_cpu_rounds_once_without_a_gradient(dtype, most, transposed):
-    """A rounding to bf16 costs 1.7e-3 of the norm and one to fp16 2.1e-4."""
+    """A rounding to bf16 costs 1.7e-3 of the norm and one to fp16 2.1e-4.
+
+    Matrix tiles take bf16, so the activated values are rounded, too.
+    """
+    on_tiles = dtype == torch.bfloat16 and not _extension.build_facts()["tiles"].startswith("none")
+    most *= 1.5 if on_tiles else 1
     generator = torch.Generator().manual_seed(0)
     inputs = draw(generator, 256, 128, 128, 8, 4, gated=True, dtype=dtype)
     inputs = {name: value.cpu() for name, value in inputs.items()}
