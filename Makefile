@@ -125,7 +125,7 @@ sanitize: $(READY)
 		$(PY_PATH) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(PY_PATH) -m pytest -q -p no:cacheprovider \
-		tests/test_native.py tests/test_contract.py -k "native or (cpu and (budget or strided))"
+		tests/test_native.py tests/test_cpu_tiles.py tests/test_contract.py -k "native or tiles or (cpu and (budget or strided))"
 
 # All of a GPU machine but the GPU: its versions in a venv of their own (several GB, made once), in a copy
 # of the tree. Triton 3.6 cannot interpret with its numpy, so no interpreted kernels are tested.

@@ -29,6 +29,8 @@ TORCH_TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
 # Nobody reads errno or floating-point traps, and both forbid vectorising a square root or a choice.
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall"]
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
+# Clang compiles for one level of x86-64, GCC for all of them. This one has AVX2.
+CLANG_LEVEL = "-march=x86-64-v3"
 # Vectors are only passed to functions that are inlined: no ABI is involved.
 CXX_FLAGS += ["-Wno-psabi"]
 # Python's own flags ask for debug information, which would be nine tenths of the library.
@@ -120,17 +122,30 @@ def torch_misfit() -> str | None:
 def compiler_misfit() -> str | None:
     """Why the C++ compiler cannot be used, as far as that is known before anything is compiled."""
     compiler = cpp_extension.get_cxx_compiler()
-    ask = [*shlex.split(compiler), "-dM", "-E", "-x", "c++", os.devnull]
     try:
-        answer = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+        defined = macros(compiler)
     except (OSError, subprocess.CalledProcessError) as error:
         return f"there is no working C++ compiler (set CXX to one): {error}"
-    defined = dict(re.findall(r"#define (__GNUC__|__clang_major__) (\d+)", answer))
     name, oldest = ("clang", 14) if "__clang_major__" in defined else ("GCC", 11)
     version = int(defined.get("__clang_major__") or defined.get("__GNUC__") or 0)
     if version >= oldest:
         return None
     return f"expected GCC 11 or clang 14 or later (set CXX), got {compiler}: {name} {version}"
+
+
+def macros(compiler: str) -> dict[str, str]:
+    """What the compiler defines before it reads anything."""
+    ask = [*shlex.split(compiler), "-dM", "-E", "-x", "c++", os.devnull]
+    answer = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+    return dict(re.findall(r"#define (\w+) (\d+)", answer))
+
+
+def level_flags() -> list[str]:
+    """The level of x86-64 for a compiler that has to be told one, and was not."""
+    compiler = cpp_extension.get_cxx_compiler()
+    needs_one = {"__clang_major__", "__x86_64__"} <= macros(compiler).keys()
+    told = "-march" in f"{compiler} {os.environ.get('CFLAGS')} {os.environ.get('CXXFLAGS')}"
+    return [CLANG_LEVEL] if needs_one and not told else []
 
 
 def without_cuda() -> str | None:
@@ -185,7 +200,7 @@ def write_facts(path: Path, facts: dict[str, str]) -> None:
 def extension(no_cuda: str | None, facts: Path) -> Extension:
     cuda = no_cuda is None
     kernels = sources("csrc/cpu/*/*.cpp", *(["csrc/cuda/*/*.cu"] if cuda else []))
-    flags = CXX_FLAGS + (SANITIZE if SANITIZED else NO_DEBUG)
+    flags = CXX_FLAGS + level_flags() + (SANITIZE if SANITIZED else NO_DEBUG)
     nvcc = ["-O3", "-std=c++20", "-lineinfo", "--threads=2", "-DUSE_CUDA"]
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)

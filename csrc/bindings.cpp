@@ -47,6 +47,21 @@ PyModuleDef definition = {
     nullptr,
 };
 
+// Where the compiler makes code for one level of x86-64 only, a processor below it cannot run any.
+bool runs_here() {
+#if defined(__x86_64__) && defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512f");
+#elif defined(__x86_64__) && defined(__AVX2__)
+  return __builtin_cpu_supports("avx2");
+#else
+  return true;
+#endif
+}
+
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit__C() {
+  if (runs_here()) return PyModule_Create(&definition);
+  PyErr_SetString(PyExc_ImportError, "it was compiled for vectors that this processor does not have");
+  return nullptr;
+}

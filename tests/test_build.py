@@ -19,7 +19,8 @@ FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "C
 WITHOUT = "MOLEX_EXTENSION=0 pip install --no-build-isolation ."
 WITHOUT_CUDA = "MOLEX_CUDA=0 pip install --no-build-isolation ."
 # What the build reads from the environment.
-READ = ("MOLEX_EXTENSION", "MOLEX_CUDA", "MOLEX_SANITIZE", "CXX", "CC", "CUDA_HOME", "CUDA_PATH")
+READ = ("MOLEX_EXTENSION", "MOLEX_CUDA", "MOLEX_SANITIZE", "CXX", "CC", "CFLAGS", "CXXFLAGS")
+READ += ("CUDA_HOME", "CUDA_PATH")
 
 # Runs setup.py with a torch that says of itself what the test needs it to say.
 PRETEND = """
@@ -215,6 +216,20 @@ def test_a_compiler_that_cannot_be_used_is_an_error(tree: Path, compiler, reason
     program = _program(tree / "compiler", compiler)
     run = _setup(tree, "build_ext", "--inplace", CXX=str(program))
     _fails(run, reason, WITHOUT)
+
+
+@pytest.mark.parametrize(("asked", "level"), [("", True), ("-march=x86-64-v2", False)])
+def test_clang_is_told_a_level_of_x86_64(tree: Path, asked, level):
+    """A compiler that says it is clang; GCC stands behind it."""
+    compiler = shutil.which("g++")
+    program = f"""case "$*" in
+        *-dM*) echo '#define __clang_major__ 18'; echo '#define __x86_64__ 1';;
+        *) exec {compiler} "$@";;
+    esac"""
+    cxx = str(_program(tree / "compiler", program))
+    _succeeds(_setup(tree, "build_ext", "--inplace", MOLEX_CUDA="0", CXX=cxx, CFLAGS=asked))
+    (flags,) = _python(tree, FACTS.replace("without_cuda", "cxx_flags"))
+    assert ("-march=x86-64-v3" in flags) == level
 
 
 def test_no_compiler_is_an_error(tree: Path):

@@ -42,7 +42,7 @@ template <class Registers>
 constexpr bool converts_halves(Registers) {
 #if defined(MOLEX_SEVERAL)
   return Registers::kLanes >= 8;
-#elif defined(__F16C__) && defined(__GNUC__) && !defined(__clang__)
+#elif defined(__F16C__) && defined(__GNUC__)
   return true;
 #else
   return false;
@@ -63,6 +63,20 @@ MOLEX_INLINE void narrow_halves(const float* from, c10::Half* to) {
   constexpr int kToNearestEven = 0;
   const HalfBits bits = __builtin_ia32_vcvtps2ph256(load<kHalves>(from), kToNearestEven);
   __builtin_memcpy(to, &bits, sizeof(bits));
+}
+#elif defined(__F16C__) && defined(__clang__)
+constexpr int kHalves = 8;
+typedef _Float16 Halves __attribute__((vector_size(kHalves * sizeof(_Float16))));
+
+MOLEX_INLINE void widen_halves(const c10::Half* from, float* to) {
+  Halves x;
+  __builtin_memcpy(&x, from, sizeof(x));
+  store(to, __builtin_convertvector(x, Floats<kHalves>));
+}
+
+MOLEX_INLINE void narrow_halves(const float* from, c10::Half* to) {
+  const Halves x = __builtin_convertvector(load<kHalves>(from), Halves);
+  __builtin_memcpy(to, &x, sizeof(x));
 }
 #else
 constexpr int kHalves = 1;
