@@ -1,7 +1,7 @@
 """camex_linear in bf16 on the CPU's matrix tiles.
 
-Run by test_cpu_tiles.py in a process of its own with MOLEX_CPU_TILES, since the library reads the variable once.
-Prints a JSON object: a digest of results, and by check what fails, or null.
+Run by test_cpu_tiles.py in a process of its own with MOLEX_CPU_TILES, since the library reads the
+variable once. Prints a JSON object: a digest of results, and by check what fails, or null.
 """
 
 from __future__ import annotations
