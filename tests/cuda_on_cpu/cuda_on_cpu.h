@@ -69,6 +69,8 @@ inline void wait_copies() {
 }
 
 float shuffle_xor(float x, int lanes);
+int uniform(int x);
+inline uint32_t uniform(uint32_t x) { return static_cast<uint32_t>(uniform(static_cast<int>(x))); }
 void load_matrices(uint32_t (&r)[4], const void* row);
 void load_matrices_transposed(uint32_t (&r)[4], const void* row);
 void multiply_half(float* c, const uint32_t* a, const uint32_t* b);
@@ -137,6 +139,7 @@ inline float larger(float x, float y) { return std::fmax(x, y); }
 inline float with_sign(float x, float y) {
   return as_float(std::bit_cast<uint32_t>(x) | (std::bit_cast<uint32_t>(y) & 0x80000000u));
 }
+inline uint32_t append_sign(uint32_t word, float x) { return word << 1 | std::bit_cast<uint32_t>(x) >> 31; }
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
 
 struct Grid {

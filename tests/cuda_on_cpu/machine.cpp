@@ -335,6 +335,15 @@ float shuffle_xor(float x, int lanes) {
   return mine.value;
 }
 
+int uniform(int x) {
+  together(x, [](int** all) {
+    for (int i = 1; i < kLanes; ++i) {
+      if (*all[i] != *all[0]) fail("uniform: the lanes of a warp differ");
+    }
+  });
+  return x;
+}
+
 void load_matrices(uint32_t (&r)[4], const void* row) {
   Rows mine{row, r};
   together(mine, [](Rows** all) { read_matrices<false>(all); });

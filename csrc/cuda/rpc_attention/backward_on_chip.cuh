@@ -9,8 +9,8 @@
 // multiprocessor: one multiplies while the other computes what lies between iterations. Of more rows it is
 // two groups that take turns at the tensor cores.
 //
-// Budget: 255 registers; of those that do not suffice, up to 56 bytes of a thread are stored for each
-// iteration, outside of the loops over tiles, and with q up to 172, which are loaded inside of them, too.
+// Budget: 255 registers, without spills. What a warp shares (its head and rows, where operands stand) is said
+// to be `uniform`, so that no lane keeps it.
 // Shared memory, in bytes, for R rows of the head and r of the block: (3 R, with q 4 R) 2 D + 8 r D + 12 R.
 // Dropout is left to gradient.cuh: its words would take registers from the products.
 
@@ -57,9 +57,12 @@ struct BackwardOnChipLaunch {
   BackwardOnChip<E, D, Groups, HasQ> plan;
 };
 
-// The sides of the threshold of a lane's elements of 16 rows, a bit for each.
+// The sides of the threshold of a lane's elements of 16 rows, a bit for each: the first element's is the
+// highest.
 struct SidesOfRows {
   uint32_t outside, positive, negative;
+
+  MOLEX_DEVICE static uint32_t bit(int n, int e) { return 0x80000000u >> (4 * n + e); }
 };
 
 // This lane's elements of a warp's rows of a matrix, of which `first_row` is the first and `width` the width;
@@ -126,19 +129,24 @@ MOLEX_DEVICE void rebuild_keys(float (&keys)[D / 8][4],
     }
     low_ranks += p.all_heads() * p.length * p.width;
   }
+  static_assert(D / 8 * 4 == 32);  // elements, as bits
   sides = {0, 0, 0};
+  uint32_t inside = 0;
   MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
     MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
       const float2 pair = unpack<E>(packed[n][e / 2]);
-      const float k = e % 2 ? pair.y : pair.x, l = low_rank[n][e], dual = u[n][e];
+      const float k = e % 2 ? pair.y : pair.x, l = low_rank[n][e], dual = u[n][e], a = k - l + dual;
       keys[n][e] = soft_threshold(k, l, dual, bound[e / 2]).key;
-      const int8_t where = side(k - l + dual, bound[e / 2]);
-      const uint32_t bit = 1u << (4 * n + e);
-      if (where != kInside) sides.outside |= bit;
-      if (where == 1) sides.positive |= bit;
-      if (where == -1) sides.negative |= bit;
+      inside = device::append_sign(inside, device::absolute(a) - bound[e / 2]);
+      // a is never -0: equal numbers differ by +0.
+      sides.negative = device::append_sign(sides.negative, a);
+      sides.positive = device::append_sign(sides.positive, 0.0f - a);
     }
   }
+  // Words, not what the compiler could keep instead: a register for each element.
+  sides.outside = device::opaque(~inside);
+  sides.negative = device::opaque(sides.negative & ~inside);
+  sides.positive = device::opaque(sides.positive & ~inside);
 }
 
 // Sends numbers of this warp's rows from `row` on, which the lanes that have column 0 hold, to the same place
@@ -167,9 +175,9 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
   const Backward& b = s.b;
   const Problem& p = b.problem;
   const Plan& plan = s.plan;
-  const int64_t own_head = device::block() / plan.cluster;
-  const int rank = device::block() - static_cast<int>(own_head) * plan.cluster;
-  const int group = warp() / 4, first = rank * Plan::kRows, own_row = first + 16 * warp();
+  const int own_head = device::uniform(device::block() / plan.cluster);
+  const int rank = device::block() - own_head * plan.cluster, own_warp = device::uniform(warp());
+  const int group = own_warp / 4, first = rank * Plan::kRows, own_row = first + 16 * own_warp;
 
   E* keys = reinterpret_cast<E*>(device::shared());
   E* values = keys + plan.rows * D;
@@ -178,11 +186,11 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
   Softmax* softmax = reinterpret_cast<Softmax*>(d_out + (HasQ ? 2 : 1) * plan.rows * D);
   float* deltas = reinterpret_cast<float*>(softmax + plan.rows);
   // This thread's, 16 bytes behind those of its warp's last one: gu, and gu + gk. Of the last iteration,
-  // which has no gu, there is gS in its place.
+  // which has no gu, there is -gS in its place.
   struct alignas(16) Four {
     float of[4];
   };
-  Four* duals = reinterpret_cast<Four*>(deltas + plan.rows) + D / 4 * kWarp * warp() + lane();
+  Four* duals = reinterpret_cast<Four*>(deltas + plan.rows) + D / 4 * kWarp * own_warp + lane();
   Four* sums = duals + D / 8 * kWarp;
 
   In::load(values, p, p.v, own_head, 0, plan.rows);
@@ -211,7 +219,7 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
     load_own_rows<D>(extra, from, b.grad_sparse.row, p.width, real);
   }
   MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
-    duals[n * kWarp] = {extra[n][0], extra[n][1], extra[n][2], extra[n][3]};
+    duals[n * kWarp] = {-extra[n][0], -extra[n][1], -extra[n][2], -extra[n][3]};
     sums[n * kWarp] = {};
   }
 
@@ -219,8 +227,8 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
     const bool is_first = t == 0, is_last = t + 1 == p.iterations;
     const int64_t rows = p.all_heads() * p.length;
     // Addresses are not kept over the iterations: their registers are the products'.
-    const int64_t head = device::opaque(own_head);
-    const int row = device::opaque(own_row);
+    const int64_t head = device::uniform(own_head);
+    const int row = device::uniform(own_row);
     SidesOfRows sides;
     device::wait_cluster();  // until every block has started, and read what the later iteration had
     if (is_last) {
@@ -253,25 +261,31 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
 
     OwnRows mine;
     MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-      mine.softmax[i] = real[i] ? softmax[row + lane_row() + 8 * i] : Softmax{0.0f, 0.0f};
-      mine.delta[i] = real[i] ? deltas[row + lane_row() + 8 * i] : 0.0f;
+      const int at = row + lane_row() + 8 * i;
+      mine.set(i, real[i] ? softmax[at] : Softmax{0.0f, 0.0f}, real[i] ? deltas[at] : 0.0f);
     }
     MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
       MOLEX_UNROLL for (int e = 0; e < 4; ++e) grad_keys[n][e] = 0.0f;
     }
+    // Where the products' operands stand, and the group's rows of them.
+    const uint32_t bytes = plan.rows * D * static_cast<int>(sizeof(E));
+    const uint32_t keys_at = device::uniform(device::shared_address(keys)), values_at = keys_at + bytes;
+    const uint32_t d_out_at = values_at + bytes, queries_at = HasQ ? d_out_at + bytes : keys_at;
+    const int group_row = first + 64 * group;
     // The group's tile of `N` columns from `other` on. Its weights outlive it: products read them later.
     using Operands = typename Fragments<E>::OperandA[kColumns / 16];
     Operands weights, differences;
-    const auto add_tile = [&]<int N>(int other) {
+    const auto add_tile = [&]<int N>(int first_other) {
+      const int other = device::uniform(first_other);
       using Scores = float[1][N / 8][4];
       // c = a b^T of rows of the head, and c += a b.
-      const auto multiply_nt = [&](Scores& c, const E* a, const E* of_b) {
+      const auto multiply_nt = [&](Scores& c, uint32_t a, uint32_t of_b) {
         MOLEX_UNROLL for (int k = 0; k < D; k += 16) {
-          const device::Matrix left = In::by_columns(a, first + 64 * group, k);
+          const device::Matrix left = In::by_columns(a, group_row, k);
           device::multiply_nt<E, N>(c[0], left, In::by_columns(of_b, other, k), k > 0);
         }
       };
-      const auto multiply_nn = [&](float (&c)[D / 8][4], const Operands& a, const E* of_b) {
+      const auto multiply_nn = [&](float (&c)[D / 8][4], const Operands& a, uint32_t of_b) {
         MOLEX_UNROLL for (int step = 0; step < N / 16; ++step) {
           device::multiply_nn<E, D>(c, a[step].r, In::by_rows(of_b, other + 16 * step), true);
         }
@@ -298,25 +312,25 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
       if (Groups > 1) device::wait_turn(group);
       device::fence_products();
       if constexpr (HasQ) {
-        multiply_nt(z, queries, keys);
-        multiply_nt(dz, d_out, values);
+        multiply_nt(z, queries_at, keys_at);
+        multiply_nt(dz, d_out_at, values_at);
         device::commit_products();
         device::wait_products<0>(z[0], dz[0], grad_keys, grad_values, grad_queries);
         query(dz, z);
         convert(differences, dz);
         device::fence_products();
-        multiply_nn(grad_queries, differences, keys);
-        multiply_nt(z, keys, queries);
-        multiply_nt(dz, values, d_out);
+        multiply_nn(grad_queries, differences, keys_at);
+        multiply_nt(z, keys_at, queries_at);
+        multiply_nt(dz, values_at, d_out_at);
         device::commit_products();
         device::wait_products<0>(z[0], dz[0], grad_queries);
         if (Groups > 1 && (group == 0 || other + N < p.length)) device::give_turn(1 - group);
         key(dz, z, dz);
       } else {
         Scores dp;
-        multiply_nt(z, keys, keys);
-        multiply_nt(dz, d_out, values);
-        multiply_nt(dp, values, d_out);
+        multiply_nt(z, keys_at, keys_at);
+        multiply_nt(dz, d_out_at, values_at);
+        multiply_nt(dp, values_at, d_out_at);
         device::commit_products();
         device::wait_products<0>(z[0], dz[0], dp[0], grad_keys, grad_values);
         if (Groups > 1 && (group == 0 || other + N < p.length)) device::give_turn(1 - group);
@@ -327,8 +341,8 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
       convert(differences, dz);
       device::fence_products();
       // They are under way while the next tile's scores are multiplied.
-      multiply_nn(grad_values, weights, d_out);
-      multiply_nn(grad_keys, differences, queries);
+      multiply_nn(grad_values, weights, d_out_at);
+      multiply_nn(grad_keys, differences, queries_at);
       device::commit_products();
     };
     if (Groups > 1 && group == 1) device::give_turn(0);
@@ -340,21 +354,28 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
     if (!is_first) device::arrive_cluster();
 
     float of_iteration[2] = {0.0f, 0.0f};  // which another one's may cancel exactly
-    MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
-      Four carried = duals[n * kWarp], sum = sums[n * kWarp];
-      MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
-        const uint32_t bit = 1u << (4 * n + e);
-        const float product = real[e / 2] ? grad_keys[n][e] * p.scale : 0.0f;
-        const float dual = is_last ? 0.0f : carried.of[e], more = is_last ? carried.of[e] : 0.0f;
-        const StepBack step = step_back(product, dual, more, sides.outside & bit, is_first);
-        if (sides.positive & bit) of_iteration[e / 2] -= step.threshold;
-        if (sides.negative & bit) of_iteration[e / 2] += step.threshold;
-        carried.of[e] = step.dual;
-        sum.of[e] += step.sum;
-        grad_keys[n][e] = is_first ? sum.of[e] : step.next;
+    const auto step_all = [&]<bool IsFirst>() {
+      MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
+        Four carried = duals[n * kWarp], sum = sums[n * kWarp];
+        MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
+          const uint32_t bit = SidesOfRows::bit(n, e);
+          const float product = real[e / 2] ? grad_keys[n][e] * p.scale : 0.0f;
+          const StepBack step = step_back(product, carried.of[e], sides.outside & bit, IsFirst, is_last);
+          if (sides.positive & bit) of_iteration[e / 2] -= step.threshold;
+          if (sides.negative & bit) of_iteration[e / 2] += step.threshold;
+          carried.of[e] = step.dual;
+          sum.of[e] += step.sum;
+          grad_keys[n][e] = IsFirst ? sum.of[e] : step.next;
+        }
+        if (IsFirst) continue;
+        duals[n * kWarp] = carried;
+        sums[n * kWarp] = sum;
       }
-      duals[n * kWarp] = carried;
-      sums[n * kWarp] = sum;
+    };
+    if (is_first) {
+      step_all.template operator()<true>();
+    } else {
+      step_all.template operator()<false>();
     }
     MOLEX_UNROLL for (int i = 0; i < 2; ++i) of_threshold[i] += of_iteration[i];
     if (!is_first) {
@@ -365,9 +386,10 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
     }
   }
 
+  const int row = device::opaque(own_row);
   E* staged = reinterpret_cast<E*>(duals - lane());
   device::sync_warp();  // all have read what is there
-  if (b.grad_k) store_tile<D>(p, static_cast<E*>(b.grad_k), own_head, own_row, grad_keys, staged);
+  if (b.grad_k) store_tile<D>(p, static_cast<E*>(b.grad_k), own_head, row, grad_keys, staged);
   MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
     MOLEX_UNROLL for (int e = 0; e < 4; ++e) {
       grad_values[n][e] = real[e / 2] ? grad_values[n][e] : 0.0f;
@@ -375,16 +397,16 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
     }
   }
   device::sync_warp();  // they use the same place
-  if (b.grad_v) store_tile<D>(p, static_cast<E*>(b.grad_v), own_head, own_row, grad_values, staged);
+  if (b.grad_v) store_tile<D>(p, static_cast<E*>(b.grad_v), own_head, row, grad_values, staged);
   if constexpr (HasQ) {
     device::sync_warp();
-    if (b.grad_q) store_tile<D>(p, static_cast<E*>(b.grad_q), own_head, own_row, grad_queries, staged);
+    if (b.grad_q) store_tile<D>(p, static_cast<E*>(b.grad_q), own_head, row, grad_queries, staged);
   }
   if (!b.grad_threshold) return;
   MOLEX_UNROLL for (int i = 0; i < 2; ++i) of_threshold[i] = row_sum(of_threshold[i]);
   if (p.threshold_row) {
     MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
-      const int mine = own_row + lane_row() + 8 * i;
+      const int mine = row + lane_row() + 8 * i;
       if (lane_column() == 0 && mine < p.length)
         b.grad_threshold[own_head * p.length + mine] = of_threshold[i];
     }
@@ -393,10 +415,10 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
   // The sum of all rows', in a fixed order; nothing reads D any more.
   device::arrive_cluster();
   device::wait_cluster();
-  publish_numbers(deltas, of_threshold, own_row, rank, plan.cluster);
+  publish_numbers(deltas, of_threshold, row, rank, plan.cluster);
   device::arrive_cluster();
   device::wait_cluster();
-  if (rank > 0 || warp() > 0) return;
+  if (rank > 0 || own_warp > 0) return;
   float sum = 0.0f;
   for (int i = lane(); i < plan.rows; i += kWarp) sum += deltas[i];
   MOLEX_UNROLL for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += device::shuffle_xor(sum, lanes);

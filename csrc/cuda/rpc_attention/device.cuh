@@ -91,12 +91,21 @@ MOLEX_DEVICE float multiply_add(float x, float y, float z) { return __fmaf_rn(x,
 MOLEX_DEVICE float with_sign(float x, float y) {
   return __uint_as_float(__float_as_uint(x) | (__float_as_uint(y) & 0x80000000u));
 }
+// The bits behind the first one of `word`, and behind them the sign of x.
+MOLEX_DEVICE uint32_t append_sign(uint32_t word, float x) {
+  return __funnelshift_l(__float_as_uint(x), word, 1);
+}
 // x * y, rounded before anything is added to it.
 MOLEX_DEVICE float multiply(float x, float y) { return __fmul_rn(x, y); }
 
 MOLEX_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 MOLEX_DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
+
+// Returns x, which all lanes of the warp have to share, so that the compiler knows that they do: it is kept,
+// and computed with, once for the warp. As with `opaque`, that is not done ahead of a loop.
+MOLEX_DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+MOLEX_DEVICE uint32_t uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 MOLEX_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

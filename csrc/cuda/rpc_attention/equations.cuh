@@ -33,7 +33,8 @@ MOLEX_DEVICE int8_t side(float a, float bound) {
   return a > 0.0f ? 1 : (a < 0.0f ? -1 : 0);
 }
 
-// What an iteration leaves of the gradients of an element, from x = gK~, gu, and gS = `more` of the last one.
+// What an iteration leaves of the gradients of an element, from x = gK~ and `carried`: gu, or of the last
+// iteration, which has no gu, -gS.
 //   ga = gS - gu - x outside the threshold, else 0 ;  gk += gu + x + ga ;  gu' = gu - x + ga ;  gL' = -ga
 // `sum` is what gk + gu gains: gu contains -x of the later iteration, which gk would otherwise have to add
 // and subtract again. Outside the threshold ga contains -x; the sums are written so that it is never added
@@ -41,11 +42,13 @@ MOLEX_DEVICE int8_t side(float a, float bound) {
 struct StepBack {
   float threshold, sum, dual, next;  // ga, the gain, gu', and G' = gL' - gu'
 };
-MOLEX_DEVICE StepBack step_back(float x, float dual, float more, bool outside, bool is_first) {
+MOLEX_DEVICE StepBack step_back(float x, float carried, bool outside, bool is_first, bool is_last) {
+  const float dual = is_last ? 0.0f : carried, more = is_last ? -carried : 0.0f;  // gu, gS
   StepBack step;
-  step.threshold = outside ? more - dual - x : 0.0f;
-  step.sum = is_first ? (outside ? more - dual : x) : (outside ? 2.0f * (more - x) - dual : dual);
-  step.dual = outside ? more - 2.0f * x : dual - x;
+  step.threshold = outside ? -carried - x : 0.0f;
+  const float gain = outside ? device::multiply_add(-2.0f, x, more - carried) : dual;
+  step.sum = is_first ? (outside ? -carried : x) : gain;
+  step.dual = device::multiply_add(outside ? -2.0f : -1.0f, x, outside ? more : dual);
   step.next = -step.threshold - step.dual;
   return step;
 }

@@ -33,6 +33,13 @@ struct BackwardTile {
 struct OwnRows {
   Softmax softmax[2];
   float delta[2];
+  float shift[2];  // what a softmax's inverse times D is
+
+  MOLEX_DEVICE void set(int i, const Softmax& of, float inner) {
+    softmax[i] = of;
+    delta[i] = inner;
+    shift[i] = of.inverse * inner;
+  }
 };
 
 // Row j is a query of keys i: dz = dZ_ji, from z and dp = dP_ji.
@@ -53,7 +60,7 @@ MOLEX_DEVICE void as_query(float (&dz)[1][N][4],
       const float delta = own.delta[e / 2], power = exponential<E>(z[0][n][e], scale2, softmax.origin);
       float value;
       if constexpr (sizeof(E) == 2 && !Drops) {
-        value = power * device::multiply_add(dp[0][n][e], softmax.inverse, -softmax.inverse * delta);
+        value = power * device::multiply_add(dp[0][n][e], softmax.inverse, -own.shift[e / 2]);
       } else {
         // The product is rounded first, so that the difference is 0 if D is this very product.
         const float kept = Drops ? device::multiply(dp[0][n][e], keeps(j, i)) : dp[0][n][e];
@@ -162,13 +169,13 @@ MOLEX_DEVICE void finish(const BackwardLaunch<E>& s,
       float* of_values = grad_values[n] + 2 * i;
       if (!real) of_values[0] = of_values[1] = 0.0f;
       carry(s, s.v + place, of_values[0], of_values[1]);
-      float2 dual = {0.0f, 0.0f}, extra = {0.0f, 0.0f};
+      float2 carried = {0.0f, 0.0f};
       if (!is_last) {
-        dual = load_pair(s.dual + place);
+        carried = load_pair(s.dual + place);
       } else if (b.grad_sparse.data && real) {
         const float* from = head_of<float>(p, b.grad_sparse, head) + mine * b.grad_sparse.row + column;
-        if (column < p.width) extra.x = from[0];
-        if (column + 1 < p.width) extra.y = from[1];
+        if (column < p.width) carried.x = -from[0];
+        if (column + 1 < p.width) carried.y = -from[1];
       }
       const Sides sides = load_sides(s.sides + place);
       Sides beside = sides;  // of the other one of the last two iterations
@@ -179,8 +186,7 @@ MOLEX_DEVICE void finish(const BackwardLaunch<E>& s,
         const float product = of_own[c];
         const int8_t where = sides.of[c];
         const bool outside = where != kInside;
-        const StepBack step =
-            step_back(product, c ? dual.y : dual.x, c ? extra.y : extra.x, outside, is_first);
+        const StepBack step = step_back(product, c ? carried.y : carried.x, outside, is_first, is_last);
         float term = step.threshold;
         if constexpr (kSumsInner<E>) {
           // The ga of the last two iterations add up to the difference of their products if they are on the
@@ -290,8 +296,7 @@ void rpc_backward_iteration(MOLEX_PARAMS BackwardLaunch<E> s) {
     OwnRows own;
     MOLEX_UNROLL for (int i = 0; i < 2; ++i) {
       const int mine = row + lane_row() + 8 * i;
-      own.softmax[i] = of.softmax[mine];
-      own.delta[i] = kInner ? centers[i] : of.delta[mine];
+      own.set(i, of.softmax[mine], kInner ? centers[i] : of.delta[mine]);
     }
     return own;
   };

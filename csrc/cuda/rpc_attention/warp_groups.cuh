@@ -22,13 +22,19 @@ struct Cores {
   static constexpr int kAcross = kCore * sizeof(E), kDown = D / 8 * kAcross;  // bytes to the neighbours
 
   // The elements of 16 columns from `column` on and all rows from `row` on, to be summed over the columns,
+  MOLEX_DEVICE static device::Matrix by_columns(uint32_t address, int row, int column) {
+    const device::Matrix rows = device::moved(device::matrix(address, kAcross, kDown), row * (kDown / 8));
+    return device::moved(rows, column / 8 * kAcross);
+  }
   MOLEX_DEVICE static device::Matrix by_columns(const E* cores, int row, int column) {
-    return device::moved(device::matrix(device::shared_address(cores), kAcross, kDown),
-                         row / 8 * kDown + column / 8 * kAcross);
+    return by_columns(device::shared_address(cores), row, column);
   }
   // and of 16 rows from `row` on and all columns, to be summed over the rows.
+  MOLEX_DEVICE static device::Matrix by_rows(uint32_t address, int row) {
+    return device::moved(device::matrix(address, kDown, kAcross), row * (kDown / 8));
+  }
   MOLEX_DEVICE static device::Matrix by_rows(const E* cores, int row) {
-    return device::moved(device::matrix(device::shared_address(cores), kDown, kAcross), row / 8 * kDown);
+    return by_rows(device::shared_address(cores), row);
   }
 
   // Rows [first, first + rows) of a head's matrix, zeros where a token or a column does not exist:

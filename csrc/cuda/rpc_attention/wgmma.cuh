@@ -23,8 +23,10 @@ MOLEX_DEVICE Matrix matrix(uint32_t address, int along_k, int across) {
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(along_k >> 4) << 16 |
          static_cast<uint64_t>(across >> 4) << 32;
 }
-// The same, so many bytes further.
-MOLEX_DEVICE Matrix moved(Matrix m, int bytes) { return m + static_cast<uint64_t>(bytes >> 4); }
+// The same, so many bytes further. Of the two words only the lower one changes: the other is a constant.
+MOLEX_DEVICE Matrix moved(Matrix m, int bytes) {
+  return (m & ~uint64_t{0xffffffffu}) | (static_cast<uint32_t>(m) + static_cast<uint32_t>(bytes >> 4));
+}
 
 }  // namespace molex::device
 
