@@ -317,6 +317,22 @@ def test_a_threshold_for_a_head_is_one_for_each_row(
     assert ((of_head["threshold"] - sums).abs() <= 1e-6 * terms).all()
 
 
+@pytest.mark.parametrize("form", [{}, ITERATED], ids=["on_chip", "iterated"])
+def test_at_a_threshold_of_0_a_0_has_no_sign(
+    library: Library, form: dict[str, int], generator: torch.Generator
+):
+    """But it is outside of the threshold: its S is a."""
+    call = _make(5, 40, BFLOAT, generator)
+    assert library.gradient_is_on_chip(call, **form) == (form == {})
+    call.k[..., ::2] = 0.0
+    call.threshold.zero_()
+    upstream = torch.zeros_like(call.v), torch.ones(call.k.shape)
+    call.num_iters = 1
+    got = library.backward(call, library.forward(call, **form), *upstream, **form)
+    assert torch.equal(got["threshold"], -call.k.sign().float().sum(-1))
+    assert torch.equal(got["k"], torch.ones_like(call.k))
+
+
 def test_scores_keep_every_bit(library: Library, generator: torch.Generator):
     """Two numbers of TF32 hold 23 bits of this one, and a row's largest score is its square's."""
     call = _make(37, 16, FLOAT, generator, n=1)
