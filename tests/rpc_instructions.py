@@ -1,4 +1,4 @@
-"""Instructions that RPC attention's CUDA kernels execute for one head on sm_90, by commit.
+"""Instructions that RPC attention's CUDA kernels execute for one head on sm_90a, by commit.
 
     python tests/rpc_instructions.py COMMIT... [--tokens 197] [--width 64] [--iterations 4]
 
@@ -85,9 +85,6 @@ def count(tree: Path, options: argparse.Namespace) -> None:
         folder = Path(name)
         path = recorder(tree, folder)
         library = rpc_cuda.Library(path)
-        # Products by warp groups are of sm_90a, which nothing is compiled for here.
-        if hasattr(library, "without_warp_groups"):
-            library.without_warp_groups().__enter__()
         result = library.forward(call)
         library.backward(call, result, draw(), None)
         launches = recorded(path)
@@ -161,7 +158,7 @@ def compiled(tree: Path, folder: Path, kernels: set[str]) -> dict[str, str]:
     source = folder / "kernels.cu"
     source.write_text("\n".join(['#include "cuda/rpc_attention/launch.cuh"', *instances, ""]))
     cubin = folder / "kernels.cubin"
-    command = ["nvcc", "-std=c++20", "-O3", f"-I{tree / 'csrc'}", "-arch=sm_90", "-cubin"]
+    command = ["nvcc", "-std=c++20", "-O3", f"-I{tree / 'csrc'}", "-arch=sm_90a", "-cubin"]
     subprocess.run([*command, source, "-o", cubin], check=True)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     text = subprocess.run([tool, "-c", cubin], check=True, capture_output=True, text=True).stdout

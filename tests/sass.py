@@ -1,8 +1,8 @@
 """Counts the instructions that one warp executes of a kernel, by following lane 0 through its SASS.
 
 Integers, predicates and branches are computed as the hardware does; global memory is read where the
-parameters point, shared memory reads as 0, and nothing is stored. So a count is exact where control
-flow follows from the parameters alone, and lane 0 stands for its warp.
+parameters point, shared memory reads as 0, and of what is stored only a thread's own is kept. So a
+count is exact where control flow follows from the parameters alone, and lane 0 stands for its warp.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ COMPARE = {
 JOIN = {"AND": lambda a, b: a and b, "OR": lambda a, b: a or b, "XOR": lambda a, b: a != b}
 # Without a result that control flow could depend on, or with one that is 0 here.
 SILENT = set(
-    """BAR BREAK BSSY BSYNC CCTL CGAERRBAR DEPBAR ERRBAR F2F F2FP HMMA LDGDEPBAR LDGSTS LDS LDSM
-    MEMBAR NOP ST STAS STG STS UCGABAR_ARV UCGABAR_WAIT WARPSYNC YIELD""".split()  # noqa: SIM905
+    """BAR BREAK BSSY BSYNC CCTL CGAERRBAR DEPBAR ERRBAR F2F F2FP FENCE HGMMA HMMA LDGDEPBAR LDGSTS
+    LDS LDSM MEMBAR NOP ST STAS STG STS UCGABAR_ARV UCGABAR_WAIT WARPGROUP WARPSYNC
+    YIELD""".split()  # noqa: SIM905
 )
 
 
@@ -72,7 +73,7 @@ class Warp:
 
     def run(self, parameters: bytes, grid: Sequence[int], block: int, warp: int) -> Counter[str]:
         threads, blocks = grid
-        self.r, self.p = {}, {}
+        self.r, self.p, self.spilled = {}, {}, {}
         self.bank = bytearray(PARAMETERS) + parameters
         for place, value in ((0, threads), (4, 1), (8, 1), (12, blocks), (16, 1), (20, 1)):
             self.bank[place : place + 4] = value.to_bytes(4, "little")
@@ -222,6 +223,18 @@ def _(w, flags, name, o):
     w.put(o[0], int.from_bytes(raw, "little"), size // 4 or 1)
 
 
+@method("STL", "LDL")
+def _(w, flags, name, o):
+    place, value = o if name[0] == "STL" else reversed(o)
+    first = w.address(place.rpartition("[")[2])
+    words = 4 if "128" in flags else 2 if "64" in flags else 1
+    if name[0] == "STL":
+        w.spilled.update((first + 4 * i, w.value(value, i)) for i in range(words))
+    else:
+        x = sum(w.spilled.get(first + 4 * i, 0) << 32 * i for i in range(words))
+        w.put(value, x, words)
+
+
 @method("IADD3", "VIADD")
 def _(w, flags, name, o):
     result, carries, sources = _split(o)
@@ -351,6 +364,13 @@ def _(w, flags, name, o):
     read = w.value if "U32" in flags else (lambda t: signed(w.value(t)))
     a, b = read(o[1]), read(o[2])
     w.put(o[0], (min(a, b) if w.predicate(o[3]) else max(a, b)) & MASK)
+
+
+@method("VIADDMNMX")
+def _(w, flags, name, o):
+    read = (lambda x: x) if "U32" in flags else signed
+    a, b = read((w.value(o[1]) + w.value(o[2])) & MASK), read(w.value(o[3]))
+    w.put(o[0], (min(a, b) if w.predicate(o[4]) else max(a, b)) & MASK)
 
 
 @method("IABS")
