@@ -204,7 +204,7 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
   const Dropout keeps(p, own_head, false);
   const float scale2 = score_scale(p);
   const bool real[2] = {visible.exists(own_row + lane_row()), visible.exists(own_row + lane_row() + 8)};
-  float of_threshold[2] = {0.0f, 0.0f}, delta[2];
+  float of_threshold[2] = {0.0f, 0.0f}, delta[2] = {0.0f, 0.0f};
   float grad_keys[D / 8][4], grad_values[D / 8][4], grad_queries[D / 8][4];
   MOLEX_UNROLL for (int n = 0; n < D / 8; ++n) {
     MOLEX_UNROLL for (int e = 0; e < 4; ++e) grad_values[n][e] = grad_queries[n][e] = 0.0f;
@@ -230,8 +230,9 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
     const int64_t head = device::uniform(own_head);
     const int row = device::uniform(own_row);
     SidesOfRows sides;
+    const bool published = row < plan.rows;  // other rows may take part in products, but no result is used
     device::wait_cluster();  // until every block has started, and read what the later iteration had
-    if (is_last) {
+    if (is_last && published) {
       const E* mine = d_out + row * D + lane_row() * 8 + lane_column();
       float out[D / 8][4], rest[D / 8][4];
       const int64_t place = (head * p.length + row) * p.width;
@@ -243,7 +244,6 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
       inner_products<E, D>(
           delta, [&](int n, int i) { return load_pair(mine + (i * (D / 8) + n) * In::kCore); }, pair_of(out));
     }
-    const bool published = row < plan.rows;  // other rows may take part in products, but no result is used
     if (published && !is_last) In::publish(d_out, grad_keys, row, rank, plan.cluster);
     if (published) publish_numbers(deltas, delta, row, rank, plan.cluster);
     for (int i = device::thread(); i < plan.rows; i += Plan::kThreads) {
@@ -415,7 +415,7 @@ void rpc_backward_on_chip(MOLEX_PARAMS BackwardOnChipLaunch<E, D, Groups, HasQ> 
   // The sum of all rows', in a fixed order; nothing reads D any more.
   device::arrive_cluster();
   device::wait_cluster();
-  publish_numbers(deltas, of_threshold, row, rank, plan.cluster);
+  if (row < plan.rows) publish_numbers(deltas, of_threshold, row, rank, plan.cluster);
   device::arrive_cluster();
   device::wait_cluster();
   if (rank > 0 || own_warp > 0) return;
