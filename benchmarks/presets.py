@@ -111,9 +111,9 @@ PRESETS = {
             case_seconds=1.0,
             call_seconds=2.0,
             check_seconds=0.5,
-            text=TextPlan(seconds=800, max_steps=640, left_out=("nesterov", "robust", "euclidean")),
-            images=ImagesPlan(seconds=300, max_steps=400),
-            finetune=FinetunePlan(seconds=500, max_steps=64),
+            text=TextPlan(seconds=650, max_steps=640, left_out=("nesterov", "robust", "euclidean")),
+            images=ImagesPlan(seconds=650, max_steps=1200),
+            finetune=FinetunePlan(seconds=450, max_steps=64),
             limit_seconds=300,
         ),
         Preset(

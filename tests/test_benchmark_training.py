@@ -28,7 +28,7 @@ from benchmarks.end_to_end.verdict import T95, gain, verdict
 
 MEASURE = Measure(("clean",), "bits per character", 3, higher_is_better=False)
 METHODS = {
-    "plain": Method("plain", lambda _: 0.0, "learning rate", (0.1, 0.2, 0.4)),
+    "plain": Method("plain", lambda _: 0.0, "learning rate", (0.4, 0.1, 0.2)),
     "good": Method("good", lambda v: -v, "mu", (0.7, 0.9)),
     "none": Method("knobless", lambda _: 0.0),
     "other": Method("other", lambda v: v, "mu", (0.5,)),
