@@ -33,7 +33,7 @@ bench: $(READY)
 	$(PY) -m benchmarks --preset quick $(BENCH)
 
 # Small models on real text and images, and a fine-tune; what is not done after TRAIN_SECONDS is cut off.
-TRAIN_SECONDS ?= 600
+TRAIN_SECONDS ?= 1800
 bench-train: $(READY)
 	$(PY) -m benchmarks.end_to_end --preset quick --limit $(TRAIN_SECONDS)
 

@@ -9,33 +9,40 @@ import torch
 
 
 @dataclass(frozen=True)
-class TextPlan:
-    """The training run on text. `seconds` bounds the training of all variants and seeds."""
+class TrainingPlan:
+    """What every training run has. `seconds` bounds what all of it takes on an idle machine.
+
+    Without `tuning` all is trained with the first value of its knob alone.
+    """
 
     seconds: float
     max_steps: int
-    seeds: tuple[int, ...] = (0,)
-    batch: int = 8
-    context: int = 128
-    dim: int = 128
-    layers: int = 3
-    heads: int = 4
-    experts: int = 8
-    top_k: int = 2
-    hidden: int = 256
-    segment: int = 32  # tokens that share a merged expert
-    evaluations: int = 12
-    validation_bytes: int = 32768
-    step_seconds: float = 10.0
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tuning: bool = True
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class ImagesPlan:
-    """The training run on images. `seconds` bounds the training of all variants and seeds."""
+class TextPlan(TrainingPlan):
+    """The training run on text."""
 
-    seconds: float
-    max_steps: int = 400
-    seeds: tuple[int, ...] = (0, 1)
+    batch: int = 16
+    context: int = 32
+    dim: int = 8
+    layers: int = 3
+    heads: int = 2
+    experts: int = 4
+    top_k: int = 2
+    hidden: int = 16
+    segment: int = 8  # tokens that share a merged expert
+    test_characters: int = 16384
+    step_seconds: float = 8.0
+
+
+@dataclass(frozen=True)
+class ImagesPlan(TrainingPlan):
+    """The training run on images."""
+
     batch: int = 32
     dim: int = 32
     layers: int = 2
@@ -44,18 +51,15 @@ class ImagesPlan:
 
 
 @dataclass(frozen=True)
-class FinetunePlan:
-    """The fine-tune. `seconds` bounds the training of both variants and all seeds."""
+class FinetunePlan(TrainingPlan):
+    """The fine-tune."""
 
-    seconds: float
-    max_steps: int = 300
-    seeds: tuple[int, ...] = (0,)
     batch: int = 16
-    length: int = 32
+    length: int = 16
+    layers: int = 3
     packages: int = 6
-    per_package: int = 100
+    per_package: int = 150
     rank: int = 8
-    mixing: tuple[float, float] = (0.95, 0.05)
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,9 @@ PRESETS = {
             case_seconds=1.0,
             call_seconds=2.0,
             check_seconds=0.5,
-            text=TextPlan(seconds=32, max_steps=600, step_seconds=8),
-            images=ImagesPlan(seconds=16),
-            finetune=FinetunePlan(seconds=20),
+            text=TextPlan(seconds=800, max_steps=640, left_out=("nesterov", "robust", "euclidean")),
+            images=ImagesPlan(seconds=300, max_steps=400),
+            finetune=FinetunePlan(seconds=500, max_steps=64),
             limit_seconds=300,
         ),
         Preset(
@@ -126,23 +130,19 @@ PRESETS = {
             call_seconds=10.0,
             check_seconds=10.0,
             text=TextPlan(
-                seconds=1500,
-                max_steps=2000,
-                seeds=(0, 1, 2),
-                layers=4,
-                context=256,
+                seconds=7200,
+                max_steps=4000,
+                seeds=(0, 1, 2, 3, 4),
+                dim=32,
+                hidden=32,
+                heads=4,
+                context=64,
+                segment=16,
+                test_characters=1 << 17,
                 step_seconds=40,
             ),
-            images=ImagesPlan(
-                seconds=400,
-                max_steps=1500,
-                seeds=(0, 1, 2, 3, 4),
-                batch=64,
-                dim=48,
-                layers=3,
-                heads=3,
-            ),
-            finetune=FinetunePlan(seconds=400, seeds=(0, 1, 2), length=64, per_package=400),
+            images=ImagesPlan(seconds=1800, max_steps=2000, seeds=(0, 1, 2, 3, 4), dim=48, heads=3),
+            finetune=FinetunePlan(seconds=3600, max_steps=400, length=32, layers=6),
         ),
         Preset(
             name="gpu",
@@ -160,6 +160,8 @@ PRESETS = {
             text=TextPlan(
                 seconds=45,
                 max_steps=1000,
+                seeds=(0,),
+                tuning=False,
                 batch=64,
                 context=256,
                 dim=256,
@@ -167,11 +169,22 @@ PRESETS = {
                 heads=8,
                 experts=16,
                 hidden=512,
-                validation_bytes=1 << 18,
+                segment=32,
+                test_characters=1 << 18,
                 step_seconds=10,
             ),
-            images=ImagesPlan(seconds=15, dim=64, layers=4, heads=2),
-            finetune=FinetunePlan(seconds=20, length=128, per_package=400),
+            images=ImagesPlan(
+                seconds=15, max_steps=400, seeds=(0,), tuning=False, dim=64, layers=4
+            ),
+            finetune=FinetunePlan(
+                seconds=20,
+                max_steps=300,
+                seeds=(0,),
+                tuning=False,
+                length=128,
+                layers=6,
+                per_package=400,
+            ),
             needs_cuda=True,
             limit_seconds=500,
         ),

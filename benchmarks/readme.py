@@ -116,12 +116,13 @@ def _relative(path: Path, folder: Path) -> str:
 
 def _machine(path: Path, found: Results, folder: Path) -> Iterator[str]:
     where = _relative(path.parent, folder)
+    trained = ", and the training runs" if folders.latest_in(path.parent, "training") else ""
     yield f"### {_name(found)}"
     yield ""
     yield (
         f"{_origin(found)} Times as fast as `published` / as the fastest baseline of each shape: "
         "geometric means over the shapes of the run, measured side by side. Each baseline by "
-        "itself, and the training runs: "
+        f"itself{trained}: "
         f"[benchmarks/results/{path.parent.name}]({where}/README.md)."
     )
     yield ""

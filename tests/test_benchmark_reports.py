@@ -9,7 +9,6 @@ import json
 import math
 import random
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from benchmarks import (
     scaling,
     terminal,
 )
-from benchmarks.end_to_end import __main__ as training
 
 
 def test_a_wrong_row_is_shown_as_wrong():
@@ -258,30 +256,6 @@ def test_the_readme_shows_the_latest_run_of_each_machine(tmp_path: Path):
     assert (
         readme.replaced(whole, part) == f"before\n{readme.BEGIN}\n\n{part}\n{readme.END}\nafter\n"
     )
-
-
-def test_training_has_a_limit_and_a_report(tmp_path: Path, monkeypatch: Any):
-    machines = [path.parent for path, _ in readme.latest()]
-    stored = next(filter(None, (folders.latest_in(m, "training") for m in machines)))
-    kept = json.loads(stored.read_text())
-
-    def run(part: str, chosen: list[str], seconds: float) -> Any:
-        return (
-            (kept.get(part) | {"environment": runs.FACTS}, "") if seconds > 50 else (None, "late")
-        )
-
-    monkeypatch.setattr(training, "run", run)
-    argv = ["x", "--only", "text", "--out", str(tmp_path), "--limit"]
-    monkeypatch.setattr(sys, "argv", [*argv, "1"])
-    assert training.main() == 1
-    assert not [*tmp_path.iterdir()]
-    monkeypatch.setattr(sys, "argv", [*argv, "100"])
-    assert training.main() == 0
-    text = (tmp_path / "training.md").read_text()
-    for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
-        assert (tmp_path / name).stat().st_size > 1000
-    assert "text-curves.png" in text
-    assert json.loads((tmp_path / "training.json").read_text())["text"] == kept["text"]
 
 
 def _tables_are_even(text: str) -> None:

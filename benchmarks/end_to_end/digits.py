@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,17 +13,23 @@ CLASSES = 10
 NOISE = 0.3  # standard deviation; pixels are in [0, 1]
 OCCLUDED = 4  # side of the square that is blanked
 FGSM = 0.1  # how far the attack may move a pixel
-EVERY = 4  # every fourth image is held out
+EVERY = 4  # every fourth image is for the test, every eighth for validation
 
 
-@dataclass
+class Labelled(NamedTuple):
+    """Images [T, 8, 8] and their classes [T]."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
 class Digits:
-    """Images [T, 8, 8] in [0, 1] and their classes."""
+    """Images [T, 8, 8] in [0, 1] and their classes, to train on and held out."""
 
-    train: Tensor
-    train_labels: Tensor
-    test: Tensor
-    test_labels: Tensor
+    train: Labelled
+    validation: Labelled
+    test: Labelled
 
 
 def available() -> bool:
@@ -35,14 +42,16 @@ def available() -> bool:
 
 
 def load(device: torch.device) -> Digits:
-    """The bundled digits; every fourth is held out."""
+    """The bundled digits, split by their number."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
     images = torch.tensor(found.images, dtype=torch.float32, device=device) / 16
     labels = torch.tensor(found.target, dtype=torch.int64, device=device)
-    held_out = torch.arange(len(labels), device=device) % EVERY == 0
-    return Digits(images[~held_out], labels[~held_out], images[held_out], labels[held_out])
+    number = torch.arange(len(labels), device=device)
+    is_test, is_validation = number % EVERY == 0, number % (2 * EVERY) == 1
+    chosen = ~(is_test | is_validation), is_validation, is_test
+    return Digits(*(Labelled(images[some], labels[some]) for some in chosen))
 
 
 def noisy(images: Tensor) -> Tensor:

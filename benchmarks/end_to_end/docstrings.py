@@ -19,11 +19,12 @@ class Docstrings:
 
     packages: tuple[str, ...]
     train: list[tuple[str, int]]
+    validation: list[tuple[str, int]]
     test: list[tuple[str, int]]
 
 
 def load(num_packages: int, per_package: int) -> Docstrings:
-    """As many of each of the packages that have the most; a fifth is held out."""
+    """As many of each of the packages that have the most; a fifth validates, a fifth tests."""
     found: dict[str, list[str]] = {}
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
@@ -33,16 +34,17 @@ def load(num_packages: int, per_package: int) -> Docstrings:
         found.setdefault(parts[0], []).extend(_of(path))
     counts = Counter({name: len(set(texts)) for name, texts in found.items()})
     packages = tuple(sorted(name for name, _ in counts.most_common(num_packages)))
-    train, test = [], []
+    train, validation, test = [], [], []
     for label, name in enumerate(packages):
         texts = sorted(set(found[name]))
         random.Random(label).shuffle(texts)
         chosen = [(text, label) for text in texts[:per_package]]
         cut = len(chosen) // 5
         test += chosen[:cut]
-        train += chosen[cut:]
+        validation += chosen[cut : 2 * cut]
+        train += chosen[2 * cut :]
     random.Random(0).shuffle(train)
-    return Docstrings(packages, train, test)
+    return Docstrings(packages, train, validation, test)
 
 
 def _of(path: Path) -> list[str]:

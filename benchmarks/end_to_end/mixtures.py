@@ -47,8 +47,10 @@ class Routed(nn.Module):
     def __init__(self, plan: TextPlan, variant: Variant, index: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(plan.dim)
-        router = ACRouter if variant.adaptive and index > 0 else TopKRouter
-        self.router: ACRouter | TopKRouter = router(plan.dim, plan.experts, plan.top_k)
+        sizes = plan.dim, plan.experts, plan.top_k
+        self.router: ACRouter | TopKRouter = TopKRouter(*sizes)
+        if variant.clip is not None and index > 0:
+            self.router = ACRouter(*sizes, clip=variant.clip)
         self.experts = MoEMLP(plan.dim, plan.hidden, plan.experts, activation=ACTIVATION)
         self.rule: Rule | None = None
         self.before: Rule | None = None
@@ -132,7 +134,7 @@ class Merged(nn.Module):
     uniform, since its own would let it see what it is to predict.
     """
 
-    def __init__(self, plan: TextPlan, rank: int) -> None:
+    def __init__(self, plan: TextPlan, rank: int, alpha: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(plan.dim)
         self.experts = CAMExMLP(
@@ -141,6 +143,7 @@ class Merged(nn.Module):
             plan.experts - 1,
             activation=ACTIVATION,
             rank=rank,
+            alpha=alpha,
             segment=plan.segment,
             first="uniform",
             loss_coef=1.0,
@@ -174,6 +177,7 @@ def _published_linear(layer: CAMExLinear, x: Tensor) -> tuple[Tensor, Tensor]:
         layer.experts,
         causal,
         mask=layer.mask,
+        alpha=layer.alpha,
         **({} if curvature is None else curvature._asdict()),
     )
     return y.view(*x.shape[:2], y.shape[2]), cv_squared_loss(gates, load)
@@ -182,5 +186,5 @@ def _published_linear(layer: CAMExLinear, x: Tensor) -> tuple[Tensor, Tensor]:
 def mixture(plan: TextPlan, variant: Variant, index: int) -> Routed | Merged:
     """The mixture of block `index`, counted from 0."""
     if variant.merged is not None:
-        return Merged(plan, variant.merged)
+        return Merged(plan, variant.merged, variant.alpha)
     return Routed(plan, variant, index)

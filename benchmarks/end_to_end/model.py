@@ -1,4 +1,4 @@
-"""A small byte-level causal transformer whose feed-forward layers are mixtures of experts.
+"""A small causal transformer over characters whose feed-forward layers are mixtures of experts.
 
 Wiring. Every block is pre-LN and has a mixture. An adaptive-clustering router needs the previous
 mixture's routing (a token's cluster is its first previous expert), so the first block has a plain
@@ -10,6 +10,8 @@ mean cross-entropy plus a small balance loss per mixture.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,18 +20,22 @@ from benchmarks.end_to_end.mixtures import Merged, Passed, Routed, mixture
 from benchmarks.end_to_end.variants import Variant
 from benchmarks.presets import TextPlan
 
-VOCABULARY = 256
+VOCABULARY = 128
 BALANCE = 0.01
 
 
 def rotate(x: Tensor) -> Tensor:
     """Rotary positions: pairs of features of x [B, H, N, d] turn with the position."""
-    n, half = x.shape[2], x.shape[3] // 2
-    steps = torch.arange(half, device=x.device, dtype=torch.float32)
-    angles = torch.arange(n, device=x.device)[:, None] * 1000.0 ** (-steps / half)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cos, sin = _turns(x.shape[2], x.shape[3] // 2, x.device, x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+@functools.cache
+def _turns(n: int, half: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    steps = torch.arange(half, device=device, dtype=torch.float32)
+    angles = torch.arange(n, device=device)[:, None] * 1000.0 ** (-steps / half)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class Block(nn.Module):
@@ -55,7 +61,7 @@ class Block(nn.Module):
 
 
 class ByteTransformer(nn.Module):
-    """Next-byte prediction with rotary positions and tied embeddings."""
+    """Next-character prediction with rotary positions and tied embeddings."""
 
     def __init__(self, plan: TextPlan, variant: Variant) -> None:
         super().__init__()
@@ -65,7 +71,7 @@ class ByteTransformer(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """windows [B, N + 1] int64 -> (nats of each predicted byte [B, N], balance loss [])."""
+        """windows [B, N + 1] int64 -> (nats of each prediction [B, N], balance loss [])."""
         inputs, targets = windows[:, :-1], windows[:, 1:]
         x = self.embedding(inputs)
         passed, balance = Passed(), x.new_zeros((), dtype=torch.float32)

@@ -8,50 +8,38 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.end_to_end import images
-from benchmarks.figure import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    write,
-)
+from benchmarks.figure import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, write
 from benchmarks.formats import seconds
 
-VARIANT_COLOURS = (BLACK, VERMILION, BLUE, SKY, GREEN, ORANGE, PURPLE, GREY)
+COLOURS = (BLACK, VERMILION, BLUE, SKY, GREEN, ORANGE, PURPLE, GREY)
+TITLES = {"text": "Text", "images": "Images", "finetune": "Fine-tuning a pretrained encoder"}
 
 
 def draw(found: dict[str, Any], folder: Path) -> list[str]:
     """Writes every image there is data for; their names."""
-    names = []
+    names = [_curves(found[p], TITLES[p], folder / f"{p}-curves") for p in TITLES if p in found]
     if text := found.get("text"):
-        names.append(_curves(text, folder / "text-curves"))
         names.append(_steps(text, folder / "text-steps"))
-    if digits := found.get("images"):
-        names.append(_accuracies(digits, folder / "images"))
     return names
 
 
-def _curves(text: dict[str, Any], path: Path) -> str:
+def _curves(part: dict[str, Any], title: str, path: Path) -> str:
+    """Validation by step, every seed's; a method is shown as tuned."""
     figure, axis = plt.subplots(figsize=(7, 4.2))
-    markers = "osD^v"
-    seeds = sorted({run["seed"] for run in text["runs"]})
-    for run in text["runs"]:
-        marker = markers[seeds.index(run["seed"]) % len(markers)]
-        style = "-" if run["variant"] == text["base"] else "--"
-        colour, name = _colours(text)[run["variant"]], text["labels"][run["variant"]]
-        steps, bits = zip(*run["validation"], strict=True)
-        label = f"{name}, seed {run['seed']}: {run['final']:.3f}"
-        axis.plot(steps, bits, style, color=colour, marker=marker, markersize=3.5, label=label)
+    colours = _colours(part)
+    for name, value in part["chosen"].items():
+        label = part["labels"][name]
+        for run in part["runs"]:
+            if (run["variant"], run["value"]) == (name, value):
+                style = "-" if name == part["base"] else "--"
+                steps, scores = zip(*run["curve"], strict=True)
+                axis.plot(steps, scores, style, color=colours[name], marker="o", ms=3, label=label)
+                label = None
     axis.set_xlabel("step")
-    axis.set_ylabel("validation bits per byte, every eighth window")
-    axis.set_title("Byte-level transformer on the Python standard library", fontweight="bold")
+    axis.set_ylabel(f"validation, {part['measure']['unit']}")
+    axis.set_title(title, fontweight="bold")
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8, title="in the end, on all windows", title_fontsize=8)
+    axis.legend(frameon=False, fontsize=8)
     return write(figure, path)
 
 
@@ -84,22 +72,5 @@ def _steps(text: dict[str, Any], path: Path) -> str:
     return write(figure, path, bottom=0.12)
 
 
-def _accuracies(found: dict[str, Any], path: Path) -> str:
-    rows = images.summary(found)
-    width = 0.8 / len(rows)
-    figure, axis = plt.subplots(figsize=(7, 3.8))
-    for index, ((label, accuracies), colour) in enumerate(zip(rows, VARIANT_COLOURS, strict=False)):
-        places = [p + (index - (len(rows) - 1) / 2) * width for p in range(len(images.TESTS))]
-        means, errors = zip(*([100 * x for x in pair] for pair in accuracies.values()), strict=True)
-        axis.bar(places, means, 0.9 * width, yerr=errors, capsize=2, color=colour, label=label)
-    axis.set_xticks(range(len(images.TESTS)), images.TESTS)
-    axis.set_ylabel(f"% of {found['test']} held-out digits recognised")
-    axis.set_title("Vision transformer on handwritten digits", fontweight="bold")
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_axisbelow(True)
-    figure.legend(ncols=2, loc="lower center", frameon=False, fontsize=8)
-    return write(figure, path, bottom=0.13)
-
-
-def _colours(text: dict[str, Any]) -> dict[str, str]:
-    return dict(zip(text["labels"], itertools.cycle(VARIANT_COLOURS), strict=False))
+def _colours(part: dict[str, Any]) -> dict[str, str]:
+    return dict(zip(part["labels"], itertools.cycle(COLOURS), strict=False))

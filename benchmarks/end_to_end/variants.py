@@ -1,46 +1,53 @@
-"""The models that the text run trains side by side: one transformer, its mixtures varied."""
+"""The models that the text run trains: one transformer, its mixtures varied."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.end_to_end.study import Method
 from molex_kernels.ops.momentum.types import Adam, HeavyBall, Nesterov, RobustMomentum, Rule
 
-BASE = "plain"
+RATES = (3e-2, 1.5e-2, 6e-2)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One model. `adaptive`: adaptive-clustering routers.
+    """One model. `clip`: of adaptive-clustering routers; None: plain ones.
 
     `rules`: momentum, of the first mixture and of the others. `merged`: the experts are merged
-    segment by segment, with a curvature of this rank (0: none); None: they are routed to.
+    segment by segment, with a curvature of this rank (0: none) and a step of `alpha`; None: they
+    are routed to.
     """
 
-    name: str
-    label: str
-    adaptive: bool = False
+    clip: float | None = None
     rules: tuple[Rule, Rule] | None = None
     merged: int | None = None
+    alpha: float = 1.0
 
 
-def _momentum(name: str, label: str, rule: Rule, first: Rule | None = None) -> Variant:
-    return Variant(name, label, rules=(first or rule, rule))
-
-
-# mu as in MomentumSMoE's scripts. AdamSMoE has Adam in the first layer only, heavy ball after it:
-# its step there is about 3 gamma in every feature, so gamma is small beside a pre-LN residual.
-# The robust constants give mu 0.68, gamma 1.0 and a look-ahead of 1.6 displacements.
-VARIANTS = {
-    variant.name: variant
-    for variant in (
-        Variant(BASE, "plain"),
-        Variant("ac", "adaptive clustering", adaptive=True),
-        _momentum("heavy_ball", "heavy ball", HeavyBall(0.7)),
-        _momentum("nesterov", "Nesterov", Nesterov(0.7)),
-        _momentum("adam", "Adam", HeavyBall(0.7), first=Adam(gamma=0.05)),
-        _momentum("robust", "robust", RobustMomentum(0.4163, 0.04163, 0.85)),
-        Variant("euclidean", "Euclidean merging", merged=0),
-        Variant("camex", "CAMEx", merged=1),
-    )
+# The published values: MomentumSMoE's scripts have mu 0.7 and gamma 1. AdamSMoE has Adam in the
+# first layer only, heavy ball after it: its step there is about 3 gamma in every feature. The
+# robust constants give mu 0.68, gamma 1.0 and a look-ahead of 1.6 displacements.
+METHODS: dict[str, Method[Variant]] = {
+    "plain": Method("plain", lambda _: Variant(), "learning rate", RATES),
+    "ac": Method("adaptive clustering", lambda v: Variant(clip=v), "clip", (10, 3, 1.5)),
+    "heavy_ball": Method(
+        "heavy ball", lambda v: Variant(rules=(HeavyBall(v),) * 2), "mu", (0.7, 0.5, 0.3)
+    ),
+    "nesterov": Method(
+        "Nesterov", lambda v: Variant(rules=(Nesterov(v),) * 2), "mu", (0.7, 0.5, 0.3)
+    ),
+    "adam": Method(
+        "Adam", lambda v: Variant(rules=(Adam(gamma=v), HeavyBall(0.7))), "gamma", (1, 0.3, 0.05)
+    ),
+    "robust": Method(
+        "robust",
+        lambda v: Variant(rules=(RobustMomentum(0.4163, 0.04163, v),) * 2),
+        "rho",
+        (0.85, 0.8),
+    ),
+    "euclidean": Method(
+        "Euclidean merging", lambda v: Variant(merged=0, alpha=v), "alpha", (1, 0.5, 0.25)
+    ),
+    "camex": Method("CAMEx", lambda v: Variant(merged=8, alpha=v), "alpha", (1, 0.5, 0.125)),
 }

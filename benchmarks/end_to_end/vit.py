@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.end_to_end.digits import CLASSES, SIZE
+from benchmarks.end_to_end.study import Method
 from benchmarks.presets import ImagesPlan
 from molex_kernels import RPCAttention
 
-BASE = "softmax"
-LAM = 4.0  # as in the published runs
+RATES = (2e-3, 5e-3, 1e-3)
+LAMS = (4, 2, 1)  # 4 in the published runs
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,24 @@ class Attention:
     Without `is_symmetric` there are queries of their own, as in any transformer.
     """
 
-    label: str
     is_symmetric: bool = True
     first: int = 0
     others: int = 0
-    threshold: str = "lam_times_mu"
+    lam: float = 4.0
 
 
-ATTENTIONS = {
-    BASE: Attention("softmax", is_symmetric=False),
-    "symmetric": Attention("symmetric"),
-    "rpc_first": Attention("RPC, 4 iterations in the first layer", first=4),
-    "rpc_all": Attention("RPC, 2 iterations in every layer", first=2, others=2),
+METHODS: dict[str, Method[Attention]] = {
+    "softmax": Method("softmax", lambda _: Attention(is_symmetric=False), "learning rate", RATES),
+    "symmetric": Method("symmetric", lambda _: Attention()),
+    "rpc_first": Method(
+        "RPC, 4 iterations in the first layer", lambda v: Attention(first=4, lam=v), "lambda", LAMS
+    ),
+    "rpc_all": Method(
+        "RPC, 2 iterations in every layer",
+        lambda v: Attention(first=2, others=2, lam=v),
+        "lambda",
+        LAMS,
+    ),
 }
 
 
@@ -75,11 +82,10 @@ class Block(nn.Module):
             plan.dim,
             plan.heads,
             num_iters=max(num_iters, 1),
-            lam=LAM,
+            lam=attention.lam,
             robust=num_iters > 0,
             projection="kv" if attention.is_symmetric else "qkv",
             qkv_bias=True,
-            threshold=attention.threshold,
         )
         self.norm2 = nn.LayerNorm(plan.dim)
         self.mlp = nn.Sequential(
