@@ -16,6 +16,7 @@ FILES = {
     "test_benchmark_models.py": _NO_PACKAGES,
     "test_benchmark_reports.py": _NO_PACKAGES,
     "test_benchmark_terminal.py": _NO_PACKAGES,
+    "test_benchmark_training.py": _NO_PACKAGES,
     "test_benchmarks.py": _NO_PACKAGES,
     "test_compile.py": _DRIVER,
     "test_derivatives.py": "functorch's tensors have no memory that could be executed on",
