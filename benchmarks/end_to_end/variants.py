@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from benchmarks.end_to_end.study import Method
 from molex_kernels.ops.momentum.types import Adam, HeavyBall, Nesterov, RobustMomentum, Rule
 
-RATES = (3e-2, 1.5e-2, 6e-2)
+RATES = (3e-2, 6e-2, 1.2e-1)
 
 
 @dataclass(frozen=True)
