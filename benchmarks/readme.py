@@ -28,13 +28,21 @@ OVERVIEW = "overview.svg"
 
 
 def latest(stored: Path = folders.STORED) -> list[tuple[Path, Results]]:
-    """The latest run of the ops on each machine, completed by those of its day; GPUs first."""
+    """The latest run of the ops on each machine, completed by those of its day.
+
+    GPUs first, the one with most ops before the others.
+    """
     found = []
     for machine in folders.machines(stored):
         if paths := folders.by_date(machine):
             run, *earlier = (json.loads(path.read_text()) for path in paths)
             found.append((paths[0], functools.reduce(results.completed, earlier, run)))
-    return sorted(found, key=lambda run: run[1]["environment"]["device"] == "cpu")
+    return sorted(found, key=lambda run: (run[1]["environment"]["device"] == "cpu", -_ops(run[1])))
+
+
+def _ops(found: Results) -> int:
+    """How many ops the run has times of."""
+    return len({row["op"] for row in found["rows"] if row["status"] == "ok"})
 
 
 def picture(runs: list[tuple[Path, Results]], folder: Path = ROOT) -> str:

@@ -26,6 +26,7 @@ from molex_kernels._triton import chips
 from molex_kernels.ops.rpc_attention import reference
 from molex_kernels.ops.rpc_attention.placement import TABLE, block_memory
 from molex_kernels.testing.budget import Errors, judge, measure
+from molex_kernels.testing.cases.rpc_attention import ROUNDS, near_kinks
 from molex_kernels.testing.opinfo import Inputs
 
 ITERATED = {"shared_limit": 0}  # no block has the memory to hold a head
@@ -56,9 +57,10 @@ def _make(
 ) -> Call:
     """Elements of k stand clear of the threshold, a share of `sparse` of them above it.
 
-    v is small, so that they stay there in the first three iterations: what a gradient does at the
-    threshold is a matter of rounding. With more than one iteration each row has its threshold: the
-    direct terms of the gradient then cancel, and one number's error would be a matter of luck.
+    v is small, so that most stay there in the first three iterations, and what comes near is drawn
+    anew: what a gradient does at the threshold is a matter of rounding. With more than one
+    iteration each row has its threshold: the direct terms of the gradient then cancel, and one
+    number's error would be a matter of luck.
     """
     shape = (*heads, tokens, width)
 
@@ -77,9 +79,19 @@ def _make(
     seed = torch.randint(2**62, (), generator=generator) if dropout_p else None
     v = 0.15 * torch.randn(shape, generator=generator)
     q = torch.randn(shape, generator=generator) if has_q else None
+    k, v, q = (None if x is None else x.to(dtype) for x in (k, v, q))
+    seen = {"v": v, "threshold": threshold, "key_mask": key_mask, "num_iters": n, "causal": causal}
+    if has_q:
+        seen["q"] = q
+    for _ in range(ROUNDS):
+        near = near_kinks({**seen, "k": k})
+        if not near.any():
+            break
+        anew = torch.where(above, uniform(1.5, 2.0), uniform(0.05, 0.2)).to(dtype) * k.sign()
+        k = torch.where(near, anew, k)
     return Call(
-        *(k.to(dtype), v.to(dtype), None if q is None else q.to(dtype), threshold),
-        *(key_mask, n, width**-0.5 if scale is None else scale, causal, dropout_p, seed),
+        *(k, v, q, threshold, key_mask, n),
+        *(width**-0.5 if scale is None else scale, causal, dropout_p, seed),
     )
 
 

@@ -87,11 +87,15 @@ def test_the_environment_shows_every_row():
 
 
 def _implementation(
-    *sizes: int, dtype: torch.dtype = torch.bfloat16, num_iters: int = 4, trains: bool = False
+    *sizes: int,
+    dtype: torch.dtype = torch.bfloat16,
+    num_iters: int = 4,
+    trains: bool = False,
+    drops: bool = False,
 ) -> str:
     with FakeTensorMode():
         k = torch.empty(sizes, device="cuda", dtype=dtype)
-        return placement.implementation(k, num_iters, trains)
+        return placement.implementation(k, num_iters, trains, drops)
 
 
 @pytest.fixture
@@ -133,28 +137,30 @@ def test_the_choice_by_chip_and_shape(on_chip, chip: str, sizes, dtype: torch.dt
 
 
 @pytest.mark.parametrize(
-    ("num_iters", "trains", "impl"), [(1, False, ""), (2, False, "cuda"), (4, True, "")]
+    ("num_iters", "trains", "impl"),
+    [(1, False, ""), (2, False, "cuda"), (2, True, ""), (3, True, "cuda"), (4, True, "cuda")],
 )
 def test_the_choice_by_pass_and_iterations(on_chip, num_iters: int, trains: bool, impl: str):
     on_chip("sm_90")
     assert _implementation(256, 3, 197, 64, num_iters=num_iters, trains=trains) == impl
+    assert _implementation(256, 3, 197, 64, num_iters=num_iters, trains=trains, drops=True) == ""
     assert _implementation(256, 3, 197, 16, num_iters=num_iters, trains=trains) == "cuda"
 
 
 def test_both_passes_of_a_call_choose_alike(monkeypatch: pytest.MonkeyPatch):
     """A forward pass that keeps its state is asked for as its backward pass is."""
-    asked: list[tuple[int, bool]] = []
+    asked: list[tuple[int, bool, bool]] = []
     monkeypatch.setattr(placement, "implementation", lambda k, *how: asked.append(how) or "")
     k = torch.randn(1, 1, 5, 4, device=DEVICE, requires_grad=True)
     mk.rpc_attention(k, k, num_iters=3, threshold=1.0).sum().backward()
     with torch.no_grad():
-        mk.rpc_attention(k, k, num_iters=3, threshold=1.0)
-    assert asked == [(3, True), (3, True), (3, False)]
+        mk.rpc_attention(k, k, num_iters=3, threshold=1.0, dropout_p=0.1)
+    assert asked == [(3, True, False), (3, True, False), (3, False, True)]
 
 
 def test_what_cannot_run_is_not_chosen(on_chip, monkeypatch: pytest.MonkeyPatch):
     sizes = (96, 8, 256, 16)
-    assert placement.implementation(torch.empty(sizes), 4, False) == ""
+    assert placement.implementation(torch.empty(sizes), 4, False, False) == ""
     on_chip("sm_90")
     assert _implementation(*sizes) == "cuda"
     monkeypatch.setattr(_backends, "block_memory", lambda device: 1024)

@@ -7,6 +7,13 @@ namespace molex {
 
 namespace {
 
+// Columns of the right operand that are multiplied at a time: they stay in the first-level cache.
+constexpr int64_t kStrip = kDeep;
+
+// Floats of their sums: those of two rows of tiles are written at once, unless they go on with the next block
+// of terms.
+int64_t sums_of(int64_t row_tiles, int64_t deep) { return (deep > kBlock ? row_tiles : 2) * kSide * kStrip; }
+
 struct Call {
   Matrix out, a, b;
   const float* bias;
@@ -53,9 +60,11 @@ constexpr auto multiply_plain = tiled([](auto machine, const Call* call) MOLEX_L
       tile_of_rows(a, i * kSide, k * kDeep, packed + (i * deep + k) * kTile);
     }
   }
-  for (int64_t n = 0; n < b.columns; n += kDeep) {
-    const int64_t used = std::min(kDeep, b.columns - n), column_tiles = parts(used, kSide);
-    if (column_tiles < 2) std::memset(sums, 0, row_tiles * 2 * kArea * sizeof(float));
+  const bool in_blocks = deep > kBlock;
+  for (int64_t n = 0; n < b.columns; n += kStrip) {
+    const int64_t used = std::min(kStrip, b.columns - n), column_tiles = parts(used, kSide);
+    // What is written reads the second tile, too.
+    if (column_tiles < 2) std::memset(sums, 0, sums_of(row_tiles, deep) * sizeof(float));
     int64_t k = 0;
     do {
       const int64_t depth = std::min(kBlock, deep - k);
@@ -64,20 +73,27 @@ constexpr auto multiply_plain = tiled([](auto machine, const Call* call) MOLEX_L
           tile_of_pairs(b, (k + t) * kDeep, n + j * kSide, strip + (j * kBlock + t) * kTile);
         }
       }
-      multiply_blocks(tiles,
-                      Left{packed + k * kTile, deep * kTile, kDeep, kTile},
-                      row_tiles,
-                      Right{strip, kBlock * kTile},
-                      column_tiles,
-                      Sums{sums, 2 * kArea, kSide, kDeep},
-                      depth,
-                      k > 0);
+      const bool is_last = k + kBlock >= deep;
+      for (int64_t i = 0; i < row_tiles; i += 2) {
+        float* const made = sums + (in_blocks ? i * kSide * kStrip : 0);
+        multiply_blocks(tiles,
+                        Left{packed + (i * deep + k) * kTile, deep * kTile, kDeep, kTile},
+                        std::min<int64_t>(2, row_tiles - i),
+                        Right{strip, kBlock * kTile},
+                        column_tiles,
+                        Sums{made, kSide * kStrip, kSide, kStrip},
+                        depth,
+                        k > 0);
+        if (!is_last) continue;
+        const int64_t end = std::min((i + 2) * kSide, a.rows);
+        for (int64_t row = i * kSide; row < end; ++row) {
+          const float* const from = made + (row - i * kSide) * kStrip;
+          const int64_t at = row * out.row_stride + n;
+          write_sums<Machine>(from, bias ? bias + n : nullptr, used, out.target(), at);
+        }
+      }
       k += kBlock;
     } while (k < deep);
-    for (int64_t row = 0; row < a.rows; ++row) {
-      const int64_t at = row * out.row_stride + n;
-      write_sums<Machine>(sums + row * kDeep, bias ? bias + n : nullptr, used, out.target(), at);
-    }
   }
 });
 
@@ -111,16 +127,18 @@ constexpr auto multiply_turned = tiled([](auto machine, const Call* call) MOLEX_
 void TileProduct::operator()(const Matrix& out, const Matrix& a, const Matrix& b, const float* bias) {
   if (out.rows == 0 || out.columns == 0) return;
   const int64_t tiles = parts(a.rows, kSide), packed = tiles * parts(a.columns, kDeep) * kTile;
+  const bool turned = b.row_stride == 1 && b.column_stride != 1;
+  const int64_t sums = turned ? tiles * 2 * kArea : sums_of(tiles, parts(a.columns, kDeep));
   const int64_t bytes = Arena::bytes(packed, ScalarType::BFloat16) +
-                        Arena::bytes(kCopies, ScalarType::BFloat16) + Arena::bytes(tiles * 2 * kArea);
+                        Arena::bytes(kCopies, ScalarType::BFloat16) + Arena::bytes(sums);
   if (!arena_ || bytes > bytes_) arena_.emplace(bytes), bytes_ = bytes;
   Arena& arena = *arena_;
   arena.clear();
   const auto take = [&](int64_t count) {
     return static_cast<uint16_t*>(arena.matrix(1, count, ScalarType::BFloat16).data);
   };
-  const Call call{out, a, b, bias, take(packed), take(kCopies), arena.floats(tiles * 2 * kArea)};
-  b.row_stride == 1 && b.column_stride != 1 ? multiply_turned(&call) : multiply_plain(&call);
+  const Call call{out, a, b, bias, take(packed), take(kCopies), arena.floats(sums)};
+  turned ? multiply_turned(&call) : multiply_plain(&call);
 }
 
 }  // namespace molex

@@ -50,5 +50,7 @@ rpc_attention = _operators.Pass(
     triton="molex_kernels.ops.rpc_attention.kernels.launch",
     native=("cpu", "cuda"),
     reference=_reference,
-    choose=lambda a: placement.implementation(a.k, a.num_iters, getattr(a, "keeps_state", True)),
+    choose=lambda a: placement.implementation(
+        a.k, a.num_iters, getattr(a, "keeps_state", True), a.dropout_p > 0
+    ),
 )

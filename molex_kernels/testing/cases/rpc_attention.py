@@ -67,7 +67,7 @@ def _make_rpc(
 def _clear_kinks(inputs: Inputs, draw: Draw, scale: float) -> None:
     """Draws elements of k anew until no |a| is close to T in any iteration."""
     for _ in range(ROUNDS):
-        near = _near_kinks(inputs)
+        near = near_kinks(inputs)
         if not near.any():
             return
         k = inputs["k"]
@@ -75,7 +75,7 @@ def _clear_kinks(inputs: Inputs, draw: Draw, scale: float) -> None:
     raise AssertionError(f"{int(near.sum())} elements of k stay close to a kink")
 
 
-def _near_kinks(inputs: Inputs) -> Tensor:
+def near_kinks(inputs: Inputs) -> Tensor:
     """Where |a| is close to T in some iteration."""
     k, v, q = (inputs[n].double() if n in inputs else None for n in "kvq")
     assert k is not None
