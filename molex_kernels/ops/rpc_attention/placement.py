@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,22 @@ class Measured:
         return f"measured at {self.shape}{older}: benchmarks/results/{self.results}"
 
 
+class Call(NamedTuple):
+    """What a row is chosen by. `width` is d, `tokens` N.
+
+    `trains`: whether the call keeps what its backward pass needs, or is that pass. `drops`: whether
+    it has dropout.
+    """
+
+    chip: str
+    dtype: torch.dtype
+    width: int
+    tokens: int
+    num_iters: int
+    trains: bool
+    drops: bool
+
+
 @dataclass(frozen=True)
 class Row:
     """What takes the calls of these dtypes, of d from `least` to `most` and N up to `tokens`.
@@ -56,22 +73,13 @@ class Row:
     iterations: tuple[int, int] = (1, MANY)
     drops: bool = True
 
-    def holds(
-        self,
-        chip: str,
-        dtype: torch.dtype,
-        width: int,
-        tokens: int,
-        num_iters: int,
-        trains: bool,
-        drops: bool,
-    ) -> bool:
+    def holds(self, call: Call) -> bool:
         """Whether the row is for this call."""
-        fits = self.least <= width <= self.most and tokens <= self.tokens
+        fits = self.least <= call.width <= self.most and call.tokens <= self.tokens
         fewest, most = self.iterations
-        same = self.trains in (None, trains) and fewest <= num_iters <= most
-        same = same and (self.drops or not drops)
-        return same and fits and dtype in self.dtypes and chip in self.chips
+        same = self.trains in (None, call.trains) and fewest <= call.num_iters <= most
+        same = same and (self.drops or not call.drops)
+        return same and fits and call.dtype in self.dtypes and call.chip in self.chips
 
 
 _FIRST = "nvidia-h200/ops-2026-11-26-80ebb09cdf.json"
@@ -97,31 +105,18 @@ TABLE = (
 
 
 @kept
-def row_of(
-    chip: str,
-    dtype: torch.dtype,
-    width: int,
-    tokens: int,
-    num_iters: int,
-    trains: bool,
-    drops: bool,
-) -> Row:
+def row_of(call: Call) -> Row:
     """The row of the table that decides."""
-    call = (chip, dtype, width, tokens, num_iters, trains, drops)
-    return next(row for row in TABLE if row.holds(*call))
+    return next(row for row in TABLE if row.holds(call))
 
 
 def implementation(k: Tensor, num_iters: int, trains: bool, drops: bool) -> str:
-    """ "cuda" where the table says so and it runs, or "" for what the device has first.
-
-    trains: whether the call keeps what its backward pass needs, or is that pass. drops: whether it
-    has dropout.
-    """
+    """ "cuda" where the table says so and it runs, or "" for what the device has first."""
     if k.device.type != "cuda":
         return ""
     tokens, width = k.shape[2:]
     chip = chips.of(k.device).name
-    impl = row_of(chip, k.dtype, width, tokens, num_iters, trains, drops).impl
+    impl = row_of(Call(chip, k.dtype, width, tokens, num_iters, trains, drops)).impl
     runs = impl == "cuda" and _backends.CUDA.why_not() is None and too_small(k) is None
     return impl if runs else ""
 
