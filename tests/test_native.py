@@ -168,9 +168,9 @@ def _run(inputs, impl, dtype=torch.float32):
 def _check_attention(draw_inputs, generator, *, gradients=True):
     """Results and gradients within the budget."""
 
-    def draw():
+    def draw(ours="cpu"):
         inputs, outcomes = draw_inputs(), []
-        for impl, dtype in (("cpu", None), ("reference", torch.float64), ("reference", None)):
+        for impl, dtype in ((ours, None), ("reference", torch.float64), ("reference", None)):
             out, sparse, leaves = _run(inputs, impl, dtype or torch.float32)
             outcomes.append([out, sparse])
             if not gradients:
@@ -185,7 +185,8 @@ def _check_attention(draw_inputs, generator, *, gradients=True):
             for name, *values in zip("LSkvtq", *outcomes, strict=False)
         }
 
-    judge(draw)
+    # The gradient of t is large, and so is its error, for some rows alone.
+    judge(draw, reference_alone=lambda: draw("reference"), enough=4096)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +201,7 @@ def _check_attention(draw_inputs, generator, *, gradients=True):
         {"tokens": 100, "width": 33, "has_q": True, "dropout": 0.3},
         {"tokens": 100, "width": 16, "dropout": 0.3},
         {"tokens": 97, "width": 136},
-        {"tokens": 49, "width": 2},
+        {"tokens": 49, "width": 2, "heads": (3, 4)},
     ],
     ids=lambda options: "-".join(f"{n}_{v}" for n, v in options.items()),
 )

@@ -139,13 +139,23 @@ def within_budget(
 Draw = Callable[[], dict[str, Errors]]
 
 
-def judge(draw: Draw, *, reference_alone: Draw | None = None, calls: int = DRAWS) -> None:
+def judge(
+    draw: Draw,
+    *,
+    reference_alone: Draw | None = None,
+    calls: int = DRAWS,
+    enough: int = ENOUGH,
+) -> None:
     """Fails unless all draws together are inside the budget; arguments as `collect`."""
-    check(collect(draw, reference_alone=reference_alone, calls=calls))
+    check(collect(draw, reference_alone=reference_alone, calls=calls, enough=enough))
 
 
 def collect(
-    draw: Draw, *, reference_alone: Draw | None = None, calls: int = DRAWS
+    draw: Draw,
+    *,
+    reference_alone: Draw | None = None,
+    calls: int = DRAWS,
+    enough: int = ENOUGH,
 ) -> dict[str, Errors]:
     """Draws as often as the tensors need.
 
@@ -153,25 +163,27 @@ def collect(
         draw: Makes fresh inputs and measures every tensor that comes out.
         reference_alone: The same with no error of ours. Default: `draw`.
         calls: How many draws measure the implementation; the others, the reference alone.
+        enough: The elements of the smallest tensor that the reference is drawn for: more where a
+            few of them have far larger errors than the others.
 
     Returns:
         The errors of all draws together, by name.
     """
     errors = draw()
-    for index in range(1, draws_for(errors, calls)):
+    for index in range(1, draws_for(errors, calls, enough)):
         more = draw() if index < calls else (reference_alone or draw)()
         errors = {name: errors[name] | more[name] for name in errors}
     return errors
 
 
-def draws_for(errors: dict[str, Errors], calls: int = DRAWS) -> int:
+def draws_for(errors: dict[str, Errors], calls: int = DRAWS, enough: int = ENOUGH) -> int:
     """How many draws the smallest of these tensors needs: a matter of its elements alone.
 
     Where the implementation is called less often, being slow, so is the reference.
     """
     slower = 1 if calls >= DRAWS else 4
-    fewest = min((e.elements for e in errors.values() if e.elements), default=ENOUGH)
-    return max(calls, min(math.ceil(ENOUGH / slower / fewest), MOST_DRAWS // min(slower, 2)))
+    fewest = min((e.elements for e in errors.values() if e.elements), default=enough)
+    return max(calls, min(math.ceil(enough / slower / fewest), MOST_DRAWS // min(slower, 2)))
 
 
 def check(errors: dict[str, Errors]) -> None:
