@@ -46,11 +46,12 @@ MOLEX_INLINE void pair_rows(const Matrix& m, int64_t row, int64_t column, uint32
 }
 
 // Writes elements [row, row + 16) x [column, column + 32) of a matrix with any strides as a tile of rows.
+template <class Machine>
 MOLEX_INLINE void tile_of_rows(const Matrix& m, int64_t row, int64_t column, uint16_t* to) {
   if (m.column_stride != 1 && m.row_stride == 1) {
     alignas(64) uint32_t made[kArea];
     pair_rows(m.transposed(), column, row, made);
-    return turn_16(made, kSide, to, kSide);
+    return Machine::turn_16(made, kSide, to, kSide);
   }
   const int64_t height = std::min(m.rows - row, kSide), width = std::min(m.columns - column, kDeep);
   if (height < kSide || width < kDeep) std::memset(to, 0, kTile * sizeof(uint16_t));
@@ -67,20 +68,54 @@ MOLEX_INLINE void tile_of_rows(const Matrix& m, int64_t row, int64_t column, uin
 }
 
 // Writes elements [row, row + 32) x [column, column + 16) of a matrix with any strides as a tile of pairs.
+template <class Machine>
 MOLEX_INLINE void tile_of_pairs(const Matrix& m, int64_t row, int64_t column, uint16_t* to) {
   if (m.column_stride == 1) return pair_rows(m, row, column, reinterpret_cast<uint32_t*>(to));
   const bool is_whole = m.rows - row >= kDeep && m.columns - column >= kSide;
   if (m.row_stride == 1 && m.column_stride % 2 == 0 && is_whole) {
-    return turn_16(element(m, row, column), m.column_stride / 2, to, kSide);
+    return Machine::turn_16(element(m, row, column), m.column_stride / 2, to, kSide);
   }
   alignas(64) uint16_t made[kTile];
-  tile_of_rows(m.transposed(), column, row, made);
-  turn_16(made, kSide, to, kSide);
+  tile_of_rows<Machine>(m.transposed(), column, row, made);
+  Machine::turn_16(made, kSide, to, kSide);
+}
+
+// Writes elements [row, row + 32) x [column, column + 32) as two tiles of pairs. Columns that there are not
+// leave the second tile as it is.
+template <class Machine>
+MOLEX_INLINE void two_tiles_of_pairs(
+    const Matrix& m, int64_t row, int64_t column, uint16_t* first, uint16_t* second) {
+  const int64_t width = m.columns - column;
+  if (m.column_stride != 1 || width < kDeep) {
+    tile_of_pairs<Machine>(m, row, column, first);
+    if (width > kSide) tile_of_pairs<Machine>(m, row, column + kSide, second);
+    return;
+  }
+  static constexpr uint16_t kZeros[kDeep] = {};
+  const int64_t height = std::min(m.rows - row, kDeep);
+  const uint16_t* from = element(m, row, column);
+  for (int64_t r = 0; r < kDeep; r += 2, from += 2 * m.row_stride) {
+    const uint16_t* const even = r < height ? from : kZeros;
+    const uint16_t* const odd = r + 1 < height ? from + m.row_stride : kZeros;
+    Machine::pair(even, odd, first + r * kSide, second + r * kSide);
+  }
+}
+
+// Asks for `count` lines, `stride` elements apart, that are about to be read. The processor foresees rows
+// that are read one after the other, but not one line of each of many rows.
+MOLEX_INLINE void expect_reads(const uint16_t* from, int64_t stride, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) __builtin_prefetch(from + i * stride);
 }
 
 // All tiles of pairs of the columns [column, column + 16).
+template <class Machine>
 MOLEX_INLINE void panel_of_pairs(const Matrix& m, int64_t column, uint16_t* to) {
-  for (int64_t row = 0; row < m.rows; row += kDeep, to += kTile) tile_of_pairs(m, row, column, to);
+  const int64_t next = column + kSide;
+  const int64_t ahead = m.row_stride == 1 ? std::clamp<int64_t>(m.columns - next, 0, kSide) : 0;
+  for (int64_t row = 0; row < m.rows; row += kDeep, to += kTile) {
+    expect_reads(element(m, row, next), m.column_stride, ahead);
+    tile_of_pairs<Machine>(m, row, column, to);
+  }
 }
 
 // Distances count elements: of tiles of other rows, of the rows of a tile, and of tiles of further terms.
@@ -100,10 +135,20 @@ struct Sums {
   int64_t row, column, stride;
 };
 
-// The product of one or two tiles of rows with one or two of columns, over `depth` tiles of terms.
-template <int ROWS, int COLUMNS, class Tiles>
-MOLEX_INLINE void multiply_tiles(
-    Tiles& tiles, const Left& left, const Right& right, const Sums& sums, int64_t depth, bool add) {
+struct Nothing {
+  void operator()() const {}
+};
+
+// The product of one or two tiles of rows with one or two of columns, over `depth` tiles of terms;
+// `meanwhile` is called for each of them.
+template <int ROWS, int COLUMNS, class Tiles, class Meanwhile = Nothing>
+MOLEX_INLINE void multiply_tiles(Tiles& tiles,
+                                 const Left& left,
+                                 const Right& right,
+                                 const Sums& sums,
+                                 int64_t depth,
+                                 bool add,
+                                 Meanwhile&& meanwhile = {}) {
   const int64_t bytes = sums.stride * sizeof(float), row_bytes = left.row * sizeof(uint16_t);
   constexpr int64_t kPairBytes = kDeep * sizeof(uint16_t);
   float* const c[] = {
@@ -133,6 +178,7 @@ MOLEX_INLINE void multiply_tiles(
       tiles.template dot<2, 5, 6>();
     }
     if constexpr (ROWS > 1 && COLUMNS > 1) tiles.template dot<3, 5, 7>();
+    meanwhile();
   }
   tiles.template store<0>(c[0], bytes);
   if constexpr (COLUMNS > 1) tiles.template store<1>(c[1], bytes);
@@ -140,7 +186,7 @@ MOLEX_INLINE void multiply_tiles(
   if constexpr (ROWS > 1 && COLUMNS > 1) tiles.template store<3>(c[3], bytes);
 }
 
-template <class Tiles>
+template <class Tiles, class Meanwhile = Nothing>
 MOLEX_INLINE void multiply_blocks(Tiles& tiles,
                                   const Left& left,
                                   int64_t rows,
@@ -148,63 +194,144 @@ MOLEX_INLINE void multiply_blocks(Tiles& tiles,
                                   int64_t columns,
                                   const Sums& sums,
                                   int64_t depth,
-                                  bool add) {
+                                  bool add,
+                                  Meanwhile&& meanwhile = {}) {
   for (int64_t i = 0; i < rows; i += 2) {
     for (int64_t j = 0; j < columns; j += 2) {
       const Left a{left.data + i * left.tile, left.tile, left.row, left.step};
       const Right b{right.data + j * right.tile, right.tile};
       const Sums c{sums.data + i * sums.row + j * sums.column, sums.row, sums.column, sums.stride};
       const bool two_rows = i + 1 < rows, two_columns = j + 1 < columns;
-      if (two_rows && two_columns) multiply_tiles<2, 2>(tiles, a, b, c, depth, add);
-      if (two_rows && !two_columns) multiply_tiles<2, 1>(tiles, a, b, c, depth, add);
-      if (!two_rows && two_columns) multiply_tiles<1, 2>(tiles, a, b, c, depth, add);
-      if (!two_rows && !two_columns) multiply_tiles<1, 1>(tiles, a, b, c, depth, add);
+      if (two_rows && two_columns) multiply_tiles<2, 2>(tiles, a, b, c, depth, add, meanwhile);
+      if (two_rows && !two_columns) multiply_tiles<2, 1>(tiles, a, b, c, depth, add, meanwhile);
+      if (!two_rows && two_columns) multiply_tiles<1, 2>(tiles, a, b, c, depth, add, meanwhile);
+      if (!two_rows && !two_columns) multiply_tiles<1, 1>(tiles, a, b, c, depth, add, meanwhile);
     }
   }
 }
 
-// One or two times up to 16 rows of a matrix, times all columns of the packed panels: tile (i, j) of the sums
-// is at sums + (i * panels + j) * kArea. Rows are read where they lie if they are whole tiles, else through
-// `copies`, of kCopies elements.
+// Rows of 32 results of 16 bits that wait to be written. Stores leave the processor in order, each after its
+// line has come, and loads of the next product wait for those at the same place of a page: written all at
+// once, such rows take as long as the product. So some are written at each of its steps, to lines that were
+// asked for some steps before.
+template <class Machine>
+class Waiting {
+ public:
+  ~Waiting() { flush(); }
+
+  // Where the results for out[row : row + count, column : column + kDeep] are to be put, row by row;
+  // count <= 2 * kSide. They are written during the next product.
+  uint16_t* open(const Matrix& out, int64_t row, int64_t count, int64_t column) {
+    flush();
+    stride_ = out.row_stride;
+    to_ = static_cast<uint16_t*>(out.data) + row * stride_ + column;
+    count_ = count;
+    for (next_ = 0; next_ < std::min(kAhead, count_); ++next_) Machine::expect_write(to_ + next_ * stride_);
+    next_ = 0;
+    return rows_;
+  }
+
+  // Called at each step of a product.
+  MOLEX_INLINE void operator()() {
+    const int64_t end = std::min(next_ + kAtOnce, count_);
+    for (; next_ < end; ++next_) {
+      write(next_);
+      if (next_ + kAhead < count_) Machine::expect_write(to_ + (next_ + kAhead) * stride_);
+    }
+  }
+
+ private:
+  static constexpr int64_t kAtOnce = 2, kAhead = 12;
+
+  MOLEX_INLINE void write(int64_t row) const {
+    std::memcpy(to_ + row * stride_, rows_ + row * kDeep, kDeep * sizeof(uint16_t));
+  }
+  MOLEX_INLINE void flush() {
+    for (; next_ < count_; ++next_) write(next_);
+  }
+
+  alignas(64) uint16_t rows_[2 * kTile];
+  uint16_t* to_ = nullptr;
+  int64_t stride_ = 0, next_ = 0, count_ = 0;
+};
+
 constexpr int64_t kCopies = 2 * kBlock * kTile;
 
-template <class Tiles>
-MOLEX_INLINE void multiply_strip(Tiles& tiles,
+// Floats of the sums of a strip: those of two panels are taken at once, unless they go on with the next block
+// of terms.
+inline int64_t strip_sums(int64_t panels, int64_t terms) {
+  return (parts(terms, kDeep) > kBlock ? parts(panels, 2) : 1) * 4 * kArea;
+}
+
+// One or two times up to 16 rows of a matrix, times all columns of the packed panels. As soon as the sums of
+// `count` <= 2 panels from `first` on are known, take(first, count, sums) is called, while the first-level
+// cache still holds them: tile (i, j) is at sums + (i * count + j) * kArea. Rows are read where they lie if
+// they are whole tiles, else through `copies`, of kCopies elements.
+template <class Machine, class Meanwhile, class Take>
+MOLEX_INLINE void multiply_strip(typename Machine::Tiles& tiles,
                                  const Matrix* bands,
-                                 int64_t count,
+                                 int64_t num_bands,
                                  const uint16_t* panels,
                                  int64_t num_panels,
                                  uint16_t* copies,
-                                 float* sums) {
+                                 float* sums,
+                                 Meanwhile&& meanwhile,
+                                 const Take& take) {
   const int64_t deep = parts(bands[0].columns, kDeep);
   bool in_place = bands[0].columns % kDeep == 0;
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < num_bands; ++i) {
     in_place &=
         bands[i].rows == kSide && bands[i].column_stride == 1 && bands[i].row_stride == bands[0].row_stride;
   }
-  const int64_t apart = count > 1 ? element(bands[1], 0, 0) - element(bands[0], 0, 0) : 0;
+  const int64_t apart = num_bands > 1 ? element(bands[1], 0, 0) - element(bands[0], 0, 0) : 0;
   int64_t k = 0;
   do {
     const int64_t depth = std::min(kBlock, deep - k);
     Left left{element(bands[0], 0, k * kDeep), apart, bands[0].row_stride, kDeep};
     if (!in_place) {
-      for (int64_t i = 0; i < count; ++i) {
+      for (int64_t i = 0; i < num_bands; ++i) {
         for (int64_t t = 0; t < depth; ++t) {
-          tile_of_rows(bands[i], 0, (k + t) * kDeep, copies + (i * kBlock + t) * kTile);
+          tile_of_rows<Machine>(bands[i], 0, (k + t) * kDeep, copies + (i * kBlock + t) * kTile);
         }
       }
       left = {copies, kBlock * kTile, kDeep, kTile};
     }
-    multiply_blocks(tiles,
-                    left,
-                    count,
-                    {panels + k * kTile, deep * kTile},
-                    num_panels,
-                    {sums, num_panels * kArea, kArea, kSide},
-                    depth,
-                    k > 0);
+    for (int64_t j = 0; j < num_panels; j += 2) {
+      const int64_t count = std::min<int64_t>(2, num_panels - j);
+      float* const made = sums + (deep > kBlock ? j * 2 * kArea : 0);
+      multiply_blocks(tiles,
+                      left,
+                      num_bands,
+                      {panels + (j * deep + k) * kTile, deep * kTile},
+                      count,
+                      {made, count * kArea, kArea, kSide},
+                      depth,
+                      k > 0,
+                      meanwhile);
+      if (k + kBlock >= deep) take(j, count, made);
+    }
     k += kBlock;
   } while (k < deep);
+}
+
+// The transposes of one or two tiles of sums, `apart` floats from each other, as 16 rows of kDeep elements of
+// 16 bits, `stride` elements apart, with the bias of each of `columns` columns.
+template <class Machine>
+MOLEX_INLINE void narrow_turned(
+    const float* sums, int64_t apart, const float* bias, int64_t columns, void* to, int64_t stride) {
+  constexpr int64_t kLanes = Machine::kLanes;
+  alignas(64) float pairs[kArea];
+  if (columns <= kSide) std::memset(pairs + kArea / 2, 0, kArea / 2 * sizeof(float));
+  for (int64_t n = 0; n < columns; n += 2) {
+    const float even = bias ? bias[n] : 0.0f, odd = bias && n + 1 < columns ? bias[n + 1] : 0.0f;
+    const float* const from = sums + n / kSide * apart + n % kSide * kSide;
+    for (int64_t r = 0; r < kSide; r += kLanes) {
+      Machine::interleave(load<kLanes>(from + r) + even,
+                          load<kLanes>(from + kSide + r) + odd,
+                          reinterpret_cast<uint16_t*>(pairs + n / 2 * kSide + r));
+    }
+  }
+  Machine::turn_16(pairs, kSide, to, stride / 2);
 }
 
 // Writes the transposes of one or two tiles of sums, `apart` floats from each other, as `rows` <= 16 rows of
@@ -218,13 +345,16 @@ MOLEX_INLINE void write_turned(const float* sums,
                                const Target& to,
                                int64_t at,
                                int64_t stride) {
-  constexpr int64_t kLanes = Machine::kLanes;
-  alignas(64) float made[kArea], turned[kArea];
+  alignas(64) float turned[kArea];
   if (to.dtype == ScalarType::Float) {
     float* const out = static_cast<float*>(to.data) + at;
     for (int64_t n = 0; n < columns; n += kSide) {
-      turn_16(sums + n / kSide * apart, kSide, turned, kSide);
       const int64_t width = std::min(columns - n, kSide);
+      if (rows == kSide && width == kSide && !bias) {
+        Machine::turn_16(sums + n / kSide * apart, kSide, out + n, stride);
+        continue;
+      }
+      Machine::turn_16(sums + n / kSide * apart, kSide, turned, kSide);
       for (int64_t r = 0; r < rows; ++r) {
         const float* const from = turned + r * kSide;
         float* const row = out + r * stride + n;
@@ -239,18 +369,8 @@ MOLEX_INLINE void write_turned(const float* sums,
     }
     return;
   }
-  if (columns <= kSide) std::memset(made + kArea / 2, 0, kArea / 2 * sizeof(float));
-  for (int64_t n = 0; n < columns; n += 2) {
-    const float even = bias ? bias[n] : 0.0f, odd = bias && n + 1 < columns ? bias[n + 1] : 0.0f;
-    const float* const from = sums + n / kSide * apart + n % kSide * kSide;
-    for (int64_t r = 0; r < kSide; r += kLanes) {
-      Machine::interleave(load<kLanes>(from + r) + even,
-                          load<kLanes>(from + kSide + r) + odd,
-                          reinterpret_cast<uint16_t*>(made + n / 2 * kSide + r));
-    }
-  }
   uint16_t* const out = static_cast<uint16_t*>(to.data) + at;
-  turn_16(made, kSide, turned, kSide);
+  narrow_turned<Machine>(sums, apart, bias, columns, turned, kDeep);
   for (int64_t r = 0; r < rows; ++r) {
     const float* const from = turned + r * kSide;
     if (columns == kDeep) {
@@ -258,6 +378,37 @@ MOLEX_INLINE void write_turned(const float* sums,
     } else {
       std::memcpy(out + r * stride, from, columns * sizeof(uint16_t));
     }
+  }
+}
+
+// Writes the transposed sums of `count` <= 2 panels from `first` on, as multiply_strip gives them, to up to
+// 32 columns of a matrix from `column` on; whole ones wait.
+template <class Machine>
+MOLEX_INLINE void put_turned(Waiting<Machine>& waiting,
+                             const float* sums,
+                             int64_t first,
+                             int64_t count,
+                             const float* bias,
+                             const Matrix& out,
+                             int64_t column,
+                             int64_t columns) {
+  const int64_t row = first * kSide, rows = std::min(count * kSide, out.rows - row);
+  if (out.dtype == ScalarType::Float || columns < kDeep) {
+    for (int64_t p = 0; p < count; ++p) {
+      write_turned<Machine>(sums + p * kArea,
+                            count * kArea,
+                            bias,
+                            std::min(rows - p * kSide, kSide),
+                            columns,
+                            out.target(),
+                            (row + p * kSide) * out.row_stride + column,
+                            out.row_stride);
+    }
+    return;
+  }
+  uint16_t* const to = waiting.open(out, row, rows, column);
+  for (int64_t p = 0; p < count; ++p) {
+    narrow_turned<Machine>(sums + p * kArea, count * kArea, bias, columns, to + p * kTile, kDeep);
   }
 }
 

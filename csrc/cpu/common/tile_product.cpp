@@ -52,15 +52,17 @@ MOLEX_INLINE void write_sums(
 
 constexpr auto multiply_plain = tiled([](auto machine, const Call* call) MOLEX_LAMBDA_INLINE {
   using Machine = decltype(machine);
+  constexpr int64_t kLanes = Machine::kLanes;
   typename Machine::Tiles tiles;
   const auto& [out, a, b, bias, packed, strip, sums] = *call;
   const int64_t deep = parts(a.columns, kDeep), row_tiles = parts(a.rows, kSide);
   for (int64_t i = 0; i < row_tiles; ++i) {
     for (int64_t k = 0; k < deep; ++k) {
-      tile_of_rows(a, i * kSide, k * kDeep, packed + (i * deep + k) * kTile);
+      tile_of_rows<Machine>(a, i * kSide, k * kDeep, packed + (i * deep + k) * kTile);
     }
   }
   const bool in_blocks = deep > kBlock;
+  Waiting<Machine> waiting;
   for (int64_t n = 0; n < b.columns; n += kStrip) {
     const int64_t used = std::min(kStrip, b.columns - n), column_tiles = parts(used, kSide);
     // What is written reads the second tile, too.
@@ -68,10 +70,8 @@ constexpr auto multiply_plain = tiled([](auto machine, const Call* call) MOLEX_L
     int64_t k = 0;
     do {
       const int64_t depth = std::min(kBlock, deep - k);
-      for (int64_t j = 0; j < column_tiles; ++j) {
-        for (int64_t t = 0; t < depth; ++t) {
-          tile_of_pairs(b, (k + t) * kDeep, n + j * kSide, strip + (j * kBlock + t) * kTile);
-        }
+      for (int64_t t = 0; t < depth; ++t) {
+        two_tiles_of_pairs<Machine>(b, (k + t) * kDeep, n, strip + t * kTile, strip + (kBlock + t) * kTile);
       }
       const bool is_last = k + kBlock >= deep;
       for (int64_t i = 0; i < row_tiles; i += 2) {
@@ -83,13 +83,23 @@ constexpr auto multiply_plain = tiled([](auto machine, const Call* call) MOLEX_L
                         column_tiles,
                         Sums{made, kSide * kStrip, kSide, kStrip},
                         depth,
-                        k > 0);
+                        k > 0,
+                        waiting);
         if (!is_last) continue;
-        const int64_t end = std::min((i + 2) * kSide, a.rows);
-        for (int64_t row = i * kSide; row < end; ++row) {
-          const float* const from = made + (row - i * kSide) * kStrip;
-          const int64_t at = row * out.row_stride + n;
-          write_sums<Machine>(from, bias ? bias + n : nullptr, used, out.target(), at);
+        const int64_t row = i * kSide, rows = std::min(2 * kSide, a.rows - row);
+        if (out.dtype != ScalarType::Float && used == kDeep && !bias) {
+          uint16_t* const to = waiting.open(out, row, rows, n);
+          for (int64_t at = 0; at < rows * kDeep; at += 2 * kLanes) {
+            Machine::narrow(load<kLanes>(made + at), load<kLanes>(made + at + kLanes), to + at);
+          }
+          continue;
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+          write_sums<Machine>(made + r * kStrip,
+                              bias ? bias + n : nullptr,
+                              used,
+                              out.target(),
+                              (row + r) * out.row_stride + n);
         }
       }
       k += kBlock;
@@ -102,23 +112,17 @@ constexpr auto multiply_turned = tiled([](auto machine, const Call* call) MOLEX_
   typename Machine::Tiles tiles;
   const auto& [out, a, b, bias, packed, strip, sums] = *call;
   const int64_t panel = parts(a.columns, kDeep) * kTile, panels = parts(a.rows, kSide);
-  for (int64_t p = 0; p < panels; ++p) panel_of_pairs(a.transposed(), p * kSide, packed + p * panel);
+  for (int64_t p = 0; p < panels; ++p) panel_of_pairs<Machine>(a.transposed(), p * kSide, packed + p * panel);
   const Matrix weight = b.transposed();
+  Waiting<Machine> waiting;
   for (int64_t n = 0; n < weight.rows; n += kDeep) {
     const int64_t used = std::min(kDeep, weight.rows - n);
     const Matrix bands[] = {weight.band(n, std::min(used, kSide)),
                             weight.band(n + kSide, std::max<int64_t>(used - kSide, 0))};
-    multiply_strip(tiles, bands, parts(used, kSide), packed, panels, strip, sums);
-    for (int64_t p = 0; p < panels; ++p) {
-      write_turned<Machine>(sums + p * kArea,
-                            panels * kArea,
-                            bias ? bias + n : nullptr,
-                            std::min(kSide, a.rows - p * kSide),
-                            used,
-                            out.target(),
-                            p * kSide * out.row_stride + n,
-                            out.row_stride);
-    }
+    const auto write = [&](int64_t first, int64_t count, const float* made) MOLEX_LAMBDA_INLINE {
+      put_turned(waiting, made, first, count, bias ? bias + n : nullptr, out, n, used);
+    };
+    multiply_strip<Machine>(tiles, bands, parts(used, kSide), packed, panels, strip, sums, waiting, write);
   }
 });
 
@@ -128,7 +132,7 @@ void TileProduct::operator()(const Matrix& out, const Matrix& a, const Matrix& b
   if (out.rows == 0 || out.columns == 0) return;
   const int64_t tiles = parts(a.rows, kSide), packed = tiles * parts(a.columns, kDeep) * kTile;
   const bool turned = b.row_stride == 1 && b.column_stride != 1;
-  const int64_t sums = turned ? tiles * 2 * kArea : sums_of(tiles, parts(a.columns, kDeep));
+  const int64_t sums = turned ? strip_sums(tiles, a.columns) : sums_of(tiles, parts(a.columns, kDeep));
   const int64_t bytes = Arena::bytes(packed, ScalarType::BFloat16) +
                         Arena::bytes(kCopies, ScalarType::BFloat16) + Arena::bytes(sums);
   if (!arena_ || bytes > bytes_) arena_.emplace(bytes), bytes_ = bytes;

@@ -135,6 +135,32 @@ struct EmulatedMachine {
     const auto pairs = bf16_bits<kLanes>(even) >> 16 | bf16_bits<kLanes>(odd);
     __builtin_memcpy(to, &pairs, sizeof(pairs));
   }
+  // Exchanges the rows and columns of 16 x 16 numbers of 4 bytes; strides count numbers.
+  static MOLEX_INLINE void turn_16(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+    const char* const source = static_cast<const char*>(from);
+    char* const target = static_cast<char*>(to);
+    for (int64_t r = 0; r < 16; r += 4) {
+      for (int64_t c = 0; c < 16; c += 4) {
+        V block[4];
+        for (int64_t i = 0; i < 4; ++i)
+          __builtin_memcpy(&block[i], source + ((r + i) * from_stride + c) * 4, sizeof(V));
+        turn(block);
+        for (int64_t i = 0; i < 4; ++i)
+          __builtin_memcpy(target + ((c + i) * to_stride + r) * 4, &block[i], sizeof(V));
+      }
+    }
+  }
+  static void expect_write(const void*) {}
+  // The 32 numbers of two rows in turn, as a row of each of two tiles of pairs.
+  static MOLEX_INLINE void pair(const uint16_t* even,
+                                const uint16_t* odd,
+                                uint16_t* first,
+                                uint16_t* second) {
+    for (int i = 0; i < 16; ++i) {
+      first[2 * i] = even[i], first[2 * i + 1] = odd[i];
+      second[2 * i] = even[16 + i], second[2 * i + 1] = odd[16 + i];
+    }
+  }
 };
 
 #if defined(MOLEX_AMX)
@@ -191,6 +217,58 @@ struct AmxMachine {
     const Shorts result = __builtin_shuffle(rounded_pair(even, odd), order);
     __builtin_memcpy(to, &result, sizeof(result));
   }
+  // Four numbers of each of four rows in a register are turned at a time, and whole rows are written: who
+  // reads as a whole what was written in parts has to wait.
+  static MOLEX_INLINE void turn_16(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+    for (int64_t c = 0; c < 16; c += 4) {
+      const float* const source = static_cast<const float*>(from) + c;
+      float* const target = static_cast<float*>(to) + c * to_stride;
+      const V x = every_fourth(source, from_stride), y = every_fourth(source + from_stride, from_stride);
+      const V z = every_fourth(source + 2 * from_stride, from_stride);
+      const V w = every_fourth(source + 3 * from_stride, from_stride);
+      const V a = merged<0>(x, z), b = merged<0>(y, w), d = merged<2>(x, z), e = merged<2>(y, w);
+      put(merged<0>(a, b), target);
+      put(merged<2>(a, b), target + to_stride);
+      put(merged<0>(d, e), target + 2 * to_stride);
+      put(merged<2>(d, e), target + 3 * to_stride);
+    }
+  }
+  // Brings a line to the first-level cache to be written.
+  static MOLEX_INLINE void expect_write(const void* line) { asm volatile("prefetchw (%0)" : : "r"(line)); }
+  static MOLEX_INLINE void pair(const uint16_t* even,
+                                const uint16_t* odd,
+                                uint16_t* first,
+                                uint16_t* second) {
+    const Shorts low = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    Shorts rows[2];
+    __builtin_memcpy(&rows[0], even, sizeof(Shorts));
+    __builtin_memcpy(&rows[1], odd, sizeof(Shorts));
+    const Shorts results[] = {__builtin_shuffle(rows[0], rows[1], low),
+                              __builtin_shuffle(rows[0], rows[1], low + int16_t{16})};
+    __builtin_memcpy(first, &results[0], sizeof(Shorts));
+    __builtin_memcpy(second, &results[1], sizeof(Shorts));
+  }
+
+ private:
+  // The four numbers at `from` and those 4, 8 and 12 rows on.
+  static MOLEX_INLINE V every_fourth(const float* from, int64_t stride) {
+    typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+    const auto four = [&](int64_t row) { return reinterpret_cast<const Four*>(from + row * stride); };
+    V x;
+    asm("vmovups %1, %x0" : "=v"(x) : "m"(*four(0)));
+    asm("vinsertf32x4 $1, %1, %0, %0" : "+v"(x) : "m"(*four(4)));
+    asm("vinsertf32x4 $2, %1, %0, %0" : "+v"(x) : "m"(*four(8)));
+    asm("vinsertf32x4 $3, %1, %0, %0" : "+v"(x) : "m"(*four(12)));
+    return x;
+  }
+  // Of each four numbers of two vectors, those from FIRST on, in turn.
+  template <int FIRST>
+  static MOLEX_INLINE V merged(V a, V b) {
+    const Ints<16> order = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+    return __builtin_shuffle(a, b, order + FIRST);
+  }
+  static MOLEX_INLINE void put(V x, float* to) { __builtin_memcpy(to, &x, sizeof(x)); }
 };
 
 template <class Body, class... Arguments>
@@ -321,22 +399,5 @@ class TileScope {
   TileScope(const TileScope&) = delete;
   TileScope& operator=(const TileScope&) = delete;
 };
-
-// Exchanges the rows and columns of 16 x 16 numbers of 4 bytes; strides count numbers.
-MOLEX_INLINE void turn_16(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
-  using V = Floats<4>;
-  const char* const source = static_cast<const char*>(from);
-  char* const target = static_cast<char*>(to);
-  for (int64_t r = 0; r < 16; r += 4) {
-    for (int64_t c = 0; c < 16; c += 4) {
-      V block[4];
-      for (int64_t i = 0; i < 4; ++i)
-        __builtin_memcpy(&block[i], source + ((r + i) * from_stride + c) * 4, sizeof(V));
-      turn(block);
-      for (int64_t i = 0; i < 4; ++i)
-        __builtin_memcpy(target + ((c + i) * to_stride + r) * 4, &block[i], sizeof(V));
-    }
-  }
-}
 
 }  // namespace molex

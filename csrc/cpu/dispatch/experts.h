@@ -27,11 +27,14 @@ inline std::vector<int64_t> bounds_of(const Tensor& offsets, int64_t num_rows) {
   return bounds;
 }
 
+constexpr int64_t kHalfCache = 1 << 19;  // elements of 16 bits: half of the second-level cache
+
 // The rows of a piece whose products run on tiles: what is packed of a weight serves more of them, as long as
-// there are two pieces a thread.
-inline int64_t tile_piece(int64_t rows) {
+// there are two pieces a thread, and the rows, of up to `columns`, take half of the second-level cache.
+inline int64_t tile_piece(int64_t rows, int64_t columns) {
   constexpr int64_t kLeast = 64, kMost = 384;
-  return std::clamp(rows / (2 * torch::stable::get_num_threads()), kLeast, kMost);
+  const int64_t most = std::clamp(kHalfCache / std::max<int64_t>(columns, 1), kLeast, kMost);
+  return std::clamp(rows / (2 * torch::stable::get_num_threads()), kLeast, most);
 }
 
 // In how many parts products of each piece are cut on tiles: two for every thread in all.
@@ -70,6 +73,13 @@ inline std::vector<Piece> pieces_of(const std::vector<int64_t>& bounds,
 inline int64_t height_of(int64_t depth, int64_t columns) {
   constexpr int64_t kProducts = 1 << 24;
   return std::max(kPiece, kProducts / std::max<int64_t>(depth * columns, 1));
+}
+
+// The same for products on tiles: what is packed of the other operand serves all rows of a task, and those,
+// of `depth` elements, take half of the second-level cache. `all` is the number of rows of all gradients.
+inline int64_t tile_height(int64_t depth, int64_t all) {
+  const int64_t most = std::max(kPiece, all / (2 * torch::stable::get_num_threads()));
+  return std::clamp(kHalfCache / std::max<int64_t>(depth, 1), kPiece, most);
 }
 
 inline int64_t longest_of(const std::vector<Piece>& pieces) {

@@ -116,8 +116,11 @@ class Backward {
   void rows(const Group& group, const Kept& kept, const Matrix& dpacked, const Target& dweight) const {
     const bool needs_pre_activation = needs_.x || needs_.w_up || needs_.b_up;
     const bool needs_acted = needs_.weight || needs_.w_down;
-    const std::vector<Piece> pieces = molex::pieces_of(
-        plan_.bounds, group.begin, group.end, on_tiles_ ? molex::tile_piece(group.rows) : molex::kPiece);
+    const std::vector<Piece> pieces =
+        molex::pieces_of(plan_.bounds,
+                         group.begin,
+                         group.end,
+                         on_tiles_ ? molex::tile_piece(group.rows, std::max(width_, outer_)) : molex::kPiece);
     const ScalarType sums = on_tiles_ ? ScalarType::Float : dtype_;
     const int64_t longest = molex::longest_of(pieces);
     const Source biases = molex::source_of(bias_), pre_activation = molex::source_of(pre_activation_);
@@ -196,7 +199,9 @@ class Backward {
     int64_t tallest = 0;
     const auto plan = [&](bool needed, Kind kind, int64_t rows, int64_t columns) {
       for (int64_t e = group.begin; needed && e < group.end; ++e) {
-        const int64_t height = molex::height_of(plan_.bounds[e + 1] - plan_.bounds[e], columns);
+        const int64_t depth = plan_.bounds[e + 1] - plan_.bounds[e];
+        const int64_t height = on_tiles_ ? molex::tile_height(depth, rows * (group.end - group.begin))
+                                         : molex::height_of(depth, columns);
         for (const Piece& part : molex::parts_of(e, 0, rows, height)) {
           tasks.push_back({kind, part});
           tallest = std::max(tallest, part.rows);

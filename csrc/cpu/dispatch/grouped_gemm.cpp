@@ -74,7 +74,7 @@ Tensor grouped_gemm_fwd(const Tensor& x,
   const std::vector<int64_t> bounds = molex::bounds_of(offsets, tokens);
   const bool on_tiles = molex::on_tiles(x.scalar_type());
   const std::vector<Piece> pieces = molex::pieces_of(
-      bounds, 0, bounds.size() - 1, on_tiles ? molex::tile_piece(bounds.back()) : molex::kPiece);
+      bounds, 0, bounds.size() - 1, on_tiles ? molex::tile_piece(bounds.back(), width) : molex::kPiece);
   const int64_t longest = molex::longest_of(pieces);
   const molex::Rows from(x);
   const molex::Weights weights(weight, molex::products_of(weight.scalar_type()));
@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd(
   std::vector<Task> tasks;
   int64_t longest = 0;
   const bool on_tiles = molex::on_tiles(dtype);
-  const int64_t size = on_tiles ? molex::tile_piece(bounds.back()) : molex::kPiece;
+  const int64_t size = on_tiles ? molex::tile_piece(bounds.back(), columns) : molex::kPiece;
   for (int64_t e = 0; e < experts; ++e) {
     const int64_t rows = bounds[e + 1] - bounds[e];
     if (needs[0]) {
@@ -137,7 +137,9 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd(
       }
     }
     if (needs[1]) {
-      for (const Piece& piece : molex::parts_of(e, 0, columns, molex::height_of(rows, width))) {
+      const int64_t height =
+          on_tiles ? molex::tile_height(rows, experts * columns) : molex::height_of(rows, width);
+      for (const Piece& piece : molex::parts_of(e, 0, columns, height)) {
         tasks.push_back({Kind::kWeight, piece});
         longest = std::max(longest, piece.rows);
       }

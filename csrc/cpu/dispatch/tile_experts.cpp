@@ -76,7 +76,7 @@ MOLEX_INLINE void keep(const Up& up, const float* first, const float* second, in
     Machine::interleave(
         load<kLanes>(first + i), load<kLanes>(second + i), reinterpret_cast<uint16_t*>(made + i));
   }
-  turn_16(made, kSide, turned, kSide);
+  Machine::turn_16(made, kSide, turned, kSide);
   uint16_t* const to = static_cast<uint16_t*>(up.kept.data) + at + 2 * unit;
   for (int64_t r = 0; r < rows; ++r) {
     std::memcpy(to + r * outer, turned + r * kSide, units * sizeof(uint32_t));
@@ -89,9 +89,9 @@ constexpr auto go_up = tiled([](auto machine, const Up* call) MOLEX_LAMBDA_INLIN
   typename Machine::Tiles tiles;
   const Up& up = *call;
   const bool gated = up.activation->is_gated(), interleaved = up.activation->is_interleaved();
-  const int64_t panels = up.panels.count(), size = panels * kArea, step = gated ? kSide : kDeep;
+  const int64_t panels = up.panels.count(), step = gated ? kSide : kDeep;
   const int64_t hidden = parts(up.inner, kDeep) * kTile;  // a panel's
-  float *const sums = up.scratch.sums, *const acted = up.scratch.acted;
+  float* const acted = up.scratch.acted;
   for (int64_t unit = up.begin; unit < up.end; unit += step) {
     // Two tiles of sums: gate and up, or those of consecutive units. `of` gives their first rows.
     const int64_t second = gated ? (interleaved ? 2 * unit + 1 : up.inner + unit) : unit + kSide;
@@ -101,39 +101,41 @@ constexpr auto go_up = tiled([](auto machine, const Up* call) MOLEX_LAMBDA_INLIN
     const int64_t apart = interleaved ? 2 : 1, used = counts[1] ? 2 : 1;
     const Matrix bands[] = {every(up.weight, of[0], counts[0], apart),
                             counts[1] ? every(up.weight, of[1], counts[1], apart) : Matrix{}};
-    multiply_strip(tiles, bands, used, up.panels.x, panels, up.scratch.copies, sums);
-    if (used < 2) std::memset(sums + size, 0, size * sizeof(float));
-    for (int64_t a = 0; a < used && up.bias; ++a) {
-      for (int64_t i = 0; i < counts[a]; ++i) {
-        const float bias = up.bias[of[a] + i * apart];
-        for (int64_t p = 0; p < panels; ++p) {
-          float* const row = sums + a * size + p * kArea + i * kSide;
-          for (int64_t r = 0; r < kSide; r += kLanes) store(row + r, load<kLanes>(row + r) + bias);
-        }
-      }
-    }
-    for (int64_t p = 0; p < panels && up.kept; ++p) {
-      keep<Machine>(up, sums + p * kArea, sums + size + p * kArea, p, unit);
-    }
-    if (gated) {
-      up.activation->pointwise(sums, sums + size, acted, size);
-    } else {
-      up.activation->pointwise(sums, nullptr, acted, 2 * size);
-    }
-    for (int64_t a = 0; a < step / kSide; ++a) {
-      for (int64_t p = 0; p < panels; ++p) {
-        float* const from = acted + a * size + p * kArea;
-        // Units that there are not are 0 also where x is infinite.
-        std::memset(from + counts[a] * kSide, 0, (kSide - counts[a]) * kSide * sizeof(float));
-        uint16_t* const to = up.panels.hidden + p * hidden + (unit + a * kSide) * kSide;
-        for (int64_t i = 0; i < kSide; i += 2) {
-          for (int64_t r = 0; r < kSide; r += kLanes) {
-            const float* const even = from + i * kSide + r;
-            Machine::interleave(load<kLanes>(even), load<kLanes>(even + kSide), to + i * kSide + 2 * r);
+    const auto activate = [&](int64_t first, int64_t count, float* sums) MOLEX_LAMBDA_INLINE {
+      const int64_t size = count * kArea;
+      if (used < 2) std::memset(sums + size, 0, size * sizeof(float));
+      for (int64_t a = 0; a < used && up.bias; ++a) {
+        for (int64_t i = 0; i < counts[a]; ++i) {
+          const float bias = up.bias[of[a] + i * apart];
+          for (int64_t p = 0; p < count; ++p) {
+            float* const row = sums + a * size + p * kArea + i * kSide;
+            for (int64_t r = 0; r < kSide; r += kLanes) store(row + r, load<kLanes>(row + r) + bias);
           }
         }
       }
-    }
+      for (int64_t p = 0; p < count && up.kept; ++p) {
+        keep<Machine>(up, sums + p * kArea, sums + size + p * kArea, first + p, unit);
+      }
+      up.activation->pointwise(sums, gated ? sums + size : nullptr, acted, gated ? size : 2 * size);
+      for (int64_t a = 0; a < step / kSide; ++a) {
+        for (int64_t p = 0; p < count; ++p) {
+          float* const from = acted + a * size + p * kArea;
+          // Units that there are not are 0 also where x is infinite.
+          if (counts[a] < kSide) {
+            std::memset(from + counts[a] * kSide, 0, (kSide - counts[a]) * kSide * sizeof(float));
+          }
+          uint16_t* const to = up.panels.hidden + (first + p) * hidden + (unit + a * kSide) * kSide;
+          for (int64_t i = 0; i < kSide; i += 2) {
+            for (int64_t r = 0; r < kSide; r += kLanes) {
+              const float* const even = from + i * kSide + r;
+              Machine::interleave(load<kLanes>(even), load<kLanes>(even + kSide), to + i * kSide + 2 * r);
+            }
+          }
+        }
+      }
+    };
+    multiply_strip<Machine>(
+        tiles, bands, used, up.panels.x, panels, up.scratch.copies, up.scratch.sums, Nothing{}, activate);
   }
   const int64_t end = parts(up.end, step) * step, whole = parts(up.end, kDeep) * kDeep;
   for (int64_t p = 0; p < panels && end < whole; ++p) {
@@ -146,29 +148,29 @@ constexpr auto go_down = tiled([](auto machine, const Down* call) MOLEX_LAMBDA_I
   using Machine = decltype(machine);
   typename Machine::Tiles tiles;
   const Down& down = *call;
-  const int64_t panels = down.panels.count(), size = panels * kArea;
-  float* const sums = down.scratch.sums;
+  Waiting<Machine> waiting;
   for (int64_t n = down.begin; n < down.end; n += kDeep) {
     const int64_t used = std::min(down.end - n, kDeep);
     const Matrix bands[] = {down.weight.band(n, std::min(used, kSide)),
                             down.weight.band(n + kSide, std::max<int64_t>(used - kSide, 0))};
-    multiply_strip(tiles, bands, parts(used, kSide), down.panels.hidden, panels, down.scratch.copies, sums);
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t row = p * kSide;
-      write_turned<Machine>(sums + p * kArea,
-                            size,
-                            down.bias ? down.bias + n : nullptr,
-                            std::min(kSide, down.panels.rows - row),
-                            used,
-                            down.packed.target(),
-                            row * down.packed.row_stride + n,
-                            down.packed.row_stride);
-    }
+    const auto write = [&](int64_t first, int64_t count, const float* sums) MOLEX_LAMBDA_INLINE {
+      put_turned(waiting, sums, first, count, down.bias ? down.bias + n : nullptr, down.packed, n, used);
+    };
+    multiply_strip<Machine>(tiles,
+                            bands,
+                            parts(used, kSide),
+                            down.panels.hidden,
+                            down.panels.count(),
+                            down.scratch.copies,
+                            down.scratch.sums,
+                            waiting,
+                            write);
   }
 });
 
-constexpr auto pack_panel = tiled([](auto, const Matrix* rows, uint16_t* to)
-                                      MOLEX_LAMBDA_INLINE { panel_of_pairs(rows->transposed(), 0, to); });
+constexpr auto pack_panel = tiled([](auto machine, const Matrix* rows, uint16_t* to) MOLEX_LAMBDA_INLINE {
+  panel_of_pairs<decltype(machine)>(rows->transposed(), 0, to);
+});
 
 class Experts {
  public:
@@ -185,7 +187,8 @@ class Experts {
         width_(layer.x.size(1)),
         outer_(layer.w_up.size(1)),
         inner_(layer.w_down.size(2)),
-        pieces_(pieces_of(plan.bounds, 0, plan.bounds.size() - 1, tile_piece(plan.local_rows))),
+        pieces_(pieces_of(
+            plan.bounds, 0, plan.bounds.size() - 1, tile_piece(plan.local_rows, std::max(width_, inner_)))),
         panels_(parts(longest_of(pieces_), kSide)) {}
 
   void run() const {
@@ -195,11 +198,12 @@ class Experts {
 
  private:
   int64_t x_size() const { return panels_ * parts(width_, kDeep) * kTile; }
+  int64_t sums_size() const { return strip_sums(panels_, std::max(width_, inner_)); }
   int64_t hidden_size() const { return panels_ * parts(inner_, kDeep) * kTile; }
 
   int64_t scratch_bytes() const {
     return Arena::bytes(x_size(), ScalarType::BFloat16) + Arena::bytes(kSide * width_, ScalarType::BFloat16) +
-           Arena::bytes(kCopies, ScalarType::BFloat16) + 2 * Arena::bytes(2 * panels_ * kArea);
+           Arena::bytes(kCopies, ScalarType::BFloat16) + Arena::bytes(sums_size()) + Arena::bytes(4 * kArea);
   }
 
   static uint16_t* take(Arena& arena, int64_t count) {
@@ -209,8 +213,8 @@ class Experts {
   Scratch scratch(Arena& arena) const {
     return {take(arena, kSide * width_),
             take(arena, kCopies),
-            arena.floats(2 * panels_ * kArea),
-            arena.floats(2 * panels_ * kArea)};
+            arena.floats(sums_size()),
+            arena.floats(4 * kArea)};
   }
 
   void pack(const Piece& piece, const Panels& panels, const Scratch& scratch) const {

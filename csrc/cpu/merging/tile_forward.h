@@ -54,9 +54,10 @@ MOLEX_INLINE void write_outputs(const float* sums,
                           reinterpret_cast<uint16_t*>(pairs + n / 2 * kSide + t));
     }
   }
-  if (tokens >= kSide && rows >= kDeep && stride % 2 == 0) return turn_16(pairs, kSide, y, stride / 2);
+  if (tokens >= kSide && rows >= kDeep && stride % 2 == 0)
+    return Machine::turn_16(pairs, kSide, y, stride / 2);
   alignas(64) uint32_t turned[kArea];
-  turn_16(pairs, kSide, turned, kSide);
+  Machine::turn_16(pairs, kSide, turned, kSide);
   for (int64_t t = 0; t < std::min(tokens, kSide); ++t) {
     std::memcpy(y + t * stride, turned + t * kSide, std::min(rows, kDeep) * sizeof(uint16_t));
   }

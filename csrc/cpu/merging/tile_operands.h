@@ -24,16 +24,17 @@ inline int64_t packed_size(Packing packing, int64_t rows, int64_t columns) {
 }
 
 inline constexpr auto pack = tiled(
-    [](auto, Packing packing, const uint16_t* from, int64_t rows, int64_t columns, uint16_t* to)
+    [](auto machine, Packing packing, const uint16_t* from, int64_t rows, int64_t columns, uint16_t* to)
         MOLEX_LAMBDA_INLINE {
+          using Machine = decltype(machine);
           alignas(64) uint32_t made[kArea];
           const Matrix matrix = matrix_of(const_cast<uint16_t*>(from), ScalarType::BFloat16, rows, columns);
           if (packing == Packing::kRows || packing == Packing::kTurned) {
             for (int64_t r = 0; r < rows; r += kSide) {
               for (int64_t c = 0; c < columns; c += kDeep, to += kTile) {
                 uint16_t* const tile = packing == Packing::kRows ? to : reinterpret_cast<uint16_t*>(made);
-                tile_of_rows(matrix, r, c, tile);
-                if (packing == Packing::kTurned) turn_16(made, kSide, to, kSide);
+                tile_of_rows<Machine>(matrix, r, c, tile);
+                if (packing == Packing::kTurned) Machine::turn_16(made, kSide, to, kSide);
               }
             }
           } else {
@@ -41,7 +42,7 @@ inline constexpr auto pack = tiled(
               for (int64_t r = 0; r < rows; r += kDeep, to += kTile) {
                 pair_rows(matrix, r, c, made);
                 if (packing == Packing::kTurnedPairs) {
-                  turn_16(made, kSide, to, kSide);
+                  Machine::turn_16(made, kSide, to, kSide);
                 } else {
                   std::memcpy(to, made, sizeof(made));
                 }

@@ -70,20 +70,20 @@ MOLEX_INLINE float weigh_row_backward(float* z,
 }
 
 // Adds x^T [width, count] to rows.
-inline constexpr auto add_turned =
-    versions([](auto, const float* x, int64_t pitch, int64_t count, int64_t width, int64_t padded, float* to)
-                 MOLEX_LAMBDA_INLINE {
-                   alignas(64) float block[kTileRows * kTileRows];
-                   for (int64_t r = 0; r < count; r += kTileRows) {
-                     for (int64_t c = 0; c < width; c += kTileRows) {
-                       turn_16(x + c * pitch + r, pitch, block, kTileRows);
-                       for (int64_t i = 0; i < std::min(kTileRows, count - r); ++i) {
-                         float* const row = to + (r + i) * padded + c;
-                         for (int64_t e = 0; e < kTileRows; ++e) row[e] += block[i * kTileRows + e];
-                       }
-                     }
-                   }
-                 });
+inline constexpr auto add_turned = tiled(
+    [](auto machine, const float* x, int64_t pitch, int64_t count, int64_t width, int64_t padded, float* to)
+        MOLEX_LAMBDA_INLINE {
+          alignas(64) float block[kTileRows * kTileRows];
+          for (int64_t r = 0; r < count; r += kTileRows) {
+            for (int64_t c = 0; c < width; c += kTileRows) {
+              decltype(machine)::turn_16(x + c * pitch + r, pitch, block, kTileRows);
+              for (int64_t i = 0; i < std::min(kTileRows, count - r); ++i) {
+                float* const row = to + (r + i) * padded + c;
+                for (int64_t e = 0; e < kTileRows; ++e) row[e] += block[i * kTileRows + e];
+              }
+            }
+          }
+        });
 
 inline constexpr auto differentiate_on_tiles = tiled([](auto machine,
                                                         const TiledBackward* b) MOLEX_LAMBDA_INLINE {

@@ -174,10 +174,10 @@ inline constexpr auto make_row_tiles =
 inline constexpr auto make_pair_tiles =
     tiled([](auto machine, const float* x, int64_t rows, int64_t padded, uint16_t* to)
               MOLEX_LAMBDA_INLINE { pairs_of_tiles<decltype(machine)>(x, rows, padded, to); });
-inline constexpr auto turn_tiles =
-    versions([](auto, const uint16_t* from, int64_t rows, int64_t padded, uint16_t* to) MOLEX_LAMBDA_INLINE {
+inline constexpr auto turn_tiles = tiled(
+    [](auto machine, const uint16_t* from, int64_t rows, int64_t padded, uint16_t* to) MOLEX_LAMBDA_INLINE {
       for (int64_t at = 0; at < round_up(rows, kTileDepth) * padded; at += kTile)
-        turn_16(from + at, kTileRows, to + at, kTileRows);
+        decltype(machine)::turn_16(from + at, kTileRows, to + at, kTileRows);
     });
 
 // The counterpart of Attention (forward.cpp) on matrix tiles.
