@@ -31,6 +31,7 @@ def test_the_number_of_draws_is_a_matter_of_elements(elements: int, draws: int):
 def test_the_smallest_tensor_decides():
     both = {"x": Errors(0.0, 0.0, 1.0, 1000), "y": Errors(0.0, 0.0, 1.0, 100)}
     assert budget.draws_for(both) == 11
+    assert budget.draws_for(both, enough=2 * ENOUGH) == 21
     assert budget.draws_for({**both, "empty": Errors(0.0, 0.0, 0.0, 0)}) == 11
 
 

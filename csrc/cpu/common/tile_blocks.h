@@ -315,10 +315,10 @@ MOLEX_INLINE void multiply_strip(typename Machine::Tiles& tiles,
 }
 
 // The transposes of one or two tiles of sums, `apart` floats from each other, as 16 rows of kDeep elements of
-// 16 bits, `stride` elements apart, with the bias of each of `columns` columns.
+// 16 bits, one after the other, with the bias of each of `columns` columns.
 template <class Machine>
 MOLEX_INLINE void narrow_turned(
-    const float* sums, int64_t apart, const float* bias, int64_t columns, void* to, int64_t stride) {
+    const float* sums, int64_t apart, const float* bias, int64_t columns, void* to) {
   constexpr int64_t kLanes = Machine::kLanes;
   alignas(64) float pairs[kArea];
   if (columns <= kSide) std::memset(pairs + kArea / 2, 0, kArea / 2 * sizeof(float));
@@ -331,7 +331,7 @@ MOLEX_INLINE void narrow_turned(
                           reinterpret_cast<uint16_t*>(pairs + n / 2 * kSide + r));
     }
   }
-  Machine::turn_16(pairs, kSide, to, stride / 2);
+  Machine::turn_16(pairs, kSide, to, kSide);
 }
 
 // Writes the transposes of one or two tiles of sums, `apart` floats from each other, as `rows` <= 16 rows of
@@ -370,7 +370,7 @@ MOLEX_INLINE void write_turned(const float* sums,
     return;
   }
   uint16_t* const out = static_cast<uint16_t*>(to.data) + at;
-  narrow_turned<Machine>(sums, apart, bias, columns, turned, kDeep);
+  narrow_turned<Machine>(sums, apart, bias, columns, turned);
   for (int64_t r = 0; r < rows; ++r) {
     const float* const from = turned + r * kSide;
     if (columns == kDeep) {
@@ -408,7 +408,7 @@ MOLEX_INLINE void put_turned(Waiting<Machine>& waiting,
   }
   uint16_t* const to = waiting.open(out, row, rows, column);
   for (int64_t p = 0; p < count; ++p) {
-    narrow_turned<Machine>(sums + p * kArea, count * kArea, bias, columns, to + p * kTile, kDeep);
+    narrow_turned<Machine>(sums + p * kArea, count * kArea, bias, columns, to + p * kTile);
   }
 }
 
