@@ -51,6 +51,16 @@ def test_of_few_elements_the_reference_is_drawn_more_often(calls, draws):
     assert len([*alone]) == MOST_DRAWS - (draws - calls)
 
 
+def test_a_single_call_is_held_against_several_draws_of_the_reference():
+    alone = iter((1.0, 3.0))
+    judge(
+        lambda: {"y": Errors(5.0, 0.0, 1.0)},
+        reference_alone=lambda: {"y": Errors(0.0, next(alone), 1.0)},
+        calls=1,
+    )
+    assert not [*alone]
+
+
 @pytest.mark.parametrize("ours", [(5.0, 0.0, 0.0), (0.0, 0.0, 5.0)])
 def test_no_draw_is_left_out(ours):
     with pytest.raises(AssertionError, match=r"y: error \d > 4 \(reference's own 1\)"):

@@ -179,11 +179,13 @@ def collect(
 def draws_for(errors: dict[str, Errors], calls: int = DRAWS, enough: int = ENOUGH) -> int:
     """How many draws the smallest of these tensors needs: a matter of its elements alone.
 
-    Where the implementation is called less often, being slow, so is the reference.
+    Where the implementation is called less often, being slow, so is the reference; but one draw or
+    two are too few for any size, whose largest errors may all stand in a single row.
     """
     slower = 1 if calls >= DRAWS else 4
     fewest = min((e.elements for e in errors.values() if e.elements), default=enough)
-    return max(calls, min(math.ceil(enough / slower / fewest), MOST_DRAWS // min(slower, 2)))
+    needed = math.ceil(enough / slower / fewest)
+    return max(calls, DRAWS, min(needed, MOST_DRAWS // min(slower, 2)))
 
 
 def check(errors: dict[str, Errors]) -> None:
