@@ -117,6 +117,14 @@ MOLEX_INLINE void store_elements(Registers, Element* to, Lanes<LANES> x) {
   }
 }
 
+// Calls `one` for whole vectors of elements, then for single ones: one(lanes, i).
+template <int LANES, class Function>
+MOLEX_INLINE void for_elements(int64_t count, const Function& one) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) one(std::integral_constant<int, LANES>{}, i);
+  for (; i < count; ++i) one(std::integral_constant<int, 1>{}, i);
+}
+
 // Calls the function with a value of the element type of a dtype.
 template <class Function>
 auto by_dtype(ScalarType dtype, const Function& function) {

@@ -2,6 +2,8 @@
 
 #include "cpu/dispatch/experts.h"
 
+#include "cpu/common/elements.h"
+
 namespace molex {
 
 namespace {
@@ -12,6 +14,51 @@ constexpr auto add_in_double =
     versions([](auto, double* to, const float* from, double scale, int64_t count) MOLEX_LAMBDA_INLINE {
       for (int64_t i = 0; i < count; ++i) to[i] += scale * from[i];
     });
+
+// to_i = sum_k weights_k rows_ki, in the order of k, in the registers of one pass.
+template <class From, class To>
+constexpr auto weigh = versions(
+    [](auto registers, const From* const* rows, const float* weights, int64_t count, To* to, int64_t width)
+        MOLEX_LAMBDA_INLINE {
+          constexpr int kLanes = std::min(lanes_of<From>(registers), lanes_of<To>(registers));
+          for_elements<kLanes>(width, [&](auto lanes, int64_t i) MOLEX_LAMBDA_INLINE {
+            Lanes<lanes> sum = {};
+            for (int64_t k = 0; k < count; ++k) {
+              const Lanes<lanes> row = load_elements<lanes>(registers, rows[k] + i);
+              sum = k == 0 ? weights[k] * row : sum + weights[k] * row;
+            }
+            store_elements<lanes>(registers, to + i, sum);
+          });
+        });
+
+// Rows from `local_rows` on are of no local expert.
+template <class From, class To>
+void combine_as(const Matrix& packed,
+                const int64_t* row_of,
+                int64_t top_k,
+                const Source& gates,
+                int64_t local_rows,
+                Tensor& out) {
+  const int64_t width = out.size(1),
+                grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width * top_k));
+  const From* const from = static_cast<const From*>(packed.data);
+  To* const to = static_cast<To*>(out.mutable_data_ptr());
+  torch::stable::parallel_for(0, out.size(0), grain, [&](int64_t begin, int64_t end) {
+    std::vector<const From*> rows(top_k);
+    std::vector<float> weights(top_k), scratch(top_k, 1.0f);
+    for (int64_t t = begin; t < end; ++t) {
+      const float* const given = gates ? read(gates, t * top_k, top_k, scratch.data()) : scratch.data();
+      int64_t count = 0;
+      for (int64_t k = 0; k < top_k; ++k) {
+        const int64_t row = row_of[t * top_k + k];
+        if (row >= local_rows) continue;
+        rows[count] = from + row * width;
+        weights[count++] = given[k];
+      }
+      weigh<From, To>(rows.data(), weights.data(), count, to + t * width, width);
+    }
+  });
+}
 
 }  // namespace
 
@@ -39,26 +86,11 @@ void combine(const Matrix& packed,
   const int64_t top_k = rows.numel() / tokens;
   Assignments::check(row_of, rows.numel(), packed.rows, "plan.inverse");
   const std::optional<Tensor> weights = molex::packed(expert_weight);
-  const Source gates = source_of(weights), from = packed.source();
-  const Target to = target_of(out);
-  const int64_t grain = std::max<int64_t>(1, kGrain / (width * top_k));
-  torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
-    Arena arena(2 * Arena::bytes(width));
-    float *scratch = arena.floats(width), *spare = arena.floats(width);
-    for (int64_t t = begin; t < end; ++t) {
-      float* sum = place(to, t * width, spare);
-      bool any = false;
-      for (int64_t k = t * top_k; k < (t + 1) * top_k; ++k) {
-        if (row_of[k] >= local_rows) continue;
-        float one = 1.0f;
-        const float weight = gates ? *read(gates, k, 1, &one) : 1.0f;
-        const float* row = read(from, row_of[k] * width, width, scratch);
-        any ? add_scaled(sum, row, weight, width) : scale_into(sum, row, weight, width);
-        any = true;
-      }
-      if (!any) std::fill_n(sum, width, 0.0f);
-      write(to, t * width, width, sum);
-    }
+  // Rows have the dtype of the result or are fp32.
+  by_dtype(out.scalar_type(), [&]<class To>(To) {
+    packed.dtype == ScalarType::Float
+        ? combine_as<float, To>(packed, row_of, top_k, source_of(weights), local_rows, out)
+        : combine_as<To, To>(packed, row_of, top_k, source_of(weights), local_rows, out);
   });
 }
 

@@ -25,6 +25,7 @@ using torch::stable::Tensor;
 // The dtype of the products. Without a gradient it is fp32: the library has no product of 16-bit matrices
 // with a result in fp32, and rounding pre-activations and rows that nobody keeps would be for nothing.
 ScalarType forward_dtype(const Tensor& x, bool keeps_pre_activation) {
+  if (molex::on_tiles(x.scalar_type())) return x.scalar_type();
   return keeps_pre_activation ? molex::product_dtype(x.scalar_type()) : ScalarType::Float;
 }
 

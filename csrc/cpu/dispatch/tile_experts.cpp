@@ -4,6 +4,7 @@
 
 #include "cpu/dispatch/tile_experts.h"
 
+#include <bit>
 #include <vector>
 
 #include "cpu/common/tile_blocks.h"
@@ -22,7 +23,7 @@ struct Panels {
 
 struct Scratch {
   uint16_t *gathered, *copies;
-  float *sums, *acted;
+  float* sums;
 };
 
 struct Up {
@@ -83,6 +84,70 @@ MOLEX_INLINE void keep(const Up& up, const float* first, const float* second, in
   }
 }
 
+// Sums of hidden units that wait to be activated: some at each step of the next product, whose tiles leave
+// the vector units idle.
+template <class Machine>
+class Activating {
+ public:
+  explicit Activating(const Up& up)
+      : up_(up),
+        gated_(up.activation->is_gated()),
+        steps_(std::min(parts(up.weight.columns, kDeep), kBlock)),
+        hidden_(parts(up.inner, kDeep) * kTile) {}
+  ~Activating() { flush(); }
+
+  // The sums of two tiles, of so many units from `unit` on and of `count` panels from `first` on, are taken
+  // during the next product. They may be overwritten after as many steps as the terms have tiles, or kBlock.
+  void open(float* sums, int64_t first, int64_t count, int64_t unit, const int64_t (&units)[2]) {
+    flush();
+    sums_ = sums, count_ = count;
+    units_[0] = units[0], units_[1] = units[1];
+    to_ = up_.panels.hidden + first * hidden_ + unit * kSide;
+    tiles_ = (gated_ ? 1 : 2) * count;
+    // Units of a tile that are taken at once: 2, 4, 8 or 16.
+    at_once_ = std::min<int64_t>(std::bit_ceil<uint64_t>(parts(tiles_ * kSide, steps_)), kSide);
+    at_once_ = std::max<int64_t>(at_once_, 2);
+    tile_ = unit_ = 0;
+  }
+
+  // Called at each step of a product.
+  MOLEX_INLINE void operator()() {
+    for (int64_t left = parts(tiles_ * kSide, steps_); left > 0 && tile_ < tiles_; left -= at_once_) next();
+  }
+
+ private:
+  MOLEX_INLINE void next() {
+    constexpr int64_t kLanes = Machine::kLanes;
+    const int64_t a = tile_ / count_, panel = tile_ % count_, size = at_once_ * kSide;
+    float* const from = sums_ + tile_ * kArea + unit_ * kSide;
+    alignas(64) float acted[kArea];
+    up_.activation->pointwise(from, gated_ ? from + count_ * kArea : nullptr, acted, size);
+    // Units that there are not are 0 also where x is infinite.
+    const int64_t known = std::clamp<int64_t>(units_[a] - unit_, 0, at_once_) * kSide;
+    if (known < size) std::memset(acted + known, 0, (size - known) * sizeof(float));
+    uint16_t* const to = to_ + panel * hidden_ + (a * kSide + unit_) * kSide;
+    for (int64_t i = 0; i < size; i += 2 * kSide) {
+      for (int64_t r = i; r < i + kSide; r += kLanes) {
+        Machine::interleave(load<kLanes>(acted + r), load<kLanes>(acted + r + kSide), to + 2 * r - i);
+      }
+    }
+    unit_ += at_once_;
+    if (unit_ < kSide) return;
+    unit_ = 0;
+    ++tile_;
+  }
+  void flush() {
+    while (tile_ < tiles_) next();
+  }
+
+  const Up& up_;
+  const bool gated_;
+  const int64_t steps_, hidden_;
+  float* sums_ = nullptr;
+  uint16_t* to_ = nullptr;
+  int64_t count_ = 0, units_[2] = {}, tiles_ = 0, at_once_ = kSide, tile_ = 0, unit_ = 0;
+};
+
 constexpr auto go_up = tiled([](auto machine, const Up* call) MOLEX_LAMBDA_INLINE {
   using Machine = decltype(machine);
   constexpr int64_t kLanes = Machine::kLanes;
@@ -90,8 +155,7 @@ constexpr auto go_up = tiled([](auto machine, const Up* call) MOLEX_LAMBDA_INLIN
   const Up& up = *call;
   const bool gated = up.activation->is_gated(), interleaved = up.activation->is_interleaved();
   const int64_t panels = up.panels.count(), step = gated ? kSide : kDeep;
-  const int64_t hidden = parts(up.inner, kDeep) * kTile;  // a panel's
-  float* const acted = up.scratch.acted;
+  Activating<Machine> activating(up);
   for (int64_t unit = up.begin; unit < up.end; unit += step) {
     // Two tiles of sums: gate and up, or those of consecutive units. `of` gives their first rows.
     const int64_t second = gated ? (interleaved ? 2 * unit + 1 : up.inner + unit) : unit + kSide;
@@ -101,7 +165,7 @@ constexpr auto go_up = tiled([](auto machine, const Up* call) MOLEX_LAMBDA_INLIN
     const int64_t apart = interleaved ? 2 : 1, used = counts[1] ? 2 : 1;
     const Matrix bands[] = {every(up.weight, of[0], counts[0], apart),
                             counts[1] ? every(up.weight, of[1], counts[1], apart) : Matrix{}};
-    const auto activate = [&](int64_t first, int64_t count, float* sums) MOLEX_LAMBDA_INLINE {
+    const auto take = [&](int64_t first, int64_t count, float* sums) MOLEX_LAMBDA_INLINE {
       const int64_t size = count * kArea;
       if (used < 2) std::memset(sums + size, 0, size * sizeof(float));
       for (int64_t a = 0; a < used && up.bias; ++a) {
@@ -116,27 +180,12 @@ constexpr auto go_up = tiled([](auto machine, const Up* call) MOLEX_LAMBDA_INLIN
       for (int64_t p = 0; p < count && up.kept; ++p) {
         keep<Machine>(up, sums + p * kArea, sums + size + p * kArea, first + p, unit);
       }
-      up.activation->pointwise(sums, gated ? sums + size : nullptr, acted, gated ? size : 2 * size);
-      for (int64_t a = 0; a < step / kSide; ++a) {
-        for (int64_t p = 0; p < count; ++p) {
-          float* const from = acted + a * size + p * kArea;
-          // Units that there are not are 0 also where x is infinite.
-          if (counts[a] < kSide) {
-            std::memset(from + counts[a] * kSide, 0, (kSide - counts[a]) * kSide * sizeof(float));
-          }
-          uint16_t* const to = up.panels.hidden + (first + p) * hidden + (unit + a * kSide) * kSide;
-          for (int64_t i = 0; i < kSide; i += 2) {
-            for (int64_t r = 0; r < kSide; r += kLanes) {
-              const float* const even = from + i * kSide + r;
-              Machine::interleave(load<kLanes>(even), load<kLanes>(even + kSide), to + i * kSide + 2 * r);
-            }
-          }
-        }
-      }
+      activating.open(sums, first, count, unit, counts);
     };
     multiply_strip<Machine>(
-        tiles, bands, used, up.panels.x, panels, up.scratch.copies, up.scratch.sums, Nothing{}, activate);
+        tiles, bands, used, up.panels.x, panels, up.scratch.copies, up.scratch.sums, activating, take);
   }
+  const int64_t hidden = parts(up.inner, kDeep) * kTile;  // a panel's
   const int64_t end = parts(up.end, step) * step, whole = parts(up.end, kDeep) * kDeep;
   for (int64_t p = 0; p < panels && end < whole; ++p) {
     uint16_t* const to = up.panels.hidden + p * hidden + end * kSide;
@@ -203,7 +252,7 @@ class Experts {
 
   int64_t scratch_bytes() const {
     return Arena::bytes(x_size(), ScalarType::BFloat16) + Arena::bytes(kSide * width_, ScalarType::BFloat16) +
-           Arena::bytes(kCopies, ScalarType::BFloat16) + Arena::bytes(sums_size()) + Arena::bytes(4 * kArea);
+           Arena::bytes(kCopies, ScalarType::BFloat16) + Arena::bytes(sums_size());
   }
 
   static uint16_t* take(Arena& arena, int64_t count) {
@@ -211,10 +260,7 @@ class Experts {
   }
 
   Scratch scratch(Arena& arena) const {
-    return {take(arena, kSide * width_),
-            take(arena, kCopies),
-            arena.floats(sums_size()),
-            arena.floats(4 * kArea)};
+    return {take(arena, kSide * width_), take(arena, kCopies), arena.floats(sums_size())};
   }
 
   void pack(const Piece& piece, const Panels& panels, const Scratch& scratch) const {

@@ -118,23 +118,6 @@ MOLEX_INLINE float inverse_deviation(const float* row, float mean, float eps, in
   return 1.0f / std::sqrt(squares / count + eps);
 }
 
-// Calls `one` for whole vectors of elements, then for single ones: one(lanes, i).
-template <int LANES, class Function>
-MOLEX_INLINE void for_elements(int64_t count, const Function& one) {
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) one(std::integral_constant<int, LANES>{}, i);
-  for (; i < count; ++i) one(std::integral_constant<int, 1>{}, i);
-}
-
-template <int LANES>
-MOLEX_INLINE molex::Lanes<LANES> floats_at(const float* from) {
-  if constexpr (LANES == 1) {
-    return *from;
-  } else {
-    return molex::load<LANES>(from);
-  }
-}
-
 // LayerNorm's parameters, or ones and zeros.
 struct Norm {
   const float* scale;
@@ -155,10 +138,11 @@ constexpr auto mix_token = molex::versions([](auto registers,
   const float mean = mix_into<HAS_RESIDUAL>(registers, from, row, y, count) / count;
   if (!normed) return;
   const float inverse = inverse_deviation<kLanes>(row, mean, norm.eps, count);
-  for_elements<kLanes>(count, [&](auto lanes, int64_t i) MOLEX_LAMBDA_INLINE {
+  molex::for_elements<kLanes>(count, [&](auto lanes, int64_t i) MOLEX_LAMBDA_INLINE {
     constexpr int kCount = lanes;
-    const auto x = (floats_at<kCount>(row + i) - mean) * inverse;
-    const auto moved = x * floats_at<kCount>(norm.scale + i) + floats_at<kCount>(norm.shift + i);
+    const auto x = (molex::load_elements<kCount>(registers, row + i) - mean) * inverse;
+    const auto moved = x * molex::load_elements<kCount>(registers, norm.scale + i) +
+                       molex::load_elements<kCount>(registers, norm.shift + i);
     molex::store_elements<kCount>(registers, normed + i, moved);
   });
 });
@@ -185,7 +169,7 @@ MOLEX_INLINE void upstream_into(Registers registers,
                                 int64_t count) {
   constexpr int kLanes = molex::lanes_of<Element>(Registers{});
   if (!dnormed) {
-    for_elements<kLanes>(count, [&](auto lanes, int64_t i) MOLEX_LAMBDA_INLINE {
+    molex::for_elements<kLanes>(count, [&](auto lanes, int64_t i) MOLEX_LAMBDA_INLINE {
       constexpr int kCount = lanes;
       molex::store_elements<kCount>(registers, row + i, molex::load_elements<kCount>(registers, dy + i));
     });
@@ -197,17 +181,19 @@ MOLEX_INLINE void upstream_into(Registers registers,
   // The gradient of the normalised row before its scale.
   const auto outer = [&](auto lanes, int64_t i) MOLEX_LAMBDA_INLINE {
     constexpr int kCount = lanes;
-    return molex::load_elements<kCount>(registers, dnormed + i) * floats_at<kCount>(norm.scale + i);
+    return molex::load_elements<kCount>(registers, dnormed + i) *
+           molex::load_elements<kCount>(registers, norm.scale + i);
   };
   const auto project = [&](auto lanes, int64_t i) MOLEX_LAMBDA_INLINE {
     constexpr int kCount = lanes;
-    const molex::Lanes<kCount> normed = (floats_at<kCount>(row + i) - middle) * inverse;
+    const molex::Lanes<kCount> normed = (molex::load_elements<kCount>(registers, row + i) - middle) * inverse;
     molex::store_elements<kCount>(registers, row + i, normed);
     if (to.scale) {
       const molex::Lanes<kCount> given = molex::load_elements<kCount>(registers, dnormed + i);
       molex::store_elements<kCount>(
-          registers, to.scale + i, floats_at<kCount>(to.scale + i) + given * normed);
-      molex::store_elements<kCount>(registers, to.shift + i, floats_at<kCount>(to.shift + i) + given);
+          registers, to.scale + i, molex::load_elements<kCount>(registers, to.scale + i) + given * normed);
+      molex::store_elements<kCount>(
+          registers, to.shift + i, molex::load_elements<kCount>(registers, to.shift + i) + given);
     }
     return outer(lanes, i) * normed;
   };
@@ -219,9 +205,9 @@ MOLEX_INLINE void upstream_into(Registers registers,
   };
   const float projection = sum(project) / count;
   const float mean = sum(outer) / count;
-  for_elements<kLanes>(count, [&](auto lanes, int64_t i) MOLEX_LAMBDA_INLINE {
+  molex::for_elements<kLanes>(count, [&](auto lanes, int64_t i) MOLEX_LAMBDA_INLINE {
     constexpr int kCount = lanes;
-    const molex::Lanes<kCount> normed = floats_at<kCount>(row + i);
+    const molex::Lanes<kCount> normed = molex::load_elements<kCount>(registers, row + i);
     molex::Lanes<kCount> gradient = inverse * (outer(lanes, i) - normed * projection - mean);
     if (dy) gradient += molex::load_elements<kCount>(registers, dy + i);
     molex::store_elements<kCount>(registers, row + i, gradient);
@@ -245,12 +231,12 @@ constexpr auto mix_token_backward = molex::versions([](auto registers,
     const float coeff = from.coeff[g];
     const auto write = [&](auto lanes, int64_t i) MOLEX_LAMBDA_INLINE {
       constexpr int kCount = lanes;
-      const molex::Lanes<kCount> gradient = floats_at<kCount>(row + i);
+      const molex::Lanes<kCount> gradient = molex::load_elements<kCount>(registers, row + i);
       if (mine) molex::store_elements<kCount>(registers, mine + i, coeff * gradient);
       return gradient;
     };
     if (!to.coeff) {
-      for_elements<kLanes>(count, write);
+      molex::for_elements<kLanes>(count, write);
       continue;
     }
     to.coeff[g] += molex::sum_terms<kLanes>(
