@@ -1,4 +1,4 @@
-"""Experts and grouped GEMM in bf16 on the CPU's matrix tiles.
+"""Experts and grouped GEMM in 16 bits on the CPU's matrix tiles, fp16 in two terms of bf16.
 
 Run by test_cpu_tiles.py in a process of its own with MOLEX_CPU_TILES, since the library reads the
 variable once. Prints a JSON object: a digest of results, and what fails, by check.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import tile_checks
@@ -17,12 +18,12 @@ from torch import Tensor
 import molex_kernels as mk
 from molex_kernels.testing import Case, contract, load_ops
 
-BF16 = torch.bfloat16
+BF16, FP16 = torch.bfloat16, torch.float16
 SIZES = (1, 15, 16, 17, 31, 33, 48, 100)
 
 
-def _draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(BF16)
+def _draw(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def _fenced(made: Tensor, turned: bool) -> Tensor:
@@ -36,13 +37,14 @@ def _fenced(made: Tensor, turned: bool) -> Tensor:
     return inner
 
 
-def _product(rows: int, columns: int, depth: int, turned: bool) -> None:
+def _product(rows: int, columns: int, depth: int, turned: bool, dtype: torch.dtype = BF16) -> None:
     """All three products of two experts, y = x w^T, dx = dy w and dw = dy^T x."""
     ends = torch.tensor([rows, rows + 3], dtype=torch.int32)
-    x = _fenced(_draw(rows + 3, depth), False).requires_grad_()
-    weight = _fenced(_draw(2, columns, depth, seed=1), turned).requires_grad_()
-    bias = _draw(2, columns, seed=2)
-    dy = _fenced(_draw(rows + 3, columns, seed=3), False)
+    draw = partial(_draw, dtype=dtype)
+    x = _fenced(draw(rows + 3, depth), False).requires_grad_()
+    weight = _fenced(draw(2, columns, depth, seed=1), turned).requires_grad_()
+    bias = draw(2, columns, seed=2)
+    dy = _fenced(draw(rows + 3, columns, seed=3), False)
     y = mk.grouped_gemm(x, weight, ends, bias=bias, impl="cpu")
     y.backward(dy)
     parts = (slice(0, rows), slice(rows, rows + 3))
@@ -52,41 +54,44 @@ def _product(rows: int, columns: int, depth: int, turned: bool) -> None:
         "dx": torch.cat([dyd[p] @ wd[e] for e, p in enumerate(parts)]),
         "dw": torch.stack([dyd[p].mT @ xd[p] for p in parts]),
     }
-    # Sums in fp32 of exact products, rounded once.
+    # Sums in fp32 of exact products, or of all but the product of their low terms, rounded once.
+    half, left_out = (2.0**-8, 2.0**-18) if dtype == BF16 else (2.0**-11, 2.0**-15)
     sums = {
         "y": torch.cat([xd[p].abs() @ wd[e].abs().mT for e, p in enumerate(parts)]),
         "dx": torch.cat([dyd[p].abs() @ wd[e].abs() for e, p in enumerate(parts)]),
         "dw": torch.stack([dyd[p].abs().mT @ xd[p].abs() for p in parts]),
     }
     for name, made in (("y", y), ("dx", x.grad), ("dw", weight.grad)):
-        allowed = 2.0**-8 * expected[name].abs() + 2.0**-18 * sums[name] + 1e-30
+        allowed = half * expected[name].abs() + left_out * sums[name] + 1e-30
         worst = ((made.double() - expected[name]).abs() / allowed).max()
-        assert worst <= 1, (name, rows, columns, depth, turned, float(worst))
+        assert worst <= 1, (name, rows, columns, depth, turned, dtype, float(worst))
 
 
 def products_of_all_tails() -> None:
     """Every size of each dimension beside sizes of other tails, NaN outside of every operand."""
     for i, size in enumerate(SIZES):
         one, two = SIZES[(3 * i + 2) % len(SIZES)], SIZES[(5 * i + 1) % len(SIZES)]
-        _product(size, one, two, turned=False)
-        _product(one, two, size, turned=False)
-        _product(two, size, one, turned=True)
+        for dtype in (BF16, FP16):
+            _product(size, one, two, turned=False, dtype=dtype)
+            _product(one, two, size, turned=False, dtype=dtype)
+            _product(two, size, one, turned=True, dtype=dtype)
 
 
 def products_of_several_blocks() -> None:
     """More terms than are summed at a time, in every product."""
-    _product(40, 33, 1100, turned=False)
-    _product(33, 530, 64, turned=False)
-    _product(1050, 33, 48, turned=True)
+    for dtype in (BF16, FP16):
+        _product(40, 33, 1100, turned=False, dtype=dtype)
+        _product(33, 530, 64, turned=False, dtype=dtype)
+        _product(1050, 33, 48, turned=True, dtype=dtype)
 
 
-def _experts(threads: int, tokens: int, **options: Any) -> list[Tensor]:
+def _experts(threads: int, tokens: int, dtype: torch.dtype = BF16, **options: Any) -> list[Tensor]:
     """Results of experts of odd sizes, and gradients."""
     torch.set_num_threads(threads)
     inputs = {
-        "x": _draw(tokens, 40),
-        "w_up": _draw(3, 2 * 72, 40, seed=1),
-        "w_down": _draw(3, 40, 72, seed=2),
+        "x": _draw(tokens, 40, dtype=dtype),
+        "w_up": _draw(3, 2 * 72, 40, seed=1, dtype=dtype),
+        "w_down": _draw(3, 40, 72, seed=2, dtype=dtype),
     }
     for tensor in inputs.values():
         tensor.requires_grad_()
@@ -115,36 +120,59 @@ def _experts(threads: int, tokens: int, **options: Any) -> list[Tensor]:
 
 def same_with_any_threads() -> None:
     """Pieces, and parts of pieces where there are few, change no sum."""
-    for tokens in (2, 300):
-        for one, several in zip(_experts(1, tokens), _experts(4, tokens), strict=True):
-            assert torch.equal(one, several), tokens
+    for dtype in (BF16, FP16):
+        for tokens in (2, 300):
+            made = (_experts(threads, tokens, dtype) for threads in (1, 4))
+            for one, several in zip(*made, strict=True):
+                assert torch.equal(one, several), (tokens, dtype)
 
 
 def infinity_stays_in_its_units() -> None:
     """relu(-inf) is 0, also beside units and columns that only fill up a tile."""
-    x = torch.full((1, 20), torch.inf, dtype=BF16)
-    w_up = -torch.ones(1, 20, 20, dtype=BF16)
-    y = mk.moe_mlp(
-        x,
-        torch.zeros(1, 1, dtype=torch.int64),
-        torch.ones(1, 1),
-        w_up,
-        torch.ones(1, 20, 20, dtype=BF16),
-        activation="relu",
-        impl="cpu",
-    )
-    assert torch.equal(y, torch.zeros_like(y)), y
+    for dtype, tokens in ((BF16, 1), (FP16, 1), (FP16, 40)):
+        x = torch.full((tokens, 20), torch.inf, dtype=dtype)
+        w_up = -torch.ones(1, 20, 20, dtype=dtype)
+        y = mk.moe_mlp(
+            x,
+            torch.zeros(tokens, 1, dtype=torch.int64),
+            torch.ones(tokens, 1),
+            w_up,
+            torch.ones(1, 20, 20, dtype=dtype),
+            activation="relu",
+            impl="cpu",
+        )
+        assert torch.equal(y, torch.zeros_like(y)), (dtype, y)
+
+
+def what_is_not_finite_is_fp32s() -> None:
+    """Infinity times a number without a low term, of operands stored either way."""
+    for turned in (False, True):
+        x, weight = torch.ones(20, 33, dtype=FP16), torch.ones(1, 18, 33, dtype=FP16)
+        x[3, 5], x[4, 5], x[4, 6], x[7, 0], weight[0, 2] = (
+            torch.inf,
+            torch.inf,
+            -torch.inf,
+            torch.nan,
+            4e3,
+        )
+        bias, ends = torch.ones(1, 18, dtype=FP16), torch.tensor([20], dtype=torch.int32)
+        y = mk.grouped_gemm(x, _fenced(weight, turned), ends, bias=bias, impl="cpu")
+        expected = (x.float() @ weight[0].float().mT + 1).to(FP16)
+        assert torch.isinf(expected).sum() == 18 + 17, "a row, and a column that overflows"
+        assert torch.equal(y.nan_to_num(7.0, 8e4, -8e4), expected.nan_to_num(7.0, 8e4, -8e4)), y
 
 
 def _budget(check: Callable[..., None], op: str, sizes: dict[str, int], **options: Any) -> None:
-    check(load_ops()[op], Case(sizes, options), BF16, "cpu", calls=1)
+    for dtype in (BF16, FP16):
+        check(load_ops()[op], Case(sizes, options), dtype, "cpu", calls=1)
 
 
 def digest() -> str:
     """Of results and gradients of one call."""
     made = hashlib.sha256()
-    for result in _experts(1, 40):
-        made.update(result.float().numpy().tobytes())
+    for dtype in (BF16, FP16):
+        for result in _experts(1, 40, dtype):
+            made.update(result.float().numpy().tobytes())
     return made.hexdigest()
 
 
@@ -164,6 +192,7 @@ CHECKS: dict[str, Callable[[], None]] = {
             products_of_several_blocks,
             same_with_any_threads,
             infinity_stays_in_its_units,
+            what_is_not_finite_is_fp32s,
         )
     },
     "relu, an idle expert": _case(contract.check_budget, "moe_mlp", _SMALL, routing="empty"),

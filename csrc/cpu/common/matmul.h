@@ -124,6 +124,25 @@ inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(to.get(), a_tensor.get(), b_tensor.get()));
 }
 
+// A copy of a matrix with any strides in `to`, as floats; one that is stored by columns is copied by columns.
+inline Matrix in_floats(const Matrix& m, void* to) {
+  if (m.row_stride == 1 && m.column_stride != 1) return in_floats(m.transposed(), to).transposed();
+  const Matrix copy = matrix_of(to, ScalarType::Float, m.rows, m.columns);
+  float* row = static_cast<float*>(to);
+  const int64_t step = m.column_stride;
+  for (int64_t r = 0; r < m.rows; ++r, row += m.columns) {
+    const int64_t at = r * m.row_stride;
+    if (m.dtype == ScalarType::Float && step == 1) {
+      std::memcpy(row, static_cast<const float*>(m.data) + at, m.columns * sizeof(float));
+    } else if (step == 1) {
+      read(m.source(), at, m.columns, row);
+    } else {
+      for (int64_t c = 0; c < m.columns; ++c) row[c] = *read(m.source(), at + c * step, 1, row + c);
+    }
+  }
+  return copy;
+}
+
 // Uninitialised memory of one thread, given out in pieces that start on cache lines.
 class Arena {
  public:

@@ -1,6 +1,7 @@
-// Blocks of products on matrix tiles. A tile of the left operand is 16 rows of 32 terms, one of the right
-// operand 16 pairs of terms for 16 columns; tiles of one row or column of tiles follow each other in the
-// order of terms. Behind the end of a matrix stand zeros.
+// Blocks of products on matrix tiles. A tile of the left operand is 16 rows of 32 elements, one of the right
+// operand 16 pairs of elements for 16 columns; tiles of one row or column of tiles follow each other in the
+// order in which they are summed. Behind the end of a matrix stand zeros. Where TERMS is 2, matrices are fp16
+// or fp32, and behind each tile of high parts stands that of the low ones.
 
 #pragma once
 
@@ -9,6 +10,7 @@
 #include <cstring>
 
 #include "cpu/common/matmul.h"
+#include "cpu/common/tile_terms.h"
 #include "cpu/common/tiles.h"
 
 namespace molex {
@@ -80,24 +82,70 @@ MOLEX_INLINE void tile_of_pairs(const Matrix& m, int64_t row, int64_t column, ui
   Machine::turn_16(made, kSide, to, kSide);
 }
 
-// Writes elements [row, row + 32) x [column, column + 32) as two tiles of pairs. Columns that there are not
-// leave the second tile as it is.
-template <class Machine>
+// The tiles of both parts of two terms, one behind the other.
+template <class Machine, int TERMS>
+MOLEX_INLINE void tiles_of_rows(const Matrix& m, int64_t row, int64_t column, uint16_t* to) {
+  if constexpr (TERMS == 1) {
+    tile_of_rows<Machine>(m, row, column, to);
+  } else if (m.column_stride != 1 && m.row_stride == 1) {
+    alignas(64) uint16_t parts[2][kTile];
+    split<Machine, kDeep, kSide>(m.transposed(), column, row, parts[0], parts[1]);
+    for (auto& part : parts) {
+      const Matrix whole{part, ScalarType::BFloat16, kDeep, kSide, kSide};
+      tile_of_rows<Machine>(whole.transposed(), 0, 0, to);
+      to += kTile;
+    }
+  } else {
+    split<Machine, kSide, kDeep>(m, row, column, to, to + kTile);
+  }
+}
+
+template <class Machine, int TERMS>
+MOLEX_INLINE void tiles_of_pairs(const Matrix& m, int64_t row, int64_t column, uint16_t* to) {
+  if constexpr (TERMS == 1) return tile_of_pairs<Machine>(m, row, column, to);
+  alignas(64) uint16_t parts[2][kTile];
+  if (m.column_stride == 1) {
+    split<Machine, kDeep, kSide>(m, row, column, parts[0], parts[1]);
+    for (auto& part : parts) {
+      const Matrix whole{part, ScalarType::BFloat16, kDeep, kSide, kSide};
+      tile_of_pairs<Machine>(whole, 0, 0, to);
+      to += kTile;
+    }
+  } else {
+    split<Machine, kSide, kDeep>(m.transposed(), column, row, parts[0], parts[1]);
+    for (auto& part : parts) {
+      Machine::turn_16(part, kSide, to, kSide);
+      to += kTile;
+    }
+  }
+}
+
+// Writes elements [row, row + 32) x [column, column + 32) as tiles of pairs of 16 columns each. Columns that
+// there are not leave the second ones as they are.
+template <class Machine, int TERMS = 1>
 MOLEX_INLINE void two_tiles_of_pairs(
     const Matrix& m, int64_t row, int64_t column, uint16_t* first, uint16_t* second) {
   const int64_t width = m.columns - column;
   if (m.column_stride != 1 || width < kDeep) {
-    tile_of_pairs<Machine>(m, row, column, first);
-    if (width > kSide) tile_of_pairs<Machine>(m, row, column + kSide, second);
+    tiles_of_pairs<Machine, TERMS>(m, row, column, first);
+    if (width > kSide) tiles_of_pairs<Machine, TERMS>(m, row, column + kSide, second);
     return;
   }
-  static constexpr uint16_t kZeros[kDeep] = {};
-  const int64_t height = std::min(m.rows - row, kDeep);
-  const uint16_t* from = element(m, row, column);
-  for (int64_t r = 0; r < kDeep; r += 2, from += 2 * m.row_stride) {
-    const uint16_t* const even = r < height ? from : kZeros;
-    const uint16_t* const odd = r + 1 < height ? from + m.row_stride : kZeros;
-    Machine::pair(even, odd, first + r * kSide, second + r * kSide);
+  const auto pair_all = [&](const uint16_t* from, int64_t stride, int64_t height) MOLEX_LAMBDA_INLINE {
+    static constexpr uint16_t kZeros[kDeep] = {};
+    for (int64_t r = 0; r < kDeep; r += 2, from += 2 * stride) {
+      const uint16_t* const even = r < height ? from : kZeros;
+      const uint16_t* const odd = r + 1 < height ? from + stride : kZeros;
+      Machine::pair(even, odd, first + r * kSide, second + r * kSide);
+    }
+    first += kTile, second += kTile;
+  };
+  if constexpr (TERMS == 1) {
+    pair_all(element(m, row, column), m.row_stride, std::min(m.rows - row, kDeep));
+  } else {
+    alignas(64) uint16_t parts[2][2 * kTile];
+    split<Machine, kDeep, kDeep>(m, row, column, parts[0], parts[1]);
+    for (const auto& part : parts) pair_all(part, kDeep, kDeep);
   }
 }
 
@@ -108,13 +156,13 @@ MOLEX_INLINE void expect_reads(const uint16_t* from, int64_t stride, int64_t cou
 }
 
 // All tiles of pairs of the columns [column, column + 16).
-template <class Machine>
+template <class Machine, int TERMS = 1>
 MOLEX_INLINE void panel_of_pairs(const Matrix& m, int64_t column, uint16_t* to) {
   const int64_t next = column + kSide;
-  const int64_t ahead = m.row_stride == 1 ? std::clamp<int64_t>(m.columns - next, 0, kSide) : 0;
-  for (int64_t row = 0; row < m.rows; row += kDeep, to += kTile) {
+  const int64_t ahead = TERMS == 1 && m.row_stride == 1 ? std::clamp<int64_t>(m.columns - next, 0, kSide) : 0;
+  for (int64_t row = 0; row < m.rows; row += kDeep, to += TERMS * kTile) {
     expect_reads(element(m, row, next), m.column_stride, ahead);
-    tile_of_pairs<Machine>(m, row, column, to);
+    tiles_of_pairs<Machine, TERMS>(m, row, column, to);
   }
 }
 
@@ -139,9 +187,9 @@ struct Nothing {
   void operator()() const {}
 };
 
-// The product of one or two tiles of rows with one or two of columns, over `depth` tiles of terms;
-// `meanwhile` is called for each of them.
-template <int ROWS, int COLUMNS, class Tiles, class Meanwhile = Nothing>
+// The product of one or two tiles of rows with one or two of columns, over `depth` tiles; `meanwhile` is
+// called at each step.
+template <int ROWS, int COLUMNS, int TERMS = 1, class Tiles, class Meanwhile = Nothing>
 MOLEX_INLINE void multiply_tiles(Tiles& tiles,
                                  const Left& left,
                                  const Right& right,
@@ -164,21 +212,33 @@ MOLEX_INLINE void multiply_tiles(Tiles& tiles,
     if constexpr (ROWS > 1) tiles.template zero<2>();
     if constexpr (ROWS > 1 && COLUMNS > 1) tiles.template zero<3>();
   }
-  const uint16_t *a = left.data, *b = right.data;
-  for (int64_t k = 0; k < depth; ++k, a += left.step, b += kTile) {
-    tiles.template load<6>(b, kPairBytes);
-    tiles.template load<4>(a, row_bytes);
+  const auto load_left = [&](const uint16_t* from) MOLEX_LAMBDA_INLINE {
+    tiles.template load<4>(from, row_bytes);
+    if constexpr (ROWS > 1) tiles.template load<5>(from + left.tile, row_bytes);
+  };
+  const auto load_right = [&](const uint16_t* from) MOLEX_LAMBDA_INLINE {
+    tiles.template load<6>(from, kPairBytes);
+    if constexpr (COLUMNS > 1) tiles.template load<7>(from + right.tile, kPairBytes);
+  };
+  const auto dots = [&]() MOLEX_LAMBDA_INLINE {
     tiles.template dot<0, 4, 6>();
-    if constexpr (COLUMNS > 1) {
-      tiles.template load<7>(b + right.tile, kPairBytes);
-      tiles.template dot<1, 4, 7>();
-    }
-    if constexpr (ROWS > 1) {
-      tiles.template load<5>(a + left.tile, row_bytes);
-      tiles.template dot<2, 5, 6>();
-    }
+    if constexpr (COLUMNS > 1) tiles.template dot<1, 4, 7>();
+    if constexpr (ROWS > 1) tiles.template dot<2, 5, 6>();
     if constexpr (ROWS > 1 && COLUMNS > 1) tiles.template dot<3, 5, 7>();
     meanwhile();
+  };
+  const uint16_t *a = left.data, *b = right.data;
+  for (int64_t k = 0; k < depth; ++k, a += left.step, b += TERMS * kTile) {
+    load_right(b);
+    load_left(a);
+    dots();
+    if constexpr (TERMS > 1) {
+      load_right(b + kTile);
+      dots();
+      load_right(b);
+      load_left(a + kTile);
+      dots();
+    }
   }
   tiles.template store<0>(c[0], bytes);
   if constexpr (COLUMNS > 1) tiles.template store<1>(c[1], bytes);
@@ -186,7 +246,7 @@ MOLEX_INLINE void multiply_tiles(Tiles& tiles,
   if constexpr (ROWS > 1 && COLUMNS > 1) tiles.template store<3>(c[3], bytes);
 }
 
-template <class Tiles, class Meanwhile = Nothing>
+template <int TERMS = 1, class Tiles, class Meanwhile = Nothing>
 MOLEX_INLINE void multiply_blocks(Tiles& tiles,
                                   const Left& left,
                                   int64_t rows,
@@ -202,10 +262,10 @@ MOLEX_INLINE void multiply_blocks(Tiles& tiles,
       const Right b{right.data + j * right.tile, right.tile};
       const Sums c{sums.data + i * sums.row + j * sums.column, sums.row, sums.column, sums.stride};
       const bool two_rows = i + 1 < rows, two_columns = j + 1 < columns;
-      if (two_rows && two_columns) multiply_tiles<2, 2>(tiles, a, b, c, depth, add, meanwhile);
-      if (two_rows && !two_columns) multiply_tiles<2, 1>(tiles, a, b, c, depth, add, meanwhile);
-      if (!two_rows && two_columns) multiply_tiles<1, 2>(tiles, a, b, c, depth, add, meanwhile);
-      if (!two_rows && !two_columns) multiply_tiles<1, 1>(tiles, a, b, c, depth, add, meanwhile);
+      if (two_rows && two_columns) multiply_tiles<2, 2, TERMS>(tiles, a, b, c, depth, add, meanwhile);
+      if (two_rows && !two_columns) multiply_tiles<2, 1, TERMS>(tiles, a, b, c, depth, add, meanwhile);
+      if (!two_rows && two_columns) multiply_tiles<1, 2, TERMS>(tiles, a, b, c, depth, add, meanwhile);
+      if (!two_rows && !two_columns) multiply_tiles<1, 1, TERMS>(tiles, a, b, c, depth, add, meanwhile);
     }
   }
 }
@@ -259,15 +319,15 @@ constexpr int64_t kCopies = 2 * kBlock * kTile;
 
 // Floats of the sums of a strip: those of two panels are taken at once, unless they go on with the next block
 // of terms.
-inline int64_t strip_sums(int64_t panels, int64_t terms) {
-  return (parts(terms, kDeep) > kBlock ? parts(panels, 2) : 1) * 4 * kArea;
+inline int64_t strip_sums(int64_t panels, int64_t depth, int64_t terms = 1) {
+  return (parts(depth, kDeep) > kBlock / terms ? parts(panels, 2) : 1) * 4 * kArea;
 }
 
 // One or two times up to 16 rows of a matrix, times all columns of the packed panels. As soon as the sums of
 // `count` <= 2 panels from `first` on are known, take(first, count, sums) is called, while the first-level
 // cache still holds them: tile (i, j) is at sums + (i * count + j) * kArea. Rows are read where they lie if
 // they are whole tiles, else through `copies`, of kCopies elements.
-template <class Machine, class Meanwhile, class Take>
+template <class Machine, int TERMS = 1, class Meanwhile, class Take>
 MOLEX_INLINE void multiply_strip(typename Machine::Tiles& tiles,
                                  const Matrix* bands,
                                  int64_t num_bands,
@@ -278,7 +338,8 @@ MOLEX_INLINE void multiply_strip(typename Machine::Tiles& tiles,
                                  Meanwhile&& meanwhile,
                                  const Take& take) {
   const int64_t deep = parts(bands[0].columns, kDeep);
-  bool in_place = bands[0].columns % kDeep == 0;
+  constexpr int64_t kMost = kBlock / TERMS, kApart = TERMS * kTile;
+  bool in_place = TERMS == 1 && bands[0].columns % kDeep == 0;
   for (int64_t i = 0; i < num_bands; ++i) {
     in_place &=
         bands[i].rows == kSide && bands[i].column_stride == 1 && bands[i].row_stride == bands[0].row_stride;
@@ -286,31 +347,32 @@ MOLEX_INLINE void multiply_strip(typename Machine::Tiles& tiles,
   const int64_t apart = num_bands > 1 ? element(bands[1], 0, 0) - element(bands[0], 0, 0) : 0;
   int64_t k = 0;
   do {
-    const int64_t depth = std::min(kBlock, deep - k);
+    const int64_t depth = std::min(kMost, deep - k);
     Left left{element(bands[0], 0, k * kDeep), apart, bands[0].row_stride, kDeep};
     if (!in_place) {
       for (int64_t i = 0; i < num_bands; ++i) {
         for (int64_t t = 0; t < depth; ++t) {
-          tile_of_rows<Machine>(bands[i], 0, (k + t) * kDeep, copies + (i * kBlock + t) * kTile);
+          tiles_of_rows<Machine, TERMS>(
+              bands[i], 0, (k + t) * kDeep, copies + i * kBlock * kTile + t * kApart);
         }
       }
-      left = {copies, kBlock * kTile, kDeep, kTile};
+      left = {copies, kBlock * kTile, kDeep, kApart};
     }
     for (int64_t j = 0; j < num_panels; j += 2) {
       const int64_t count = std::min<int64_t>(2, num_panels - j);
-      float* const made = sums + (deep > kBlock ? j * 2 * kArea : 0);
-      multiply_blocks(tiles,
-                      left,
-                      num_bands,
-                      {panels + (j * deep + k) * kTile, deep * kTile},
-                      count,
-                      {made, count * kArea, kArea, kSide},
-                      depth,
-                      k > 0,
-                      meanwhile);
-      if (k + kBlock >= deep) take(j, count, made);
+      float* const made = sums + (deep > kMost ? j * 2 * kArea : 0);
+      multiply_blocks<TERMS>(tiles,
+                             left,
+                             num_bands,
+                             {panels + (j * deep + k) * kApart, deep * kApart},
+                             count,
+                             {made, count * kArea, kArea, kSide},
+                             depth,
+                             k > 0,
+                             meanwhile);
+      if (k + kMost >= deep) take(j, count, made);
     }
-    k += kBlock;
+    k += kMost;
   } while (k < deep);
 }
 
@@ -334,8 +396,50 @@ MOLEX_INLINE void narrow_turned(
   Machine::turn_16(pairs, kSide, to, kSide);
 }
 
-// Writes the transposes of one or two tiles of sums, `apart` floats from each other, as `rows` <= 16 rows of
-// `columns` <= 32 elements, with the bias of each column.
+// Rounds up to 32 numbers to fp16; there is room for 32.
+template <class Machine>
+MOLEX_INLINE void write_halves(const float* from, int64_t columns, uint16_t* to) {
+  alignas(64) uint16_t whole[kDeep];
+  uint16_t* const made = columns < kDeep ? whole : to;
+  for (int64_t i = 0; i < kDeep; i += Machine::kLanes) {
+    Machine::narrow_halves(load<Machine::kLanes>(from + i), made + i);
+  }
+  if (columns < kDeep) std::memcpy(to, whole, columns * sizeof(uint16_t));
+}
+
+// The transposes of one or two tiles of sums, `apart` floats from each other, with the bias of each column,
+// as `rows` <= 16 rows of `columns` <= 32 floats.
+template <class Machine>
+MOLEX_INLINE void turn_sums(const float* sums,
+                            int64_t apart,
+                            const float* bias,
+                            int64_t rows,
+                            int64_t columns,
+                            float* to,
+                            int64_t stride) {
+  alignas(64) float turned[kArea];
+  for (int64_t n = 0; n < columns; n += kSide) {
+    const int64_t width = std::min(columns - n, kSide);
+    if (rows == kSide && width == kSide && !bias) {
+      Machine::turn_16(sums + n / kSide * apart, kSide, to + n, stride);
+      continue;
+    }
+    Machine::turn_16(sums + n / kSide * apart, kSide, turned, kSide);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* const from = turned + r * kSide;
+      float* const row = to + r * stride + n;
+      if (bias) {
+        for (int64_t i = 0; i < width; ++i) row[i] = from[i] + bias[n + i];
+      } else if (width == kSide) {
+        std::memcpy(row, from, kSide * sizeof(float));
+      } else {
+        std::memcpy(row, from, width * sizeof(float));
+      }
+    }
+  }
+}
+
+// The same as rows of a matrix of any dtype.
 template <class Machine>
 MOLEX_INLINE void write_turned(const float* sums,
                                int64_t apart,
@@ -348,25 +452,13 @@ MOLEX_INLINE void write_turned(const float* sums,
   alignas(64) float turned[kArea];
   if (to.dtype == ScalarType::Float) {
     float* const out = static_cast<float*>(to.data) + at;
-    for (int64_t n = 0; n < columns; n += kSide) {
-      const int64_t width = std::min(columns - n, kSide);
-      if (rows == kSide && width == kSide && !bias) {
-        Machine::turn_16(sums + n / kSide * apart, kSide, out + n, stride);
-        continue;
-      }
-      Machine::turn_16(sums + n / kSide * apart, kSide, turned, kSide);
-      for (int64_t r = 0; r < rows; ++r) {
-        const float* const from = turned + r * kSide;
-        float* const row = out + r * stride + n;
-        if (bias) {
-          for (int64_t i = 0; i < width; ++i) row[i] = from[i] + bias[n + i];
-        } else if (width == kSide) {
-          std::memcpy(row, from, kSide * sizeof(float));
-        } else {
-          std::memcpy(row, from, width * sizeof(float));
-        }
-      }
-    }
+    return turn_sums<Machine>(sums, apart, bias, rows, columns, out, stride);
+  }
+  if (to.dtype == ScalarType::Half) {
+    alignas(64) float whole[kSide * kDeep] = {};
+    turn_sums<Machine>(sums, apart, bias, rows, columns, whole, kDeep);
+    uint16_t* const out = static_cast<uint16_t*>(to.data) + at;
+    for (int64_t r = 0; r < rows; ++r) write_halves<Machine>(whole + r * kDeep, columns, out + r * stride);
     return;
   }
   uint16_t* const out = static_cast<uint16_t*>(to.data) + at;
@@ -393,7 +485,7 @@ MOLEX_INLINE void put_turned(Waiting<Machine>& waiting,
                              int64_t column,
                              int64_t columns) {
   const int64_t row = first * kSide, rows = std::min(count * kSide, out.rows - row);
-  if (out.dtype == ScalarType::Float || columns < kDeep) {
+  if (out.dtype != ScalarType::BFloat16 || columns < kDeep) {
     for (int64_t p = 0; p < count; ++p) {
       write_turned<Machine>(sums + p * kArea,
                             count * kArea,

@@ -17,6 +17,7 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <bit>
 #include <cstdint>
@@ -69,52 +70,65 @@ MOLEX_INLINE typename Bf16Of<LANES>::Bits bf16_bits(Floats<LANES> x) {
   return (Bits)select(x == x, (Floats<LANES>)rounded, (Floats<LANES>)(bits | 0x7fc00000u)) & 0xffff0000u;
 }
 
-struct EmulatedTiles {
-  static constexpr int kRows = 16, kDwords = 16;
-  uint32_t data[8][kRows][kDwords];
-
+// What it computes stands outside of the templates, so that the library has it once.
+class EmulatedTiles {
+ public:
   // What has not been loaded is NaN.
-  EmulatedTiles() { std::memset(data, 0xff, sizeof(data)); }
+  EmulatedTiles() { std::memset(tiles_, 0xff, sizeof(tiles_)); }
 
   static void configure() {}
   static void release() {}
 
   template <int T>
   void zero() {
-    std::memset(data[T], 0, sizeof(data[T]));
+    std::memset(tiles_[T], 0, sizeof(Tile));
   }
   template <int T>
   void load(const void* from, int64_t stride) {
-    for (int r = 0; r < kRows; ++r)
-      std::memcpy(data[T][r], static_cast<const char*>(from) + r * stride, sizeof(data[T][r]));
+    copy(from, stride, tiles_[T], kRowBytes);
   }
   template <int T>
   void store(void* to, int64_t stride) const {
-    for (int r = 0; r < kRows; ++r)
-      std::memcpy(static_cast<char*>(to) + r * stride, data[T][r], sizeof(data[T][r]));
+    copy(tiles_[T], kRowBytes, to, stride);
   }
   // Adds the products of pairs; numbers below the normal ones count as 0.
   template <int C, int A, int B>
   void dot() {
-    for (int m = 0; m < kRows; ++m) {
-      float sums[kDwords];
-      std::memcpy(sums, data[C][m], sizeof(sums));
-      for (int k = 0; k < kDwords; ++k) {
-        const uint32_t pair = data[A][m][k];
-        const float low = number(pair << 16), high = number(pair & 0xffff0000u);
-        for (int n = 0; n < kDwords; ++n) {
-          const uint32_t other = data[B][k][n];
-          sums[n] = normal(sums[n] + low * number(other << 16));
-          sums[n] = normal(sums[n] + high * number(other & 0xffff0000u));
-        }
-      }
-      std::memcpy(data[C][m], sums, sizeof(sums));
-    }
+    add_products(tiles_[C], tiles_[A], tiles_[B]);
   }
 
  private:
+  static constexpr int kRows = 16, kDwords = 16, kRowBytes = kDwords * sizeof(uint32_t);
+  using Tile = uint32_t[kRows][kDwords];
+
   static float normal(float x) { return (x < 0 ? -x : x) < std::numeric_limits<float>::min() ? 0.0f : x; }
   static float number(uint32_t bits) { return normal(std::bit_cast<float>(bits)); }
+
+  __attribute__((noinline)) static void copy(const void* from,
+                                             int64_t from_stride,
+                                             void* to,
+                                             int64_t stride) {
+    for (int r = 0; r < kRows; ++r) {
+      std::memcpy(
+          static_cast<char*>(to) + r * stride, static_cast<const char*>(from) + r * from_stride, kRowBytes);
+    }
+  }
+  __attribute__((noinline)) static void add_products(Tile& c, const Tile& a, const Tile& b) {
+    for (int m = 0; m < kRows; ++m) {
+      float sums[kDwords];
+      std::memcpy(sums, c[m], sizeof(sums));
+      for (int k = 0; k < kDwords; ++k) {
+        const float low = number(a[m][k] << 16), high = number(a[m][k] & 0xffff0000u);
+        for (int n = 0; n < kDwords; ++n) {
+          sums[n] = normal(sums[n] + low * number(b[k][n] << 16));
+          sums[n] = normal(sums[n] + high * number(b[k][n] & 0xffff0000u));
+        }
+      }
+      std::memcpy(c[m], sums, sizeof(sums));
+    }
+  }
+
+  Tile tiles_[8];
 };
 
 // For any processor, in one version.
@@ -134,6 +148,14 @@ struct EmulatedMachine {
   static MOLEX_INLINE void interleave(V even, V odd, uint16_t* to) {
     const auto pairs = bf16_bits<kLanes>(even) >> 16 | bf16_bits<kLanes>(odd);
     __builtin_memcpy(to, &pairs, sizeof(pairs));
+  }
+  static MOLEX_INLINE V widen_halves(const uint16_t* from) {
+    V x;
+    for (int lane = 0; lane < kLanes; ++lane) x[lane] = std::bit_cast<c10::Half>(from[lane]);
+    return x;
+  }
+  static MOLEX_INLINE void narrow_halves(V x, uint16_t* to) {
+    for (int lane = 0; lane < kLanes; ++lane) to[lane] = std::bit_cast<uint16_t>(c10::Half(x[lane]));
   }
   // Exchanges the rows and columns of 16 x 16 numbers of 4 bytes; strides count numbers.
   static MOLEX_INLINE void turn_16(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
@@ -216,6 +238,16 @@ struct AmxMachine {
                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const Shorts result = __builtin_shuffle(rounded_pair(even, odd), order);
     __builtin_memcpy(to, &result, sizeof(result));
+  }
+  static MOLEX_INLINE V widen_halves(const uint16_t* from) {
+    typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+    V x;
+    asm("vcvtph2ps %1, %0" : "=v"(x) : "m"(*reinterpret_cast<const Halves*>(from)));
+    return x;
+  }
+  static MOLEX_INLINE void narrow_halves(V x, uint16_t* to) {
+    typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+    asm("vcvtps2ph $0, %1, %0" : "=m"(*reinterpret_cast<Halves*>(to)) : "v"(x));
   }
   // Four numbers of each of four rows in a register are turned at a time, and whole rows are written: who
   // reads as a whole what was written in parts has to wait.
@@ -361,7 +393,12 @@ inline const char* tile_path_name() {
   }
 }
 
-// Whether products of this dtype run on tiles.
+// Whether products of tensors of this dtype run on tiles; those of fp16 in two terms of bf16.
+inline bool multiplies_on_tiles(torch::headeronly::ScalarType dtype) {
+  return dtype != torch::headeronly::ScalarType::Float && has_tiles();
+}
+
+// Whether all of an op that this dtype is given in is bf16 on tiles.
 inline bool on_tiles(torch::headeronly::ScalarType dtype) {
   return dtype == torch::headeronly::ScalarType::BFloat16 && has_tiles();
 }

@@ -13,8 +13,28 @@
 
 namespace molex {
 
-// The dtype in which products are computed: tiles take bf16 on any processor that has them.
+// The dtype of what is kept between products: bf16 where they take it.
 inline ScalarType products_of(ScalarType dtype) { return on_tiles(dtype) ? dtype : product_dtype(dtype); }
+
+// The dtype in which products read tensors: on tiles their own.
+inline ScalarType operands_of(ScalarType dtype) {
+  return multiplies_on_tiles(dtype) ? dtype : product_dtype(dtype);
+}
+
+// A thread's products for tensors of this dtype, on tiles or by the BLAS.
+class Multiplier {
+ public:
+  explicit Multiplier(ScalarType dtype) {
+    if (multiplies_on_tiles(dtype)) tiles_.emplace();
+  }
+
+  void operator()(const Matrix& out, const Matrix& a, const Matrix& b) {
+    tiles_ ? (*tiles_)(out, a, b) : multiply(out, a, b);
+  }
+
+ private:
+  std::optional<TileProduct> tiles_;
+};
 
 // Returns 0 and the end of each expert's rows. Ends outside [0, num_rows] are clamped.
 inline std::vector<int64_t> bounds_of(const Tensor& offsets, int64_t num_rows) {
@@ -91,6 +111,8 @@ inline int64_t longest_of(const std::vector<Piece>& pieces) {
 // One matrix per expert, with any strides.
 class Weights {
  public:
+  explicit Weights(const Tensor& stack) : Weights(stack, operands_of(stack.scalar_type())) {}
+
   // `products` is the dtype in which the matrices are multiplied.
   Weights(const Tensor& stack, ScalarType products)
       : source_(stack.const_data_ptr(), stack.scalar_type()),
@@ -111,29 +133,25 @@ class Weights {
   // to fp32.
   Matrix of(int64_t expert, const Matrix& scratch) const {
     if (!converts()) return at(expert);
-    const int64_t first = expert * strides_[0];
-    // A matrix that is stored by columns is copied by columns.
-    const bool by_columns = strides_[1] == 1 && strides_[2] != 1;
-    const int64_t lines = by_columns ? columns_ : rows_, length = by_columns ? rows_ : columns_;
-    const int64_t apart = strides_[by_columns ? 2 : 1], step = strides_[by_columns ? 1 : 2];
-    float* to = static_cast<float*>(scratch.data);
-    for (int64_t line = 0; line < lines; ++line, to += length) {
-      const int64_t at = first + line * apart;
-      if (step == 1 || length == 1) {
-        molex::read(source_, at, length, to);
-      } else {
-        for (int64_t i = 0; i < length; ++i) molex::read(source_, at + i * step, 1, to + i);
-      }
-    }
-    const Matrix copy = matrix_of(scratch.data, ScalarType::Float, lines, length);
-    return by_columns ? copy.transposed() : copy;
+    return in_floats(at(expert), scratch.data);
   }
 
-  // out = a w^T, with the expert's matrix w. Few rows are multiplied by 16 bits as they lie, without a copy
-  // of the matrix.
-  void multiply_by(const Matrix& out, const Matrix& a, int64_t expert, const Matrix& scratch) const {
-    if (converts() && are_few(a.rows, a.columns) && strides_[2] == 1) return multiply_few(out, a, at(expert));
-    multiply(out, a, of(expert, scratch).transposed());
+  // Whether so many rows, as floats, are multiplied by numbers of 16 bits as they lie.
+  bool takes_few(int64_t rows) const {
+    return source_.dtype != ScalarType::Float && strides_[2] == 1 && are_few(rows, columns_);
+  }
+
+  // out = a w^T, with some rows of the expert's matrix w.
+  void multiply_by(Multiplier& multiply,
+                   const Matrix& out,
+                   const Matrix& a,
+                   int64_t expert,
+                   const Matrix& scratch,
+                   const Columns& part) const {
+    if (a.dtype == ScalarType::Float && takes_few(a.rows)) {
+      return multiply_few(out, a, at(expert).band(part.first, part.count));
+    }
+    multiply(out, a, of(expert, scratch).band(part.first, part.count).transposed());
   }
 
   Matrix scratch(Arena& arena) const {
@@ -187,10 +205,15 @@ class Rows {
 
   // Rows [first, first + count) as products read them: own memory, or a copy in `scratch` converted to fp32.
   Matrix band(int64_t first, int64_t count, const Matrix& scratch) const {
-    if (source_.dtype == products_of(source_.dtype)) {
+    if (source_.dtype == operands_of(source_.dtype)) {
       char* start = static_cast<char*>(const_cast<void*>(source_.data));
       return Matrix{start, source_.dtype, kept_.size(0), width_, stride_}.band(first, count);
     }
+    return floats(first, count, scratch);
+  }
+
+  // Rows [first, first + count) in a copy in `scratch`.
+  Matrix floats(int64_t first, int64_t count, const Matrix& scratch) const {
     const Matrix fp32 = matrix_of(scratch.data, ScalarType::Float, count, width_);
     for (int64_t row = 0; row < count; ++row) copy(first + row, fp32.band(row, 1));
     return fp32;

@@ -50,21 +50,6 @@ std::vector<Group> groups_of(const std::vector<int64_t>& bounds) {
   return groups;
 }
 
-// A thread's products, on tiles or by the BLAS.
-class Multiplier {
- public:
-  explicit Multiplier(bool on_tiles) {
-    if (on_tiles) tiles_.emplace();
-  }
-
-  void operator()(const Matrix& out, const Matrix& a, const Matrix& b) {
-    tiles_ ? (*tiles_)(out, a, b) : molex::multiply(out, a, b);
-  }
-
- private:
-  std::optional<molex::TileProduct> tiles_;
-};
-
 class Backward {
  public:
   Backward(const Tensor& dy,
@@ -82,12 +67,12 @@ class Backward {
         needs_(needs),
         dy_(dy),
         x_(x),
-        up_(w_up, molex::products_of(x.scalar_type())),
-        down_(w_down, molex::products_of(x.scalar_type())),
+        up_(w_up),
+        down_(w_down),
         pre_activation_(torch::stable::contiguous(pre_activation)),
         bias_(molex::packed(b_down)),
         dtype_(molex::products_of(x.scalar_type())),
-        on_tiles_(molex::on_tiles(x.scalar_type())),
+        on_tiles_(molex::multiplies_on_tiles(x.scalar_type())),
         width_(x.size(1)),
         outer_(w_up.size(1)),
         inner_(w_down.size(2)),
@@ -129,7 +114,7 @@ class Backward {
                           2 * Arena::bytes(width_) + 2 * Arena::bytes(outer_) + 2 * Arena::bytes(inner_) +
                           Arena::bytes(molex::Activation::scratch(inner_));
     const auto work = [&](const auto& next) {
-      Multiplier multiply(on_tiles_);
+      molex::Multiplier multiply(x_.dtype());
       Arena mine(bytes);
       const Matrix products = mine.matrix(longest, inner_, sums);
       const Matrix up_scratch = up_.scratch(mine), down_scratch = down_.scratch(mine);
@@ -215,7 +200,7 @@ class Backward {
     const bool narrows = dtype_ != x_.dtype();
     const int64_t spare = narrows ? tallest * std::max(width_, inner_) : 0;
     const auto work = [&](const auto& next) {
-      Multiplier multiply(on_tiles_);
+      molex::Multiplier multiply(x_.dtype());
       Arena scratch(Arena::bytes(spare));
       float* fp32 = scratch.floats(spare);
       for (size_t index = next(); index < tasks.size(); index = next()) {

@@ -38,18 +38,24 @@ void run_experts(const Layer& layer,
   if (molex::on_tiles(layer.x.scalar_type())) return molex::experts_on_tiles(layer, plan, packed, kept);
   const molex::Rows from(layer.x);
   const ScalarType dtype = forward_dtype(layer.x, static_cast<bool>(kept));
-  const molex::Weights up(layer.w_up, dtype), down(layer.w_down, dtype);
+  // Tiles take weights as they lie.
+  const bool on_tiles = molex::multiplies_on_tiles(layer.x.scalar_type());
+  const ScalarType weights = on_tiles ? layer.x.scalar_type() : dtype;
+  const molex::Weights up(layer.w_up, weights), down(layer.w_down, weights);
   const std::optional<Tensor> biases[] = {molex::packed(layer.b_up), molex::packed(layer.b_down)};
   const Source b_up = molex::source_of(biases[0]), b_down = molex::source_of(biases[1]);
   const int64_t width = layer.x.size(1), outer = layer.w_up.size(1), inner = layer.w_down.size(2);
   const bool keeps_products = kept && kept.dtype == dtype, packs_products = packed.dtype == dtype;
-  const std::vector<Piece> pieces = molex::pieces_of(plan.bounds, 0, plan.bounds.size() - 1);
+  const int64_t size =
+      on_tiles ? molex::tile_piece(plan.local_rows, 2 * std::max(width, inner)) : molex::kPiece;
+  const std::vector<Piece> pieces = molex::pieces_of(plan.bounds, 0, plan.bounds.size() - 1, size);
   const int64_t longest = molex::longest_of(pieces);
   const int64_t bytes = Arena::bytes(longest * width, dtype) + Arena::bytes(longest * outer, dtype) +
                         Arena::bytes(longest * inner, dtype) + Arena::bytes(longest * width, dtype) +
                         up.bytes() + down.bytes() + 2 * Arena::bytes(outer) + Arena::bytes(inner) +
                         2 * Arena::bytes(width) + Arena::bytes(molex::Activation::scratch(inner));
-  molex::share(pieces.size(), [&](const auto& next) {
+  const auto work = [&](const auto& next) {
+    molex::Multiplier multiply(layer.x.scalar_type());
     Arena arena(bytes);
     const Matrix gathered = arena.matrix(longest, width, dtype), acted = arena.matrix(longest, inner, dtype);
     const Matrix spare = arena.matrix(longest, outer, dtype), result = arena.matrix(longest, width, dtype);
@@ -66,7 +72,7 @@ void run_experts(const Layer& layer,
       const Matrix products =
           keeps_products ? molex::matrix_of(kept.data, dtype, plan.rows, outer).band(piece.first, rows)
                          : spare.band(0, rows);
-      up.multiply_by(products, gathered.band(0, rows), piece.expert, up_scratch);
+      up.multiply_by(multiply, products, gathered.band(0, rows), piece.expert, up_scratch, {0, 1, outer});
       const float* bias = b_up ? molex::read(b_up, piece.expert * outer, outer, bias_scratch) : nullptr;
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = (piece.first + r) * outer;
@@ -79,7 +85,7 @@ void run_experts(const Layer& layer,
       }
 
       const Matrix out = packs_products ? packed.band(piece.first, rows) : result.band(0, rows);
-      down.multiply_by(out, acted.band(0, rows), piece.expert, down_scratch);
+      down.multiply_by(multiply, out, acted.band(0, rows), piece.expert, down_scratch, {0, 1, width});
       if (!b_down && packs_products) continue;
       bias = b_down ? molex::read(b_down, piece.expert * width, width, down_bias_scratch) : nullptr;
       for (int64_t r = 0; r < rows; ++r) {
@@ -88,7 +94,8 @@ void run_experts(const Layer& layer,
         molex::write(packed.target(), (piece.first + r) * width, width, row);
       }
     }
-  });
+  };
+  molex::share(pieces.size(), work, !on_tiles);
   if (kept) clear_rows(molex::matrix_of(kept.data, kept.dtype, plan.rows, outer), plan.local_rows);
 }
 

@@ -16,52 +16,54 @@ using molex::Source;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// One thread's memory for products on tiles, or in another dtype than the tensors'.
+// One thread's products, and its memory for those in another dtype than the tensors'.
 class Bench {
  public:
   Bench(const molex::Weights& weight, int64_t rows, int64_t in_columns, int64_t out_columns)
-      : arena_(weight.converts()
-                   ? weight.bytes() + Arena::bytes(rows * in_columns) + Arena::bytes(rows * out_columns)
-                   : 0),
+      : rows_(weight.converts()     ? rows
+              : weight.takes_few(1) ? std::min(rows, kFew)
+                                    : 0),
+        arena_(weight.bytes() + Arena::bytes(rows_ * in_columns) + Arena::bytes(rows_ * out_columns)),
         weight(weight.scratch(arena_)),
-        in(make(weight, rows, in_columns)),
-        out(make(weight, rows, out_columns)) {
-    if (molex::on_tiles(weight.dtype())) tiles.emplace();
+        in(arena_.matrix(rows_, in_columns, ScalarType::Float)),
+        out(arena_.matrix(rows_, out_columns, ScalarType::Float)) {
+    if (molex::multiplies_on_tiles(weight.dtype())) tiles.emplace();
   }
 
  private:
-  Matrix make(const molex::Weights& weight, int64_t rows, int64_t columns) {
-    return weight.converts() ? arena_.matrix(rows, columns, ScalarType::Float) : Matrix{};
-  }
+  static constexpr int64_t kFew = 64;  // at most, as are_few has them
+  int64_t rows_;
   Arena arena_;
 
  public:
   const Matrix weight, in, out;
   std::optional<molex::TileProduct> tiles;
+  molex::Multiplier blas{ScalarType::Float};
 };
 
-// A product that `multiply` writes to a matrix, fp32 if products are of another dtype than `out`, rounded to
-// `out`; adds the bias to each row.
+// A product that `multiply` writes to a matrix, fp32 where products are of another dtype than `out`, rounded
+// to `out`; adds the bias to each row.
 template <class Multiply>
-void round_product(const Matrix& out, const Bench& bench, const float* bias, const Multiply& multiply) {
-  const Matrix& fp32 = bench.out;
-  const bool converts = fp32.data != nullptr;
-  const Matrix made = converts ? molex::matrix_of(fp32.data, fp32.dtype, out.rows, out.columns) : out;
+void round_product(
+    const Matrix& out, const Bench& bench, bool converts, const float* bias, const Multiply& multiply) {
+  const Matrix made =
+      converts ? molex::matrix_of(bench.out.data, ScalarType::Float, out.rows, out.columns) : out;
   multiply(made);
   if (!converts && !bias) return;
   std::vector<float> scratch(out.columns);
   for (int64_t r = 0; r < out.rows; ++r) {
-    const int64_t at = r * out.columns;
-    float* row = const_cast<float*>(molex::read(made.source(), at, out.columns, scratch.data()));
+    float* row =
+        const_cast<float*>(molex::read(made.source(), r * made.row_stride, out.columns, scratch.data()));
     if (bias) molex::add(row, bias, out.columns);
-    molex::write(out.target(), at, out.columns, row);
+    molex::write(out.target(), r * out.row_stride, out.columns, row);
   }
 }
 
 // out = a b.
-void product(const Matrix& out, const Matrix& a, const Matrix& b, Bench& bench) {
+void product(
+    const Matrix& out, const Matrix& a, const Matrix& b, const molex::Weights& weights, Bench& bench) {
   if (bench.tiles) return (*bench.tiles)(out, a, b);
-  round_product(out, bench, nullptr, [&](const Matrix& made) { multiply(made, a, b); });
+  round_product(out, bench, weights.converts(), nullptr, [&](const Matrix& made) { multiply(made, a, b); });
 }
 
 Tensor grouped_gemm_fwd(const Tensor& x,
@@ -72,12 +74,12 @@ Tensor grouped_gemm_fwd(const Tensor& x,
   Tensor y = molex::new_result(x, {tokens, columns});
   const Matrix out = molex::matrix_of(y.mutable_data_ptr(), y.scalar_type(), tokens, columns);
   const std::vector<int64_t> bounds = molex::bounds_of(offsets, tokens);
-  const bool on_tiles = molex::on_tiles(x.scalar_type());
+  const bool on_tiles = molex::multiplies_on_tiles(x.scalar_type());
   const std::vector<Piece> pieces = molex::pieces_of(
       bounds, 0, bounds.size() - 1, on_tiles ? molex::tile_piece(bounds.back(), width) : molex::kPiece);
   const int64_t longest = molex::longest_of(pieces);
   const molex::Rows from(x);
-  const molex::Weights weights(weight, molex::products_of(weight.scalar_type()));
+  const molex::Weights weights(weight);
   const std::optional<Tensor> packed = molex::packed(bias);
   const Source biases = molex::source_of(packed);
   const int64_t cuts = on_tiles ? molex::cuts_of(pieces.size()) : 1, tasks = pieces.size() * cuts;
@@ -89,15 +91,18 @@ Tensor grouped_gemm_fwd(const Tensor& x,
       const molex::Columns part(task % cuts, cuts, columns);
       const float* const added =
           biases ? molex::read(biases, expert * columns + part.first, part.count, scratch.data()) : nullptr;
-      const Matrix to = out.band(first, rows), a = from.band(first, rows, bench.in);
-      if (bench.tiles) {
+      const Matrix to = out.band(first, rows).some_columns(part.first, part.count);
+      // bf16 takes few rows on tiles, too.
+      const bool few = x.scalar_type() == ScalarType::Half && weights.takes_few(rows);
+      if (bench.tiles && !few) {
         const Matrix weight = weights.of(expert, {}).band(part.first, part.count);
-        (*bench.tiles)(to.some_columns(part.first, part.count), a, weight.transposed(), added);
-      } else {
-        round_product(to, bench, added, [&, e = expert](const Matrix& made) {
-          weights.multiply_by(made, a, e, bench.weight);
-        });
+        (*bench.tiles)(to, from.band(first, rows, {}), weight.transposed(), added);
+        continue;
       }
+      const Matrix a = few ? from.floats(first, rows, bench.in) : from.band(first, rows, bench.in);
+      round_product(to, bench, few || weights.converts(), added, [&, e = expert](const Matrix& made) {
+        weights.multiply_by(bench.blas, made, a, e, bench.weight, part);
+      });
     }
   };
   molex::share(tasks, work, !on_tiles);
@@ -118,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd(
   const Matrix to_x = molex::matrix_of(dx.mutable_data_ptr(), dtype, needs[0] ? tokens : 0, width);
   const std::vector<int64_t> bounds = molex::bounds_of(offsets, tokens);
   const molex::Rows upstream(dy), from(x);
-  const molex::Weights weights(weight, molex::products_of(weight.scalar_type()));
+  const molex::Weights weights(weight);
 
   enum class Kind { kX, kWeight, kBias };
   struct Task {
@@ -127,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd(
   };
   std::vector<Task> tasks;
   int64_t longest = 0;
-  const bool on_tiles = molex::on_tiles(dtype);
+  const bool on_tiles = molex::multiplies_on_tiles(dtype);
   const int64_t size = on_tiles ? molex::tile_piece(bounds.back(), columns) : molex::kPiece;
   for (int64_t e = 0; e < experts; ++e) {
     const int64_t rows = bounds[e + 1] - bounds[e];
@@ -158,11 +163,13 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd(
         product(to_x.band(first, rows),
                 upstream.band(first, rows, bench.in),
                 weights.of(expert, bench.weight),
+                weights,
                 bench);
       } else if (kind == Kind::kWeight) {
         product(molex::matrix_of(dweight, expert, columns, width).band(first, rows),
                 upstream.band(start, count, bench.in).transposed().band(first, rows),
                 from.band(start, count, other.in),
+                weights,
                 bench);
       } else {
         molex::sum_rows(

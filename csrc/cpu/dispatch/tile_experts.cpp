@@ -94,11 +94,11 @@ class Activating {
         gated_(up.activation->is_gated()),
         steps_(std::min(parts(up.weight.columns, kDeep), kBlock)),
         hidden_(parts(up.inner, kDeep) * kTile) {}
-  ~Activating() { flush(); }
+  MOLEX_INLINE ~Activating() { flush(); }
 
   // The sums of two tiles, of so many units from `unit` on and of `count` panels from `first` on, are taken
   // during the next product. They may be overwritten after as many steps as the terms have tiles, or kBlock.
-  void open(float* sums, int64_t first, int64_t count, int64_t unit, const int64_t (&units)[2]) {
+  MOLEX_INLINE void open(float* sums, int64_t first, int64_t count, int64_t unit, const int64_t (&units)[2]) {
     flush();
     sums_ = sums, count_ = count;
     units_[0] = units[0], units_[1] = units[1];
@@ -136,7 +136,7 @@ class Activating {
     unit_ = 0;
     ++tile_;
   }
-  void flush() {
+  MOLEX_INLINE void flush() {
     while (tile_ < tiles_) next();
   }
 
