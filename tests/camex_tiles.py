@@ -25,7 +25,8 @@ Inputs = dict[str, Tensor]
 
 def _budget(check: Callable[..., None], sizes: tuple[int, ...], **options: Any) -> None:
     case = Case(dict(zip("STODEr", sizes, strict=True)), options)
-    check(load_ops()["camex_linear"], case, BF16, "cpu", calls=1)
+    for dtype in (BF16, torch.float16):  # of fp16, products forward
+        check(load_ops()["camex_linear"], case, dtype, "cpu", calls=1)
 
 
 def _draw(s: int, t: int, o: int, d: int, e: int) -> Inputs:

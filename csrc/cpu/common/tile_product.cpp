@@ -118,8 +118,9 @@ constexpr auto multiply_turned = tiled([](auto machine, const Call* call) MOLEX_
   typename Machine::Tiles tiles;
   const auto& [out, a, b, bias, packed, strip, sums] = *call;
   const int64_t panel = parts(a.columns, kDeep) * TERMS * kTile, panels = parts(a.rows, kSide);
-  for (int64_t p = 0; p < panels; ++p)
+  for (int64_t p = 0; p < panels; ++p) {
     panel_of_pairs<Machine, TERMS>(a.transposed(), p * kSide, packed + p * panel);
+  }
   const Matrix weight = b.transposed();
   Waiting<Machine> waiting;
   for (int64_t n = 0; n < weight.rows; n += kDeep) {

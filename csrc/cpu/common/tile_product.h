@@ -26,4 +26,19 @@ class TileProduct {
   int64_t bytes_ = 0;
 };
 
+// A thread's products for tensors of this dtype, on tiles or by the BLAS.
+class Multiplier {
+ public:
+  explicit Multiplier(ScalarType dtype) {
+    if (multiplies_on_tiles(dtype)) tiles_.emplace();
+  }
+
+  void operator()(const Matrix& out, const Matrix& a, const Matrix& b) {
+    tiles_ ? (*tiles_)(out, a, b) : multiply(out, a, b);
+  }
+
+ private:
+  std::optional<TileProduct> tiles_;
+};
+
 }  // namespace molex

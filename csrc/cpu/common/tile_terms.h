@@ -1,6 +1,6 @@
 // Numbers of fp16 and fp32 as two of bf16 each, for products on matrix tiles: x = high + low, exactly for
-// fp16 and within 2^-16 of x for fp32. Of a product, high high + high low + low high are summed; what is left
-// out is at most 2^-14 of it. The low part of an infinite x is NaN, and so is every product with it.
+// fp16 and within 2^-17 of x for fp32. Of a product, high high + high low + low high are summed; what is left
+// out is at most 2^-16 of it. The low part of an infinite x is NaN, and so is every sum with it.
 
 #pragma once
 
@@ -9,11 +9,12 @@
 
 namespace molex {
 
+// Writes both terms of SIZE elements in rows of COLUMNS, `stride` apart.
 template <class Machine, int64_t COLUMNS, int64_t SIZE, class Element>
 MOLEX_INLINE void split_block(const Element* from, int64_t stride, uint16_t* high, uint16_t* low) {
   using V = typename Machine::V;
+  using Bits = typename Bf16Of<Machine::kLanes>::Bits;
   constexpr int64_t kLanes = Machine::kLanes;
-  constexpr int32_t kHalf = 1 << 15, kUpper = -(1 << 16);
   for (int64_t i = 0; i < SIZE; i += 2 * kLanes) {
     V highs[2], lows[2];
     for (int64_t k = 0; k < 2; ++k) {
@@ -25,7 +26,7 @@ MOLEX_INLINE void split_block(const Element* from, int64_t stride, uint16_t* hig
       } else {
         x = Machine::widen_halves(elements);
       }
-      highs[k] = float_of<V>((bits_of(x) + kHalf) & kUpper);  // to the nearest
+      highs[k] = (V)(((Bits)x + 0x8000u) & 0xffff0000u);  // to the nearest
       lows[k] = x - highs[k];
     }
     Machine::narrow(highs[0], highs[1], high + i);

@@ -21,21 +21,6 @@ inline ScalarType operands_of(ScalarType dtype) {
   return multiplies_on_tiles(dtype) ? dtype : product_dtype(dtype);
 }
 
-// A thread's products for tensors of this dtype, on tiles or by the BLAS.
-class Multiplier {
- public:
-  explicit Multiplier(ScalarType dtype) {
-    if (multiplies_on_tiles(dtype)) tiles_.emplace();
-  }
-
-  void operator()(const Matrix& out, const Matrix& a, const Matrix& b) {
-    tiles_ ? (*tiles_)(out, a, b) : multiply(out, a, b);
-  }
-
- private:
-  std::optional<TileProduct> tiles_;
-};
-
 // Returns 0 and the end of each expert's rows. Ends outside [0, num_rows] are clamped.
 inline std::vector<int64_t> bounds_of(const Tensor& offsets, int64_t num_rows) {
   const Tensor ends = torch::stable::contiguous(offsets);

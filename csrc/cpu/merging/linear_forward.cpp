@@ -8,6 +8,7 @@
 #include "cpu/common/gemm.h"
 #include "cpu/common/matmul.h"
 #include "cpu/common/memory.h"
+#include "cpu/common/tile_product.h"
 #include "cpu/merging/tile_forward.h"
 #include "registration.h"
 
@@ -81,7 +82,8 @@ Tensor camex_linear_fwd(const Tensor& x,
                         Arena::bytes(widens ? tokens * width : 0) +
                         Arena::bytes(direct ? 0 : tokens * tallest, dtype) + 2 * Arena::bytes(tallest);
   const int64_t groups = (segments + kSegments - 1) / kSegments, tasks = pieces.size() * groups;
-  molex::share(tasks, [&](const auto& next) {
+  const auto work = [&](const auto& next) {
+    molex::Multiplier products(rows.dtype);
     Arena arena(bytes);
     float* const merged = arena.floats(kSegments * tallest * width);
     const Matrix narrow = arena.matrix(narrows ? tallest : 0, width, dtype);
@@ -123,7 +125,7 @@ Tensor camex_linear_fwd(const Tensor& x,
         const Matrix out = direct
                                ? Matrix{static_cast<float*>(to.data) + corner, dtype, tokens, height, columns}
                                : molex::matrix_of(product.data, dtype, tokens, height);
-        multiply(out, rows_of_segment, weight.transposed());
+        products(out, rows_of_segment, weight.transposed());
         if (direct && !biases) continue;
         const float* shift =
             biases ? molex::read(biases, s * columns + first, height, bias_scratch) : nullptr;
@@ -134,7 +136,8 @@ Tensor camex_linear_fwd(const Tensor& x,
         }
       }
     }
-  });
+  };
+  molex::share(tasks, work, !molex::multiplies_on_tiles(rows.dtype));
   return y;
 }
 

@@ -125,10 +125,10 @@ def moe_mlp(
 
     Returns:
         [T, D] in x's dtype. Products and the sum over k are accumulated in fp32. On a CPU a call
-        without a gradient rounds fp16 and bf16 once, at the end; where a gradient is wanted, the
+        without a gradient rounds fp16 and bf16 once, at the end. Where a gradient is wanted, the
         pre-activation is kept in x's dtype, and in bf16 the activation and each expert's output are
-        rounded, too. Under autocast, x, the weights and the biases are cast first; expert_weight
-        keeps its precision.
+        rounded, too; on matrix tiles these are rounded without a gradient as well. Under
+        autocast, x, the weights and the biases are cast first; expert_weight keeps its precision.
 
     Raises:
         TypeError: a wrong type or dtype.
