@@ -3,6 +3,8 @@
 
 #include "cpu/common/tile_product.h"
 
+#include "cpu/common/tile_results.h"
+
 namespace molex {
 
 namespace {

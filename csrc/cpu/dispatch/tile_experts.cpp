@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/common/tile_blocks.h"
+#include "cpu/common/tile_results.h"
 
 namespace molex {
 
