@@ -144,6 +144,29 @@ def infinity_stays_in_its_units() -> None:
         assert torch.equal(y, torch.zeros_like(y)), (dtype, y)
 
 
+def sizes_of_zero() -> None:
+    """No token, feature or hidden unit, with a gradient and without."""
+    for dtype in (BF16, FP16):
+        for tokens, width, hidden in ((0, 8, 8), (40, 0, 40), (40, 40, 0), (3, 0, 0)):
+            shapes = (
+                (tokens, width),
+                (2, 2 * hidden, width),
+                (2, width, hidden),
+                (2, 2 * hidden),
+            )
+            x, *parameters = (_draw(*shape, dtype=dtype).requires_grad_() for shape in shapes)
+            index, weight = torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1)
+            call = partial(mk.moe_mlp, activation="swiglu", impl="cpu")
+            w_up, w_down, b_up = parameters
+            y = call(x, index, weight, w_up, w_down, b_up=b_up)
+            y.sum().backward()
+            with torch.no_grad():
+                alone = call(x, index, weight, w_up, w_down, b_up=b_up)
+            assert torch.equal(y, torch.zeros(tokens, width, dtype=dtype)), (tokens, width, hidden)
+            assert torch.equal(alone, y), (tokens, width, hidden)
+            assert not any(t.grad.any() for t in parameters), (tokens, width, hidden)
+
+
 def what_is_not_finite_is_fp32s() -> None:
     """Infinity times a number without a low term, of operands stored either way."""
     for turned in (False, True):
@@ -192,6 +215,7 @@ CHECKS: dict[str, Callable[[], None]] = {
             products_of_several_blocks,
             same_with_any_threads,
             infinity_stays_in_its_units,
+            sizes_of_zero,
             what_is_not_finite_is_fp32s,
         )
     },

@@ -56,5 +56,6 @@ def test_what_the_parts_leave_out(generator, bits: int, count: int, most: float)
     a, b = torch.randn(2, 10**5, generator=generator).double()
     left, right = _parts(a, bits, count), _parts(b, bits, count)
     kept = sum(left[i] * right[j] for i in range(count) for j in range(count - i))
-    error = ((kept - a * b) / (a * b)).abs().max().item()
+    exact = a * b
+    error = ((kept - exact) / exact)[exact != 0].abs().max().item()
     assert most / 16 < error < most

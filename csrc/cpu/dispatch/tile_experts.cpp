@@ -93,7 +93,7 @@ class Activating {
   explicit Activating(const Up& up)
       : up_(up),
         gated_(up.activation->is_gated()),
-        steps_(std::min(parts(up.weight.columns, kDeep), kBlock)),
+        steps_(std::clamp<int64_t>(parts(up.weight.columns, kDeep), 1, kBlock)),
         hidden_(parts(up.inner, kDeep) * kTile) {}
   MOLEX_INLINE ~Activating() { flush(); }
 
@@ -109,6 +109,7 @@ class Activating {
     at_once_ = std::min<int64_t>(std::bit_ceil<uint64_t>(parts(tiles_ * kSide, steps_)), kSide);
     at_once_ = std::max<int64_t>(at_once_, 2);
     tile_ = unit_ = 0;
+    if (up_.weight.columns == 0) flush();  // the next product has no step
   }
 
   // Called at each step of a product.
