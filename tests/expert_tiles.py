@@ -200,6 +200,7 @@ def digest() -> str:
 
 
 _SMALL = {"T": 37, "D": 24, "I": 40, "E": 5, "K": 2}
+_DEEP = {"T": 70, "D": 530, "I": 40, "E": 2, "K": 1}  # more terms than are summed at a time
 _ONE = {"T": 1, "D": 7, "I": 3, "E": 4, "K": 2}
 
 
@@ -239,6 +240,10 @@ CHECKS: dict[str, Callable[[], None]] = {
         gate_layout="interleaved",
         bias=True,
     ),
+    "swiglu, bias, several blocks": _case(
+        contract.check_budget, "moe_mlp", _DEEP, activation="swiglu", bias=True
+    ),
+    "relu, bias, several blocks": _case(contract.check_budget, "moe_mlp", _DEEP, bias=True),
     "one token": _case(contract.check_budget, "moe_mlp", _ONE, activation="swiglu"),
     "strided": _case(contract.check_strided, "moe_mlp", _SMALL, activation="swiglu", bias=True),
 }

@@ -21,7 +21,7 @@ class Bench {
  public:
   Bench(const molex::Weights& weight, int64_t rows, int64_t in_columns, int64_t out_columns)
       : rows_(weight.converts()     ? rows
-              : weight.takes_few(1) ? std::min(rows, kFew)
+              : weight.takes_few(1) ? std::min(rows, molex::kFewRows)
                                     : 0),
         arena_(weight.bytes() + Arena::bytes(rows_ * in_columns) + Arena::bytes(rows_ * out_columns)),
         weight(weight.scratch(arena_)),
@@ -31,7 +31,6 @@ class Bench {
   }
 
  private:
-  static constexpr int64_t kFew = 64;  // at most, as are_few has them
   int64_t rows_;
   Arena arena_;
 
